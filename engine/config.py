@@ -62,6 +62,7 @@ def load(config_name: str, argv: Sequence[str], help_text: str) -> DictConfig:
         raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
     with _errors_in_one_line():
         values = plain(config)
+    _check_targets(values)
     for key, schema in composed.schemas.items():
         node = reduce(lambda node, name: node[name], key.split(".") if key else (), values)
         make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{key}." if key else "")
@@ -125,6 +126,14 @@ def target(name: Any) -> Callable[..., Any]:
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a composed config as dictionaries, lists and values."""
     return OmegaConf.to_container(config, resolve=True)
+
+
+def _check_targets(node: Any) -> None:
+    """Refuse classes that do not exist or are not ours, also in values that the command line sets whole."""
+    if isinstance(node, dict) and "_target_" in node:
+        target(node["_target_"])
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_targets(child)
 
 
 @dataclass

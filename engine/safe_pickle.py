@@ -95,7 +95,7 @@ def read_torch(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
-        raise UserError(f"{path} is not a readable checkpoint ({error!r}); download it again") from error
+        raise UserError(f"{path} is not a readable checkpoint ({error!r}): make or download it again") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

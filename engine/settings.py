@@ -104,7 +104,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
         if choices:
             require_choice(name, item, choices)
         elif bounds:
-            require_range(name, item, *(map(float, bounds) if kind is float else bounds))
+            whole = int in (hint, *get_args(hint))
+            require_range(name, item, *(bounds if whole else map(float, bounds)))
         elif kind not in (None, list) and not is_a(item, kind):
             raise UserError(f"{name}={str(item)[:40]} must be {KINDS[kind]}")
 
@@ -143,6 +144,8 @@ def kind_of(hint: Any) -> tuple[Any, bool]:
 
 def nearest(wrong: str, names: Collection[str]) -> str:
     """Return a phrase with the names most like `wrong`; of a dotted key, names with a similar last word count too."""
+
+    wrong = wrong[:80]  # likeness of longer words takes seconds
 
     def likeness(name: str, parts: slice = slice(None)) -> float:
         words = (".".join(key.split(".")[parts]) for key in (wrong, name))

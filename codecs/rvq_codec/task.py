@@ -189,6 +189,7 @@ class RVQCodecTask(GANTask):
                 bands = self.features.mel_bands if self.features else 0
                 generator = torch.Generator().manual_seed(step)
                 warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
+                self.counts.zero_()
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
         wave, codec, features_first = batch["wave"], self.codec, self.step < self.features_until

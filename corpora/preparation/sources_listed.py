@@ -225,7 +225,7 @@ def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | No
     start, end, face = _number(row["start"]), _number(row["end"]), None
     if not 0 <= start < end < 1e6:
         raise UserError(f"start={row['start']} and end={row['end']} are not two times in seconds, one after the other")
-    if not {row.get("x"), row.get("y")} & {None, ""}:
+    if row.get("x") not in (None, "") and row.get("y") not in (None, ""):
         face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
             raise UserError(f"the position of the face, {face[:2]}, lies outside the picture or is no pair of numbers")

@@ -66,7 +66,8 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
             cv2.setNumThreads(1)
         offered = {"device": pick_device(device) if networks else None, "symbols": symbols}
         self.steps: dict[str, Step] = {}
-        self.about = self.digests, self.fingerprints = {}, {}
+        self.digests, self.fingerprints = {}, {}
+        self.about = self.digests, self.fingerprints
         before = []
         for name, config in stages.items():
             kind = target(config["_target_"])
@@ -79,7 +80,8 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
                 self.digests |= digests
                 made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
                 self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
-                before += [] if step.reusable else [made_by]
+                if not step.reusable:
+                    before.append(made_by)
 
     def _due(self, clip: WorkItem) -> Iterator[tuple[str, Step]]:
         """Yield the steps that a clip needs: not those whose results are taken over, unless others read theirs."""

@@ -78,7 +78,7 @@ class Checkpoints:
             if not _is_first_copy(tensor):
                 continue
             local = distributed.local(tensor)
-            if key not in self._copies:
+            if key not in self._copies or self._copies[key].shape != local.shape:
                 self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             copy = self._copies[key].copy_(local, non_blocking=local.is_cuda)
             # Sharded tensors stay sharded.

@@ -184,3 +184,12 @@ def test_whole_bounds_make_no_whole_number():
     check_value("ratio", 0.5, float, {"bounds": (0, 1)})
     with pytest.raises(UserError, match="ratio=2 must be a number"):
         check_value("ratio", 2, float, {"bounds": (0, 1)})
+    check_value("ratios", [0.5], tuple[float, ...], {"bounds": (0, 1)})
+    with pytest.raises(UserError, match=r"count=0\.5 must be a whole number"):
+        check_value("count", 0.5, int | None, {"bounds": (0, 1)})
+
+
+def test_a_class_in_a_value_set_whole_is_refused_before_work():
+    words = ["source=folder", "source.root=clips", "output=shards"]
+    with pytest.raises(UserError, match=r"os\.system"):
+        load("prepare", [*words, "stages.transcription.second={_target_: os.system}"], "")

@@ -114,6 +114,8 @@ def test_bad_steps_are_left_out_and_counted_over_parts_log_lines_and_restarts(tm
         assert (run.skipped, run.skipped_in_a_row) == (steps - 2, steps - 4)
     assert all(p.isfinite().all() for p in run.task.parameters())
     assert [line["step"] for line in records(tmp_path) if "lr" in line] == [2, 4, 5, 6]
+    first = next(line for line in records(tmp_path) if "lr" in line)
+    assert {"generator/loss", "generator/grad_norm", "lr", "skipped"} <= first.keys()
     said = capsys.readouterr().out
     assert "step 2 skipped" in said and "ETA" in said
     lines = [(line["step"], line["part"]) for line in read_lines(tmp_path / "bad_batches.jsonl")]

@@ -23,7 +23,12 @@ A = {"a": torch.zeros(1)}
 FILES = [  # what reads a file, its name, its content, and the line; None: there is no file
     (AVHubert.from_pretrained, "a.pt", {"state_dict": {}}, "'model'"),
     (AVHubert.from_pretrained, "a.pt", {"model": A}, "not an AV-HuBERT checkpoint"),
-    (AVHubert.from_pretrained, "a.pt", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off", "not .*; download it again"),
+    (
+        AVHubert.from_pretrained,
+        "a.pt",
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off",
+        "not .*: make or download it",
+    ),
     (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "no ArcFace network"),
     (ArcFace.from_pretrained, "absent.pth", None, "no such checkpoint"),
     (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
