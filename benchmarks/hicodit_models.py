@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.config import compose, plain
 from engine.evaluation.statistics import derangement
+from engine.evaluation.validation import spread
 from engine.release import find_codec
 from engine.seeding import generator_for
 from hicodit.conditions import encoder_config
@@ -69,7 +70,7 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
     codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
     data = HiCoDiTDataset(shards, codec, augment=False)
-    samples = [data.read(index) for index in data.spread(clips)]
+    samples = [data.read(index) for index in spread(len(data), clips)]
     conditions = [stored_conditions(pipeline, [clip]) for _, clip in samples]
     others = derangement(len(samples), np.random.default_rng(0))
     pairs: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in LOSSES}

@@ -80,12 +80,17 @@ def refuse_links(folder: Path) -> None:
                 raise UserError(f"{path} is a link: put the file or folder itself there")
 
 
+def _named(folder: str | Path, setting: str) -> Path:
+    """Return the folder that a setting names, which must not be empty."""
+    if not str(folder):
+        raise UserError(f"{setting}= is empty: name a folder")
+    return Path(folder)
+
+
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
     """Make the folder that `setting` names, or fail before any work; new folders that stay empty are removed."""
-    if not str(folder):
-        raise UserError(f"{setting}= is empty: name a folder")
-    folder = Path(folder)
+    folder = _named(folder, setting)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     with report_os_errors(f"cannot write to {setting}={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +108,7 @@ def require_space(folder: str | Path, setting: str) -> None:
 
     It is not made: of several processes that check it, one would remove it while another writes.
     """
-    if not str(folder):
-        raise UserError(f"{setting}= is empty: name a folder")
-    path = Path(folder).absolute()
+    path = _named(folder, setting).absolute()
     with report_os_errors(f"cannot write to {setting}={folder}"):
         there = next(p for p in (path, *path.parents) if p.exists())
         tempfile.TemporaryFile(dir=there).close()

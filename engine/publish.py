@@ -49,6 +49,7 @@ def publish(
     Args:
         folder: the release; None: the model was loaded from other files.
         parts: by name, the releases of its codecs, which become folders of the repository.
+        repository: OWNER/NAME.
         license: the hub's name of the weights' licence, as apache-2.0; None: the card's.
 
     Raises:

@@ -135,10 +135,6 @@ class HiCoDiTDataset:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def spread(self, count: int) -> list[int]:
-        """Return the indices of `count` clips, or of all if there are fewer, evenly spread."""
-        return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long().tolist()
-
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
         tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, heard or seen, and

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips
+from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips, spread
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import write_video
@@ -126,7 +126,7 @@ def evaluate_clips(
         recogniser: for word errors, see `words_by`.
         metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
     """
-    chosen = data.spread(clips)
+    chosen = spread(len(data), clips)
     own = share.range(len(chosen))
     samples = [data.read(chosen[i]) for i in own]
     if not own:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.codec import load_codec
 from engine.device import send
 from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share
+from engine.evaluation.validation import ByClip, Share, spread
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
@@ -247,7 +247,7 @@ class HiCoDiTTask(Task):
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
-        chosen, device, sums = data.spread(self.validate_clips), self.system.model.null_lip.device, Counter()
+        chosen, device, sums = spread(len(data), self.validate_clips), self.system.model.null_lip.device, Counter()
         for start in range(0, len(chosen), VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])

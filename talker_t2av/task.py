@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share, measure_clips
+from engine.evaluation.validation import ByClip, Share, measure_clips, spread
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
@@ -183,9 +183,8 @@ class TalkerTask(Task):
             task = "t2av" if moving else "tts"
             sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
             examples = TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
-            count = min(self.validation["clips"], len(examples))
-            chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
-            own = share.range(count)
+            chosen = spread(len(examples), self.validation["clips"])
+            count, own = len(chosen), share.range(len(chosen))
             if not own:
                 continue
             infos = [examples.info(chosen[n]) for n in own]

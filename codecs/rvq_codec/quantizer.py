@@ -69,9 +69,9 @@ class VectorQuantizer(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """Q levels, each quantising what the ones before left over.
+    """Q levels, each quantising what the ones before left over: Q is `levels`, K `codebook_size`, D `codebook_dim`.
 
-    In training, a share `dropout` of a batch keeps only its first n levels, n uniform in 1..Q.
+    In training, a share `quantizer_dropout` of a batch keeps only its first n levels, n uniform in 1..Q.
     """
 
     def __init__(self, config: RVQCodecConfig):

@@ -125,11 +125,12 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
         with _timed("reuse", clip), clip.shard.open("rb", buffering=0) as file:
             steps = [self.steps[name] for name in clip.unchanged]
             facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})
-            if facts.get("input") != input_digest(clip.info):
-                clip.unchanged = frozenset()
+            if facts.get("input") == input_digest(clip.info):
+                clip.tensors |= tensors
+                clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
                 return
-            clip.tensors |= tensors
-            clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
+        clip.unchanged = frozenset()
+        del clip.seconds["reuse"]  # nothing was reused
 
 
 def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -21,12 +21,12 @@ from engine.files import write_json
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from engine.metrics.speech import FPS
 from engine.processes import Lost, Processes, Work
 from engine.progress import track
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
 
-FPS = 25  # of pictures that are generated
 SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
 
 

@@ -17,10 +17,11 @@ from engine.codec import Codec, PortraitCodec
 from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import FPS, generate_missing, write_facts, write_take
+from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
+from engine.metrics.speech import FPS
 from engine.settings import require_range
 
 RATE = 24_000  # of the sound beside a drawn face

@@ -104,10 +104,10 @@ def _intervals(
     pairs: np.ndarray, speakers: Sequence[str | None], about: Figure, resamples: int, minus: np.ndarray | None = None
 ) -> dict[str, list[float] | None]:
     """Return the interval of a figure over clips, and over their speakers if all are known and some differ."""
-    several = None not in speakers and len(set(speakers)) > 1
+    several, how = None not in speakers and len(set(speakers)) > 1, (resamples, about.statistic, minus)
     intervals = {
-        "interval": bootstrap_interval(pairs, None, resamples, about.statistic, minus),
-        "interval_speakers": several and bootstrap_interval(pairs, speakers, resamples, about.statistic, minus),
+        "interval": bootstrap_interval(pairs, None, *how),
+        "interval_speakers": bootstrap_interval(pairs, speakers, *how) if several else None,
     }
     return {name: [about.scale * end for end in ends] if ends else None for name, ends in intervals.items()}
 

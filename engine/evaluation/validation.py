@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from engine.errors import UserError
 from engine.evaluation.statistics import ratio
@@ -45,6 +46,11 @@ class Share:
 
 
 ALONE = Share()
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return the numbers of `count` of `total` clips, evenly spread; all of them if there are fewer."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -82,7 +82,7 @@ class WordErrors(Metric):
     def files(self) -> list[Path]:
         if self.kind == "grammar":
             if not Path(self.argument).is_file():
-                raise UserError(f"grammar={self.argument}: there is no such file")
+                raise UserError(f"grammar={self.argument}: there is no such file; give grammar=FILE.jsgf")
             return [file for file in self._recogniser_files if file.is_file()]
         return [self.folder / name for name in ("config.json", "model.safetensors")] if self.kind in FOLDERS else []
 

@@ -17,8 +17,8 @@ ONE_PRESS = 3.0  # seconds within which two Ctrl-C are one: the terminal's, and 
 def stop_requests() -> Iterator[list[float]]:
     """Within the block SIGTERM, SIGUSR1 and Ctrl-C do no more than add their time to the list.
 
-    A scheduler and torchrun may both tell a process the same thing; only a later second Ctrl-C interrupts at once.
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Repeats change nothing, as a scheduler and torchrun may both tell a process the same thing; only a later second
+    Ctrl-C interrupts at once. Outside the main thread, where Python allows no handlers, nothing is changed.
     """
     times: list[float] = []
 
