@@ -103,11 +103,11 @@ def _cell(
 def _intervals(
     pairs: np.ndarray, speakers: Sequence[str | None], about: Figure, resamples: int, minus: np.ndarray | None = None
 ) -> dict[str, list[float] | None]:
-    """Return the interval of a figure over clips, and over their speakers if all are known and some differ."""
-    several, how = None not in speakers and len(set(speakers)) > 1, (resamples, about.statistic, minus)
+    """Return the interval of a figure over clips, and over their speakers if all are known; None of fewer than two."""
+    how = resamples, about.statistic, minus
     intervals = {
         "interval": bootstrap_interval(pairs, None, *how),
-        "interval_speakers": bootstrap_interval(pairs, speakers, *how) if several else None,
+        "interval_speakers": None if None in speakers else bootstrap_interval(pairs, speakers, *how),
     }
     return {name: [about.scale * end for end in ends] if ends else None for name, ends in intervals.items()}
 

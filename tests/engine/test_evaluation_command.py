@@ -125,11 +125,14 @@ def test_the_report_says_which_system_is_better(run, folders):
     for i in range(9):  # p of fewer clips cannot be small
         row = json.loads((folders / "clips.jsonl").read_text().splitlines()[i % 3])
         rows.append({"id": f"{i}", "text": row["text"], "reference": f"true/{row['id']}.wav"})
+        if i < 4:
+            rows[-1]["speaker"] = f"s{i % 2}"
         for name in ("good", "bad"):
             (folders / name / f"{i}.wav").write_bytes((folders / name / f"{row['id']}.wav").read_bytes())
     (folders / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, results, out, _, page = run(outputs=("bad", "good"))
     (test,) = results["tests"]
+    assert results["systems"]["good"]["stoi"]["interval_speakers"] is None  # only some are known
     assert code == 0 and test["better"] == "good" and test["interval"][0] < test["difference"] < test["interval"][1] < 0
     assert all("bad against good: good is better by STOI." in shown for shown in (out, page))
     assert "9 clips: good better" in out
