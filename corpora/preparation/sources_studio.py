@@ -66,7 +66,7 @@ def grid(
     speakers: Sequence[str] | None = None,
     expression: str | None = None,
 ) -> Source:
-    """Find ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
+    """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
     The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
     s1/**/bbaf2n.align, as alignments.zip unpacks, tell when each word is spoken: its words are the `symbols`.
@@ -82,7 +82,7 @@ def grid(
     """
     require_choice("source.protocol", protocol, PROTOCOLS)
     root, clips = existing(root), []
-    for path in find_files(root, ".mpg"):
+    for path in find_files(root, ".mpg", ".mp4"):
         speaker, text = _speaker(path), grid_sentence(path.stem)
         if speaker and text and (speakers is None or speaker in speakers):
             about = {"text": text, "speaker": speaker, "language": "en", "expression": expression}

@@ -130,7 +130,7 @@ def find_faces(
 
 def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrack]:
     """Find faces with OpenCV's cascade: upright ones, else tilted ones, else very small ones."""
-    every_size, looks = face != "largest", []
+    looks: list[np.ndarray] = []
     tracks, error = None, None
 
     def noting() -> Iterator[np.ndarray]:
@@ -139,7 +139,7 @@ def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrac
             yield block
 
     try:
-        tracks = track_faces(noting(), HaarDetector(every_size), fps, face)
+        tracks = track_faces(noting(), HaarDetector(), fps, face)
     except FaceError as caught:
         error = caught
     upright = _evidence(looks, 0)
@@ -151,7 +151,7 @@ def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrac
         if angle in TURNS:
             words = f"there is a face {TURNS[angle]}: turn the picture by {angle} degrees anticlockwise first"
             raise FaceError(f"{error}; {words}" if error else words)
-        return track_faces(clip, HaarDetector(every_size, angle=angle), fps, face)
+        return track_faces(clip, HaarDetector(angle=angle), fps, face)
     if tracks is not None:
         return tracks
     try:

@@ -65,19 +65,19 @@ class HaarDetector:
     """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download.
 
     Args:
-        every_size: detect small faces even if there is a large one, in twice the time.
         tiny: detect only faces that are too small otherwise, down to a 20th of the picture's longer side.
         angle: degrees, anticlockwise, by which the picture is turned first: heads that then stand upright are found.
     """
 
-    def __init__(self, every_size: bool = False, tiny: bool = False, angle: float = 0.0) -> None:
-        self.tiny, self.angle = tiny, angle
-        # Small faces are searched only if there is no large one.
-        self.shares = (8,) if every_size else (3, 8)
+    def __init__(self, tiny: bool = False, angle: float = 0.0) -> None:
+        self.tiny = tiny
+        self.angle = angle
         self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        boxes, _, back = self._look(frame)
+        # One search over all sizes, whoever asks: the cascade's box depends on the sizes it tries, and crops in
+        # training and inference must be the same.
+        boxes, _, back = self._look(frame, (8,))
         faces = with_points(boxes[np.argsort(-boxes[:, 2], kind="stable")])
         if self.angle:  # boxes stay upright round their middle
             middle = transform(back, middle_of(faces))
@@ -87,10 +87,14 @@ class HaarDetector:
 
     def evidence(self, frame: np.ndarray) -> int:
         """Count the places and sizes that agree on the likeliest face: 4-13 for mistakes, 10-90 for faces."""
-        return max(self._look(frame)[1], default=0)
+        return max(self._look(frame, (3, 8))[1], default=0)
 
-    def _look(self, frame: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
-        """Return boxes (n, 4) in the turned picture, how many tries agree on each, and the inverse transform (2, 3)."""
+    def _look(self, frame: np.ndarray, fractions: tuple[int, ...]) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """Return boxes (n, 4) in the turned picture, how many tries agree on each, and the inverse transform (2, 3).
+
+        fractions: the least size of a face as a fraction (1/3, 1/8) of the shorter side; the next one is searched only
+            if the one before it found nothing.
+        """
         picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.tiny) * DETECT_SIDE)
         size = max(picture.shape)
         margin = size // 2 if self.angle else size // 8  # a face that touches the border is found with room around it
@@ -102,7 +106,7 @@ class HaarDetector:
         limits = [{"minSize": (24, 24), "maxSize": (DETECT_SIDE // 4, DETECT_SIDE // 4)}]
         if not self.tiny:
             side = min(picture.shape) - 2 * margin * bool(self.angle)
-            limits = [{"minSize": (least, least)} for least in (max(24, side // share) for share in self.shares)]
+            limits = [{"minSize": (least, least)} for least in (max(24, side // part) for part in fractions)]
         boxes, votes = (), ()
         for limit in limits:
             if len(boxes) == 0:

@@ -1,0 +1,99 @@
+"""A corpus of speech alone, gathered from several sources, on which the speech codecs train.
+
+It has the layout of `engine.shards.recordings`: ROOT/SPLIT.jsonl with ROOT/SPLIT/ID.wav, mono at 24 kHz.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpora.preparation.sources_studio import find_files, grid
+from engine.errors import UserError
+from engine.files import write_json, write_text
+from engine.media.audio import read_audio, write_wav
+from engine.progress import track
+from engine.shards.recordings import read_manifest
+
+RATE = 24_000  # Hz
+LEAST_SECONDS = 0.4  # shorter recordings are left out
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording of one source: its name in the corpus, its file, its speaker, and what is said, if that is known."""
+
+    name: str
+    path: Path
+    speaker: str
+    text: str | None = None
+
+
+def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[str]) -> dict[str, list[Recording]]:
+    """Find GRID's recordings by split.
+
+    Args:
+        speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does.
+        new_speakers: all of their sentences are the split `new`.
+    """
+    found: dict[str, list[Recording]] = {}
+    source = grid(root, protocol="seen", speakers=speakers)
+    splits = [(split, split, source) for split in ("train", "val", "test")]
+    everything = grid(root, protocol="seen", speakers=new_speakers)
+    splits += [("new", split, everything) for split in ("train", "val", "test")]
+    for name, split, where in splits:
+        clips = where.clips(split) if split in where.splits else []
+        rows = [Recording(clip.key, root / clip.video, clip.speaker, clip.text) for clip in clips]
+        found.setdefault(name, []).extend(rows)
+    return found
+
+
+def prompt_recordings(root: Path) -> list[Recording]:
+    """Find the G.722 prompts below `root`, as Debian's packages `asterisk-core-sounds-*-g722` install them."""
+    rows = []
+    for path in find_files(root, ".g722"):
+        rows.append(Recording("-".join(path.with_suffix("").parts), root / path, speaker=path.parts[0]))
+    return rows
+
+
+def synthetic_recordings(root: Path, count: int) -> list[Recording]:
+    """List the first `count` training clips of a synthetic corpus (`scripts/make_synthetic_corpus.py`)."""
+    rows = read_manifest(root, "train")[:count]
+    return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
+
+
+def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
+    """Write a recording as WAV and yield its row once per repetition; nothing if it is too short."""
+    target = folder / f"{recording.name}.wav"
+    if not target.is_file():
+        wave = read_audio(recording.path, RATE)
+        if len(wave) < LEAST_SECONDS * RATE:
+            return
+        write_wav(target, wave, RATE)
+    row = {"id": recording.name, "speaker": recording.speaker}
+    if recording.text:
+        row["text"] = recording.text
+    for _ in range(repeat):
+        yield row
+
+
+def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict) -> None:
+    """Write the recordings of each split, each listed as often as its number says.
+
+    Recordings that are already there are kept, so an interrupted call continues.
+
+    Raises:
+        UserError: a split has no recordings.
+    """
+    for split, recordings in splits.items():
+        if not recordings:
+            raise UserError(f"the split {split} has no recordings: check the folders")
+        folder = out / split
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for recording, repeat in track(recordings, len(recordings), split) for row in
+                _copies(recording, folder, repeat)]  # fmt: skip
+        write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    counts = {split: len(recordings) for split, recordings in splits.items()}
+    write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})

@@ -1,0 +1,50 @@
+"""Gather human and synthetic speech into one corpus, on which the speech codecs train.
+
+Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722, and a
+synthetic corpus. Splits: train; val and test (further sentences of GRID's training speakers); new (speakers that do not
+train). Run the same command again to continue an interrupted call."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+from pathlib import Path
+
+from corpora.preparation.speech_corpus import (
+    grid_recordings,
+    prompt_recordings,
+    synthetic_recordings,
+    write_corpus,
+)
+from engine.errors import UserError, run_cli
+from scripts.arguments import Parser, within
+
+
+def main() -> None:
+    parser = Parser(__doc__, "python scripts/make_speech_corpus.py")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
+    add("--grid", type=Path, required=True, help="folder of GRID")
+    add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
+    add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
+    add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
+    add("--prompts", type=Path, help="folder of the prompts, as in /usr/share/asterisk/sounds")
+    add("--synthetic", type=Path, help="folder of a synthetic corpus")
+    add("--synthetic-clips", type=within(1), default=1200, help="clips of the synthetic corpus")
+    args = parser.parse_args()
+    for folder in (args.grid, args.prompts, args.synthetic):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
+    found = grid_recordings(args.grid, args.speakers.split(","), args.new_speakers.split(","))
+    splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}
+    if args.prompts:
+        splits["train"] += [(row, 1) for row in prompt_recordings(args.prompts)]
+    if args.synthetic:
+        splits["train"] += [(row, 1) for row in synthetic_recordings(args.synthetic, args.synthetic_clips)]
+    details = {name: str(value) for name, value in vars(args).items() if value is not None and name != "out"}
+    write_corpus(args.out, splits, {"command": details})
+
+
+if __name__ == "__main__":
+    run_cli(main)
