@@ -6,14 +6,18 @@ It has the layout of `engine.shards.recordings`: ROOT/SPLIT.jsonl with ROOT/SPLI
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from corpora.preparation.sources_studio import find_files, grid
 from engine.errors import UserError
 from engine.files import write_json, write_text
 from engine.media.audio import read_audio, write_wav
+from engine.media.ffmpeg import command, last_line
 from engine.progress import track
 from engine.shards.recordings import read_manifest
 
@@ -64,11 +68,39 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
 
 
+def _read(path: Path) -> np.ndarray:
+    """Read a recording (N,) at `RATE`.
+
+    A G.722 file has no header that would tell its format, so `read_audio` refuses it; here its suffix is trusted.
+    """
+    if path.suffix != ".g722":
+        return read_audio(path, RATE)
+    arguments = (
+        "-v",
+        "error",
+        "-f",
+        "g722",
+        "-i",
+        f"file:{path}",
+        "-ac",
+        "1",
+        "-ar",
+        str(RATE),
+        "-f",
+        "f32le",
+        "pipe:1",
+    )
+    result = subprocess.run(command(*arguments), capture_output=True)
+    if result.returncode:
+        raise UserError(f"{path} cannot be decoded ({last_line(result.stderr.decode(errors='replace'))})")
+    return np.frombuffer(result.stdout, "<f4")
+
+
 def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
     """Write a recording as WAV and yield its row once per repetition; nothing if it is too short."""
     target = folder / f"{recording.name}.wav"
     if not target.is_file():
-        wave = read_audio(recording.path, RATE)
+        wave = _read(recording.path)
         if len(wave) < LEAST_SECONDS * RATE:
             return
         write_wav(target, wave, RATE)
@@ -92,8 +124,9 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
             raise UserError(f"the split {split} has no recordings: check the folders")
         folder = out / split
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for recording, repeat in track(recordings, len(recordings), split) for row in
-                _copies(recording, folder, repeat)]  # fmt: skip
+        rows = []
+        for recording, repeat in track(recordings, len(recordings), split):
+            rows.extend(_copies(recording, folder, repeat))
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     counts = {split: len(recordings) for split, recordings in splits.items()}
     write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})

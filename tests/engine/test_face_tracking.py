@@ -16,7 +16,7 @@ from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_b
 from engine.media.video import write_video
 
 SIDE = 96  # of a drawn head; its face box is about 0.7 of it
-HAAR, THOROUGH = HaarDetector(), HaarDetector(every_size=True)
+HAAR = HaarDetector()
 
 
 def track_face(*arguments, **settings):
@@ -38,10 +38,10 @@ def test_largest_central_or_numbered_face_is_followed():
     video = scene(30, [large, central])
     assert near(track_face([video], HAAR), slice(None), 5 + 56)
     for face, x in (("central", 162), (1, 61), (2, 162), ("left", 61), ("right", 162)):
-        assert near(track_face([video], THOROUGH, face=face), slice(None), x)
-    assert [round(middle(track)[0], -1) for track in track_faces([video], THOROUGH, face="all")] == [60, 160]
+        assert near(track_face([video], HAAR, face=face), slice(None), x)
+    assert [round(middle(track)[0], -1) for track in track_faces([video], HAAR, face="all")] == [60, 160]
     with pytest.raises(UserError, match=r"face=3: only 2"):
-        track_face([video], THOROUGH, face=3)
+        track_face([video], HAAR, face=3)
 
 
 def test_face_that_is_detected_in_two_sizes_counts_once():
@@ -90,9 +90,9 @@ def test_larger_of_two_faces_is_the_same_person_after_two_seconds_away():
         return None if 40 <= i < 90 else (180, 5, 112)
 
     video = scene(150, [large, lambda i: (20, 30, 80)])
-    track = track_face([video], THOROUGH)
+    track = track_face([video], HAAR)
     assert near(track, track.seen, 180 + 56) and 0.6 < track.coverage < 0.75
-    assert near(track_face([video], THOROUGH, face=2), slice(None), 60)
+    assert near(track_face([video], HAAR, face=2), slice(None), 60)
 
 
 @pytest.mark.parametrize(
