@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.faces.clip import ClipFrames
 from engine.faces.track import FaceTrack
 from engine.release import weights_digest
+from hicodit.conditions import EncoderConfig
 
 FPS, RATE, RATE16 = 25, 24_000, 16_000
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
@@ -95,7 +97,10 @@ class WorkItem:
         shard, places: an earlier shard that holds its sample: offset and size of KEY.json, and of KEY.safetensors.
         unchanged: steps whose results are taken over from there.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
-        track: of the face in the frames.
+        all_frames: (T', H, W, 3) with those after the end of the sound. scaled_down: they are smaller than the video.
+        track: of the face in `frames`.
+        face_frames, face_track: the frames that mouth and face are cut from, and the track in their pixels: those that
+            inference uses, so that the crops are the same.
         transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
         facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. length: T.
         seconds: as in `Outcome`. outcome: of a clip that is rejected.
@@ -108,9 +113,13 @@ class WorkItem:
     places: Sequence[Sequence[int]] = ()
     unchanged: frozenset[str] = frozenset()
     frames: np.ndarray | None = None
+    all_frames: np.ndarray | None = None
+    scaled_down: bool = False
     wave: np.ndarray | None = None
     wave16: np.ndarray | None = None
     track: FaceTrack | None = None
+    face_frames: ClipFrames | None = None
+    face_track: FaceTrack | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     earlier_facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -121,10 +130,37 @@ class WorkItem:
     outcome: Outcome | None = None
     unpacked: tempfile.TemporaryDirectory | None = None
 
-    def cut_face(self, function: Callable[[np.ndarray, FaceTrack], np.ndarray], at: Any = slice(None)) -> Tensor:
-        """Return the pictures that `function` cuts from the frames `at` by the track of the face."""
-        assert self.track is not None, "the step face comes first"
-        return torch.from_numpy(function(self.frames[at], self.track[at]))
+    def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
+        """Cut mouth pictures (T, S, S) uint8 grey, as `encoders` needs them."""
+        pictures, start = [], 0
+        for block in self._face_blocks():
+            pictures.append(encoders.cut_mouth(block, self.face_track, start))
+            start += len(block)
+        return torch.from_numpy(np.concatenate(pictures))
+
+    def cut_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
+        """Cut face pictures (F, S', S', 3) uint8 RGB of the frames `at`, which are in ascending order."""
+        pictures, start, at = [], 0, np.asarray(at)
+        for block in self._face_blocks():
+            chosen = at[(start <= at) & (at < start + len(block))]
+            if len(chosen):
+                pictures.append(encoders.cut_faces(block[chosen - start], self.face_track[chosen]))
+            start += len(block)
+        return torch.from_numpy(np.concatenate(pictures))
+
+    def _face_blocks(self) -> Iterator[np.ndarray]:
+        """Yield blocks (n, H, W, 3) of `face_frames`, `length` frames in all."""
+        assert self.face_frames is not None, "the step face comes first"
+        remaining = self.length
+        for block in self.face_frames:
+            yield block[:remaining]
+            remaining -= len(block)
+            if remaining <= 0:
+                return
+
+    def forget_pictures(self) -> None:
+        """Free what only the steps that cut pictures need."""
+        self.frames = self.all_frames = self.track = self.face_frames = self.face_track = None
 
     def path(self, name: str) -> Path:
         """Return where one of the source's files is; what lies in a tar file is taken out first, until `close`."""

@@ -13,7 +13,7 @@ import torch
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
 from engine.errors import UserError
 from engine.evaluation.clips import words_of
-from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
+from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 from engine.faces.track import read_face
@@ -56,7 +56,8 @@ class Decode(Step):
                 raise MachineFault(f"no such file: {name}")
         text = info.text if info.text_file is None else read_text(clip.path(info.text_file))
         if info.video is not None:
-            clip.frames = self._frames(clip.path(info.video), info.span)
+            clip.frames = clip.all_frames = self._frames(clip.path(info.video), info.span)
+            clip.scaled_down = max(clip.frames.shape[1:3]) >= self.max_side
         sound = clip.path(info.audio or info.video)
         clip.wave = read_audio(sound, RATE, info.span)
         motion = read_matrix(clip.path(info.motion)).half().contiguous() if info.motion else None
@@ -118,16 +119,28 @@ class Face(Step):
             raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
 
     def __call__(self, clip: WorkItem) -> None:
+        frames = self._frames(clip)
         if isinstance(self.landmarks, Path):
             if clip.info.span is not None:
                 raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
-            size = ClipFrames(clip.path(clip.info.video), FPS).display_size
-            frames = ArrayFrames(clip.frames, size)
-            clip.track = place_landmarks(frames, *read_landmarks(self.landmarks, clip.info.video), FPS)
-            return
-        clip.track = find_faces([clip.frames], FPS, self._which(clip), self.detector, clip.wave16)[0]
-        if self.landmarks is not None:
-            clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)
+            track = place_landmarks(frames, *read_landmarks(self.landmarks, clip.info.video), FPS)
+        else:
+            track = find_faces(frames, FPS, self._which(clip), self.detector, clip.wave16)[0]
+        clip.track = track.scaled(clip.frames.shape[2] / frames.size[1])[: clip.length]
+        clip.face_frames, clip.face_track = frames.sharper(track)
+        if callable(self.landmarks):
+            clip.face_track = add_landmarks(clip.face_frames, clip.face_track, self.landmarks)
+
+    @staticmethod
+    def _frames(clip: WorkItem) -> ClipFrames:
+        """Return the frames in which inference would find the face.
+
+        They include those after the end of the sound. Where the decoded frames have another size, the video is read
+        again.
+        """
+        if not clip.scaled_down and max(clip.all_frames.shape[1:3]) <= MAX_SIDE:
+            return ArrayFrames(clip.all_frames)
+        return ClipFrames(clip.path(clip.info.video), FPS, span=clip.info.span)
 
     def _which(self, clip: WorkItem) -> str | int | tuple[float, float]:
         """Return the face that the source names by its place in fractions of the picture, else that of the settings."""

@@ -53,8 +53,8 @@ class Crops(Step):
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
-        clip.tensors["mouth"] = clip.cut_face(self.encoders.cut_mouth)
-        clip.tensors["faces"] = clip.cut_face(self.encoders.cut_faces, at)
+        clip.tensors["mouth"] = clip.cut_mouth(self.encoders)
+        clip.tensors["faces"] = clip.cut_faces(self.encoders, at)
 
 
 class Lip(Encoder):
@@ -74,7 +74,7 @@ class Lip(Encoder):
         self.network = None if device is None else self.encoders.network(self.encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
-        clip.inputs["lip"] = clip.cut_face(self.encoders.config.cut_mouth)
+        clip.inputs["lip"] = clip.cut_mouth(self.encoders.config)
 
     def encode(self, clip: WorkItem) -> None:
         mouth, frames = clip.inputs["lip"][None].to(self.device), torch.tensor([clip.length], device=self.device)
@@ -98,7 +98,7 @@ class FaceIdentity(Lip):
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
-        clip.inputs["face_identity"] = clip.cut_face(self.encoders.config.cut_faces, at)
+        clip.inputs["face_identity"] = clip.cut_faces(self.encoders.config, at)
 
     def encode(self, clip: WorkItem) -> None:
         faces = clip.inputs["face_identity"].permute(0, 3, 1, 2)[:, None]  # one picture a row, embeddings of each
@@ -142,7 +142,7 @@ class Expression(Encoder):
         encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders
         if encoders is not None and not encoders.learns:
             raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
-        self.cut_faces = (encoder_config({"kind": "released"}) if is_poster else encoders.config).cut_faces
+        self.crops = encoder_config({"kind": "released"}) if is_poster else encoders.config
         if device is not None:
             network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
             self.network = network.to(device).eval()
@@ -152,7 +152,7 @@ class Expression(Encoder):
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
-        clip.inputs["expression"] = clip.cut_face(self.cut_faces, slice(0, clip.length, self.every))
+        clip.inputs["expression"] = clip.cut_faces(self.crops, range(0, clip.length, self.every))
 
     def encode(self, clip: WorkItem) -> None:
         if "expression" not in clip.inputs:  # it has labels

@@ -102,7 +102,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
                     _run(name, step, clip)
         finally:
             clip.close()
-        clip.frames = clip.track = None
+        clip.forget_pictures()
         return clip
 
     @torch.inference_mode()

@@ -37,13 +37,25 @@ class ClipFrames:
 
     Args:
         path: a video file.
-        fps: frames a second.
-        max_side: larger frames are scaled down to this longer side.
-        frames: of the beginning, that are read; None: all.
+        fps: frames per second.
+        max_side: larger frames are scaled down to this longer side in pixels.
+        frames: number of frames to read; None: all.
+        span: start and end in seconds of the part to read; None: the whole file.
     """
 
-    def __init__(self, path: str | Path, fps: float, max_side: int = MAX_SIDE, frames: int | None = None) -> None:
-        self.path, self.fps, self.max_side, self.frames = path, fps, max_side, frames
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        max_side: int = MAX_SIDE,
+        frames: int | None = None,
+        span: tuple[float, float] | None = None,
+    ) -> None:
+        self.path = path
+        self.fps = fps
+        self.max_side = max_side
+        self.frames = frames
+        self.span = span
         self.size = (0, 0)  # height and width of the frames, known after the first
         self._decoded: list[np.ndarray] | None = None
 
@@ -55,7 +67,7 @@ class ClipFrames:
             yield from self._decoded
             return
         blocks, size, remaining = [], 0, self.frames
-        for block in iter_video(self.path, self.fps, self.max_side):
+        for block in iter_video(self.path, self.fps, self.max_side, span=self.span):
             if remaining is not None:
                 block = block[:remaining]
                 remaining -= len(block)
@@ -74,16 +86,17 @@ class ClipFrames:
     @cached_property
     def display_size(self) -> tuple[int, int]:
         """Height and width of the picture as a player shows it."""
-        return next(iter_video(self.path, self.fps, block=1)).shape[1:3]
+        return next(iter_video(self.path, self.fps, block=1, span=self.span)).shape[1:3]
 
     def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
         """Return these frames and their track; for a small face and a larger file, larger frames instead."""
-        width, side = float(np.median(track.boxes[track.seen, 2])), 0
-        if width <= 0.7 * GOOD_WIDTH and max(self.size) >= self.max_side:
-            side = min(max(self.display_size), round(self.max_side * GOOD_WIDTH / width))
+        width = float(np.median(track.boxes[track.seen, 2]))
+        if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
+            return self, track
+        side = min(max(self.display_size), round(self.max_side * GOOD_WIDTH / width))
         if side <= self.max_side:
             return self, track
-        return ClipFrames(self.path, self.fps, side, self.frames), track.scaled(side / self.max_side)
+        return ClipFrames(self.path, self.fps, side, self.frames, self.span), track.scaled(side / self.max_side)
 
 
 class ArrayFrames(ClipFrames):

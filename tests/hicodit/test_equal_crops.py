@@ -1,0 +1,106 @@
+"""Preparation, infer.py, evaluation, demo and service cut the same pictures from a clip, byte for byte."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_faces import scene, talking_head
+
+pytest.importorskip("fastapi", reason="needs the serve extra")
+from fastapi.testclient import TestClient
+
+from corpora.preparation.clip import SourceClip, WorkItem
+from corpora.preparation.media import Decode, Face
+from corpora.preparation.networks import Crops
+from engine.evaluation.clips import Clip
+from engine.media.audio import read_audio
+from engine.media.video import write_video
+from engine.metrics.metric import Take
+from hicodit.evaluate import write_outputs
+from hicodit.inference import ClipJobs
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import InferConfig
+from service import demo_actions
+from service.app import make_app
+from service.limits import ServeLimits
+from service.service import Service
+from tests.waiting import wait_until
+
+GRID = Path(__file__).resolve().parents[3] / "shared" / "grid"
+REAL = ("s1/bbal7s", "s31", "s34")  # a clip, and speakers of whom the first one is taken
+FRAMES = 30
+
+
+def drawn_clip(path: Path, frames: np.ndarray) -> Path:
+    """Write a clip whose sound is three frames shorter than its picture."""
+    wave = np.tile(read_audio("assets/demo/voice.wav", 24_000), 2)[: (len(frames) - 3) * 960]
+    write_video(path, frames, 25, wave, 24_000)
+    return path
+
+
+def in_preparation(clip: Path) -> WorkItem:
+    """Return what preparation makes of a clip."""
+    item = WorkItem(SourceClip("clip", clip.name), clip.parent)
+    for step in (Decode(), Face(), Crops({})):
+        step(item)
+    return item
+
+
+def in_service(pipeline: HiCoDiTPipeline, clip: Path) -> None:
+    service = Service(pipeline, None, ServeLimits(), demo=False)
+    with TestClient(make_app(service)) as client, clip.open("rb") as file:
+        answer = client.post("/v1/videos", files={"input_reference": (clip.name, file)}, data={"model": "hicodit"})
+        name = answer.json()["id"]
+        wait_until(lambda: client.get(f"/v1/videos/{name}").json()["status"] in ("completed", "failed"))
+        assert client.get(f"/v1/videos/{name}").json()["status"] == "completed"
+
+
+def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> WorkItem:
+    """Assert that all programs cut the same pictures; return what preparation makes."""
+    folder.mkdir(exist_ok=True)
+    used, run = [], HiCoDiTPipeline.run
+
+    def noting(self, crops, *arguments, **settings):
+        used.extend(crops)
+        return run(self, crops, *arguments, **settings)
+
+    monkeypatch.setattr(HiCoDiTPipeline, "run", noting)
+    monkeypatch.setattr(demo_actions.TalkerPipeline, "from_pretrained", lambda *_, **__: None)
+
+    jobs = ClipJobs(InferConfig(weights=str(release), input=str(clip), output=str(folder / "infer")))
+    jobs.generate([jobs.prepare(clip)])
+    write_outputs([Clip("clip", None, Take(source=clip), {})], folder, "cpu", str(release))
+    demo_actions.Demo(folder, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
+    in_service(jobs.pipeline, clip)
+
+    assert len(used) == 4
+    prepared = in_preparation(clip)
+    mouth, length, track = prepared.tensors["mouth"].numpy(), prepared.length, prepared.face_track
+    for crops in used:
+        assert np.array_equal(crops.mouth[:length], mouth)
+        assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
+        assert np.array_equal(crops.voices, used[0].voices)
+    config = jobs.pipeline.system.encoders.config
+    at = np.array(jobs.pipeline.system.voice_pictures(len(track))) * config.picture_every
+    assert np.array_equal(prepared.cut_faces(config, at), used[0].voices)
+    return prepared
+
+
+def test_crops_of_drawn_faces_are_equal(release, tmp_path, monkeypatch):
+    check(drawn_clip(tmp_path / "head.mp4", talking_head(FRAMES)), release, tmp_path, monkeypatch)
+
+
+def test_crops_of_a_small_face_in_a_large_picture_are_equal(release, tmp_path, monkeypatch):
+    """Both track the face in frames of 640 pixels and cut it from larger ones, beyond preparation's `max_side`."""
+    frames = scene(16, [lambda i: (600 + 2 * i, 200, 200)], (900, 1600))
+    prepared = check(drawn_clip(tmp_path / "far.mp4", frames), release, tmp_path, monkeypatch)
+    assert prepared.frames.shape[2] == 1280 and max(prepared.face_frames.size) > 640
+
+
+def test_crops_of_real_faces_are_equal(release, tmp_path, monkeypatch):
+    if not GRID.is_dir():
+        pytest.skip("no clips of GRID in ../shared/grid")
+    for name in REAL:
+        clip = GRID / f"{name}.mp4" if "/" in name else min((GRID / name).glob("*.mp4"))
+        with monkeypatch.context() as patch:
+            check(clip, release, tmp_path / clip.stem, patch)
