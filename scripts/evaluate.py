@@ -23,7 +23,7 @@ from engine.codec import load_codec
 from engine.config import compose, load, plain, target
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
-from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
+from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
 from engine.evaluation.generate import generate_shares
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.report import write_report
@@ -132,6 +132,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if config.video == "output":  # the source's pictures would be compared with themselves
             for i, clip in enumerate(clips):
                 clips[i] = replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
+        if config.exchanged:
+            clips = with_exchanged(clips)
         workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
         names = ", ".join(clips[0].takes) or "true speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")

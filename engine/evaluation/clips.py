@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.evaluation.statistics import derangement
 from engine.metrics.metric import Take
 from engine.untrusted import read_json, read_json_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
 KEYS = ("text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
+EXCHANGED = ", exchanged"  # ends the name of a control: a system's outputs for other clips
 TRUTH = "true speech"  # the name of the true row
 PROMPT = ("reference_audio", "reference_video")
 
@@ -107,6 +109,23 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
         path = next(paths, None)
         prompts.append(Take() if path is None else Take(path.with_suffix(".wav"), path.with_suffix(".mp4")))
     return [replace(clip, prompt=prompt) for clip, prompt in zip(clips, prompts)]
+
+
+def with_exchanged(clips: Sequence[Clip], seed: int = 0) -> list[Clip]:
+    """Return the clips with a control for each system, `NAME, exchanged`: its output for another clip in place of each.
+
+    What any figure of an output would be if it did not depend on its clip. A single clip has no control.
+    """
+    if len(clips) < 2:
+        return [*clips]
+    found = []
+    for clip, other in zip(clips, derangement(len(clips), np.random.default_rng(seed))):
+        controls = {}
+        for name, take in clip.takes.items():
+            foreign = clips[other].takes[name]
+            controls[name + EXCHANGED] = replace(take, audio=foreign.audio, video=foreign.video, heard=foreign.heard)
+        found.append(replace(clip, takes={**clip.takes, **controls}))
+    return found
 
 
 def text_of(folder: Path, name: str) -> str | None:

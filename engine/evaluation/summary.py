@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.clips import TRUTH, Clip
+from engine.evaluation.clips import EXCHANGED, TRUTH, Clip
 from engine.evaluation.measure import Results
 from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
 from engine.metrics.frechet import frechet_distance
@@ -124,9 +124,10 @@ def _tests(
     systems could reach: each clip is exchanged or not, so few clips can show nothing.
     """
     tests = []
+    compared = [name for name in systems if name != TRUTH and not name.endswith(EXCHANGED)]
     for figure, metric in metrics.items():
         about = metric.figures[figure]
-        for one, two in combinations([name for name in systems if name != TRUTH], 2):
+        for one, two in combinations(compared, 2):
             first, second = (systems[name].get(figure, {}).get("pairs", {}) for name in (one, two))
             both = [clip for clip in first if clip in second]
             if len(both) < 2 or metric.outputs_only or not about.better:

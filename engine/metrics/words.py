@@ -8,6 +8,8 @@ counts with all its words. Recognisers:
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
 - `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised by the language model
   beside it, `free.arpa`, and counted as `wer_free`.
+- `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), or that of a
+  folder after a colon; other sentences cannot be measured. Letters alone are counted as `letter_errors`.
 - `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; no package holds it: `heard` of the manifest gives what its own
   program transcribed. Transcripts of any other recogniser can be given so, too.
 
@@ -31,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, printable
 from engine.evaluation.statistics import derangement
+from engine.metrics.grid_recogniser import LETTER, GridRecogniser, is_sentence
 from engine.metrics.metric import Figure, Metric, Rows, Take, text_of, wave_of
 from engine.metrics.recogniser import Recogniser
 from engine.untrusted import read_json
@@ -41,6 +44,7 @@ RATE = 16_000
 MODEL = "free.arpa"  # name of a language model beside a grammar
 LONG = 30  # seconds that Whisper hears at once
 FOLDERS = {"whisper-medium": "whisper-medium", "whisper-large-v3": "whisper-large-v3", "qwen3-asr": "Qwen3-ASR-1.7B-hf"}
+GRID = Path(__file__).parents[2] / "assets" / "grid_recogniser"
 WITHOUT_SPACES = ("zh", "ja", "th", "yue")
 
 
@@ -50,9 +54,10 @@ class WordErrors(Metric):
         "wer_free": Figure("WER free %", -1, 2, 100, "word errors of sentences outside the recogniser's grammar"),
         "wer_shuffled": Figure("WER other %", -1, 1, 100, "control: word errors against the words of another clip"),
         "wer_free_shuffled": Figure("WER free other %", -1, 1, 100, "control: the same outside the grammar"),
+        "letter_errors": Figure("letters %", -1, 1, 100, "wrong letters: sentences of GRID have one each"),
         "cer": Figure("CER %", -1, 2, 100, "character errors over characters"),
     }
-    protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar")
+    protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar", "grid")
     version = 2
     parallel = False
     inputs = ("audio", "heard", "language")
@@ -64,13 +69,17 @@ class WordErrors(Metric):
             self.closed = Recogniser(grammar)
             self.free = Recogniser(model) if model.is_file() else None
             self.vocabulary = set(re.findall(r"[\w'-]+", grammar.read_text()))
+        elif self.kind == "grid":
+            self.closed = GridRecogniser.from_pretrained(self.folder)
         elif self.kind != "auto-avsr":
             self.processor, self.model = load_speech_model(self.folder, self.device)
 
     @property
     def folder(self) -> Path:
         """That of a network."""
-        return Path(self.argument) if self.argument else self.weights / FOLDERS[self.kind]
+        if self.argument:
+            return Path(self.argument)
+        return GRID if self.kind == "grid" else self.weights / FOLDERS[self.kind]
 
     @property
     def _recogniser_files(self) -> list[Path]:
@@ -84,6 +93,8 @@ class WordErrors(Metric):
             if not Path(self.argument).is_file():
                 raise UserError(f"grammar={self.argument}: there is no such file; give grammar=FILE.jsgf")
             return [file for file in self._recogniser_files if file.is_file()]
+        if self.kind == "grid":
+            return [self.folder / name for name in ("config.yaml", "model.safetensors")]
         return [self.folder / name for name in ("config.json", "model.safetensors")] if self.kind in FOLDERS else []
 
     @property
@@ -105,6 +116,8 @@ class WordErrors(Metric):
                 raise UserError("the manifest gives no transcript: transcribe with auto-avsr and add it as heard")
             return take.heard
         wave = wave_of(take.audio, RATE)
+        if self.kind == "grid":
+            return self.closed.transcribe(wave, RATE)
         if self.kind == "grammar":
             return (self.free if self.is_free(take.text or "") else self.closed).transcribe(wave, RATE)
         if self.kind == "qwen3-asr":
@@ -128,7 +141,7 @@ class WordErrors(Metric):
         return {}
 
     def normalise(self, text: str, language: str) -> str:
-        if self.kind == "grammar":
+        if self.kind in ("grammar", "grid"):
             return " ".join(text.lower().split())
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer  # 3 s
 
@@ -137,11 +150,16 @@ class WordErrors(Metric):
         return BasicTextNormalizer()(text).strip()
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        spoken, heard = text_of(truth), self.transcribe(take)
+        spoken = text_of(truth)
+        if self.kind == "grid" and not is_sentence(spoken):
+            raise UserError(f"its words {printable(spoken)!r} are no sentence of GRID: choose another protocol.wer")
+        heard = self.transcribe(take)
         text, words = (self.normalise(part, take.language) for part in (spoken, heard))
         found = count_errors(text, words, take.language)
         if self.is_free(spoken):
             found["wer_free"] = found.pop("wer")
+        if self.kind == "grid":
+            found["letter_errors"] = (float(text.split()[LETTER] != words.split()[LETTER]), 1)
         return {**found, "heard": heard, "text": text, "words": words}
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:

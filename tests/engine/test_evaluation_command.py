@@ -120,6 +120,14 @@ def test_two_systems_side_by_side(run):
     assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3
 
 
+def test_outputs_exchanged_between_clips_are_a_control(run):
+    _, results, _, _, _ = run("exchanged=true", outputs=("good", "bad"))
+    good, control = (results["systems"][name]["stoi"] for name in ("good", "good, exchanged"))
+    assert control["clips"] == good["clips"] == 3 and control["value"] < good["value"]
+    assert {tuple(test["systems"]) for test in results["tests"]} == {("good", "bad")}
+    assert "good, exchanged" not in run("exchanged=true", "clips=1").results["systems"]
+
+
 def test_the_report_says_which_system_is_better(run, folders):
     rows = []
     for i in range(9):  # p of fewer clips cannot be small

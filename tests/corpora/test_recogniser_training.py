@@ -1,0 +1,133 @@
+"""Training data of the recogniser of GRID's sentences: parts of recordings, and changes that leave the words."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from corpora.grid_recogniser import (
+    GridRecogniserTask,
+    GridSentences,
+    change,
+    envelope,
+    spectra,
+    stretch,
+    warped_filters,
+)
+from engine.media.audio import write_wav
+from engine.metrics.grid_recogniser import WORDS, GridRecogniser, is_sentence
+from engine.nn.mel import N_FFT, RATE, mel_filters
+from tests import forked
+
+NAMES = ["bbaf2n", "lbbc1a", "pgwi9s", "prav6s", "sbbt3p"]
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Five sentences of s1 whose sound is a tone from 1.0 s to 1.9 s, five words of 0.15 s in it."""
+    time = np.arange(3 * RATE) / RATE
+    tone = 0.3 * np.sin(2 * np.pi * 440 * time) * ((time >= 1.0) & (time < 1.9))
+    for name in NAMES:
+        write_wav(tmp_path / "s1" / f"{name}.wav", tone, RATE)
+        (tmp_path / "s1" / f"{name}.mp4").write_bytes((tmp_path / "s1" / f"{name}.wav").read_bytes())
+        words = GRID_WORDS[name].split()
+        rows = [f"{25_000 + 3_750 * i} {28_750 + 3_750 * i} {word}" for i, word in enumerate(words)]
+        (tmp_path / "s1" / f"{name}.align").write_text("\n".join(["0 25000 sil", *rows, "47500 74500 sil"]))
+    return tmp_path
+
+
+GRID_WORDS = {
+    "bbaf2n": "bin blue at f two now",
+    "lbbc1a": "lay blue by c one again",
+    "pgwi9s": "place green with i nine soon",
+    "prav6s": "place red at v six soon",
+    "sbbt3p": "set blue by t three please",
+}
+
+
+def test_a_part_holds_the_whole_sentence_and_its_labels(corpus):
+    clips = GridSentences(corpus, seconds=1.4)
+    assert 0 < len(clips) < len(NAMES)
+    starts = set()
+    for seed in range(5):
+        item = clips.__getitem__(0, torch.Generator().manual_seed(seed))
+        labels, power = item["labels"], item["wave"].view(-1, 160).square().mean(1)
+        assert len(item["wave"]) == 22_400 and len(labels) == 140
+        assert labels[labels > 0].unique_consecutive().tolist() == item["words"].tolist()
+        assert [WORDS[i - 1] for i in item["words"]] == clips.clips[0].text.split()
+        assert ((labels > 0) == (power > 1e-4)).float().mean() > 0.97
+        starts.add(int((labels > 0).nonzero()[0]))
+    assert len(starts) > 1
+
+
+def test_clips_of_speakers_with_few_are_drawn_more_often(corpus):
+    for name in sorted(grid_names())[:60]:
+        path = corpus / "s2" / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (corpus / "s3").mkdir()
+    (corpus / "s3" / "bbaf2n.mp4").touch()
+    counts = Counter(clip.speaker for clip in GridSentences(corpus).clips)
+    assert counts["s2"] > 50 and counts["s3"] in (0, 4)
+    assert Counter(clip.key for clip in GridSentences(corpus, speakers=["s1"]).clips).most_common(1)[0][1] == 1
+
+
+def grid_names():
+    return {f"b{colour}a{letter}{digit}n" for colour in "bgrw" for letter in "abcdef" for digit in "123456"}
+
+
+def test_an_envelope_has_no_harmonics_and_their_level():
+    time = torch.arange(RATE) / RATE
+    wave = sum(torch.sin(2 * torch.pi * 200 * k * time) / k for k in range(1, 30))
+    power = spectra(wave[None])[0, :, 50]
+    smooth = envelope(spectra(wave[None]))[0, :, 50]
+    low = slice(5, 100)  # 200 Hz to 4 kHz
+    assert power[low].log().std() > 3 * smooth[low].log().diff().abs().max()
+    assert abs(float((smooth[low].log() - power[low].clamp_min(1e-9).log()).mean())) < 1
+
+
+def test_filters_that_are_warped_see_a_frequency_elsewhere():
+    plain = mel_filters(RATE, N_FFT, 64)
+    same, up = warped_filters(64, torch.tensor([1.0, 1.25]))
+    torch.testing.assert_close(same[:-1], plain[:-1])
+    assert up[40].argmax() == plain[50].argmax()
+
+
+def test_a_longer_spectrum_says_the_same_later():
+    mel = torch.arange(40.0).expand(2, 3, 40)
+    longer = stretch(mel, torch.tensor([1.0, 1.25]))
+    assert longer.shape == (2, 3, 50)
+    torch.testing.assert_close(longer[0, 0, :40], torch.arange(40.0))
+    torch.testing.assert_close(longer[1, 2, 10], torch.tensor(8.0))
+
+
+def test_changes_differ_and_give_a_loss_that_training_lowers(corpus):
+    torch.manual_seed(0)
+    task = GridRecogniserTask({"channels": 16, "hidden": 16}, str(corpus), ["s1"], ["s1"], steps=10)
+    clips = GridSentences(corpus)
+    batch = clips.collate([clips[i % len(clips)] for i in range(4)])
+    mel, lengths = change(batch["wave"], 64)
+    assert mel.shape == (4, 64, 275) and mel.isfinite().all() and mel.amax() <= 2.5
+    assert len(lengths.unique()) == 4 and lengths.min() >= 0.8 and lengths.max() <= 1.25
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss = task(batch, "recogniser")["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all() and losses[-1] < 0.6 * losses[0]
+
+
+def test_the_recipe_ends_in_a_release_that_hears_sentences(corpus):
+    words = "trainer.steps=2 trainer.batch_size=2 trainer.warmup=1 trainer.validate_every=2 trainer.checkpoint_every=2"
+    sizes = "task.recogniser.channels=8 task.recogniser.hidden=8 task.new_speakers=[s1] data.train.speakers=[s1]"
+    settings = f"data.root={corpus} run={corpus}/run experiment=grid_recogniser {words} {sizes}"
+    done = forked.run("train.py", *settings.split(), cwd=corpus)
+    assert done.returncode == 0, done.stderr
+    card = (corpus / "run" / "release" / "README.md").read_text()
+    assert "GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0" in card and "test/word_errors" in card
+    heard = GridRecogniser.from_pretrained(corpus / "run" / "release").transcribe(np.zeros(RATE, np.float32), RATE)
+    assert is_sentence(heard)
