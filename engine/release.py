@@ -322,6 +322,22 @@ def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]
             shutil.copyfile(path, out / path.name)
 
 
+def without_retired(settings: Mapping[str, Any], retired: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings of a release without those that have been removed since it was written.
+
+    Args:
+        retired: the removed settings, each with the value at which it had no effect.
+        prefix: where the settings stand in config.yaml, for error messages.
+
+    Raises:
+        UserError: a removed setting has another value, so that the release depends on code that no longer exists.
+    """
+    for name, value in retired.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"{prefix}{name}={settings[name]} has been removed: use an older version of this project")
+    return {name: value for name, value in settings.items() if name not in retired}
+
+
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
     """Load a state dict; say in one line which keys or shapes do not fit.
 

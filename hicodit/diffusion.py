@@ -1,6 +1,6 @@
 """Absorbing-state discrete diffusion with a log-linear schedule (SEDD, arXiv 2310.16834).
 
-Axes: B batch, M masked positions, N real tokens (ids 0..N-1; id N is the mask), V any number of columns.
+Axes: B batch, M masked positions, N real tokens (ids 0..N-1; id N is the mask).
 Any leading shape works where a docstring says `...`; a time or noise level broadcasts against it from the left.
 
 Two readings of one network output are used. The *score* of token y at a masked position is
@@ -63,14 +63,6 @@ def stratified_times(batch: int, low: float) -> Tensor:
     return low + (1 - low) * u
 
 
-def sample_categorical(weights: Tensor, u: Tensor) -> Tensor:
-    """Draw an index in proportion to weights (..., V), by an exponential race on uniforms u of the same shape.
-
-    Weights need not sum to one; a negative weight never wins.
-    """
-    return (weights / exponential_noise(u)).argmax(-1)
-
-
 def exponential_noise(u: Tensor) -> Tensor:
-    """Return the race's exponential draws from uniforms, with the small constants of the reference program."""
+    """Return exponential draws from uniforms, with the small constants of the reference program."""
     return 1e-10 - torch.log(u + 1e-10)

@@ -26,7 +26,7 @@ from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
 from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
 from hicodit.samplers import Posterior, sample
-from hicodit.settings import UNGUIDED, GuidanceScales, SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
 
@@ -59,13 +59,9 @@ class GuidedPosterior:
 
 
 def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior:
-    """Prepare the posterior of some clips. A model that takes guidance as its input has one branch at all times."""
-    inputs = None
-    if model.config.guidance_limit is not None:
-        scales.check_input(model.config.guidance_limit)
-        inputs, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
+    """Prepare the guided posterior of a batch of clips: all that does not depend on diffusion time."""
     with half_precision(conditions.lip.device, model.dtype):
-        conditioning = model.prepare(conditions, scales.branches, scales=inputs)
+        conditioning = model.prepare(conditions, scales.branches)
     return GuidedPosterior(model, conditioning, scales)
 
 

@@ -38,14 +38,3 @@ def combine(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = Non
         return out.log_softmax(-1)
     extra_powers = sum(weights) - 1  # 1 for A, 0 for B
     return out + extra_powers * log_odds if log_odds is not None else out
-
-
-def combine_rows(log_p: Tensor, scales: Tensor) -> Tensor:
-    """Combine with reading D by other scales at each position: log posteriors (G, M, N) of all five branches, in the
-    order of `hicodit.model.BRANCHES`, and `GuidanceScales.values` (M, 4) -> normalised log posterior (M, N).
-    """
-    exponents = torch.cat([1 - scales.sum(-1, keepdim=True), scales], -1).T[..., None]  # (G, M, 1)
-    out = exponents[0] * log_p[0]
-    for exponent, branch in zip(exponents[1:], log_p[1:]):
-        out = out.addcmul_(exponent, branch)
-    return out.log_softmax(-1)

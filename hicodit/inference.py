@@ -59,9 +59,6 @@ class ClipJobs(Jobs):
             )
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)
-        limit = pipeline.system.model.config.guidance_limit
-        if limit is not None:
-            pipeline.guidance.check_input(limit)
         self.scratch = tempfile.TemporaryDirectory()
         self.times = WordTimes() if c.timestamps else None
 

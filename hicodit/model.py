@@ -34,7 +34,6 @@ from engine.errors import UserError
 from engine.settings import Group, setting
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, ScaleNorm, TemporalScales, TimeEmbedding, modulation_layer, rotary_table
-from hicodit.settings import UNGUIDED
 
 CONDITIONS = ("lip", "identity", "expression")
 BRANCHES = {  # guidance branch -> the conditions that it sees
@@ -45,7 +44,7 @@ BRANCHES = {  # guidance branch -> the conditions that it sees
     "lip": ("lip",),
 }
 FLOAT32 = (  # at any precision
-    "time", "modulation", "temporal", "identity_proj", "expression_proj", "guidance_proj", "identity_adapter"
+    "time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter"
 )  # fmt: skip
 TOKENS_PER_FRAME = 2
 WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
@@ -62,8 +61,6 @@ class ModelConfig(Group, prefix="model."):
     normalised: heads give log posteriors; False gives free log scores, as SEDD's.
     drop_all, drop_each: training probability of dropping all conditions, else each by itself.
     keep_single: training probability of keeping exactly one condition (not in the paper: 0).
-    guidance_limit: the model takes the guidance scales as an input, up to this one (`hicodit.distill`); None: it does
-        not, and guidance is a combination of its branches.
     attention: sdpa, or flash for the flash-attn kernel where it applies.
     """
 
@@ -87,7 +84,6 @@ class ModelConfig(Group, prefix="model."):
     drop_all: float = setting(0.1, 0.0, 1.0)
     drop_each: float = setting(0.1, 0.0, 1.0)
     keep_single: float = setting(0.0, 0.0, 1.0)
-    guidance_limit: float | None = setting(None, 1.0, 100.0)
     attention: str = setting("sdpa", choices=("sdpa", "flash"))
 
     def __post_init__(self) -> None:
@@ -209,10 +205,6 @@ class HiCoDiT(nn.Module):
             low, high = (("lip", "identity"), ("expression",)) if c.dual_scale else (CONDITIONS, CONDITIONS[1:])
             plan = [(0, c.low_levels, c.low_blocks, low), (c.low_levels, c.levels, c.high_blocks, high)]
         self.stages = nn.ModuleList(Stage(c, *stage) for stage in plan)
-        if c.guidance_limit is not None:
-            self.guidance_proj = _mlp(len(UNGUIDED.values), c.cond_dim)
-            nn.init.zeros_(self.guidance_proj[-1].weight)  # starts as the model without this input
-            nn.init.zeros_(self.guidance_proj[-1].bias)
 
     @property
     def mask_id(self) -> int:
@@ -241,14 +233,12 @@ class HiCoDiT(nn.Module):
         conditions: Conditions,
         branches: Sequence[str] = ("all",),
         keep: Tensor | None = None,
-        scales: Tensor | None = None,
     ) -> Conditioning:
         """Compute all that does not depend on diffusion time.
 
         Args:
             branches: guidance branches, names of `BRANCHES`.
             keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
-            scales: (B, 4) or (1, 4) `GuidanceScales.values`, where the model takes them as an input; None: no guidance.
         """
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
         ends, host = TOKENS_PER_FRAME * conditions.frames[:, None], conditions.frames.device  # (B, 1)
@@ -278,10 +268,6 @@ class HiCoDiT(nn.Module):
                 if stage.fuse_expression is not None:
                     inputs.append(stage.fuse_expression(embedded).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
             conds.append(cond)
-        if self.config.guidance_limit is not None:
-            scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
-            guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
-            conds = [(cond.unflatten(0, (-1, len(ends))) + guidance).flatten(0, 1) for cond in conds]
         lip = lip + inputs[0] if inputs else lip
         return Conditioning(lip, tuple(conds), windows, inputs[1] if len(inputs) > 1 else None, low_index, rotary, mask)
 

@@ -74,21 +74,6 @@ class GuidanceScales(Group, prefix="guidance."):
         return {branch: value for branch, value in values.items() if value != 0}
 
     @property
-    def values(self) -> tuple[float, float, float, float]:
-        """The scales of all conditions, identity, expression and lip."""
-        return self.all, self.identity, self.expression, self.lip
-
-    def check_input(self, limit: float) -> None:
-        """Check the scales for a model that takes guidance as its input and learned scales up to `limit`."""
-        if self.reading != "D":
-            raise UserError(
-                f"guidance.reading={self.reading}: this model takes guidance as its input, learned with reading D"
-            )
-        for name, low, value in zip(("all", "identity", "expression", "lip"), (1.0, 0.0, 0.0, 0.0), self.values):
-            if not low <= value <= limit:
-                raise UserError(f"guidance.{name}={value:g}: this model learned scales from {low:g} to {limit:g}")
-
-    @property
     def branches(self) -> tuple[str, ...]:
         """Branches that have to be computed."""
         return tuple(self.exponents())

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.codec import Codec
 from engine.device import send
 from engine.errors import UserError
-from engine.release import Released
+from engine.release import Released, without_retired
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import EXPRESSIONS, window_expressions
@@ -73,4 +73,5 @@ class HiCoDiTSystem(Released):
             raise UserError(f"encoders={encoders}: this model was trained with its own encoders, leave this out")
         if encoders is not None:
             settings["folder"] = encoders
-        return cls(ModelConfig(**arguments["model"]), encoder_config(settings))
+        model = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
+        return cls(ModelConfig(**model), encoder_config(settings))

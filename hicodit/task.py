@@ -37,7 +37,7 @@ from hicodit.system import CODECS, HiCoDiTSystem
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_BATCH = 8
 # Tensors that a start may lack: of an auxiliary loss, and of inputs that add nothing at first.
-NEW = re.compile(r"\.phoneme_head\.|\.guidance_proj\.|\.fuse_expression\.")
+NEW = re.compile(r"\.phoneme_head\.|\.fuse_expression\.")
 TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # those that belong to a tokenizer
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
 
@@ -67,8 +67,6 @@ class HiCoDiTTask(Task):
             inference and fine-tuning refuse encoders that make others. None: not recorded.
         new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
     """
-
-    tokens_loss = "dse"
 
     def __init__(
         self,
@@ -169,7 +167,7 @@ class HiCoDiTTask(Task):
         log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0]
         clip, level, frame = rows_of(where)
         entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], self.noise)
-        losses = self.by_stage("dse", entropy, where, conditions.frames)
+        losses = self.by_stage(entropy, where, conditions.frames)
         losses["identity"] = self.identity_weight * F.l1_loss(voice, batch["ge2e"])
         if encoders.learns:
             shown = encoders.expression(batch["face"]).float()
@@ -207,10 +205,8 @@ class HiCoDiTTask(Task):
         noisy = torch.where(send(masked, tokens.device), self.system.model.mask_id, tokens)
         return send(t, tokens.device), noisy, positions_of(masked & valid[:, None], tokens.device)
 
-    def by_stage(
-        self, name: str, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor
-    ) -> dict[str, Tensor]:
-        """Sum the losses (M,) of the masked tokens over each group of levels, for one token of all.
+    def by_stage(self, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor) -> dict[str, Tensor]:
+        """Sum the score entropies (M,) of the masked tokens over each group of levels, for one token of all.
 
         The paper's sum is divided by the number of tokens, so that batch size and clip length do not change the scale
         that gradient clipping sees.
@@ -218,7 +214,7 @@ class HiCoDiTTask(Task):
         c = self.system.model.config
         low = sum(len(clip) for clip, _ in where[: c.low_levels])
         count = TOKENS_PER_FRAME * frames.sum() * c.levels
-        return {f"{name}_low": values[:low].sum() / count, f"{name}_high": values[low:].sum() / count}
+        return {"dse_low": values[:low].sum() / count, "dse_high": values[low:].sum() / count}
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure losses of held-out clips, and `validate_metrics` of speech made from their pictures alone.
@@ -242,8 +238,8 @@ class HiCoDiTTask(Task):
         return results
 
     def held_out_losses(self, split: str) -> dict[str, float]:
-        """Return `loss`, and the part of it that `tokens_loss` names (`dse`), of the clips that are synthesised."""
-        source, encoders, name = join(self.shards, split), self.system.encoders, self.tokens_loss
+        """Return `loss`, and its part `dse`, of the clips that are synthesised."""
+        source, encoders = join(self.shards, split), self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
@@ -253,7 +249,7 @@ class HiCoDiTTask(Task):
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
             losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             sums["loss"] += len(clips) * float(losses["loss"])
-            sums[name] += len(clips) * float(losses[f"{name}_low"] + losses[f"{name}_high"])
+            sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])
         return {name: value / len(chosen) for name, value in sums.items()}
 
     def adapted(self) -> nn.Module:

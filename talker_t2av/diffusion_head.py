@@ -2,9 +2,6 @@
 
 Axes: N examples (2 B rows while sampling with guidance), C channels, P frames of a patch, K context frames, D width,
 G width of the global condition, n solver steps.
-
-A student (`talker_t2av.distill`) takes the guidance scale and the length of the solver's step as inputs: it gives the
-mean guided velocity over the step, in one evaluation.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.device import send
-from engine.errors import UserError
 from talker_t2av.flow_matching import (
     DROP_COND,
     DROP_MU,
@@ -43,24 +39,20 @@ def time_features(u: Tensor, width: int) -> Tensor:
 
 
 class TimeMLP(nn.Module):
-    """Scalars (N,) from 0 to 1, such as a time, to a vector (N, D)."""
+    """Times (N,) from 0 to 1 to vectors (N, D)."""
 
-    def __init__(self, width: int, scalars: int = 1) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(scalars * width, width)
+        self.linear_1 = nn.Linear(width, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, *scalars: Tensor) -> Tensor:
-        width = self.linear_2.in_features
-        return self.linear_2(F.silu(self.linear_1(torch.cat([time_features(u, width) for u in scalars], -1))))
+    def forward(self, t: Tensor) -> Tensor:
+        features = time_features(t, self.linear_1.in_features)
+        return self.linear_2(F.silu(self.linear_1(features)))
 
 
 class DiffusionHead(nn.Module):
-    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch].
-
-    Args:
-        student: with the inputs of a student.
-    """
+    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch]."""
 
     def __init__(
         self,
@@ -70,7 +62,6 @@ class DiffusionHead(nn.Module):
         layers: int,
         heads: int,
         max_positions: int = 1024,
-        student: bool = False,
     ) -> None:
         super().__init__()
         self.in_proj = nn.Linear(channels, width)
@@ -79,10 +70,6 @@ class DiffusionHead(nn.Module):
         self.out_proj = nn.Linear(width, channels)
         self.time_mlp = TimeMLP(width)
         self.delta_time_mlp = TimeMLP(width)
-        if student:
-            self.step_mlp = TimeMLP(width, 2)  # of the guidance scale and the step's length
-            nn.init.zeros_(self.step_mlp.linear_2.weight)
-            nn.init.zeros_(self.step_mlp.linear_2.bias)
         self.decoder = Transformer(width, width, layers, heads, max_positions)
 
     def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
@@ -127,7 +114,6 @@ class FlowHead(nn.Module):
 
     Args:
         drop_mu, drop_cond: training probabilities of an example without mu, without context frames.
-        limit: the largest guidance scale of a student, whose estimator takes it as an input; None: it is no student.
     """
 
     def __init__(
@@ -135,41 +121,19 @@ class FlowHead(nn.Module):
         estimator: DiffusionHead,
         drop_mu: float = DROP_MU,
         drop_cond: float = DROP_COND,
-        limit: float | None = None,
     ) -> None:
         super().__init__()
-        self.estimator, self.drop_mu, self.drop_cond, self.limit = estimator, drop_mu, drop_cond, limit
+        self.estimator = estimator
+        self.drop_mu = drop_mu
+        self.drop_cond = drop_cond
 
-    def schedule(self, steps: int = 10, sway: float = 1.0, guidance: float = 1.0) -> Schedule:
-        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`.
-
-        Args:
-            guidance: for a student; others take it in `sample`.
-
-        Raises:
-            UserError: a student did not learn this guidance.
-        """
-        net, times = self.estimator, solver_times(steps, sway)
-        device, lengths = net.in_proj.weight.device, times[:-1] - times[1:]
-        vectors = net.time(send(times[:-1], device))
-        if self.limit is not None:
-            if not 1 <= guidance <= self.limit:
-                raise UserError(f"sampling.guidance={guidance:g}: this model learned scales from 1 to {self.limit:g}")
-            scales = torch.full((steps,), guidance / self.limit, device=device)
-            vectors = vectors + net.step_mlp(scales, send(lengths, device))
-        shifts = F.linear(vectors, net.decoder.input_proj.weight.to_dense().float())
-        return Schedule(times, lengths.tolist(), shifts)
-
-    def mean_velocity(
-        self, x: Tensor, mu: Tensor, t: Tensor, length: Tensor, guidance: Tensor, cond: Tensor, global_cond: Tensor
-    ) -> Tensor:
-        """A student's velocity (N, C, P) over steps from t down to t - length, with guidance; these are (N,).
-
-        x (N, C, P), mu (N, D), cond (N, C, K), global_cond (N, G).
-        """
+    def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
+        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
         net = self.estimator
-        vector = net.time(t) + net.step_mlp(guidance / self.limit, length)
-        return net.denoise(x, net.decoder.input_proj(mu + vector), net.context(cond, global_cond))
+        times = solver_times(steps, sway)
+        vectors = net.time(send(times[:-1], net.in_proj.weight.device))
+        shifts = F.linear(vectors, net.decoder.input_proj.weight.to_dense().float())
+        return Schedule(times, (times[:-1] - times[1:]).tolist(), shifts)
 
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
@@ -211,12 +175,10 @@ class FlowHead(nn.Module):
             global_cond: (B, G) speaker embedding or first motion frame.
             noise: (B, C, P) standard normal, scaled here by `temperature`.
             schedule: the solver's times, from `schedule`.
-            guidance: at 1 the unconditional branch is not evaluated. A student takes that of `schedule`.
-            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps. A student has learned both.
+            guidance: at 1 the unconditional branch is not evaluated.
+            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps.
             unguided: number of last steps whose unconditional branch is not evaluated either.
         """
-        if self.limit is not None:
-            guidance, zero_star = 1.0, False
         evaluate = self.branches(mu, cond, global_cond, schedule, guidance != 1)
         guided = 0 if guidance == 1 else len(schedule.lengths) - unguided  # steps
 

@@ -169,7 +169,7 @@ class Rows:
         self.turns = [[s] for s in ORDERS[c.order]] if self.per_patch == 2 else [self.streams]
         self.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
         self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
-        self.schedules = {s: self.heads[s].schedule(sampling.steps, guidance=sampling.guidance) for s in self.streams}
+        self.schedules = {s: self.heads[s].schedule(sampling.steps) for s in self.streams}
         self.run_step = GraphedStep(self._step, self.device, compile, backend)
         self.rows: list[Row] = []
         self.patch: Patch | None = None

@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from engine.errors import UserError
 from engine.precision import convert_matrices
-from engine.release import Released, load_strict
+from engine.release import Released, load_strict, without_retired
 from engine.settings import Group, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
@@ -37,7 +37,7 @@ LLM_SIZES = {
     "vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
-FLOAT32 = ("time_mlp", "delta_time_mlp", "step_mlp", "head_stop")  # at any precision
+FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
 FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
@@ -61,8 +61,6 @@ class TalkerConfig(Group, prefix="model."):
         context patches.
     phonemes: classes of an auxiliary loss of training, with silence: the state before a patch also tells which phoneme
         each of its frames holds. It teaches a small model in few steps where in the text it is. 0: there is none.
-    guidance_limit: the diffusion heads take guidance, up to this scale, and the step's length as inputs
-        (`talker_t2av.distill`); None: they do not.
     """
 
     llm: dict[str, Any]
@@ -84,7 +82,6 @@ class TalkerConfig(Group, prefix="model."):
     drop_cond: float = setting(DROP_COND, 0.0, 1.0)
     order: str = "add"
     phonemes: int = setting(0, 0, 255)
-    guidance_limit: float | None = setting(None, 1.0, 20.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,8 +134,8 @@ class TalkerT2AV(Released):
         encoder = (width, width, c.encoder_layers, c.encoder_heads, c.max_positions)
         self.speech_patch_encoder = PatchEncoder(*encoder)
         self.motion_patch_encoder = PatchEncoder(*encoder)
-        head = (width, c.head_layers, c.head_heads, c.max_positions, c.guidance_limit is not None)
-        flow = (c.drop_mu, c.drop_cond, c.guidance_limit)
+        head = (width, c.head_layers, c.head_heads, c.max_positions)
+        flow = (c.drop_mu, c.drop_cond)
         self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head), *flow)
         self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head), *flow)
         self.head_stop = StopPredictor(width)
@@ -221,7 +218,7 @@ class TalkerT2AV(Released):
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> TalkerT2AV:
         with torch.device("meta"):
-            return cls(TalkerConfig(**arguments["model"]))
+            return cls(TalkerConfig(**without_retired(arguments["model"], {"guidance_limit": None}, "model.")))
 
     def stored(self) -> dict[str, Tensor]:
         return released.stored(self)

@@ -35,11 +35,9 @@ SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chose
 def why_not(model: TalkerT2AV) -> str:
     """Why a model cannot weigh drafts, in words for an error message; "" if it can.
 
-    Weights are losses of the motion head after the speech of the same patch. A distilled head has another loss; other
-    orders train it on other hidden states.
+    Weights are losses of the motion head after the speech of the same patch; other orders train it on other hidden
+    states.
     """
-    if model.motion_cfm.limit is not None:
-        return "it is distilled"
     order = model.config.order
     return f"model.order={order}" if order in ORDERS else ""
 

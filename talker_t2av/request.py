@@ -62,7 +62,7 @@ class Sampling(Group, prefix="sampling."):
     guidance: float = setting(
         2.0, 0.0, 20.0, "scale of classifier-free guidance (released model: 2.0); 1: off, twice as fast"
     )
-    unguided: int = setting(0, 0, 1000, "last solver steps without guidance, at half the cost (not of a student)")
+    unguided: int = setting(0, 0, 1000, "last solver steps without guidance, at half the cost")
     text_bytes: int = setting(
         190,  # a little less than 30 s of slow speech
         8,

@@ -40,7 +40,7 @@ from talker_t2av.system import MotionStats, check_codecs, load_model, load_motio
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
-NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.")  # that `init` may lack: of a student, of an auxiliary loss
+NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # that `init` may lack: of an auxiliary loss
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 

@@ -28,18 +28,12 @@ from torch.utils.data import default_collate
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 from engine.training.trainer import Trainer
-from hicodit.conditions import encoder_config
 from hicodit.data import HiCoDiTDataset
-from hicodit.distill import DistillTask
-from hicodit.model import ModelConfig
-from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from lia_x.task import LiaXTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.task import RVQCodecTask
 from talker_t2av.data import SequenceFormat, collate
-from talker_t2av.distill import TalkerDistillTask
-from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.speaker.task import VoiceEncoderTask
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import byte_tokenizer
@@ -109,17 +103,6 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
     return HiCoDiTTask(**arguments), data
 
 
-def hicodit_distill(folder: Path) -> tuple[Task, Made]:
-    """Two steps of the teacher ahead; its heads are drawn, as they start at zero and would say the same of all."""
-    arguments, data = hicodit_parts(folder)
-    teacher = HiCoDiTSystem(ModelConfig(**arguments.pop("model")), encoder_config(arguments.pop("encoders")))
-    for stage in teacher.model.stages:
-        for head in stage.heads:
-            torch.nn.init.normal_(head.weight, std=0.2)
-    teacher.save(folder / "teacher", "made for a test")
-    return DistillTask(str(folder / "teacher"), {"kind": "tiny"}, substeps=2, teacher_steps=4, **arguments), data
-
-
 def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any], Made]:
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
@@ -148,14 +131,6 @@ def talker_t2av(folder: Path) -> tuple[Task, Made]:
 def talker_tts(folder: Path) -> tuple[Task, Made]:
     arguments, data = talker_parts(folder, with_motion=False)
     return TalkerTask(**arguments), data
-
-
-def talker_distill(folder: Path) -> tuple[Task, Made]:
-    """Of both streams, with two numbers of steps to draw from."""
-    arguments, data = talker_parts(folder)
-    TalkerT2AV(TalkerConfig(**arguments.pop("model"))).save(folder / "teacher", "made for a test")
-    byte_tokenizer().save(folder / "teacher")
-    return TalkerDistillTask(str(folder / "teacher"), teacher_steps=4, student_steps=[1, 2], **arguments), data
 
 
 def rvq_codec(folder: Path) -> tuple[Task, Made]:
@@ -208,8 +183,7 @@ def voice_encoder(folder: Path) -> tuple[Task, Made]:
 RUNS = {
     run.__name__: run
     for run in (
-        hicodit, hicodit_distill, talker_t2av, talker_tts, talker_distill, rvq_codec, whisperx_vae, lia_x,
-        voice_encoder,
+        hicodit, talker_t2av, talker_tts, rvq_codec, whisperx_vae, lia_x, voice_encoder,
     )
 }  # fmt: skip
 

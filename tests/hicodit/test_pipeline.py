@@ -208,13 +208,17 @@ def test_bad_frames_are_one_line(pipeline, read, frames, message):
         list(getattr(pipeline, read)(frames))
 
 
-def test_a_release_may_state_that_guidance_is_not_late(release, tmp_path):
+def test_a_release_may_state_removed_settings_that_had_no_effect(release, tmp_path):
     config = (release / "config.yaml").read_text()
     old = shutil.copytree(release, tmp_path / "old")
-    (old / "config.yaml").write_text(f"{config}guidance: {{all: 2.0, late: 1.0}}\n")
+    stated = config.replace("model:\n", "model:\n  guidance_limit: null\n")
+    (old / "config.yaml").write_text(f"{stated}guidance: {{all: 2.0, late: 1.0}}\n")
     assert HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec").guidance == GuidanceScales(2.0)
     (old / "config.yaml").write_text(f"{config}guidance: {{all: 2.0, late: 0.5}}\n")
     with pytest.raises(UserError, match="unexpected keyword argument 'late'"):
+        HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
+    (old / "config.yaml").write_text(config.replace("model:\n", "model:\n  guidance_limit: 3.0\n"))
+    with pytest.raises(UserError, match=r"config.yaml: model.guidance_limit=3.0 has been removed"):
         HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hicodit.diffusion import LogLinearNoise, expand, log_expm1, sample_categorical
+from hicodit.diffusion import LogLinearNoise, expand, exponential_noise, log_expm1
 from hicodit.layers import AdaLNBlock, ScaleNorm, TimeEmbedding, modulation_layer, rotary_table
 
 # ------------------------------------------------------------------------------------------------ the absorbing graph
@@ -23,6 +23,14 @@ from hicodit.layers import AdaLNBlock, ScaleNorm, TimeEmbedding, modulation_laye
 
 def one_hot(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.one_hot(x, size).to(dtype)
+
+
+def sample_categorical(weights: Tensor, u: Tensor) -> Tensor:
+    """Draw an index in proportion to weights (..., V), by an exponential race on uniforms u of the same shape.
+
+    Weights need not sum to one; a negative weight never wins.
+    """
+    return (weights / exponential_noise(u)).argmax(-1)
 
 
 def rate(x: Tensor, mask_id: int, dtype: torch.dtype = torch.float32) -> Tensor:

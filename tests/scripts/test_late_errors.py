@@ -21,8 +21,6 @@ from engine.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
-HICODIT_STUDENT = "experiment=hicodit_distill init=assets/hicodit_tiny"
-TALKER_STUDENT = "experiment=talker_distill init=assets/talker_t2av_tiny"
 AUTO = "model=talker_t2av mode=v2a text=auto video=clip.mp4"
 SPEAK = "model=talker_t2av mode=tts text=a reference_audio=sounds/voice.wav"
 SHARDS = "source.root=corpus output=shards"
@@ -55,11 +53,6 @@ TRAIN = [
     ("experiment=hicodit_paper", "needs data=NAME; there are: "),
     ("experiment=hicodit_paper data=lsr3", "data=lsr3 does not exist; did you mean lrs3"),
     ("experiment=hicodit_paper data=lrs3", "task.codec=... task.encoders.folder=..."),
-    ("experiment=hicodit_distill", "name the release to distil"),
-    (f"{HICODIT_STUDENT} task.substeps=0", "task.substeps=0 must be"),
-    (f"{HICODIT_STUDENT} task.guidance_limit=0.5", "guidance_limit=0.5 must be"),
-    (f"{HICODIT_STUDENT} task.guidance.all=5", "guidance.all=5: this model learned scales from 1 to 3"),
-    (f"{HICODIT_STUDENT} task.encoders.kind=released", "has tiny encoders: use experiment=hicodit_distill"),
     (f"{TALKER} task.model.llm.hidden_size=7", "hidden_size=7"),
     (f"{TALKER} task.sampling.steps=0", "sampling.steps=0 must be"),
     (f"{TALKER} task.validation.clips=-3", "task.validation.clips=-3 must be"),
@@ -73,13 +66,6 @@ TRAIN = [
     (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
     (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 has to be 262 or more"),
     ("experiment=talker_speech_3 task.model.motion_dim=7", "motion_dim=7, but the motion has 40"),
-    ("experiment=talker_distill", "name the release to distil with init=FOLDER"),
-    (f"{TALKER_STUDENT} task.student_steps=[]", "task.student_steps is empty"),
-    (f"{TALKER_STUDENT} task.student_steps=[0]", "task.student_steps=0 must be"),
-    (f"{TALKER_STUDENT} task.teacher_steps=0", "task.teacher_steps=0 must be"),
-    (f"{TALKER_STUDENT} task.guidance_limit=0.5", "task.guidance_limit=0.5 must be"),
-    (f"{TALKER_STUDENT} task.guidance_limit=1.2 task.stats=null", "the student learns scales from 1 to 1.2"),
-    (f"{TALKER_STUDENT} task.temperature_limit=-1", "task.temperature_limit=-1.0 must be"),
     ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
     ("experiment=lia_x_synthetic task.growth.levels=99", "task.growth.levels=99 must be"),
     ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "needs task.vgg"),

@@ -181,3 +181,11 @@ def test_fused_layers_change_nothing(bias):
     assert {FusedMLP, FusedAttention} <= kinds and not kinds & {MLP, Qwen3MLP, Qwen3Attention}
     for a, b in zip(before, answers()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_release_may_state_a_removed_setting_that_had_no_effect():
+    stated = tiny_model().arguments()
+    old = {"model": stated["model"] | {"guidance_limit": None}}
+    assert TalkerT2AV.from_arguments(old).arguments() == stated
+    with pytest.raises(UserError, match=r"model.guidance_limit=2.0 has been removed"):
+        TalkerT2AV.from_arguments({"model": stated["model"] | {"guidance_limit": 2.0}})

@@ -72,7 +72,7 @@ def cross_entropy(case: Case):
 @runner("sedd_categorical")
 def categorical(case: Case):
     u = case.inputs["u"]
-    return {"exp_noise": dd.exponential_noise(u), "index": dd.sample_categorical(case.inputs["probs"], u)}
+    return {"exp_noise": dd.exponential_noise(u), "index": sedd.sample_categorical(case.inputs["probs"], u)}
 
 
 @runner("sedd_step")
@@ -90,7 +90,7 @@ def steps(case: Case):
         out[f"p_mask_{name}"] = value[..., -1]
         out[f"p_{name}_sum"] = value.sum(-1)
         if f"u_{name}" in i:
-            out[f"x_{name}"] = dd.sample_categorical(value, i[f"u_{name}"])
+            out[f"x_{name}"] = sedd.sample_categorical(value, i[f"u_{name}"])
     return {name: value for name, value in out.items() if name in case.outputs}
 
 
