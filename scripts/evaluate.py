@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,7 @@ from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
 from engine.evaluation.generate import generate_shares
 from engine.evaluation.measure import Results, measure
+from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
@@ -112,6 +113,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     outputs = output_folders(config, systems)
     references = Path(config.references) if config.references else None
     rows = other_rows(config, split)
+    papers = read_paper_tables(plain(config)["paper_tables"])
     if references and not config.manifest and output.resolve().is_relative_to(references.resolve()):
         raise UserError(f"output={output} lies in references=, where all files are clips: name another folder")
 
@@ -143,11 +145,12 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if not summary["figures"]:
             tell_left_out(summary)
             raise UserError("no figure of the table could be computed, for the reasons above")
-        summary["notes"] += protocol_notes(metrics, summary["figures"], rows)
+        summary["notes"] += protocol_notes(metrics, summary["figures"], rows, papers)
         settings = plain(config)
         summary |= {
             "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
             "paper": {n: row for n, row in rows.items() if any(row.get(f) is not None for f in summary["figures"])},
+            "paper_tables": [asdict(table) for table in papers],
             "count": len(clips),
             "speakers": {clip.id: clip.speaker for clip in clips},
             "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
@@ -201,7 +204,8 @@ def generate(model: str, clips: Sequence[Clip], folder: Path, device: str, setti
 
 def tell(summary: Mapping[str, Any]) -> None:
     """Print the table and the comparison of its systems, and on the error output what was left out."""
-    print(*table_lines(summary), *comparison_lines(summary), sep="\n")
+    papers = [PaperTable(**table) for table in summary["paper_tables"]]
+    print(*table_lines(summary), *paper_lines(papers, summary["figures"]), *comparison_lines(summary), sep="\n")
     for note in summary["notes"]:
         print(printable(f"note: {note}"))
     tell_left_out(summary)
@@ -244,9 +248,12 @@ def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, flo
     return ({"aim": dict(aim)} if aim else {}) | rows
 
 
-def protocol_notes(metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any]) -> list[str]:
+def protocol_notes(
+    metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any], tables: Sequence[PaperTable]
+) -> list[str]:
     """Return which of the paper's figures were computed in another way than those of this evaluation."""
     stated = {f for name, row in paper.items() if name.startswith("paper: ") for f in row if row[f] is not None}
+    stated = stated.union(*(table.stated for table in tables))
     if not stated:
         return []
     defaults, notes = compose("evaluate", [word for word in sys.argv[1:] if word.startswith("table=")]).protocol, []

@@ -14,6 +14,7 @@ import jinja2
 
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
+from engine.evaluation.paper_tables import PaperTable
 from engine.evaluation.summary import comparison_lines
 from engine.files import write_text
 from engine.media.audio import read_audio
@@ -41,7 +42,9 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
     }
     strict = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     strict.filters["figure"] = lambda value, digits: f"{value:.{digits}f}".replace("-", "−")
+    papers = [PaperTable(**table) for table in summary["paper_tables"]]
     content = {"systems": systems, "comparison": comparison_lines(summary), "cards": cards, "ranking": ranking}
+    content |= {"papers": papers}
     write_text(path, strict.from_string(TEMPLATE.read_text()).render(s=summary, **content))
 
 

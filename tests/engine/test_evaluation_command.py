@@ -115,7 +115,7 @@ def test_two_systems_side_by_side(run):
     assert results["tests"][0]["difference"] == pytest.approx(good["value"] - bad["value"])
     missing = results["left_out"]["figures"]["utmos"]
     assert "utmos_state_dict.pt (python scripts/download_checkpoints.py metrics" in missing
-    assert "paper: LibriTTS WhisperX-VAE" in out
+    assert "WhisperX-VAE (25 Hz, 32 dimensions)" in out and "WhisperX-VAE (25 Hz, 32 dimensions)" in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3
 
