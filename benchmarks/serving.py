@@ -2,9 +2,8 @@
 
 Starts `scripts/serve.py` with the bundled models. First, for each number of clients, requests for speech of half a
 second through /v1; then a longer run of 16 clients of which a tenth of the requests are wrong, a twentieth are cut off
-by the client, a twentieth are videos by HiCoDiT, a twentieth server-sent events, and a twentieth upload a voice, use
-and delete it. Every other request must get the answer that it deserves, and the server's memory must not grow. Server
-and clients share the machine.
+by the client, a twentieth are videos by HiCoDiT, and a twentieth are sent in chunks. Every other request must get the
+status that it deserves, and the server's memory must not grow. Server and clients share the machine.
 
 With `--size base`, the server has a Talker-T2AV of the released size with random weights, and no HiCoDiT.
 """
@@ -51,8 +50,7 @@ WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
     ("audio/speech", {"json": SPEECH | {"seed": -1}}, 400),
     ("audio/speech", {"json": [SPEECH]}, 400),
     ("audio/speech", {"content": b'{"model": "talker-t2av", "inp'}, 400),
-    ("audio/voices", {"data": {"name": "../../etc/voice"}, "files": {"audio_sample": b"RIFF"}}, 400),
-    ("audio/voices", {"data": {"name": "empty"}, "files": {"audio_sample": b""}}, 400),
+    ("audio/speech", {"json": SPEECH | {"reference_audio": None, "voice": "../../etc/voice"}}, 400),
     ("videos", {"data": {"model": "hicodit"}}, 400),
     ("videos", {"data": {"model": "hicodit", "seconds": "4"}, "files": {"input_reference": b"no video"}}, 400),
     ("audio/transcriptions", {"json": {}}, 404),
@@ -83,14 +81,14 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import httpx
 
     results = []
-    async with _server(args) as address, httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
+    async with _server(args) as (address, process), httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
         await asyncio.gather(*(_send(client, number, "speech") for number in range(4)))  # warm up
         for clients in args.clients:
-            results.append({"clients": clients} | await _load(client, clients, ["speech"] * args.requests))
+            results.append({"clients": clients} | await _load(client, process, clients, ["speech"] * args.requests))
         if args.mixed:
-            others = {7: "cut", 11: "clip", 1: "events", 17: "voice"}
+            others = {7: "cut", 11: "clip", 1: "chunks"}
             kinds = ["wrong" if i % 10 == 3 else others.get(i % 20, "speech") for i in range(args.mixed)]
-            results.append({"clients": 16, "mixed": True} | await _load(client, 16, kinds))
+            results.append({"clients": 16, "mixed": True} | await _load(client, process, 16, kinds))
     return results
 
 
@@ -111,22 +109,13 @@ async def _send(client: Any, number: int, kind: str) -> tuple[Any, int]:
     body = SPEECH | {"seed": number}
     if kind == "cut":
         body |= {"min_seconds": 8.0, "max_seconds": 8.0}
-    if kind == "events":
-        body |= {"response_format": "pcm", "stream_format": "sse"}
-    if kind == "voice":
-        body |= {"voice": f"voice-{number}", "reference_audio": None}
-        files = {"audio_sample": ("voice.wav", VOICE.read_bytes())}
-        answer = await client.post("/v1/audio/voices", data={"name": body["voice"]}, files=files)
-        if answer.status_code != 200:
-            return answer, 200
-    answer = await client.post("/v1/audio/speech", json=body)
-    if kind == "voice" and answer.status_code == 200:
-        answer = await client.delete(f"/v1/audio/voices/{body['voice']}")
-    return answer, 200
+    if kind == "chunks":
+        body |= {"response_format": "pcm", "stream_format": "audio"}
+    return await client.post("/v1/audio/speech", json=body), 200
 
 
-async def _load(client: Any, clients: int, kinds: list[str]) -> dict[str, Any]:
-    """Send all requests, as many at a time as there are clients."""
+async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> dict[str, Any]:
+    """Send all requests, as many at a time as there are clients, to the server with the id `process`."""
     waiting, seconds, answers = iter(enumerate(kinds)), [], Counter()
     memory, begin, every = [], time.monotonic(), max(1, len(kinds) // 10)
 
@@ -150,24 +139,23 @@ async def _load(client: Any, clients: int, kinds: list[str]) -> dict[str, Any]:
             except Exception as error:
                 answers[f"lost ({type(error).__name__})"] += 1
             if number % every == 0:
-                memory.append(await _metric(client, "process_resident_memory_bytes"))
+                memory.append(resident_megabytes(process))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     took = time.monotonic() - begin
     for _ in range(100):  # rows of clients that left end at their next step
-        if (inside := await _metric(client, "requests_inside")) == 0:
+        if (inside := (await client.get("/health")).json()["requests"]) == 0:
             break
         await asyncio.sleep(0.2)
     quantiles = {f"p{q}_s": round(float(np.percentile(seconds, q)), 3) for q in (50, 90, 99)}
     figures = {"requests": len(kinds), "requests_a_second": round(len(kinds) / took, 2)} | quantiles
-    megabytes = [round(value / 2**20) for value in memory]
-    return figures | {"answers": dict(answers), "left_inside": int(inside), "server_memory_mb": megabytes}
+    return figures | {"answers": dict(answers), "left_inside": inside, "server_memory_mb": memory}
 
 
-async def _metric(client: Any, name: str) -> float:
-    text = (await client.get("/metrics")).text
-    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found else float("nan")
+def resident_megabytes(process: int) -> int:
+    """Return the resident memory of a process on Linux in MB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[1]) // 1024
 
 
 def save_released_size(folder: Path) -> None:
@@ -181,8 +169,8 @@ def save_released_size(folder: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
-    """The service in a process of its own, on a free port of this machine."""
+async def _server(args: argparse.Namespace) -> AsyncIterator[tuple[str, int]]:
+    """Run the service on a free port of this machine; yield its address and the id of its process."""
     import httpx
 
     with socket.socket() as free:
@@ -205,7 +193,7 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
                     if (await client.get("/health")).status_code == 200:
                         break
                 await asyncio.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait(60)

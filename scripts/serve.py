@@ -1,9 +1,8 @@
 """Serve the models to other programs: `python scripts/serve.py` (needs the extra `serve`).
 
-POST /hicodit      a silent video as body -> speech as WAV. ?seed=0
+/v1/...            OpenAI's interface: models, audio/speech, videos; see docs/service.md
 WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
-/v1/...            OpenAI's interface: audio/speech, audio/voices, videos, models; see docs/service.md
-GET /health, GET /metrics, GET /docs
+GET /health, GET /docs
 
 Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is
 refused with 429, a wrong request with 400 and one sentence: {"error": "..."}. Only this machine can connect, unless
@@ -31,7 +30,7 @@ def main() -> None:
     add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
     add("--weights", help="HiCoDiT's release folder (default: the bundled one)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
-    add("--voices", type=Path, help="folder of recordings, each a voice of /v1; uploaded voices are saved there")
+    add("--voices", type=Path, help="folder of recordings, each a voice: NAME.wav is voice=NAME")
     add("--device", choices=DEVICES, default="auto", help="where the models run")
     add("--precision", choices=PRECISIONS, default="auto", help="of the models' matrices")
     add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT")
@@ -44,7 +43,7 @@ def main() -> None:
     limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
     if args.voices is not None and not args.voices.is_dir():
         raise UserError(f"--voices {args.voices} is no folder: make it, or leave the option out")
-    for package in ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart"):
+    for package in ("fastapi", "uvicorn", "websockets", "python_multipart"):
         require(package, package, "serve")
     import uvicorn
 

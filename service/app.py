@@ -1,44 +1,39 @@
-"""The web service `scripts/serve.py`: speech of silent clips, whole or while their pictures come, and /v1."""
+"""The web service `scripts/serve.py`: OpenAI's interface under /v1, and a WebSocket for speech while frames arrive."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from fastapi import Depends, FastAPI, Query, Request, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
-from engine.faces.track import read_face
-from engine.media.audio import write_wav
 from engine.seeding import check_seed
-from engine.settings import FACE, LIMITS
+from engine.settings import LIMITS
 from engine.untrusted import parse_object
 from hicodit.conditions.types import FPS
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.limits import MAX_PICTURE
-from service.openai import Folder, openai_error, openai_routes
-from service.service import HICODIT, Service, explain, while_connected
+from service.openai import openai_error, openai_routes
+from service.service import HICODIT, Service, explain
 from service.sound import samples
-from service.videos import FIRST, video_routes
-from service.workers import Ticket
+from service.videos import video_routes
 
 PICTURES = b"\x89PNG", b"\xff\xd8\xff"  # begin of a PNG or JPEG file
 
 
 def make_app(service: Service) -> FastAPI:
-    """Make the app: /hicodit, its WebSocket, OpenAI's interface under /v1, /health and /metrics."""
+    """Create the app: OpenAI's interface under /v1, the WebSocket /hicodit/stream, and /health."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -52,7 +47,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="speaking-faces", lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(counted, service=service)
+    app.add_middleware(limit_bodies, service=service)
     for kind in (UserError, RequestValidationError, HTTPException, OSError, Exception):
         app.exception_handler(kind)(_answer_error)
     app.include_router(openai_routes(service))
@@ -62,44 +57,21 @@ def make_app(service: Service) -> FastAPI:
     async def health() -> dict[str, Any]:
         if service.closing or not all(worker.is_alive() for worker in service.workers.values()):
             raise HTTPException(503, "not ready")
-        return {"status": "ok", "models": sorted(service.workers)}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
-
-    @app.post("/hicodit", dependencies=[Depends(service.place)])
-    async def hicodit(
-        request: Request, folder: Folder, seed: int = 0, face: Annotated[str, Query(description=FACE)] = FIRST
-    ) -> FileResponse:
-        """Return the speech of a silent video, which is the body, as WAV."""
-        model = service.find(HICODIT)
-        check_seed(seed)
-        if (chosen := read_face(face)) == "all":
-            raise UserError("face=all makes a file for each face: use /v1/videos")
-        if not (body := await request.body()):
-            raise UserError("the body is empty")
-        (folder / "clip.mp4").write_bytes(body)
-        crops = await asyncio.to_thread(model.crops, folder / "clip.mp4", chosen)
-        speech = await while_connected(request, service.generate("hicodit", Ticket(crops, seed)))
-        await asyncio.to_thread(write_wav, folder / "speech.wav", speech.wave, speech.rate)
-        return FileResponse(folder / "speech.wav", media_type="audio/wav")
+        return {"status": "ok", "models": sorted(service.workers), "requests": service.inside["requests"]}
 
     @app.websocket("/hicodit/stream")
     async def hicodit_stream(socket: WebSocket) -> None:
         await socket.accept()
-        status, begin = 200, time.monotonic()
         try:
             with service.admitted("streams"):
                 await _follow(socket, service.find(HICODIT))
         except WebSocketDisconnect:
-            status = 499
+            pass
         except Exception as error:
             status, message = explain(error)
             with contextlib.suppress(Exception):
                 await socket.send_json({"error": message, "status": status})
         finally:
-            service.count("/hicodit/stream", status, begin)
             with contextlib.suppress(Exception):
                 await socket.close()
 
@@ -162,34 +134,24 @@ def _push(stream: SpeechStream, data: bytes) -> SpeechChunk | None:
     return stream.push(picture)
 
 
-def counted(app: Callable, service: Service) -> Callable:
-    """Count answers to HTTP requests, and refuse bodies that are too large, as middleware.
+def limit_bodies(app: Callable, service: Service) -> Callable:
+    """Refuse request bodies that are larger than the limit: ASGI middleware.
 
     Starlette's BaseHTTPMiddleware would hide disconnections; its RequestBodyLimitMiddleware answers in plain text.
     """
-    most = service.limits.megabytes * 2**20
+    max_bytes = service.limits.megabytes * 2**20
 
     async def call(scope: Any, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        begin, status, size = time.monotonic(), 500, 0
+        size = 0
 
-        async def limited() -> Any:
+        async def limited_receive() -> Any:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > most:
-                raise HTTPException(413, f"a body of more than {most:,} bytes")
+            if size > max_bytes:
+                raise HTTPException(413, f"a body of more than {max_bytes:,} bytes")
             return message
 
-        async def watched(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await app(scope, limited, watched)
-        finally:
-            service.count(scope["path"] if status not in (404, 405) else "other", status, begin)
+        await app(scope, limited_receive if scope["type"] == "http" else receive, send)
 
     return call

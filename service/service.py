@@ -1,4 +1,4 @@
-"""What the routes share: the models with workers and voices, admission, metrics, errors as status and sentence."""
+"""What the routes share: the models with workers and voices, admission, errors as status and sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import errno
 import re
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, Summary, disable_created_metrics
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -36,7 +34,7 @@ FOLDER = "serve-"  # begin of the names of folders with a request's files
 
 
 class Service:
-    """Both models with their workers; admits requests and counts them.
+    """Both models with their workers; admits requests up to the limits.
 
     Args:
         demo: offer the bundled voice.
@@ -63,31 +61,10 @@ class Service:
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state
-        self._add_metrics()
 
     @cached_property
     def word_times(self) -> WordTimes:
         return WordTimes()
-
-    def _add_metrics(self) -> None:
-        disable_created_metrics()
-        self.metrics = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.answers = Counter("requests", "Answers by path and status.", ["path", "status"], registry=registry)
-        self.seconds = Summary("request_seconds", "Seconds from request to answer.", ["path"], registry=registry)
-        running = Gauge("running", "Requests in the current batch of a model.", ["model"], registry=registry)
-        waiting = Gauge("waiting", "Requests in the queue of a model.", ["model"], registry=registry)
-        for name, worker in self.workers.items():
-            running.labels(name).set_function(lambda worker=worker: len(worker.running))
-            waiting.labels(name).set_function(lambda worker=worker: len(worker.waiting))
-        inside = Gauge("requests_inside", "Admitted requests that have no answer yet.", registry=registry)
-        inside.set_function(lambda: self.inside["requests"])
-        Gauge("streams_open", "Open WebSockets.", registry=registry).set_function(lambda: self.inside["streams"])
-
-    def count(self, path: str, status: int, begin: float) -> None:
-        """Count an answer to a request that came at `begin`, by time.monotonic."""
-        self.answers.labels(path, status).inc()
-        self.seconds.labels(path).observe(time.monotonic() - begin)
 
     def find(self, name: str) -> Any:
         """Return the pipeline of a model; answer 404 if it is not served."""

@@ -109,9 +109,18 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
         await process.wait()
 
 
-async def encode_whole(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed: float = 1.0) -> bytes:
-    """Encode all waves; a WAV file states its length."""
-    content = b"".join([part async for part in encode(waves, rate, "pcm" if kind == "wav" else kind, speed)])
+async def collect(waves: AsyncIterator[torch.Tensor]) -> np.ndarray:
+    """Concatenate waves (1, 1, N) to one (N,)."""
+    return torch.cat([wave async for wave in waves], -1)[0, 0].numpy()
+
+
+async def encode_whole(wave: np.ndarray, rate: int, kind: str, speed: float = 1.0) -> bytes:
+    """Encode a wave (N,) as `encode` does; a WAV file states its length."""
+
+    async def waves() -> AsyncIterator[torch.Tensor]:
+        yield torch.from_numpy(wave)[None, None]
+
+    content = b"".join([part async for part in encode(waves(), rate, "pcm" if kind == "wav" else kind, speed)])
     if kind != "wav":
         return content
     file = io.BytesIO()

@@ -37,7 +37,7 @@ class VideoRequest(OurFields):
     input_reference: Annotated[UploadFile, Field(description="talker-t2av: clip or picture of a face; hicodit: a clip")]
     model: Literal["talker-t2av", "hicodit"] = TALKER
     prompt: Annotated[str, Field(description="talker-t2av: the text to say; hicodit: not used")] = ""
-    voice: Annotated[str, Field(description="talker-t2av: one of /v1/audio/voices")] = DEFAULT
+    voice: Annotated[str, Field(description="talker-t2av: a voice of the service")] = DEFAULT
     reference_audio: Annotated[UploadFile | None, Field(description="recording, in place of `voice`")] = None
     face: Annotated[str, Field(description=f"hicodit: {FACE}; all: a video for each, see `faces`")] = FIRST
 

@@ -9,12 +9,12 @@ from engine.faces.track import read_face
 from engine.settings import check_place
 from hicodit.settings import InferConfig, find_clips
 from service.voices import Voices
-from tests.hostile.rows_files import BAD_NAMES, NAME
+from tests.hostile.rows_files import BAD_NAMES
 
 
-def upload(name: str, folder: Path) -> None:
-    """Add a voice; its name is refused before the recording is read."""
-    Voices(None, folder).add(name, folder / "sample.wav")
+def voice(name: str, folder: Path) -> None:
+    """Ask for a voice of an empty folder by name."""
+    Voices(None, folder).find(name)
 
 
 def in_the_way(name: str, folder: Path) -> None:
@@ -35,7 +35,7 @@ def bad_face(value: str, _: Path) -> None:
 
 NUMBERS = ("0", "", "9" * 5000, "²")  # that are none, or far too large
 CASES = [
-    ("voice: a path", partial(upload, BAD_NAMES["up inside"]), NAME),
+    ("voice: a path", partial(voice, BAD_NAMES["up inside"]), "is unknown; there are: none"),
     *(
         (f"devices: {value[:9]}", partial(bad_place, value), "must be a number from 1 to 64, or all")
         for value in (*NUMBERS, "65", "1.5")
