@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import BatchFeature
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
@@ -89,6 +90,65 @@ def test_the_recogniser_with_a_grammar(voice, tmp_path):
     assert figures("wer", take(voice), said, f"grammar:{tmp_path / 'g.jsgf'}")["wer"] == (0, 6)
     with pytest.raises(UserError, match=f"grammar={tmp_path}: there is no such file"):
         metric_of("wer")(f"grammar:{tmp_path}").check()
+
+
+class Qwen3ASR:
+    """Processor and model in the shapes of transformers: of prompt and answer tokens, only the answer is decoded."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.language = text, None
+
+    def apply_transcription_request(self, audio, language, return_tensors):
+        assert audio[0].ndim == 1 and return_tensors == "pt"
+        self.language = language
+        return BatchFeature({"input_ids": torch.arange(7)[None], "input_features": torch.zeros(1, 128, 20)})
+
+    def generate(self, input_ids, input_features, max_new_tokens):
+        return torch.cat([input_ids, torch.tensor([[70, 71]])], 1)
+
+    def decode(self, tokens, return_format):
+        assert tokens.tolist() == [70, 71] and return_format == "transcription_only"
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "heard", "found"),
+    [
+        ("en", "It's Mr. Hill.", "It is mister Hill", {"wer": (0, 4), "cer": (0, 17)}),
+        ("zh", "你好，世界。", "你好 四界！", {"cer": (1, 4)}),
+        ("zh", "今天天气很好", "", {"cer": (6, 6)}),
+    ],
+)
+def test_words_by_qwen3_asr(voice, monkeypatch, language, text, heard, found):
+    """Punctuation and spaces do not count; Chinese has a character error rate alone."""
+    stand_in = Qwen3ASR(heard)
+    monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (stand_in, stand_in))
+    said = Take(Sound(voice, RATE), text=text, language=language)
+    row = figures("cer", said, said, "qwen3-asr")
+    assert {name: row[name] for name in ("wer", "cer") if name in row} == found
+    assert stand_in.language == language and row["heard"] == heard
+
+
+# --- emotion ---
+
+
+def test_emotion_accuracy_and_similarity(voice, noisy, monkeypatch):
+    """EmoAcc compares the classes of both takes, EMO-SIM is the cosine of their embeddings."""
+    answers = {len(voice): (1, [3.0, 4.0]), len(voice) - 5: (1, [4.0, 3.0]), len(voice) - 9: (0, [-3.0, -4.0])}
+
+    class AutoModel:
+        def generate(self, wave, granularity, extract_embedding):
+            assert granularity == "utterance" and extract_embedding
+            label, embedding = answers[len(wave)]
+            scores = np.eye(2)[label].tolist()
+            labels = ["生气/angry", "开心/happy"]
+            return [{"labels": labels, "scores": scores, "feats": np.array(embedding, np.float32)}]
+
+    monkeypatch.setattr("engine.metrics.emotion.load_emotion2vec", lambda *_: AutoModel())
+    for shorter, same, cosine in ((0, 1, 1.0), (5, 1, 0.96), (9, 0, -1.0)):
+        row = figures("emotion_accuracy", take(noisy[: len(voice) - shorter]), take(voice))
+        assert row["emotion_accuracy"] == (same, 1)
+        assert row["emotion_similarity"] == (pytest.approx(cosine), 1)
 
 
 # --- quality ---
