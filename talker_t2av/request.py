@@ -66,8 +66,9 @@ class Sampling(Group, prefix="sampling."):
     text_bytes: int = setting(
         190,  # a little less than 30 s of slow speech
         8,
-        190,
-        "longer texts are spoken in parts (sentences, else clauses, else words) with short pauses between",
+        2000,
+        "longer texts are spoken in parts (sentences, else clauses, else words) with short pauses between; above 190, "
+        "a part may not fit into the 30 s that the model was trained on",
     )
     particles: int = setting(
         1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face go on; 1: a single one"

@@ -25,6 +25,7 @@ from engine.metrics.speech import _reader
 from hicodit.evaluate import exchange
 from scripts import benchmark, evaluate
 from talker_t2av.evaluate import write_outputs
+from talker_t2av.pipeline import TalkerPipeline
 
 RATE = 24_000
 GRAMMAR = Path(__file__).parents[2] / "assets" / "demo" / "grammar.jsgf"
@@ -139,6 +140,62 @@ def test_outputs_of_the_talker_are_kept_without_loss(corpus, tmp_path, mode, vid
         if mode == "a2v":
             sound = read_audio(tmp_path / "out" / f"{clip.id}.wav", RATE)
             np.testing.assert_array_equal(sound, read_audio(clip.truth.audio, RATE))
+
+
+def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):
+    """The audio-driven rows of the paper's table of orders are driven by the authors' own T2AV speech."""
+    clips, release = read_corpus(corpus, "train", {}, 2), str(save_talker(tmp_path))
+    spoken, driven = tmp_path / "spoken", tmp_path / "driven"
+    write_wav(spoken / f"{clips[0].id}.wav", np.linspace(-0.5, 0.5, 9600, dtype=np.float32), RATE, lossless=True)
+    write_outputs(clips, driven, "cpu", release, mode="a2v", driving=str(spoken))
+    written, given = (read_audio(folder / f"{clips[0].id}.wav", RATE) for folder in (driven, spoken))
+    np.testing.assert_array_equal(written, given)
+    assert not (driven / f"{clips[1].id}.wav").exists()  # the other system has no output of that clip
+    facts = json.loads((driven / "system.json").read_text())
+    assert (facts["driving"], facts["given"]) == ("spoken", "audio")
+    for settings, message in (({"mode": "t2av"}, "in a2v alone"), ({"mode": "a2v"}, "nowhere is not a folder")):
+        with pytest.raises(UserError, match=message):
+            write_outputs(clips, driven, "cpu", release, driving="nowhere", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"one_pass": True}, {"parts": 1, "max_patches": 188}),
+        ({}, {"parts": 5}),
+        (
+            {"compat": "official", "prefix_seconds": 0.5},
+            {"parts": 1, "prefix": 3, "stop_hits": 3, "first_test": 7, "begins_with_prefix": True},
+        ),
+    ],
+    ids=["paper", "in parts", "released program"],
+)
+def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypatch, settings, asked):
+    clips = [
+        replace(clip, truth=replace(clip.truth, text="say it again " * 5))
+        for clip in read_corpus(corpus, "train", {}, 1)
+    ]
+    prepared = []
+
+    def stop_here(self, jobs):
+        prepared.extend(self.prepare(job) for job in jobs)
+        raise UserError("enough")
+
+    monkeypatch.setattr(TalkerPipeline, "run", stop_here)
+    sampling = {"temperature": 0.7} | ({} if "one_pass" in settings else {"text_bytes": 15})
+    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), sampling=sampling, **settings)
+    facts = json.loads((tmp_path / "out" / "system.json").read_text())
+    request, rules = prepared[0].request, prepared[0].request.rules
+    found = {
+        "parts": len(prepared[0].requests),
+        "max_patches": request.max_patches,
+        "prefix": request.prefix,
+        "stop_hits": rules.stop_hits,
+        "first_test": rules.first_test,
+        "begins_with_prefix": prepared[0].job.keeps_prefix,
+    }
+    assert found | asked == found and facts["sampling"]["temperature"] == 0.7
+    assert facts.get("compat") == settings.get("compat")
 
 
 def test_expressions_before_and_after_a_change_are_exchanged():
