@@ -110,7 +110,7 @@ class Summary:
         return 1 if self.failed else 0
 
 
-class Jobs(Work[Batch, Batch, Summary]):
+class Jobs(Work[Batch, Summary]):
     """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
 
     name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
@@ -132,12 +132,12 @@ class Jobs(Work[Batch, Batch, Summary]):
         raise NotImplementedError
 
     @property
-    def about(self) -> str:
+    def details(self) -> str:
         return str(self.device)
 
-    def do(self, half: Batch) -> Summary:
+    def run(self, item: Batch) -> Summary:
         """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
-        jobs, first, total = half
+        jobs, first, total = item
         summary, alone, ready = Summary(len(jobs)), total == 1, []
 
         @contextmanager
@@ -188,21 +188,22 @@ def run_batches(
     """Do (name, job) pairs, `batch_size` at a time, and print a line for each; failures go to standard error.
 
     Args:
-        start: makes the `Jobs`, in this process, or in one for each device or actor, to which it is pickled.
+        start: makes the `Jobs`, in this process, or in one for each device or Ray worker, to which it is pickled.
     """
     firsts = range(0, len(jobs), batch_size)
     batches = [(jobs[first : first + batch_size], first + 1, len(jobs)) for first in firsts]
-    summary, count = Summary(len(jobs)), ray.encoders if ray else min(devices, len(batches))
+    summary = Summary(len(jobs))
+    count = min(ray.workers if ray else devices, len(batches))
     if count == 1 and not ray:
         work = start()
-        summary.device = work.about
+        summary.device = work.details
         for batch in batches:
-            summary.add(work.do(batch))
+            summary.add(work.run(batch))
     else:
         build = partial(_on_device, start)
         executor = Cluster(ray, build) if ray else Processes(count, build)
         with executor, stage("in other processes", len(batches), "batches") as step:
-            summary.device = f"{count} processes, {executor.about}"
+            summary.device = f"{count} processes, {executor.details}"
             for batch, part in executor.run(batches):
                 if isinstance(part, Lost):
                     part = Summary(len(batch[0]), [(name, part.reason) for name, _ in batch[0]])

@@ -22,26 +22,22 @@ from engine.errors import UserError
 from engine.settings import LIMITS, Limits, set_limits
 
 Item = TypeVar("Item")
-Half = TypeVar("Half")
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(2)
 ATTEMPTS = 2  # at an item whose process dies
 
 
-class Work(Generic[Item, Half, Result]):
-    """What is done with each item, in two halves that an executor may run on two machines.
+class Work(Generic[Item, Result]):
+    """What a worker process does with each item; made once in each process.
 
-    about: what the caller needs to know of it, such as digests of weights.
+    Attributes:
+        details: what the caller needs to know about it, such as digests of weights.
     """
 
-    about: Any = None
+    details: Any = None
 
-    def cut(self, item: Item) -> Half:
-        """Do the first half, which uses no network."""
-        return item
-
-    def do(self, half: Half) -> Result:
-        """Do the second half of an item."""
+    def run(self, item: Item) -> Result:
+        """Process one item."""
         raise NotImplementedError
 
 
@@ -106,20 +102,22 @@ class Processes(Generic[Item, Result]):
     """
 
     def __init__(
-        self, count: int, build: Callable[[int | None], Work[Item, Any, Result]], timeout: float = math.inf
+        self, count: int, build: Callable[[int | None], Work[Item, Result]], timeout: float = math.inf
     ) -> None:
-        self.build, self.timeout, self.about = build, timeout, None
+        self.build = build
+        self.timeout = timeout
+        self.details: Any = None
         self.processes = [_Process(number, build) for number in range(count)]
 
     def __enter__(self) -> Processes[Item, Result]:
         if not self.processes:
             self._work = self.build(None)
-            self.about = self._work.about
+            self.details = self._work.details
         try:
             for each in self.processes:
-                word, self.about = each.receive()
+                word, self.details = each.receive()
                 if word != "ready":
-                    raise UserError(self.about)
+                    raise UserError(self.details)
                 each.since = time.monotonic()
         except BaseException:
             self.__exit__()
@@ -140,7 +138,7 @@ class Processes(Generic[Item, Result]):
         """
         if not self.processes:
             for item in items:
-                yield item, self._work.do(self._work.cut(item))
+                yield item, self._work.run(item)
             return
         fresh, again = ((item, 1) for item in items), []
         while True:
@@ -182,7 +180,7 @@ class Processes(Generic[Item, Result]):
 
 
 def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:
-    """Do the work of one process: send ("ready", about) or ("refused", why), then for every item ("done", result), or
+    """Do the work of one process: send ("ready", details) or ("refused", why), then for every item ("done", result), or
     ("error", why) if it cannot continue.
     """
     end_with_parent()
@@ -192,10 +190,10 @@ def _serve(connection: Connection, build: Callable[[int], Work], number: int, li
         try:
             set_limits(limits)
             work = build(number)
-            connection.send(("ready", work.about))
+            connection.send(("ready", work.details))
             word = "error"
             while True:
-                connection.send(("done", work.do(work.cut(connection.recv()))))
+                connection.send(("done", work.run(connection.recv())))
         except UserError as error:
             connection.send((word, str(error)))
 

@@ -189,8 +189,8 @@ class ClusterConfig(Group, prefix="ray."):
     """Settings `ray` of a command with executor=ray."""
 
     address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
-    encoders: int = setting(1, 1, 4096, "number of actors that run the networks")
-    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each of them: 1, a part such as 0.25 to share one, or 0")
+    workers: int = setting(1, 1, 4096, "number of workers, each with a processor")
+    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each worker: 1, a part such as 0.25 to share one, or 0")
 
 
 def check_place(executor: str, devices: str = "1") -> None:
@@ -198,6 +198,6 @@ def check_place(executor: str, devices: str = "1") -> None:
     if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
         raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
     if executor == "ray" and devices != "1":
-        raise UserError(f"devices={devices} with executor=ray: set ray.encoders and ray.gpus instead")
+        raise UserError(f"devices={devices} with executor=ray: set ray.workers and ray.gpus instead")
     if executor == "ray" and find_spec("ray") is None:
         raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")

@@ -14,13 +14,13 @@ from engine.errors import run_cli
 HELP = """
 Turn raw recordings into training shards. OUTPUT/SPLIT gets tar files with the features that both models train on, a
 JSON file for each of them, index.json for the whole split, and quarantine.jsonl with the stage and reason of every
-rejected clip. After a kill, the same command continues and gives the same result. Several processes or machines split
-the work by shard.
+rejected clip. After a kill, the same command continues and gives the same result. workers=N uses N processes of this
+machine, executor=ray many machines.
 
 Examples:
 python scripts/prepare_data.py source.root=data/synthetic output=data/shards workers=2
 python scripts/prepare_data.py source=lrs3 source.root=/data/lrs3 output=/data/lrs3_shards splits=[trainval]
-torchrun --nproc_per_node=8 scripts/prepare_data.py source=voxceleb2 source.root=/data/vox2 output=/data/vox2_shards
+python scripts/prepare_data.py source=voxceleb2 source.root=/data/vox2 output=/data/vox2 executor=ray ray.workers=64
 python scripts/prepare_data.py source=voxceleb2 --help
 """
 

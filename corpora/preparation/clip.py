@@ -95,15 +95,15 @@ class WorkItem:
     Attributes:
         info: of the source. root: folder of its paths. work: work folder of its shard.
         shard, places: an earlier shard that holds its sample: offset and size of KEY.json, and of KEY.safetensors.
-        unchanged: steps whose results are taken over from there.
+        unchanged: steps whose results are copied from there.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         all_frames: (T', H, W, 3) with those after the end of the sound. scaled_down: they are smaller than the video.
         track: of the face in `frames`.
         face_frames, face_track: the frames that mouth and face are cut from, and the track in their pixels: those that
             inference uses, so that the crops are the same.
-        transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
-        facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. length: T.
-        seconds: as in `Outcome`. outcome: of a clip that is rejected.
+        transcripts: by recogniser.
+        facts: for KEY.json; earlier_facts: those copied. tensors: for KEY.safetensors. length: T.
+        seconds: as in `Outcome`.
     """
 
     info: SourceClip
@@ -124,10 +124,8 @@ class WorkItem:
     earlier_facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     transcripts: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
     length: int = 0
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    outcome: Outcome | None = None
     unpacked: tempfile.TemporaryDirectory | None = None
 
     def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
@@ -157,10 +155,6 @@ class WorkItem:
             remaining -= len(block)
             if remaining <= 0:
                 return
-
-    def forget_pictures(self) -> None:
-        """Free what only the steps that cut pictures need."""
-        self.frames = self.all_frames = self.track = self.face_frames = self.face_track = None
 
     def path(self, name: str) -> Path:
         """Return where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
@@ -206,31 +200,19 @@ class Step:
 
 
 class Encoder(Step):
-    """A step whose network computes features, in two halves that may run in two processes.
-
-    Args:
-        device: of the network; None: for the first half alone.
+    """A step whose network computes features.
 
     Attributes:
-        network: None for the first half alone.
-        settings: those that are networks, which the first half does without.
+        network: its weights are part of the digests.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ()
-    network: torch.nn.Module | None = None
+    network: torch.nn.Module
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def digests(self) -> dict[str, str]:
-        return {} if self.network is None else {self.tensors[0]: weights_digest(self.network)}
-
-    def __call__(self, clip: WorkItem) -> None:
-        """Put what the network reads, besides the sound, into the clip's `inputs`; this half uses no network."""
-
-    def encode(self, clip: WorkItem) -> None:
-        """Run the network and add the features."""
-        raise NotImplementedError
+        return {self.tensors[0]: weights_digest(self.network)}
 
 
 def make_key(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The whole job of one process: its shards of every split, with clips distributed over an executor's workers."""
+"""The whole job: the shards of every split, with clips distributed over the workers of an executor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 def prepare(config: DictConfig) -> None:
     """Run the job that `configs/prepare.yaml` describes."""
-    rank, world = _check(config)
+    _check(config)
     set_limits(Limits(**config.limits))
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits
@@ -43,28 +43,30 @@ def prepare(config: DictConfig) -> None:
     output, reuse = Path(config.output), Path(config.reuse) if config.reuse else None
     clips, frames, steps = Counter[tuple[Path, bool]](), 0, defaultdict(lambda: np.zeros(3))
     with writable(output), _executor(config, partial(Steps, stages, config.device, source.symbols)) as executor:
-        digests, fingerprints = executor.about
-        about = {"digests": digests, "symbols": source.symbols}
-        writers = {}
+        digests, fingerprints = executor.details
+        features = {"digests": digests, "symbols": source.symbols}
+        writers: dict[str, SplitWriter] = {}
         for name, described in listed.items():
             listing = dumps([[clip.key, clip.source, clip.text] for clip in described])
-            plan = {"split": name, "stages": settings, "clips_per_shard": config.clips_per_shard, **about}
+            plan = {"split": name, "stages": settings, "clips_per_shard": config.clips_per_shard, **features}
             plan |= {"clips": len(described), "listing": hashlib.sha256(listing).hexdigest()[:16]}
             in_place = reuse is not None and (reuse / name).resolve() == (output / name).resolve()
-            settled = config.clips_per_shard, plan, rank, world, fingerprints, in_place
-            writers[name] = SplitWriter(output / name, [clip.key for clip in described], *settled)
+            keys = [clip.key for clip in described]
+            writers[name] = SplitWriter(
+                output / name, keys, config.clips_per_shard, plan, stages=fingerprints, replace=in_place
+            )
 
         def items() -> Iterator[WorkItem]:
-            """Yield the clips that are to be done, shard by shard."""
+            """Yield the clips that remain, shard by shard."""
             for name, writer in writers.items():
                 described = {clip.key: clip for clip in listed[name]}
-                for shard in writer.mine:
+                for shard in writer.shards:
                     work, keys = writer.begin(shard)
                     earlier = earlier_samples(reuse / name, shard, fingerprints) if reuse and keys else {}
                     for key in keys:
                         yield WorkItem(described[key], source.root, work, **earlier.get(key, {}))
 
-        count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.mine)
+        count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.shards)
         started = time.monotonic()
         for item, outcome in _patient(track(executor.run(items()), count, "clips"), config.patience):
             if outcome.stage:
@@ -75,18 +77,16 @@ def prepare(config: DictConfig) -> None:
             for name, seconds in outcome.seconds.items():
                 steps[name] += (1, *seconds)
         if clips:
-            _print_speed(steps, clips.total(), frames / FPS, time.monotonic() - started, config.workers)
-    about = {"stages": [{"name": name, "settings": stage} for name, stage in settings.items()], **about}
+            workers = config.ray.workers if config.executor == "ray" else config.workers
+            _print_speed(steps, clips.total(), frames / FPS, time.monotonic() - started, workers)
+    features["stages"] = [{"name": name, "settings": stage} for name, stage in settings.items()]
     for name, writer in writers.items():
-        index = writer.finish({"split": name, **about})
-        made = f"{clips[writer.folder, False]} clips made now, {clips[writer.folder, True]} rejected"
-        if index is None:
-            print(f"{writer.folder}: {made}; the index comes with the last process")
-        else:
-            print(
-                f"{writer.folder}: {made}; complete: {index['clips']} clips, {index['seconds']:.1f} s, "
-                f"{len(index['shards'])} shards, rejected: {index['rejected'] or 'none'}"
-            )
+        index = writer.finish({"split": name, **features})
+        print(
+            f"{writer.folder}: {clips[writer.folder, False]} clips made now, {clips[writer.folder, True]} rejected; "
+            f"complete: {index['clips']} clips, {index['seconds']:.1f} s, {len(index['shards'])} shards, "
+            f"rejected: {index['rejected'] or 'none'}"
+        )
 
 
 def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seconds: float, workers: int) -> None:
@@ -99,21 +99,16 @@ def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seco
     print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
-def _check(config: DictConfig) -> tuple[int, int]:
-    """Check the numbers; return (rank, world size) of this process, as set or from torchrun's environment."""
-    rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if config.world_size is None else config.world_size
-    if not 0 <= rank < world:
-        raise UserError(f"rank={rank} must be in 0..world_size-1, and world_size is {world}")
+def _check(config: DictConfig) -> None:
+    """Check the numbers, and that this is the only process of the job."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("preparation is one process: start it without torchrun, and set workers=N or executor=ray")
     require_choice("executor", config.executor, EXECUTORS)
     check_place(config.executor)
-    if config.executor == "ray" and world > 1:
-        raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
         least = 0 if name == "workers" and config.executor == "processes" else 1
         if config[name] is not None and config[name] < least:
             raise UserError(f"{name}={config[name]}: give {least} or more")
-    return rank, world
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
@@ -138,9 +133,8 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
 def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
     """Make what runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
-        return Processes(config.workers, partial(start, True), config.clip_timeout)
-    starts = partial(start, True), partial(start, False)
-    return Cluster(ClusterConfig(**config.ray), *starts, config.clip_timeout, config.workers)
+        return Processes(config.workers, start, config.clip_timeout)
+    return Cluster(ClusterConfig(**config.ray), start, config.clip_timeout)
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:

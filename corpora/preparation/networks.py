@@ -68,16 +68,14 @@ class Lip(Encoder):
     tensors = ("lip",)
     encoder = "lip"
 
-    def __init__(self, encoders: dict[str, Any], device: torch.device | None) -> None:
+    def __init__(self, encoders: dict[str, Any], device: torch.device) -> None:
         super().__init__(device)
         self.encoders = make_encoders(encoder_config(encoders | {"kind": "released"}))
-        self.network = None if device is None else self.encoders.network(self.encoder, device)
+        self.network = self.encoders.network(self.encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
-        clip.inputs["lip"] = clip.cut_mouth(self.encoders.config)
-
-    def encode(self, clip: WorkItem) -> None:
-        mouth, frames = clip.inputs["lip"][None].to(self.device), torch.tensor([clip.length], device=self.device)
+        mouth = clip.cut_mouth(self.encoders.config)[None].to(self.device)
+        frames = torch.tensor([clip.length], device=self.device)
         clip.tensors["lip"] = _half(self.encoders.lip(mouth / 255, frames)[0])
 
 
@@ -92,16 +90,14 @@ class FaceIdentity(Lip):
     tensors = ("face_identity",)
     encoder = "identity"
 
-    def __init__(self, encoders: dict[str, Any], device: torch.device | None, pictures: int = 4) -> None:
+    def __init__(self, encoders: dict[str, Any], device: torch.device, pictures: int = 4) -> None:
         super().__init__(encoders, device)
         self.pictures = pictures
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
-        clip.inputs["face_identity"] = clip.cut_faces(self.encoders.config, at)
-
-    def encode(self, clip: WorkItem) -> None:
-        faces = clip.inputs["face_identity"].permute(0, 3, 1, 2)[:, None]  # one picture a row, embeddings of each
+        faces = clip.cut_faces(self.encoders.config, at)
+        faces = faces.permute(0, 3, 1, 2)[:, None]  # one picture per row, for an embedding of each
         clip.tensors["face_identity"] = _half(self.encoders.identity(faces.to(self.device) / 255))
 
 
@@ -136,35 +132,30 @@ class Expression(Encoder):
     needs = "frames"
     tensors = ("expression",)
 
-    def __init__(self, weights: str, device: torch.device | None, every: int = 5) -> None:
+    def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
         super().__init__(device)
-        self.every, is_poster = every, Path(weights).suffix in (".pth", ".pt")
+        self.every = every
+        is_poster = Path(weights).suffix in (".pth", ".pt")
         encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders
         if encoders is not None and not encoders.learns:
             raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
         self.crops = encoder_config({"kind": "released"}) if is_poster else encoders.config
-        if device is not None:
-            network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
-            self.network = network.to(device).eval()
+        network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
+        self.network = network.to(device).eval()
 
     def __call__(self, clip: WorkItem) -> None:
         classes = expression_labels(clip.info.expression, windows_of(clip.length))
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
-        clip.inputs["expression"] = clip.cut_faces(self.crops, range(0, clip.length, self.every))
-
-    def encode(self, clip: WorkItem) -> None:
-        if "expression" not in clip.inputs:  # it has labels
-            return
-        faces = clip.inputs["expression"].permute(0, 3, 1, 2)
-        parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
-        shares = torch.cat(parts).float().softmax(-1).cpu()
-        classes = window_expressions(shares.repeat_interleave(self.every, 0)[: clip.length])
+        faces = clip.cut_faces(self.crops, range(0, clip.length, self.every)).permute(0, 3, 1, 2)
+        logits = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
+        probabilities = torch.cat(logits).float().softmax(-1).cpu()
+        classes = window_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
         clip.tensors["expression"] = classes.to(torch.uint8)
 
 
-class HeardExpression(Encoder):
+class HeardExpression(Step):
     """The expression (J,) that the voice has in each half second, with which HiCoDiT trains.
 
     It is the label of the source, or else what a recogniser hears in the sound around it; `NO_EXPRESSION` where neither
@@ -177,17 +168,15 @@ class HeardExpression(Encoder):
     """
 
     tensors = ("heard_expression",)
-    settings = ("recogniser",)
 
     def __init__(self, recogniser: Any = None, seconds: float = 2.0) -> None:
-        super().__init__(None)
         require_range("stages.heard_expression.seconds", seconds, 0.5, 30.0)
         self.recogniser, self.seconds = recogniser, seconds
 
     def digests(self) -> dict[str, str]:
         return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
 
-    def encode(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         windows = windows_of(clip.length)
         classes = expression_labels(clip.info.expression, windows)
         if classes is None:
@@ -206,12 +195,12 @@ class GE2E(Encoder):
 
     tensors = ("ge2e",)
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.encoder = None if device is None else GE2EEncoder(device)
-        self.network = self.encoder and self.encoder.network
+        self.encoder = GE2EEncoder(device)
+        self.network = self.encoder.network
 
-    def encode(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))
 
 
@@ -221,9 +210,9 @@ class CodecEncoder(Encoder):
     name: ClassVar[str]
     load: ClassVar[Callable[[str], Any]]
 
-    def __init__(self, codec: str, device: torch.device | None) -> None:
+    def __init__(self, codec: str, device: torch.device) -> None:
         super().__init__(device)
-        self.codec = None if device is None else type(self).load(codec).to(device).eval()
+        self.codec = type(self).load(codec).to(device).eval()
 
     def digests(self) -> dict[str, str]:
         return {self.name: self.codec.digest()}
@@ -234,7 +223,7 @@ class RVQTokens(CodecEncoder):
 
     tensors, name, load = ("tokens",), "rvq", partial(load_codec, codecs=TOKENIZERS)
 
-    def encode(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
@@ -247,7 +236,7 @@ class SpeechLatents(CodecEncoder):
 
     tensors, name, load = ("speech",), "whisperx_vae", load_speech
 
-    def encode(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
@@ -261,19 +250,15 @@ class Motion(CodecEncoder):
     needs = "frames"
     tensors, name, load = ("motion",), "lia_x", load_motion
 
-    def __init__(self, codec: str, device: torch.device | None, crop: str = "face") -> None:
+    def __init__(self, codec: str, device: torch.device, crop: str = "face") -> None:
         require_choice("stages.motion.crop", crop, CROPS)
         super().__init__(codec, device)
         self.crop = crop
 
     def __call__(self, clip: WorkItem) -> None:
-        if "motion" not in clip.tensors:
-            clip.inputs["motion"] = face_square(clip, self.crop).cut(clip.frames)
-
-    def encode(self, clip: WorkItem) -> None:
-        if "motion" not in clip.inputs:  # it has codes of the source
+        if "motion" in clip.tensors:  # codes of the source
             return
-        frames = clip.inputs["motion"]
+        frames = face_square(clip, self.crop).cut(clip.frames)
         blocks = (frames[start : start + BLOCK] for start in range(0, len(frames), BLOCK))
         motion = [self.codec.encode(video_to_tensor(block, self.codec.size)) for block in blocks]
         clip.tensors["motion"] = _half(torch.cat(motion))
@@ -325,10 +310,10 @@ class Voice(CodecEncoder):
 
     tensors, name, load = ("speaker",), "speaker", load_speaker
 
-    def __init__(self, encoder: str, device: torch.device | None) -> None:
+    def __init__(self, encoder: str, device: torch.device) -> None:
         super().__init__(encoder, device)
 
-    def encode(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
         clip.tensors["speaker"] = _half(self.codec.embed(wave))
 

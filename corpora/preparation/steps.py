@@ -1,8 +1,7 @@
-"""The steps of the preparation in order, over one clip; its sample goes into the work folder of its shard.
+"""Runs the steps of the preparation over one clip and writes its sample into the work folder of its shard.
 
-They have two halves, which may run in two processes: `Steps.cut` decodes a clip and takes from its pictures what the
-networks read, `Steps.do` runs the networks and writes the sample. Running a clip again, whole or in part, gives the
-same sample. Tensors that an earlier shard holds, and whose step, networks and settings are unchanged, are taken over.
+Running a clip again gives the same sample. Tensors that an earlier shard holds, and whose step, networks and settings
+are unchanged, are copied from it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from corpora.preparation.clip import Encoder, MachineFault, Outcome, SourceClip, Step, WorkItem
+from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Step, WorkItem
 from engine.config import build, target
 from engine.device import pick_device
 from engine.errors import UserError
@@ -39,18 +38,21 @@ FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
 LONGEST_REASON = 300
 
 
-class Steps(Work[WorkItem, WorkItem, Outcome]):
-    """The steps in order: first those without a network of their own, then the encoders.
+class Steps(Work[WorkItem, Outcome]):
+    """The steps in order.
 
     Args:
-        stages: their settings by name. device: of the networks. symbols: phonemes of the source.
-        networks: false for steps that can `cut` alone, and load no networks.
+        stages: their settings by name.
+        device: of the networks.
+        symbols: phonemes of the source.
         number: of the worker process, which uses one thread, as more processes use a machine better; None: no worker.
 
     Attributes:
-        steps: by name. digests: of the weights of their networks. fingerprints: by step, eight hex digits that change
-            with its settings, its weights, or those of the earlier steps that change pictures or sound.
-        about: (digests, fingerprints).
+        steps: by name.
+        digests: of the weights of their networks.
+        fingerprints: by step, eight hex digits that change with its settings, its weights, or those of the earlier
+            steps that change pictures or sound.
+        details: (digests, fingerprints).
     """
 
     def __init__(
@@ -58,33 +60,31 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
         stages: Mapping[str, Mapping[str, Any]],
         device: str,
         symbols: list[str] | None,
-        networks: bool = True,
         number: int | None = None,
     ) -> None:
         if number is not None:
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
-        offered = {"device": pick_device(device) if networks else None, "symbols": symbols}
+        offered = {"device": pick_device(device), "symbols": symbols}
         self.steps: dict[str, Step] = {}
-        self.digests, self.fingerprints = {}, {}
-        self.about = self.digests, self.fingerprints
+        self.digests: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.details = self.digests, self.fingerprints
         before = []
         for name, config in stages.items():
             kind = target(config["_target_"])
             parameters = inspect.signature(kind).parameters
             extra = {key: value for key, value in offered.items() if key in parameters}
-            without = {} if networks else dict.fromkeys(getattr(kind, "settings", ()))
-            step = self.steps[name] = build(OmegaConf.create(dict(config) | without), **extra)
-            if networks:
-                digests = step.digests()
-                self.digests |= digests
-                made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
-                self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
-                if not step.reusable:
-                    before.append(made_by)
+            step = self.steps[name] = build(OmegaConf.create(dict(config)), **extra)
+            digests = step.digests()
+            self.digests |= digests
+            made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
+            self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
+            if not step.reusable:
+                before.append(made_by)
 
-    def _due(self, clip: WorkItem) -> Iterator[tuple[str, Step]]:
-        """Yield the steps that a clip needs: not those whose results are taken over, unless others read theirs."""
+    def _needed(self, clip: WorkItem) -> Iterator[tuple[str, Step]]:
+        """Yield the steps that a clip needs: not those whose results are copied, unless other steps read theirs."""
         needed = {step.needs for name, step in self.steps.items() if step.reusable and name not in clip.unchanged}
         for name, step in self.steps.items():
             skipped = name in clip.unchanged and (step.reusable or step.needs not in {"", *needed})
@@ -92,27 +92,17 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
                 yield name, step
 
     @torch.inference_mode()
-    def cut(self, clip: WorkItem) -> WorkItem:
-        """Do all that needs the pictures, and no network of an encoder. A clip that fails gets its outcome."""
+    def run(self, item: WorkItem) -> Outcome:
+        """Run all steps over a clip and write its sample; the outcome of a clip that fails says why."""
+        clip = item
         try:
             if clip.unchanged:
-                self._take_over(clip)
-            for name, step in self._due(clip):
-                if clip.outcome is None:
-                    _run(name, step, clip)
+                self._copy_unchanged(clip)
+            for name, step in self._needed(clip):
+                if (outcome := _run(name, step, clip)) is not None:
+                    return outcome
         finally:
             clip.close()
-        clip.forget_pictures()
-        return clip
-
-    @torch.inference_mode()
-    def do(self, clip: WorkItem) -> Outcome:
-        """Run the encoders over a clip that was cut, and write its sample."""
-        for name, step in self._due(clip):
-            if isinstance(step, Encoder) and clip.outcome is None:
-                _run(name, step.encode, clip)
-        if clip.outcome is not None:
-            return clip.outcome
         with _timed("write", clip):
             facts = {"key": clip.info.key, **clip.facts, **clip.earlier_facts, "input": input_digest(clip.info)}
             members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
@@ -120,8 +110,8 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
             write_sample(clip.work, clip.info.key, members)
         return Outcome(seconds=clip.seconds, frames=clip.length)
 
-    def _take_over(self, clip: WorkItem) -> None:
-        """Put the tensors of an earlier shard into a clip; nothing is unchanged if its source describes it anew."""
+    def _copy_unchanged(self, clip: WorkItem) -> None:
+        """Copy the tensors of an earlier shard; nothing is unchanged if the source describes the clip otherwise now."""
         with _timed("reuse", clip), clip.shard.open("rb", buffering=0) as file:
             steps = [self.steps[name] for name in clip.unchanged]
             facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})
@@ -134,7 +124,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
 
 
 def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return by key the fields of a `WorkItem` that tell what a shard of an existing split holds of it.
+    """Return by key the fields of a `WorkItem` that describe what a shard of an existing split holds of it.
 
     It is {} if there is no such shard, or a damaged one.
     """
@@ -176,11 +166,11 @@ def _timed(name: str, clip: WorkItem) -> Iterator[None]:
     clip.seconds[name] = wall + time.perf_counter() - start[0], processor + sum(os.times()[:4]) - start[1]
 
 
-def _run(name: str, half: Callable[[WorkItem], None], clip: WorkItem) -> None:
-    """Do a half of a step; an error becomes the clip's outcome, but what no clip can cause ends the job."""
+def _run(name: str, step: Step, clip: WorkItem) -> Outcome | None:
+    """Run a step. Return the outcome of a clip that fails; an error that no clip can cause ends the job."""
     with _timed(name, clip):
         try:
-            half(clip)
+            step(clip)
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
@@ -190,7 +180,8 @@ def _run(name: str, half: Callable[[WorkItem], None], clip: WorkItem) -> None:
                 cause = cause.__cause__ or cause.__context__
             known = isinstance(error, UserError)
             reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
-            clip.outcome = Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)
+            return Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)
+    return None
 
 
 def _one_line(reason: str, clip: WorkItem) -> str:

@@ -30,7 +30,7 @@ from engine.untrusted import read_json
 SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
 
 
-class Shares(Work[list[int], list[int], bool]):
+class Shares(Work[list[int], bool]):
     """Generates a share of the missing outputs.
 
     Args:
@@ -42,8 +42,8 @@ class Shares(Work[list[int], list[int], bool]):
         os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
         self.generate, self.device = generate, str(pick_device(device))
 
-    def do(self, half: list[int]) -> bool:
-        SHARE[:] = half
+    def run(self, item: list[int]) -> bool:
+        SHARE[:] = item
         self.generate(self.device)
         return True
 
@@ -58,7 +58,8 @@ def generate_shares(
     if devices == 1 and not ray:
         generate(str(pick_device(device)))
         return
-    build, count = partial(Shares, generate, device), ray.encoders if ray else devices
+    build = partial(Shares, generate, device)
+    count = ray.workers if ray else devices
     with Cluster(ray, build) if ray else Processes(count, build) as executor:
         for (number, _), result in executor.run([[number, count] for number in range(count)]):
             if isinstance(result, Lost):

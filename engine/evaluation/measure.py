@@ -139,8 +139,8 @@ class Calls(processes.Work):
     def __init__(self, number: int) -> None:
         torch.set_num_threads(1)
 
-    def do(self, half: tuple[int, Callable, Any]) -> Any:
-        _, function, argument = half
+    def run(self, item: tuple[int, Callable, Any]) -> Any:
+        _, function, argument = item
         return function(argument)
 
 

@@ -2,8 +2,8 @@
 
 FOLDER holds one split. A finished sample waits in FOLDER/.work-SHARD-PLAN/KEY.tar, the reason for a rejected one in
 KEY.json there; when all samples of a shard are there, they are joined to FOLDER/SHARD.tar and FOLDER/SHARD.json, and
-the work folder is deleted. The process that finds all shards writes index.json and quarantine.jsonl, which depend on
-the shards alone. PLAN is a digest of the settings: shards of other settings count as not made.
+the work folder is deleted. When all shards are there, index.json and quarantine.jsonl are written, which depend on the
+shards alone. PLAN is a digest of the settings: shards of other settings count as not made.
 
 Unfinished files have fixed names in folders of their own (not `engine.files.atomic_output`, whose random ones a killed
 process would leave behind), and all are on the disk before they get their final names.
@@ -98,14 +98,13 @@ def _own_staging(work: Path, key: str) -> Path:
 
 
 class SplitWriter:
-    """The shards of one split, of which this process makes every `world`-th.
+    """The shards of one split. One process writes a split at a time.
 
     The index gets the mean and standard deviation, over all frames, of the tensors `motion` (T, D).
 
     Args:
         keys: of all samples of the split, in order; sample i belongs to shard i // per_shard.
         plan: what decides about the content of the shards, as JSON values.
-        rank, world: of this process.
         stages: by name, the fingerprint of each stage that makes the samples; every shard's JSON gets them.
         replace: replace shards of another plan; without it they are an error.
     """
@@ -116,41 +115,33 @@ class SplitWriter:
         keys: Sequence[str],
         per_shard: int,
         plan: Mapping[str, Any],
-        rank: int = 0,
-        world: int = 1,
         stages: Mapping[str, str] | None = None,
         replace: bool = False,
     ) -> None:
-        self.folder, self.keys, self.per_shard = folder, keys, per_shard
-        self.stages, self.plan = dict(stages or {}), hashlib.sha256(dumps(dict(plan))).hexdigest()[:8]
+        self.folder = folder
+        self.keys = keys
+        self.per_shard = per_shard
+        self.stages = dict(stages or {})
+        self.plan = hashlib.sha256(dumps(dict(plan))).hexdigest()[:8]
         self.shards = range(-(-len(keys) // per_shard))
-        self.mine = self.shards[rank::world]
-        self.scratch = folder / f".work-process-{rank}"
+        self.scratch = folder / ".work-process"
         self._made: set[int] = set()
-        self._left: dict[Path, tuple[int, int]] = {}  # by work folder: shard, keys to settle
+        self._unsettled: dict[Path, tuple[int, int]] = {}  # by work folder: the shard and how many keys remain
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".work-process-*"):  # of a killed process
-                number = int(left.name.rpartition("-")[2])
-                if number == rank or (rank == 0 and number >= world):
-                    shutil.rmtree(left, ignore_errors=True)
+            for abandoned in folder.glob(".work-process*"):  # by a killed process
+                shutil.rmtree(abandoned, ignore_errors=True)
             self.scratch.mkdir()
         self.check_plan(dict(plan), replace)
-        for shard in self.mine:
+        for shard in self.shards:
             if self.is_made(shard):
                 shutil.rmtree(self.work(shard), ignore_errors=True)
 
     def check_plan(self, plan: dict[str, Any], replace: bool) -> None:
         """Write the plan, or compare it with the one of the folder."""
-        path, own = self.folder / PLAN, self.scratch / "plan"
-        write_whole(own, [dumps(plan)], self.scratch / "plan.part")
-        try:
-            os.link(own, path)  # of several processes one is first
-        except FileExistsError:
-            pass
-        except OSError:  # a disk without hard links: processes of one command write the same
-            if not path.exists():
-                write_whole(path, [dumps(plan)], self.scratch / "plan.part")
+        path = self.folder / PLAN
+        if not path.exists():
+            write_whole(path, [dumps(plan)], self.scratch / "plan.part")
         existing = json.loads(path.read_bytes())
         if existing == json.loads(dumps(plan)):
             return
@@ -193,16 +184,16 @@ class SplitWriter:
         if keys:
             with _writing(work):
                 work.mkdir(exist_ok=True)
-            self._left[work] = (shard, len(keys))
+            self._unsettled[work] = (shard, len(keys))
         elif not self.is_made(shard):  # killed between its last sample and its packing
             self.pack(shard)
         return work, keys
 
     def settle(self, work: Path) -> None:
         """Count a key of a shard that was begun as written or rejected; after the last one the shard is packed."""
-        shard, left = self._left[work]
-        self._left[work] = (shard, left - 1)
-        if left == 1:
+        shard, remaining = self._unsettled[work]
+        self._unsettled[work] = (shard, remaining - 1)
+        if remaining == 1:
             self.pack(shard)
 
     def pack(self, shard: int) -> None:
@@ -251,22 +242,20 @@ class SplitWriter:
         write_whole(self.folder / f"{name}.json", [dumps(sidecar)], work / ".sidecar")
         shutil.rmtree(work, ignore_errors=True)
 
-    def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Write the index, with `about` in it, if every shard exists; returns it, or None while others are at work."""
-        index = None
-        if all(self.is_made(shard) for shard in self.shards):
-            sidecars = [(f"{i:06d}", json.loads((self.folder / f"{i:06d}.json").read_bytes())) for i in self.shards]
-            lines = [dumps(each) for _, sidecar in sidecars for each in sidecar["quarantine"]]
-            write_whole(self.folder / QUARANTINE, lines, self.scratch / "quarantine")
-            for path in self.folder.glob("[0-9]*"):  # of a split that was larger
-                if int(path.stem) >= len(self.shards):
-                    path.unlink(missing_ok=True)
-            index = self._index(sidecars, about)
-            write_whole(self.folder / INDEX, [json.dumps(index, indent=1).encode(), b"\n"], self.scratch / "index")
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the index, with `facts` in it, and return it. Every shard must exist."""
+        sidecars = [(f"{i:06d}", json.loads((self.folder / f"{i:06d}.json").read_bytes())) for i in self.shards]
+        lines = [dumps(each) for _, sidecar in sidecars for each in sidecar["quarantine"]]
+        write_whole(self.folder / QUARANTINE, lines, self.scratch / "quarantine")
+        for path in self.folder.glob("[0-9]*"):  # of a split that was larger
+            if int(path.stem) >= len(self.shards):
+                path.unlink(missing_ok=True)
+        index = self._index(sidecars, facts)
+        write_whole(self.folder / INDEX, [json.dumps(index, indent=1).encode(), b"\n"], self.scratch / "index")
         shutil.rmtree(self.scratch, ignore_errors=True)
         return index
 
-    def _index(self, sidecars: list[tuple[str, dict[str, Any]]], about: Mapping[str, Any]) -> dict[str, Any]:
+    def _index(self, sidecars: list[tuple[str, dict[str, Any]]], facts: Mapping[str, Any]) -> dict[str, Any]:
         sums, rejected, shards = [], Counter(), []
         for name, sidecar in sidecars:
             if part := sidecar["motion"]:
@@ -282,7 +271,7 @@ class SplitWriter:
         std = variance.clamp_min(0).sqrt().clamp_min(MIN_STD)
         return {
             "version": VERSION,
-            **about,
+            **facts,
             "motion_mean": mean.tolist() if count > 1 else None,
             "motion_std": std.tolist() if count > 1 else None,
             "shards": shards,

@@ -76,14 +76,13 @@ class Mean(Encoder):
 
     tensors = ("mean",)
 
-    def __init__(self, device: torch.device | None):
+    def __init__(self, device: torch.device):
         super().__init__(device)
 
-    def __call__(self, clip):
-        clip.inputs["mean"] = clip.wave16[::640].copy()
+    def digests(self):
+        return {}
 
-    def encode(self, clip):
-        assert self.device is not None  # not where clips are cut
+    def __call__(self, clip):
         if clip.info.key == "nan":
             raise UserError("not a number")
-        clip.tensors["mean"] = torch.from_numpy(clip.inputs["mean"])
+        clip.tensors["mean"] = torch.from_numpy(clip.wave16[::640].copy())

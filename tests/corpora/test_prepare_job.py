@@ -62,7 +62,7 @@ def settings(root, output, **changes):
     config = {
         "source": {"_target_": "corpora.preparation.sources.synthetic", "root": str(root)},
         "output": str(output), "splits": ["train"], "clips_per_shard": 4, "limit": None, "reuse": None, "workers": 0,
-        "device": "cpu", "clip_timeout": 60, "patience": 25, "rank": 0, "world_size": 1, "executor": "processes",
+        "device": "cpu", "clip_timeout": 60, "patience": 25, "executor": "processes",
         "limits": {},
         "stages": {
             "decode": {"use": True, "_target_": "corpora.preparation.media.Decode"},
@@ -104,24 +104,23 @@ def prepare_apart(text):
     prepare(OmegaConf.create(text))
 
 
-def launch(corpus, output, rank, pause):
-    """Start one process of two, which can be killed; its worker goes with it."""
-    config = settings(corpus, output, rank=rank, world_size=2, workers=1, stages={"brightness": {"pause": pause}})
-    return forked.start(output.parent / f"log-{rank}.txt", {}, prepare_apart, OmegaConf.to_yaml(config))
+def launch(corpus, output, pause):
+    """Start the job in a process that can be killed; its workers go with it."""
+    config = settings(corpus, output, workers=2, stages={"brightness": {"pause": pause}})
+    return forked.start(output.parent / "log.txt", {}, prepare_apart, OmegaConf.to_yaml(config))
 
 
 def clips_done(output):
     return len(list(output.rglob(".work-0*/*.tar"))) + 4 * len(list(output.rglob("0*.tar")))
 
 
-def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
-    """Two processes of which both are killed with SIGKILL in mid-clip, then one finishes the other's shards."""
+def test_a_killed_job_continues_and_ends_in_the_same_bytes(corpus, tmp_path):
+    """The job is killed with SIGKILL in mid-clip; another one, with another number of workers, continues."""
     output = tmp_path / "shards"
-    both = [launch(corpus, output, rank, 0.3) for rank in (0, 1)]
+    job = launch(corpus, output, 0.3)
     wait_until(lambda: clips_done(output) >= 3, 240)
-    for each in both:
-        each.kill()
-        each.join()
+    job.kill()
+    job.join()
     broken = contents(output)
     assert 3 <= clips_done(output) < 9 and "train/index.json" not in broken
     prepare(settings(corpus, output, stages={"brightness": {"pause": 0.3}}))
@@ -219,10 +218,22 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
     assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **other) == names
 
 
-def test_tasks_of_a_slurm_array_are_processes_of_the_job():
-    environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "3"}
-    environment |= {"PYTHON": "echo", "PATH": os.environ["PATH"]}
-    environment |= {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "7"), ("MIN", "4"), ("COUNT", "8"))}
+def test_several_processes_of_torchrun_are_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"one process: start it without torchrun"):
+        prepare(settings(corpus, tmp_path / "out"))
+
+
+def test_slurm_recipe_starts_ray_on_all_nodes(tmp_path):
+    """With stand-ins for srun and scontrol, which print what they are given."""
+    for name, does in (("srun", 'printf "%s|" "$@"'), ("scontrol", 'printf "n3\\nn4\\n"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"SLURM_JOB_NODELIST": "n[3-4]", "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "bin/python"}
     script = ROOT / "scripts" / "cluster" / "prepare_slurm.sbatch"
     done = subprocess.run(["bash", script, "output=a b"], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "scripts/prepare_data.py rank=3 world_size=8 workers=3 output=a b\n"
+    assert done.stdout.split("|")[:-1] == [
+        "bin/ray", "symmetric-run", "--address", "n3:6379", "--num-cpus", "3", "--", "bin/python",
+        "scripts/prepare_data.py", "executor=ray", "ray.address=auto", "ray.workers=6", "output=a b",
+    ]  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     source = synthetic(corpus)
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"], "help")
     pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
-    outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
+    outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
     assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
     facts, made = read_sample(tmp_path)
@@ -118,7 +118,6 @@ def test_expressions_are_seen_where_the_source_has_no_label(corpus):
         stages = Decode(), Face(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)
         for stage in stages:
             stage(clip)
-        stages[-1].encode(clip)
     faces = torch.from_numpy(encoder_config({}).cut_faces(clip.frames, clip.track)[::every])
     classes = pipeline.system.window_classes(pipeline.system.read_expressions(faces.permute(0, 3, 1, 2)), FRAMES)
     assert clip.tensors["expression"].dtype == torch.uint8 and len(classes) == 3
@@ -133,7 +132,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
     source = synthetic(corpus)
     pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
-    outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
+    outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
     _, made = read_sample(tmp_path)
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
@@ -168,7 +167,7 @@ def heard(expression, recogniser, frames=38):
     """What the stage makes of a clip whose sound counts its half seconds."""
     wave = np.repeat(np.arange(4), 8_000).astype(np.float32)[: frames * 640]
     clip = WorkItem(SourceClip("a", "a.mp4", expression=expression), None, wave16=wave, length=frames)
-    HeardExpression(recogniser, seconds=0.5).encode(clip)
+    HeardExpression(recogniser, seconds=0.5)(clip)
     return clip.tensors["heard_expression"].tolist()
 
 

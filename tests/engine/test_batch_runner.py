@@ -93,15 +93,15 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
 
 
 @pytest.mark.slow
-def test_a_cluster_does_the_batches_of_which_one_kills_its_actor(capsys):
+def test_a_cluster_does_the_batches_of_which_one_kills_its_process(capsys):
     ray = pytest.importorskip("ray")
     try:
-        summary, _ = run([1, 3, 5, 9, 11, 4, 13], ray=ClusterConfig(encoders=2))
+        summary, _ = run([1, 3, 5, 9, 11, 4, 13], ray=ClusterConfig(workers=2))
     finally:
         ray.shutdown()
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("job")]
     assert sorted(line.partition(":")[0] for line in lines) == ["job1", "job11", "job13", "job3"]
-    died = "its process died again and again"
+    died = "its process died, 3 times"
     assert {f"failed: job5: {died}", f"failed: job9: {died}", "failed: job4: 4 is even"} <= set(err.splitlines())
     assert len(summary.failed) == 3

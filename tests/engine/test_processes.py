@@ -32,12 +32,12 @@ class Squares(Work):
     """Squares of numbers; words are disasters, of which some happen once only."""
 
     def __init__(self, folder, number):
-        self.folder, self.about = folder, number
+        self.folder, self.details = folder, number
         if number == 1 and (folder / "card").exists():
             (folder / "refused").touch()
             raise UserError("card 1 is lost")
 
-    def do(self, item):
+    def run(self, item):
         if item == "refuse":
             raise UserError("the disk is full")
         if item == "hang":
@@ -45,12 +45,12 @@ class Squares(Work):
         if item == "die" or (item == "die once" and not (self.folder / item).exists()):
             (self.folder / item).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if item == "lose a card" and self.about == 1:
+        if item == "lose a card" and self.details == 1:
             (self.folder / "card").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if item in ("lose a card", "wait"):
             wait_until((self.folder / ("card" if item == "lose a card" else "refused")).exists)
-        return f"by {self.about}" if isinstance(item, str) else item**2
+        return f"by {self.details}" if isinstance(item, str) else item**2
 
 
 def squares(folder, items, count=2, timeout=60.0):

@@ -40,7 +40,7 @@ CASES = [
         (f"devices: {value[:9]}", partial(bad_place, value), "must be a number from 1 to 64, or all")
         for value in (*NUMBERS, "65", "1.5")
     ),
-    ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.encoders and ray.gpus instead"),
+    ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.workers and ray.gpus instead"),
     *((f"face: {value[:9]}", partial(bad_face, value), "is unknown: give largest") for value in (*NUMBERS, "nose")),
     *(
         (f"a folder {name}", partial(in_the_way, name), f"cannot write .*{name}: it is a folder")
