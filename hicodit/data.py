@@ -26,6 +26,7 @@ from hicodit.system import CODECS
 SECOND = int(FPS)  # video frames
 PICTURES = ("mouth", "faces")  # what encoders that learn read
 FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made of the pictures, in half precision
+FACE = "face"  # entry of the digests that says what found the faces, see `engine.faces.source`
 REQUIRED = ("tokens", "ge2e", "expression")
 HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condition in training -> its tensor
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more

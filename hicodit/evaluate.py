@@ -17,6 +17,7 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
 from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips, spread
+from engine.faces.source import FaceSource
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import write_video
@@ -41,6 +42,8 @@ def write_outputs(
     weights: str | None = None,
     codec: str | None = None,
     precision: str = "fp32",
+    detector: str | None = None,
+    face_landmarks: str | None = None,
     sampler: str = "release",
     sampling: Mapping[str, float | str] | None = None,
     guidance: Mapping[str, float] | None = None,
@@ -53,17 +56,19 @@ def write_outputs(
     """Speak the pictures of clips: FOLDER/ID.wav, where it is missing. Clip i is drawn with seed + i.
 
     Args:
+        detector, face_landmarks: see `FaceSource.from_settings`; both None: those of the training of the weights.
         sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
         voice: speak with the voice of each clip's prompt, not with the face's. other: settings of other models.
         expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
-    pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, precision=precision)
+    face_source = FaceSource.from_settings(detector, face_landmarks) if detector or face_landmarks else None
+    pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, None, face_source, precision)
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     pipeline.sampler, pipeline.guidance = override(settings, sampling or {}), override(scales, guidance or {})
     tokens, ge2e = pipeline.codec, GE2EEncoder(device) if voice else None
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
-    facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed}
+    facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
     others = derangement(len(clips), np.random.default_rng(0))

@@ -14,8 +14,7 @@ import numpy as np
 
 from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
-from engine.faces.detectors import YuNetDetector
-from engine.faces.landmarks import landmark_source
+from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
@@ -45,8 +44,9 @@ class ClipJobs(Jobs):
     def __init__(self, c: InferConfig) -> None:
         self.config, self.output, self.identity = c, Path(c.output), None
         self.box = read_boxes(c.face_box) if c.face_box else None
-        detector = YuNetDetector(c.detector) if c.detector else None
-        landmarks = landmark_source(c.face_landmarks, detector)
+        face_source = None
+        if c.detector or c.face_landmarks:
+            face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
         weights, self.device = c.weights or BUNDLED, pick_device(c.device)
         if c.reference_audio is not None:
             with stage("reading"):
@@ -55,7 +55,7 @@ class ClipJobs(Jobs):
                 self.identity = GE2EEncoder().embed(voice, 16_000)
         with stage("loading"):
             pipeline = self.pipeline = HiCoDiTPipeline.from_pretrained(
-                weights, self.device, c.codec, c.encoders, detector, landmarks, c.precision, c.compile
+                weights, self.device, c.codec, c.encoders, face_source, c.precision, c.compile
             )
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)

@@ -22,8 +22,8 @@ from engine.cuda_graph import GraphedSteps
 from engine.device import send
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
-from engine.faces.detectors import FaceDetector
-from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
+from engine.faces.landmarks import add_landmarks, read_landmarks, write_faces
+from engine.faces.source import CASCADE, FaceSource
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
@@ -80,14 +80,13 @@ class HiCoDiTPipeline:
         sampler: SamplerConfig,
         guidance: GuidanceScales,
         device: torch.device | str = "cpu",
-        detector: FaceDetector | None = None,
-        landmarks: LandmarkFinder | Path | None = None,
+        face_source: FaceSource | None = None,
         compile: bool = False,
     ) -> None:
         self.device, self.graphs = torch.device(device), GraphedSteps(device, compile)
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
-        self.detector, self.landmarks = detector, landmarks
+        self.face_source = face_source or FaceSource()
         self.folder: Path | None = None  # of the release, and of its tokenizer by name
         self.parts: dict[str, str | Path] = {}
         config, rate = system.model.config, TOKENS_PER_FRAME * FPS
@@ -104,8 +103,7 @@ class HiCoDiTPipeline:
         device: torch.device | str = "cpu",
         codec: str | Path | None = None,
         encoders: str | None = None,
-        detector: FaceDetector | None = None,
-        landmarks: LandmarkFinder | Path | None = None,
+        face_source: FaceSource | None = None,
         precision: str = "auto",
         compile: bool = False,
     ) -> HiCoDiTPipeline:
@@ -115,19 +113,20 @@ class HiCoDiTPipeline:
 
         Args:
             encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
-            detector: what finds faces; OpenCV's cascade if None.
-            landmarks: what finds the landmarks of a face, or a file or folder of them; see
-                `engine.faces.landmarks.landmark_source`. None: those of the detector.
+            face_source: what finds the face and its landmarks; None: what the shards of the training were made with.
             precision: of the score network: auto, fp32, bf16 or int8; see `engine.precision`.
             compile: compile the sampler's steps with `torch.compile`, which takes minutes when they first run.
 
         Raises:
-            UserError: a folder is missing, of another model, or with wrong shapes.
+            UserError: a folder is missing, of another model, or with wrong shapes; or the package that found the faces
+                of the training is not installed.
         """
         dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
         folder = release_folder(folder)
         system = HiCoDiTSystem.from_pretrained(folder, encoders=encoders)
         config = system.release
+        if face_source is None:
+            face_source = FaceSource.from_name((config.get("features") or {}).get("face", CASCADE), folder)
         if not system.encoders.learns:
             system.encoders.expected = dict(config.get("features") or {})
         if codec is None:
@@ -140,7 +139,7 @@ class HiCoDiTPipeline:
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
-        pipeline = cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compile)
+        pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
         pipeline.folder, pipeline.parts = folder, {Path(config.get("codec", "rvq_tiny")).name: codec}
         return pipeline
 
@@ -186,12 +185,13 @@ class HiCoDiTPipeline:
         label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
             with stage(f"{label}: finding the face", stated or None, "frames"):
-                if isinstance(self.landmarks, Path):
+                source = self.face_source
+                if isinstance(source.landmarks, Path):
                     if face_box is not None:
                         raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
-                    tracks = [place_landmarks(frames, *read_landmarks(self.landmarks, Path(name).name), FPS)]
+                    tracks = [place_landmarks(frames, *read_landmarks(source.landmarks, Path(name).name), FPS)]
                 elif face_box is None:
-                    tracks = find_faces(frames, FPS, face, self.detector)
+                    tracks = find_faces(frames, FPS, face, source.detector)
                 else:
                     tracks = [place_face(frames, face_box, FPS)]
                 if (count := len(tracks[0])) < MIN_FRAMES:
@@ -201,8 +201,8 @@ class HiCoDiTPipeline:
         for path, track in zip(strips or repeat(None), tracks):
             with stage(f"{label}: cutting out the face", len(track), "frames"):
                 clip, track = frames.sharper(track)
-                if callable(self.landmarks):
-                    track = add_landmarks(clip, track, self.landmarks)
+                if callable(source.landmarks):
+                    track = add_landmarks(clip, track, source.landmarks)
                 crops = self.cut(clip, track, path)
             if path is not None:
                 track = track.scaled(clip.display_size[1] / clip.size[1])

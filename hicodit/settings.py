@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from engine.batch_runner import WORD_FILES, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
+from engine.faces.detectors import DETECTORS, LANDMARKS
 from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
@@ -125,11 +126,9 @@ class ClipConfig:
     lookahead: float = setting(*LOOKAHEAD)
     face: str = setting("largest", about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face")
     face_box: str | None = setting(None, about=FACE_BOX)
-    detector: str | None = setting(
-        None, about="path of YuNet's file face_detection_yunet_2023mar.onnx; null: OpenCV's cascade"
-    )
+    detector: str | None = setting(None, about=f"{DETECTORS}; null: as in the training of the weights")
     face_landmarks: str | None = setting(
-        None, about="landmarks in each frame: dlib68, yunet (with detector=), or a file or folder; null: the detector's"
+        None, about=f"landmarks in each frame: {LANDMARKS}; null: as in training, or with detector= the detector's"
     )
     debug: bool = setting(
         False, about="also write NAME_face.png and NAME_face.json, a picture and the numbers of the face track"

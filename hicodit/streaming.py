@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.codec import StreamDecoder
 from engine.errors import UserError
 from engine.faces.detectors import HaarDetector, with_points
+from engine.faces.landmarks import add_landmarks
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
 from hicodit.generation import guided_posterior
@@ -65,7 +66,7 @@ class SpeechStream:
         self.sampler = replace(sampler, steps=settings.steps)
         self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
         self.generator = torch.Generator(pipeline.device).manual_seed(seed)
-        self.detector = pipeline.detector or HaarDetector()
+        self.detector = pipeline.face_source.detector or HaarDetector()
         lookahead, reach = max(1, round(settings.lookahead * FPS)), -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
         after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
         self.lookahead, self.margin = lookahead, lookahead - after
@@ -144,7 +145,9 @@ class SpeechStream:
             # Out of sight: it is taken to stay where it was.
             self.track = self.track[np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)]
         self._moved = 0
-        return self.pipeline.cut([np.stack(self.frames)], self.track)
+        frames, landmarks = np.stack(self.frames), self.pipeline.face_source.landmarks
+        track = add_landmarks([frames], self.track, landmarks) if callable(landmarks) else self.track
+        return self.pipeline.cut([frames], track)
 
     def _forget(self) -> None:
         """Remove the frames before the window, in whole seconds: half seconds of expression stay aligned."""

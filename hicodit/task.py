@@ -27,7 +27,7 @@ from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
-from hicodit.data import FEATURES, HiCoDiTDataset
+from hicodit.data import FACE, FEATURES, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
@@ -63,8 +63,8 @@ class HiCoDiTTask(Task):
         validate_splits: the held-out splits; none turns validation off.
         validate_metrics: figures of `engine.metrics.registry`; those whose package or network is missing are left out.
         init: release folder of the same sizes and tokens to start from.
-        index: index.json of the training shards, or its URL, whose digests of features the release takes along:
-            inference and fine-tuning refuse encoders that make others. None: not recorded.
+        index: index.json of the training shards, or its URL. The release takes along its digests of features (inference
+            and fine-tuning refuse encoders that make others) and what found the faces. None: not recorded.
         new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
     """
 
@@ -109,7 +109,7 @@ class HiCoDiTTask(Task):
                 f"{tokenizer.codes}: set task.model.levels and task.model.codes to those"
             )
         made = (read_json(index).get("digests") or {}) if index else {}
-        self.features = {name: made[name] for name in FEATURES if name in made}
+        self.features = {name: made[name] for name in (*FEATURES, FACE) if name in made}
         if init:
             self._start_from(init, new_tokens)
 
@@ -118,7 +118,7 @@ class HiCoDiTTask(Task):
         start = HiCoDiTSystem.from_pretrained(init)
         state, before = start.state_dict(), start.release.get("features") or {}
         for name, made in self.features.items():
-            if before.get(name, made) != made:
+            if name != FACE and before.get(name, made) != made:
                 raise UserError(
                     f"init={init} was trained on {name} features {before[name]}, the shards hold {made}: prepare them "
                     "with the encoders of that release"

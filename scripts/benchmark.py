@@ -24,7 +24,7 @@ from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 from scripts.arguments import Parser, within
 
-NAMES = ("claims", "faces", "finetune", "grid", "inference", "serving", "speaking", "training")
+NAMES = ("claims", "faces", "finetune", "grid", "inference", "landmarks", "serving", "speaking", "training")
 
 
 def main() -> None:

@@ -101,6 +101,7 @@ def _call(logs: tuple[Path, Path], environment: dict[str, str], call: Callable[.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
+    sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     torch.set_num_threads(1)
     try:
         call(*arguments)

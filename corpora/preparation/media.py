@@ -14,14 +14,15 @@ from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault
 from engine.errors import UserError
 from engine.evaluation.clips import words_of
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_landmarks
-from engine.faces.detectors import YuNetDetector
-from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
+from engine.faces.landmarks import add_landmarks, read_landmarks
+from engine.faces.source import FaceSource
 from engine.faces.track import read_face
 from engine.media.audio import read_audio
 from engine.media.video import iter_video
 from engine.safe_pickle import read_matrix
 from engine.settings import require_range
 from engine.untrusted import parse_json
+from hicodit.data import FACE
 
 
 class Decode(Step):
@@ -100,11 +101,10 @@ class Face(Step):
     """Tracks a face through the frames; a clip that does not show one for long enough is rejected.
 
     Args:
-        detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.
+        detector: see `FaceSource.from_settings`.
         face: of several faces: speaking, the one whose mouth goes with the sound, largest, central, left, right, or a
             number by size from 1 on; where the source says where the clip's face is, the one nearest to that place.
-        face_landmarks: dlib68, yunet (with `detector`), or a folder of landmark files laid out as the source's clips;
-            None: those of the detector.
+        face_landmarks: see there; a folder of landmark files is laid out as the source's clips.
     """
 
     needs = "frames"
@@ -113,23 +113,26 @@ class Face(Step):
     def __init__(
         self, detector: str | None = None, face: str | int = "speaking", face_landmarks: str | None = None
     ) -> None:
-        self.detector = YuNetDetector(detector) if detector else None
-        self.face, self.landmarks = read_face(face), landmark_source(face_landmarks, self.detector)
+        self.source = FaceSource.from_settings(detector, face_landmarks)
+        self.face = read_face(face)
         if face == "all":
             raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
 
+    def digests(self) -> dict[str, str]:
+        return {FACE: self.source.name}
+
     def __call__(self, clip: WorkItem) -> None:
-        frames = self._frames(clip)
-        if isinstance(self.landmarks, Path):
+        frames, landmarks = self._frames(clip), self.source.landmarks
+        if isinstance(landmarks, Path):
             if clip.info.span is not None:
                 raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
-            track = place_landmarks(frames, *read_landmarks(self.landmarks, clip.info.video), FPS)
+            track = place_landmarks(frames, *read_landmarks(landmarks, clip.info.video), FPS)
         else:
-            track = find_faces(frames, FPS, self._which(clip), self.detector, clip.wave16)[0]
+            track = find_faces(frames, FPS, self._which(clip), self.source.detector, clip.wave16)[0]
         clip.track = track.scaled(clip.frames.shape[2] / frames.size[1])[: clip.length]
         clip.face_frames, clip.face_track = frames.sharper(track)
-        if callable(self.landmarks):
-            clip.face_track = add_landmarks(clip.face_frames, clip.face_track, self.landmarks)
+        if callable(landmarks):
+            clip.face_track = add_landmarks(clip.face_frames, clip.face_track, landmarks)
 
     @staticmethod
     def _frames(clip: WorkItem) -> ClipFrames:

@@ -32,6 +32,7 @@ from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
 from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
+from hicodit.data import FACE
 
 # Errors that no clip causes: the disk is full or read-only, or the machine is out of file handles.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -78,7 +79,9 @@ class Steps(Work[WorkItem, Outcome]):
             step = self.steps[name] = build(OmegaConf.create(dict(config)), **extra)
             digests = step.digests()
             self.digests |= digests
-            made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
+            # What found the faces follows from the settings, and shards from before it was recorded still hold.
+            weights = {feature: digest for feature, digest in digests.items() if feature != FACE}
+            made_by = [name, without_device(config), weights, symbols if "symbols" in extra else None]
             self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
             if not step.reusable:
                 before.append(made_by)

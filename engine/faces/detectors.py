@@ -1,4 +1,4 @@
-"""Detection of the faces in one picture: OpenCV's cascade, or YuNet.
+"""Detection of the faces in one picture: OpenCV's cascade, or YuNet; see also `engine.faces.mtcnn`.
 
 Axes: H height, W width, n faces. A face is 14 numbers: a square box (x, y, w, h) from the forehead to the chin, and
 five points (x, y): the eye on the picture's left, the eye on its right, nose, mouth corner on the left, on the right.
@@ -13,6 +13,10 @@ import cv2
 import numpy as np
 
 from engine.errors import UserError
+
+# What the settings `detector` and `face_landmarks` can name, see `engine.faces.source`.
+DETECTORS = "cascade (OpenCV's), mtcnn (extra `faces`), or the path of YuNet's file face_detection_yunet_2023mar.onnx"
+LANDMARKS = "dlib68 (extra `landmarks`), mtcnn (extra `faces`), yunet (with detector=FILE), or a file or folder"
 
 DETECT_SIDE = 320  # longer image side that a detector sees
 BOX, POINTS = slice(0, 4), slice(4, 14)
@@ -95,7 +99,7 @@ class HaarDetector:
         fractions: the least size of a face as a fraction (1/3, 1/8) of the shorter side; the next one is searched only
             if the one before it found nothing.
         """
-        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.tiny) * DETECT_SIDE)
+        picture, scale = at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.tiny) * DETECT_SIDE)
         size = max(picture.shape)
         margin = size // 2 if self.angle else size // 8  # a face that touches the border is found with room around it
         picture = cv2.copyMakeBorder(picture, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
@@ -123,7 +127,7 @@ def transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:, :2].T + matrix[:, 2]
 
 
-def _at_most(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+def at_most(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
     """Scale `picture` down to a longer side of at most `side`; return it and the factor."""
     scale = min(1.0, side / max(picture.shape[:2]))
     if scale < 1:
@@ -146,7 +150,7 @@ class YuNetDetector:
             raise UserError(f"{path} is not the YuNet network that OpenCV runs: {error.err}") from error
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), DETECT_SIDE)
+        picture, scale = at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), DETECT_SIDE)
         self.network.setInputSize(picture.shape[1::-1])
         faces = self.network.detect(picture)[1]
         if faces is None:

@@ -1,4 +1,4 @@
-"""The landmarks of a followed face in every frame: dlib's 68, YuNet's five, or those of the user's file.
+"""The landmarks of a followed face in every frame: dlib's 68, the five of a detector, or those of the user's file.
 
 Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks are (x, y) in pixels: 68 numbered as iBUG
 300-W does (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engine.faces.detectors`.
@@ -10,7 +10,6 @@ import importlib.util
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +33,6 @@ SUFFIXES = (".json", ".npz", ".pkl")
 # Gives the landmarks (P, 2) of a tracked face in each frame of a clip, or None where it has none. The clip is blocks
 # (n, H, W, 3); it must give them again each time it is iterated over.
 LandmarkFinder = Callable[[Iterable[np.ndarray], FaceTrack], Iterator[np.ndarray | None]]
-
-
-def landmark_source(setting: str | None, detector: FaceDetector | None) -> LandmarkFinder | Path | None:
-    """Return what `face_landmarks=` names: a finder, or a file or folder for `read_landmarks`; None for None."""
-    if setting is None:
-        return None
-    if setting == "dlib68":
-        return Dlib68()
-    if setting == "yunet":
-        if detector is None:
-            raise UserError("face_landmarks=yunet needs the network's file: detector=face_detection_yunet_2023mar.onnx")
-        return partial(nearest_face, detector)
-    if not Path(setting).exists():
-        raise UserError(f"face_landmarks={setting}: no such file; give dlib68, yunet, or a {', '.join(SUFFIXES)} file")
-    return Path(setting)
 
 
 def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:

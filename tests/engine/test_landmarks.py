@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from drawn_faces import scene, talking_head
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
-from engine.faces.landmarks import Dlib68, add_landmarks, landmark_source, read_landmarks, write_faces
+from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks, write_faces
 from engine.faces.track import track_of_boxes
 from engine.media.video import read_video, write_video
 from hicodit.conditions.align import mouth_poses, transform
@@ -87,24 +88,6 @@ def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_d
     assert all(abs(right - left - 195) <= 1 for left, _, right, _ in fake_dlib.boxes[-2::-3][:16])
 
 
-@pytest.mark.parametrize(
-    ("source", "missing", "line"),
-    [
-        ("dlib68", "dlib", r"needs dlib.* bash scripts/setup\.sh landmarks"),
-        ("dlib68", "face_recognition_models", r"needs face_recognition_models.* bash scripts/setup\.sh landmarks"),
-        ("dlib", "", "face_landmarks=dlib: no such file; give dlib68, yunet"),
-        ("yunet", "", "detector=face_detection_yunet_2023mar"),
-    ],
-)
-def test_source_of_landmarks_that_is_absent_is_refused(fake_dlib, monkeypatch, source, missing, line):
-    if missing == "dlib":
-        monkeypatch.setitem(sys.modules, "dlib", None)
-    elif missing:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=line):
-        landmark_source(source, None)
-
-
 def test_dlib_finds_drawn_faces():
     pytest.importorskip("dlib", reason="the extra landmarks is not installed")
     for clip, side, corner in ((talking_head(10), 128, (0, 0)), (scene(10, [lambda i: (90, 10, 96)]), 96, (90, 10))):
@@ -141,7 +124,7 @@ def test_yunet_gives_the_landmarks_of_the_tracked_face():
     frames = np.zeros((6, 200, 200, 3), np.uint8)
     frames[:, 0, 0, 0] = np.arange(6)
     track = track_of_boxes(box_of_points(five).tolist(), 6)
-    finder = landmark_source("yunet", detector)
+    finder = partial(nearest_face, detector)
     found = add_landmarks([frames], track, finder).landmarks
     assert np.allclose(found, five + np.arange(6)[:, None, None])  # that of frame 3 lies between its neighbours'
     with pytest.raises(UserError, match="no frame of the clip has landmarks"):

@@ -102,7 +102,7 @@ def emilia(root: Path) -> None:
 # Clips by folder below the documentation's /data, in the layouts of the data sets.
 CLIPS = {
     "lrs3": [f"{video}/00001.mp4" for video in ("pretrain/00j9bKdiOjk", "trainval/0Fi83BHQsMA", "trainval/0af00UcTOSc",
-                                                "trainval/1H0vWuBNzUI", "test/a")],
+                                                "trainval/1H0vWuBNzUI", "test/a", "test/b")],
     "lrs2": [f"main/{split}/00001.mp4" for split in ("train", "val", "test")],
     "vox2": [f"{speaker}/00001.mp4" for speaker in ("dev/mp4/id00012/21Uxsk56VDQ", "dev/mp4/id00015/21Uxsk56VDQ",
                                                     "dev/mp4/id00016/21Uxsk56VDQ", "test/mp4/id00017/01dfn2spqyE")],
@@ -120,6 +120,7 @@ def write(work: Path) -> None:
         for number, path in enumerate(paths):
             text, frames = SENTENCE if folder in ("lrs2", "lrs3") else "", 60 if folder == "youtube" else FRAMES
             write_clip(data / folder / path, number, frames, path == "clip.mp4", text)
+    (data / "lrs2" / "test").symlink_to("main/test")  # docs/reproduce.md: the folder of the clips that test.txt lists
     for split in ("train", "val", "test"):
         (data / "lrs2" / f"{split}.txt").write_text(f"{split}/00001\n")
     rows = [f"{name},{start},{start + 1.2},0.5,0.5\n" for name in VIDEOS for start in (0.0, 1.0)]

