@@ -20,8 +20,8 @@ from engine.media.audio import read_audio, read_voice, resample
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
 from engine.progress import stage
-from engine.safe_pickle import read_matrix
 from engine.seeding import seed_for
+from engine.torch_files import read_matrix
 from talker_t2av import official
 from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16

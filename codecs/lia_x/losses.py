@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, require
 from engine.metrics.picture import ssim_map
-from engine.safe_pickle import read_state
+from engine.torch_files import read_state
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1

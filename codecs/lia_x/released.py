@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of
-from engine.safe_pickle import read_checkpoint
+from engine.torch_files import read_checkpoint
 
 FILE = "lia-x.pt"
 WIDTH = 64  # channels at full size before `scale`, the same in every published network

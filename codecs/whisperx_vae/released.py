@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of, strides
-from engine.safe_pickle import read_state
+from engine.torch_files import read_state
 
 HEAD_SIZE = 64  # of every published Whisper
 RULES = (

@@ -19,8 +19,8 @@ from engine.faces.source import FaceSource
 from engine.faces.track import read_face
 from engine.media.audio import read_audio
 from engine.media.video import iter_video
-from engine.safe_pickle import read_matrix
 from engine.settings import require_range
+from engine.torch_files import read_matrix
 from engine.untrusted import parse_json
 from hicodit.data import FACE
 

@@ -7,6 +7,7 @@ Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks a
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from engine.errors import UserError, require
 from engine.faces.detectors import POINTS, FaceDetector
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, change
 from engine.files import write_json
-from engine.safe_pickle import read_arrays
+from engine.torch_files import StandIn, load_problem, stand_in
 from engine.untrusted import read_json
 
 SIDE = 256  # pixels of the tracked box in the picture of twice the size that dlib sees
@@ -156,7 +157,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
                 (frames,) = (arrays[name] for name in arrays.files)
             frames = [points if np.isfinite(points).all() else None for points in frames]
         elif path.suffix == ".pkl":
-            frames = read_arrays(path)
+            frames = read_pickled_arrays(path)
         else:
             frames = read_json(path)
             if isinstance(frames, dict):
@@ -172,6 +173,39 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged file or foreign contents can raise nearly anything
         raise UserError(f"{path} does not hold 68 or 5 landmarks (x, y) for each frame ({error})") from error
     return landmarks, present
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Builds plain containers and stand-ins; no class or function that a pickle names is used."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return stand_in(f"{module}.{name}")
+
+
+def read_pickled_arrays(path: Path) -> list[np.ndarray | None]:
+    """Return a list of arrays of numbers, or None, that was pickled to `path`.
+
+    numpy takes no part in unpickling, because it trusts the types that a pickle states. The bytes are read by hand.
+    """
+    try:
+        with path.open("rb") as file:
+            return [None if value is None else _array(value) for value in _InertUnpickler(file).load()]
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} cannot be read as a pickled list of arrays ({load_problem(error)})") from error
+
+
+def _array(value: StandIn) -> np.ndarray:
+    if len(value.arguments) == 4:  # protocol 5
+        data, kind, shape, order = value.arguments
+    else:
+        _, shape, kind, fortran, data = value.state
+        order = "F" if fortran else "C"
+    if isinstance(data, StandIn):  # bytes in protocols before 3
+        data = data.arguments[0].encode("latin1")
+    numbers = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1])
+    if numbers.kind not in "fiu":
+        raise ValueError(f"an array of {numbers}")
+    return np.frombuffer(data, numbers).reshape(shape, order=order)
 
 
 def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:

@@ -25,7 +25,7 @@ import torch
 from engine.errors import UserError, require
 from engine.metrics.lip_sync import face_video
 from engine.metrics.metric import Figure, Metric, Take
-from engine.safe_pickle import read_checkpoint
+from engine.torch_files import read_checkpoint
 
 FRAMES = 16  # of a clip for FID, of a window for FVD
 

@@ -29,7 +29,7 @@ from engine.faces.detectors import middle_of
 from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 from engine.release import build_with
-from engine.safe_pickle import read_checkpoint
+from engine.torch_files import read_checkpoint
 
 RATE = 16_000
 SIDE = 224

@@ -29,7 +29,7 @@ from engine.errors import UserError, require, require_librosa
 from engine.media.audio import resample_wave
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 from engine.release import load_strict
-from engine.safe_pickle import read_checkpoint
+from engine.torch_files import read_checkpoint
 
 RATE = 16_000
 

@@ -35,8 +35,8 @@ from engine.errors import UserError, require, require_librosa
 from engine.media.audio import resample_wave
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, cosine, wave_of
 from engine.release import load_strict
-from engine.safe_pickle import read_checkpoint
 from engine.shards.reader import ShardSplit
+from engine.torch_files import read_checkpoint
 
 RATE = 16_000
 Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector (256,)

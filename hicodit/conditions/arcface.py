@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.official import numbered, rename_all
 from engine.release import build_with
-from engine.safe_pickle import read_state
+from engine.torch_files import read_state
 from hicodit.conditions.align import ARCFACE_SIDE
 
 IRESNET100 = (3, 13, 30, 3)  # residual blocks of each stage

@@ -20,8 +20,8 @@ from engine.device import send
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of
 from engine.release import build_with
-from engine.safe_pickle import plain, read_checkpoint
 from engine.settings import Group, setting
+from engine.torch_files import plain, read_checkpoint
 
 VIEW = 88  # side of the picture that the network sees
 MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]

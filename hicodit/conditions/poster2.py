@@ -22,7 +22,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.official import rename_all
 from engine.release import build_with
-from engine.safe_pickle import read_state
+from engine.torch_files import read_state
 from hicodit.conditions.types import EXPRESSIONS
 
 SIDE, BACKBONE_SIDE = 224, 112

@@ -25,8 +25,8 @@ from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.official import numbered, rename_all, sizes_of
 from engine.release import Released, build_with, weights_digest
-from engine.safe_pickle import read_state
 from engine.settings import Group, setting
+from engine.torch_files import read_state
 
 SCALE = 8  # parts of a Res2 convolution
 MIN_SAMPLES = RATE // 4  # a quarter of a second

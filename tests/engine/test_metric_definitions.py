@@ -20,7 +20,7 @@ from engine.metrics.frechet import frechet_distance
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.words import count_errors
-from engine.safe_pickle import read_checkpoint
+from engine.torch_files import read_checkpoint
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "demo"
 TEXT = (ASSETS / "voice.txt").read_text().strip()

@@ -31,9 +31,9 @@ from engine.errors import UserError
 from engine.faces.landmarks import read_landmarks
 from engine.media.audio import read_audio
 from engine.media.video import read_video
-from engine.safe_pickle import read_checkpoint, read_matrix
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.recordings import read_manifest
+from engine.torch_files import read_checkpoint, read_matrix
 from engine.training import checkpoint
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture

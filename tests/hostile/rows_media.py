@@ -21,8 +21,8 @@ from engine.faces.track import read_boxes
 from engine.media.audio import read_audio, read_voice, write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video
-from engine.safe_pickle import read_checkpoint, read_matrix
 from engine.settings import LIMITS, Limits, require_range, set_limits
+from engine.torch_files import read_checkpoint, read_matrix
 from engine.training.export import Release, write
 from engine.training.settings import TrainerConfig
 from hicodit import settings as hicodit_settings
