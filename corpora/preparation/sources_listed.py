@@ -45,7 +45,7 @@ def listed(
         table: CSV with the columns wav_path, motion_pt_path, text.
         listing: instead of a table, a text file with one sound file a line; with `sounds`, with one motion file a line.
         sounds: folder of the sound STEM.wav of a motion file.
-        tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
+        tars: pattern of tar files under `root`, such as "shards/*.tar": paths that they hold are read there.
         validation: share of the clips that make the split `val`; nothing tells their speakers.
     """
     if (table is None) == (listing is None):

@@ -84,8 +84,10 @@ def talker_data(root: Path) -> None:
         torch.save(torch.randn(FRAMES, 40, generator=torch.Generator().manual_seed(number)), buffer)
         files[motion] = buffer.getvalue()
         rows.append({"motion_pt_path": motion, "wav_path": wav, "text": SENTENCE})
-    write_tar(root / "data-000.tar", files)
-    write_rows(root / "train.csv", rows)
+    for folder in ("metadata", "shards"):
+        (root / folder).mkdir()
+    write_tar(root / "shards" / "data-000.tar", files)
+    write_rows(root / "metadata" / "train.csv", rows)
 
 
 def emilia(root: Path) -> None:
