@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.errors import UserError, require
 from engine.faces.detectors import POINTS, FaceDetector
-from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, change
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, face_distance
 from engine.files import write_json
 from engine.torch_files import StandIn, load_problem, stand_in
 from engine.untrusted import read_json
@@ -124,8 +124,8 @@ def nearest_face(detector: FaceDetector, blocks: Iterable[np.ndarray], track: Fa
     """Yield the five points of the face, of all that a detector with points finds, nearest the tracked one."""
     for i, frame in enumerate(frame for block in blocks for frame in block):
         faces = detector(frame) if track.seen[i] else ()
-        best = min(faces, key=lambda face: change(track.boxes[i], face, 0.4), default=None)
-        usable = best is not None and change(track.boxes[i], best, 0.4) < 1
+        best = min(faces, key=lambda face: face_distance(track.boxes[i], face, 0.4), default=None)
+        usable = best is not None and face_distance(track.boxes[i], best, 0.4) < 1
         yield best[POINTS].reshape(5, 2) if usable else None
 
 

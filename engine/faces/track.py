@@ -83,7 +83,8 @@ def read_face(face: str | int) -> str | int:
     """Return the setting `face`, which may be the text of a number."""
     if isinstance(face, str) and face.isdecimal() and len(face) < 9:
         face = int(face)
-    if not (face in FACES or (isinstance(face, int) and face >= 1)):
+    is_number = isinstance(face, int) and face >= 1
+    if not (face in FACES or is_number):
         raise UserError(f"face={str(face)[:40]} is unknown: give {', '.join(FACES)}, or a number from 1 on")
     return face
 
@@ -91,60 +92,62 @@ def read_face(face: str | int) -> str | int:
 def track_faces(
     blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: Face = "largest"
 ) -> list[FaceTrack]:
-    """Detect faces in every `DETECT_EVERY`-th frame of blocks (n, H, W, 3) of a clip, and follow them."""
+    """Detect faces in every `DETECT_EVERY`-th frame of a clip and follow them; see `follow_faces`.
+
+    Args:
+        blocks: the frames, in blocks (n, H, W, 3).
+    """
     if not isinstance(face, tuple):
         face = read_face(face)
-    faces, frames, size = [], 0, (1, 1)
+    detections: list[tuple[int, np.ndarray]] = []
+    frames = 0
+    width_height = (1, 1)
     for block in blocks:
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
-            faces.append((frames + i, with_points(detector(block[i]))))
-        frames, size = frames + len(block), block.shape[2:0:-1]
-    return follow_faces(faces, frames, size, fps, face)
+            detections.append((frames + i, with_points(detector(block[i]))))
+        frames += len(block)
+        width_height = block.shape[2:0:-1]
+    return follow_faces(detections, frames, width_height, fps, face)
 
 
 def follow_faces(
-    faces: list[tuple[int, np.ndarray]], frames: int, size: tuple[int, int], fps: float, face: Face = "largest"
+    detections: list[tuple[int, np.ndarray]], frames: int, size: tuple[int, int], fps: float, face: Face = "largest"
 ) -> list[FaceTrack]:
     """Follow one face, or several, through a clip of `frames` pictures of width and height `size`.
 
-    Detections that lie near each other in time and position are linked to stretches. Those that one person could have
-    made (one after the other: after a cut, or back in view) form a track. A line fitted to each neighbourhood gives the
-    face of every frame: it follows a moving head, and not the jitter. Gaps of up to `MAX_GAP` seconds are interpolated.
+    Detections that lie near each other in time and position are linked to tracklets. Tracklets that one person could
+    have made (one after the other: after a cut, or back in view) form a track. A line fitted to each neighbourhood
+    gives the face of every frame: it follows a moving head, not the jitter. Gaps of up to `MAX_GAP` seconds are
+    interpolated.
 
     Args:
-        faces: number of a frame, and the faces (n, 14) that were detected in it, in order of time.
+        detections: frame number and the faces (n, 14) detected in it, in order of time.
         face: "largest", "central", "left" or "right" of several faces, its number by size, counted from 1, or the
             position (x, y) to which it is nearest, in fractions of width and height; "all" or "speaking": all faces
             that enough of the clip shows, by size.
+
+    Raises:
+        FaceError: there is no such face, or too little of the clip shows it.
     """
-    centre = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
-    people = _people(_link(faces, fps), None if centre is None else np.array(size) * centre, max(size) / 2)
+    position = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
+    target = None if position is None else np.array(size) * position
+    people = _group_by_person(_link(detections, fps), target, max(size) / 2)
     if not people:
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
-    if face in ("largest", "central") or isinstance(face, tuple):
+    if face == "largest" or position is not None:
         return [_check_coverage(_smooth(people[0], frames, fps), fps)]
-    distinct: list[list[_Stretch]] = []
-    for person in people:  # less prominent ones in the box of another are faces that were detected in two sizes
-        if _shown(person, frames)[1].mean() >= MIN_COVERAGE and not any(_nested(person, other) for other in distinct):
-            distinct.append(person)
-    people = distinct or people[:1]
+
+    people = _distinct(people, frames) or people[:1]
     if face in ("left", "right"):
         people.sort(key=lambda person: np.median(_centres(person)[:, 0]), reverse=face == "right")
-    number = face if isinstance(face, int) else 1
-    if number > len(people):
-        raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
-    several = people[:MOST_FACES] if face in ("all", "speaking") else people[number - 1 : number]
-    return [_check_coverage(_smooth(person, frames, fps), fps) for person in several]
-
-
-def _nested(person: list[_Stretch], other: list[_Stretch]) -> bool:
-    """Return whether the middle of `person` lies in the box of `other` in most frames."""
-    (own, faces), (others, boxes) = (
-        (np.concatenate([s.index for s in each]), np.concatenate([s.faces for s in each])) for each in (person, other)
-    )
-    _, i, j = np.intersect1d(own, others, return_indices=True)
-    apart = np.abs(middle_of(faces[i]) - middle_of(boxes[j]))
-    return int((apart < boxes[j, 2:4] / 2).all(1).sum()) > len(own) / 2
+    if face in ("all", "speaking"):
+        chosen = people[:MOST_FACES]
+    else:
+        number = face if isinstance(face, int) else 1
+        if number > len(people):
+            raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
+        chosen = [people[number - 1]]
+    return [_check_coverage(_smooth(person, frames, fps), fps) for person in chosen]
 
 
 def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
@@ -158,128 +161,191 @@ def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Detections (n, 14) of one face, with no long gap, and the numbers (n,) of their frames."""
+class _Tracklet:
+    """Detections (n, 14) of one face with no long gap, and the numbers (n,) of their frames."""
 
     index: np.ndarray
     faces: np.ndarray
 
+    @property
+    def first(self) -> int:
+        return self.index[0]
 
-def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
-    """Link faces (n, 14) of frames in order of time to stretches; one or two detections beside longer ones are
-    mistakes.
+    @property
+    def last(self) -> int:
+        return self.index[-1]
+
+
+_Person = list[_Tracklet]  # tracklets of one person, in order of time
+
+
+def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Tracklet]:
+    """Link the faces (n, 14) of frames, in order of time, to tracklets.
+
+    Tracklets of one or two detections beside longer ones are mistakes of the detector, and are left out.
     """
-    open_, closed = [], []
+    open_tracklets: list[list[tuple[int, np.ndarray]]] = []
+    closed = []
     for frame, faces in detections:
-        closed += [s for s in open_ if frame - s[-1][0] > MAX_GAP * fps]
-        open_ = [s for s in open_ if frame - s[-1][0] <= MAX_GAP * fps]
-        costs = sorted(
-            (cost, i, j)
-            for i, (*_, (before, last)) in enumerate(open_)
-            for j, face in enumerate(faces)
-            if (cost := change(last, face, reach=0.4 + (frame - before) / fps)) < 1
-        )
-        pairs: dict[int, int] = {}  # face -> stretch
-        for _, i, j in costs:  # nearest pairs first
-            if j not in pairs and i not in pairs.values():
-                open_[i].append((frame, faces[j]))
-                pairs[j] = i
-        open_ += [[(frame, face)] for j, face in enumerate(faces) if j not in pairs]
-    stretches = [_Stretch(np.array([i for i, _ in s]), np.stack([face for _, face in s])) for s in closed + open_]
-    return [s for s in stretches if len(s.index) >= 3] or stretches
+        closed += [each for each in open_tracklets if frame - each[-1][0] > MAX_GAP * fps]
+        open_tracklets = [each for each in open_tracklets if frame - each[-1][0] <= MAX_GAP * fps]
+        pairs = []  # distance, tracklet, face
+        for i, tracklet in enumerate(open_tracklets):
+            before, last = tracklet[-1]
+            for j, face in enumerate(faces):
+                distance = face_distance(last, face, reach=0.4 + (frame - before) / fps)
+                if distance < 1:
+                    pairs.append((distance, i, j))
+        assigned: dict[int, int] = {}  # by face, its tracklet
+        for _, i, j in sorted(pairs):  # nearest pairs first
+            if j not in assigned and i not in assigned.values():
+                open_tracklets[i].append((frame, faces[j]))
+                assigned[j] = i
+        open_tracklets += [[(frame, face)] for j, face in enumerate(faces) if j not in assigned]
+    tracklets = [
+        _Tracklet(np.array([frame for frame, _ in each]), np.stack([face for _, face in each]))
+        for each in closed + open_tracklets
+    ]
+    return [each for each in tracklets if len(each.index) >= 3] or tracklets
 
 
-def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
-    """Return the distance of two faces (14,) or boxes (4,); 1 or more: different people.
+def face_distance(one: np.ndarray, other: np.ndarray, reach: float) -> float:
+    """Return the distance of two faces (14,) or boxes (4,) in position and size; 1 or more: different people.
 
-    reach: face widths that the head may have moved.
+    Args:
+        reach: face widths that the head may have moved.
     """
     moved = np.abs(middle_of(other) - middle_of(one)).max() / max(one[2], other[2])
-    return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
+    grown = abs(np.log(other[2] / one[2]))
+    return max(moved / reach, grown / 0.4)
 
 
-def _people(stretches: list[_Stretch], centre: np.ndarray | None, unit: float) -> list[list[_Stretch]]:
-    """Group stretches by person, the most prominent person first: stretches that overlap in time belong to several.
+def _group_by_person(tracklets: list[_Tracklet], target: np.ndarray | None, unit: float) -> list[_Person]:
+    """Group tracklets by person, the most prominent person first; tracklets that overlap in time are of different ones.
 
-    Prominent is who is large, or near the position `centre` in pixels, in units of half the longer side (`unit`).
+    Prominent is who is large, or, if there is a `target` position (2,) in pixels, who is near it, in units of `unit`
+    pixels.
     """
 
-    def weight(chain: list[_Stretch]) -> float:
-        if centre is None:
-            return float(sum((s.faces[:, 2] ** 2).sum() for s in chain))
-        offset = np.linalg.norm(_centres(chain) - centre, axis=1) / unit
+    def prominence(chain: _Person) -> float:
+        if target is None:
+            return float(sum((tracklet.faces[:, 2] ** 2).sum() for tracklet in chain))
+        offset = np.linalg.norm(_centres(chain) - target, axis=1) / unit
         return float(np.exp(-4 * offset).sum())
 
-    chains, people = sorted(_chains(stretches), key=weight, reverse=True), []
+    chains = sorted(_join(tracklets), key=prominence, reverse=True)
+    people = []
     while chains:
-        person, others = [], []
+        person: _Person = []
+        others = []
         for chain in chains:
-            apart = all(a.index[-1] < b.index[0] or b.index[-1] < a.index[0] for a in chain for b in person)
-            (person if apart else others).extend(chain if apart else [chain])
+            if any(_overlap(a, b) for a in chain for b in person):
+                others.append(chain)
+            else:
+                person.extend(chain)
+        people.append(sorted(person, key=lambda tracklet: tracklet.first))
         chains = others
-        people.append(sorted(person, key=lambda s: s.index[0]))
     return people
 
 
-def _centres(person: list[_Stretch]) -> np.ndarray:
-    """Return the middles (n, 2) of all detections of a person."""
-    return middle_of(np.concatenate([s.faces for s in person]))
+def _overlap(one: _Tracklet, other: _Tracklet) -> bool:
+    """Return whether two tracklets overlap in time."""
+    return not (one.last < other.first or other.last < one.first)
 
 
-def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
-    """Join stretches to chains: a face that comes back at the same position and size is the same person's."""
-    costs = sorted(
-        (cost, b.index[0] - a.index[-1], i, j)
-        for i, a in enumerate(stretches)
-        for j, b in enumerate(stretches)
-        if a.index[-1] < b.index[0] and (cost := change(a.faces[-1], b.faces[0], reach=0.6)) < 1
-    )
-    after: dict[int, int] = {}
-    for _, _, i, j in costs:  # the likeliest pairs first
-        if i not in after and j not in after.values():
-            after[i] = j
+def _join(tracklets: list[_Tracklet]) -> list[_Person]:
+    """Join tracklets to chains: a face that comes back at the same position and size is the same person's."""
+    pairs = []  # distance, gap in frames, earlier tracklet, later tracklet
+    for i, earlier in enumerate(tracklets):
+        for j, later in enumerate(tracklets):
+            if earlier.last < later.first:
+                distance = face_distance(earlier.faces[-1], later.faces[0], reach=0.6)
+                if distance < 1:
+                    pairs.append((distance, later.first - earlier.last, i, j))
+    following: dict[int, int] = {}
+    for _, _, i, j in sorted(pairs):  # the likeliest pairs first
+        if i not in following and j not in following.values():
+            following[i] = j
     chains = []
-    for i in range(len(stretches)):
-        if i not in after.values():
-            chain = [i]
-            while chain[-1] in after:
-                chain.append(after[chain[-1]])
-            chains.append([stretches[k] for k in chain])
+    for i in range(len(tracklets)):
+        if i in following.values():
+            continue
+        chain = [i]
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+        chains.append([tracklets[k] for k in chain])
     return chains
 
 
-def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
-    """Return the face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
-    nearest, seen = _shown(person, frames)
-    values = np.empty((frames, POINTS.stop))
-    for i, stretch in enumerate(person):
-        mine = np.flatnonzero(nearest == i)
-        times = np.clip(mine, stretch.index[0] - DETECT_EVERY, stretch.index[-1] + DETECT_EVERY) / fps
-        plausible = _plausible(stretch, fps)
-        values[mine] = _local_lines(stretch.index[plausible] / fps, stretch.faces[plausible], times)
-    return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
+def _distinct(people: list[_Person], frames: int) -> list[_Person]:
+    """Return the people that enough of the clip shows, without faces that were detected in two sizes."""
+    distinct: list[_Person] = []
+    for person in people:
+        _, seen = _nearest_tracklet(person, frames)
+        if seen.mean() >= MIN_COVERAGE and not any(_is_inside(person, other) for other in distinct):
+            distinct.append(person)
+    return distinct
 
 
-def _shown(person: list[_Stretch], frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each frame (T,) the stretch that is nearest in time, and whether the face is seen in it."""
+def _is_inside(person: _Person, other: _Person) -> bool:
+    """Return whether the middle of the face of `person` lies in the box of `other` in most of its frames."""
+    index, faces = _detections(person)
+    other_index, boxes = _detections(other)
+    _, i, j = np.intersect1d(index, other_index, return_indices=True)
+    offset = np.abs(middle_of(faces[i]) - middle_of(boxes[j]))
+    inside = (offset < boxes[j, 2:4] / 2).all(1)
+    return int(inside.sum()) > len(index) / 2
+
+
+def _detections(person: _Person) -> tuple[np.ndarray, np.ndarray]:
+    """Return the frame numbers (n,) and faces (n, 14) of all detections of a person."""
+    index = np.concatenate([tracklet.index for tracklet in person])
+    return index, np.concatenate([tracklet.faces for tracklet in person])
+
+
+def _centres(person: _Person) -> np.ndarray:
+    """Return the middles (n, 2) of all detections of a person."""
+    return middle_of(_detections(person)[1])
+
+
+def _smooth(person: _Person, frames: int, fps: float) -> FaceTrack:
+    """Return the face of every frame, each from the tracklet nearest in time; tracklets are smoothed one by one."""
+    nearest, seen = _nearest_tracklet(person, frames)
+    faces = np.empty((frames, POINTS.stop))
+    for i, tracklet in enumerate(person):
+        own_frames = np.flatnonzero(nearest == i)
+        times = np.clip(own_frames, tracklet.first - DETECT_EVERY, tracklet.last + DETECT_EVERY) / fps
+        plausible = _plausible(tracklet, fps)
+        faces[own_frames] = _local_lines(tracklet.index[plausible] / fps, tracklet.faces[plausible], times)
+    return FaceTrack(faces[:, BOX], faces[:, POINTS].reshape(-1, 5, 2), seen)
+
+
+def _nearest_tracklet(person: _Person, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each frame (T,) the tracklet that is nearest in time, and whether the face is seen in it."""
     time = np.arange(frames)
-    starts, ends = (np.array([s.index[i] for s in person]) for i in (0, -1))
-    away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
+    starts = np.array([tracklet.first for tracklet in person])
+    ends = np.array([tracklet.last for tracklet in person])
+    away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)  # frames
     seen = away.min(0) <= DETECT_EVERY // 2
-    seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # no later frame was searched
+    if frames - max(ends) <= DETECT_EVERY:  # no later frame was searched
+        seen[max(ends) :] = True
     return away.argmin(0), seen
 
 
-def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
+def _plausible(tracklet: _Tracklet, fps: float) -> np.ndarray:
     """Return which detections (n,) lie where those of one second to either side usually do."""
-    faces = np.column_stack([middle_of(stretch.faces), stretch.faces[:, 2:4]])
-    first = np.searchsorted(stretch.index, stretch.index - fps)
-    last = np.searchsorted(stretch.index, stretch.index + fps, side="right")
-    near = [faces[a:b] for a, b in zip(first, last)]
-    # The middle one by width, not a mean: where two faces were taken for one, one of them is followed.
-    middle = np.stack([n[np.argsort(n[:, 2], kind="stable")[len(n) // 2]] for n in near])
-    moved = np.abs(faces[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
-    plausible = (moved < 0.5) & (np.abs(np.log(faces[:, 2] / middle[:, 2])) < 0.25)
+    faces = np.column_stack([middle_of(tracklet.faces), tracklet.faces[:, 2:4]])
+    first = np.searchsorted(tracklet.index, tracklet.index - fps)
+    last = np.searchsorted(tracklet.index, tracklet.index + fps, side="right")
+    usual = []
+    for a, b in zip(first, last):
+        near = faces[a:b]
+        # The middle one by width, not a mean: where two faces were taken for one, one of them is followed.
+        usual.append(near[np.argsort(near[:, 2], kind="stable")[len(near) // 2]])
+    usual = np.stack(usual)
+    moved = np.abs(faces[:, :2] - usual[:, :2]).max(1) / usual[:, 2]
+    grown = np.abs(np.log(faces[:, 2] / usual[:, 2]))
+    plausible = (moved < 0.5) & (grown < 0.25)
     return plausible if plausible.any() else ~plausible
 
 
@@ -288,18 +354,19 @@ def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> n
 
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
-    centred_faces = faces.copy()
-    centred_faces[:, :2] = middle_of(faces)  # centres move; corners also shift as sizes flicker
+    values = faces.copy()
+    values[:, :2] = middle_of(faces)  # centres move; corners also shift as sizes flicker
     out = np.empty((len(times), faces.shape[1]))
-    far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a stretch has no gap as long
+    far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a tracklet has no gap as long
     for i, time in enumerate(times):
         near = slice(*np.searchsorted(seconds, (time - far, time + far)))
-        offset, values = seconds[near] - time, centred_faces[near]
+        offset = seconds[near] - time
         weight = np.exp(-0.5 * (offset / SMOOTH_SECONDS) ** 2) + 1e-9
         mean_offset = np.average(offset, weights=weight)
-        mean = np.average(values, axis=0, weights=weight)
+        mean = np.average(values[near], axis=0, weights=weight)
         centred = offset - mean_offset
-        slope = (weight * centred) @ (values - mean) / (weight @ centred**2 + 0.1 * weight.sum() * SMOOTH_SECONDS**2)
+        spread = weight @ centred**2 + 0.1 * weight.sum() * SMOOTH_SECONDS**2  # the second term damps the slope
+        slope = (weight * centred) @ (values[near] - mean) / spread
         slope[2:4] = 0
         out[i] = mean - slope * mean_offset
     out[:, :2] -= out[:, 2:4] / 2
@@ -350,6 +417,6 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
 def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
     """Make the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
     points = five_points(landmarks)
-    faces = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
-    track = _smooth(_link(faces, fps), len(points), fps)
+    detections = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
+    track = _smooth(_link(detections, fps), len(points), fps)
     return _check_coverage(replace(track, seen=present, landmarks=landmarks), fps)

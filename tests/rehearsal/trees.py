@@ -104,7 +104,7 @@ def emilia(root: Path) -> None:
 # Clips by folder below the documentation's /data, in the layouts of the data sets.
 CLIPS = {
     "lrs3": [f"{video}/00001.mp4" for video in ("pretrain/00j9bKdiOjk", "trainval/0Fi83BHQsMA", "trainval/0af00UcTOSc",
-                                                "trainval/1H0vWuBNzUI", "test/a", "test/b")],
+                                                "trainval/1H0vWuBNzUI", "test/a")],
     "lrs2": [f"main/{split}/00001.mp4" for split in ("train", "val", "test")],
     "vox2": [f"{speaker}/00001.mp4" for speaker in ("dev/mp4/id00012/21Uxsk56VDQ", "dev/mp4/id00015/21Uxsk56VDQ",
                                                     "dev/mp4/id00016/21Uxsk56VDQ", "test/mp4/id00017/01dfn2spqyE")],
@@ -122,6 +122,7 @@ def write(work: Path) -> None:
         for number, path in enumerate(paths):
             text, frames = SENTENCE if folder in ("lrs2", "lrs3") else "", 60 if folder == "youtube" else FRAMES
             write_clip(data / folder / path, number, frames, path == "clip.mp4", text)
+    write_clip(data / "lrs3" / "test" / "a" / "00002.mp4", 7, text="bin red at alpha one soon")  # of the same speaker
     (data / "lrs2" / "test").symlink_to("main/test")  # docs/reproduce.md: the folder of the clips that test.txt lists
     for split in ("train", "val", "test"):
         (data / "lrs2" / f"{split}.txt").write_text(f"{split}/00001\n")
