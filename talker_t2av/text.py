@@ -12,10 +12,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from engine.errors import UserError
@@ -172,12 +172,8 @@ def phoneme_tokenizer(language: str) -> TalkerTokenizer:
     return TalkerTokenizer(_fast(tokenizer), language)
 
 
-def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokenizer:
+def byte_tokenizer() -> TalkerTokenizer:
     """Make a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
-
-    With `texts`, up to `merges` merges are learned from them by byte-pair encoding (Sennrich et al., 2016), inside
-    words only. If the texts have few different words, each becomes one token, and a small model has to align six tokens
-    with a sentence's sound instead of thirty. Unknown words are still split into bytes.
 
     Texts are put in lower case, and white space at both ends is removed.
     """
@@ -186,12 +182,6 @@ def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokeni
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = list(texts)
-    if texts:
-        trainer = trainers.BpeTrainer(
-            vocab_size=len(alphabet) + merges, initial_alphabet=sorted(alphabet), show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
     return TalkerTokenizer(_fast(tokenizer))
 
 

@@ -6,9 +6,7 @@ Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,89 +126,17 @@ class LiaX(PortraitCodec):
         require_range("chunk", chunk, 1, 2**20)
         return torch.cat([self.encoder.motion(send(part, self._device())) for part in video.split(chunk)])
 
+    @torch.no_grad()
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
         """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
             raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
-        codes = send(motion.float(), self._device())
-        return self._render(identity, codes, chunk, partial(self.decoder.navigate, identity.style))
-
-    def animate(
-        self,
-        source: Tensor,
-        driving: Tensor,
-        edit_indices: Sequence[int] = (),
-        edit_values: Sequence[float] = (),
-        chunk: int = 8,
-    ) -> Tensor:
-        """The source's face with the driving video's movement *relative to its first frame*.
-
-        Args:
-            source: (3, S, S) or (1, 3, S, S).
-            driving: (T, 3, S, S).
-            edit_indices, edit_values: amounts added to entries of the source's motion code before.
-
-        Returns:
-            Frames (T, 3, S, S), not clamped; the first is the (edited) source itself.
-        """
-        identity, codes = self.identity(source), self.encode(driving, chunk)
-        edited = self._edited(identity, edit_indices, edit_values)
-        navigate = partial(self.decoder.navigate_relative, identity.style, source=edited, start=codes[:1])
-        return self._render(identity, codes, chunk, navigate)
-
-    def edit_image(self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float]) -> Tensor:
-        """(3, S, S) with amounts added to entries of its motion code -> (1, 3, S, S), not clamped."""
-        identity = self.identity(picture)
-        return self.decode(self._edited(identity, edit_indices, edit_values), identity)
-
-    def edit_video(
-        self, video: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
-    ) -> Tensor:
-        """(T, 3, S, S) with the same edit in every frame: `animate` with the first frame as the source."""
-        return self.animate(video[0], video, edit_indices, edit_values, chunk)
-
-    def interpolate_image(
-        self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
-    ) -> Tensor:
-        """64 frames that swing the given entries of the motion code: (3, S, S) -> (64, 3, S, S), not clamped.
-
-        Up by `edit_values` in 16 steps and back. Then the same once more if any of the values 6 to 9 is non-zero (the
-        demo's mouth controls), else down by as much and back.
-        """
-        if len(edit_values) < 10:
-            raise UserError(
-                f"{len(edit_values)} edit values: interpolation takes ten or more (the demo has 14 controls)"
-            )
-        up = torch.ones(16, dtype=torch.float64)
-        second = torch.cat([up, -up]) if any(edit_values[6:10]) else torch.cat([-up, up])
-        amounts = torch.cat([up, -up, second])[:, None] * (torch.tensor(edit_values, dtype=torch.float64) / 16)
-        identity = self.identity(picture)
-        codes = self._edited(identity, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
-        codes[:, list(edit_indices)] += amounts.cumsum(0).to(codes)
-        return self.decode(codes, identity, chunk)
-
-    @torch.no_grad()
-    def _render(self, identity: Identity, codes: Tensor, chunk: int, navigate: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draw pictures (T, 3, S, S) of motion codes (T, M); `navigate` turns codes (t, M) into styles (t, D)."""
         require_range("chunk", chunk, 1, 2**20)
-        styles = [navigate(part) for part in codes.split(chunk)]
+        codes = send(motion.float(), self._device())
+        styles = [self.decoder.navigate(identity.style, part) for part in codes.split(chunk)]
         with half_precision(self._device(), self.dtype):
             return torch.cat([self.decoder(style, identity.maps) for style in styles])
-
-    @torch.no_grad()
-    def _edited(self, identity: Identity, indices: Sequence[int], values: Sequence[float]) -> Tensor:
-        """The identity picture's own motion code (1, M) with `values` added at `indices`."""
-        if len(indices) != len(values):
-            raise UserError(f"{len(indices)} edit indices but {len(values)} values: give one value for each index")
-        last = self.config.motion_dim - 1
-        for index in indices:
-            if not 0 <= index <= last:
-                raise UserError(f"edit index {index}: this model's motion codes have entries 0..{last}")
-        code = self.encoder.to_motion(identity.style)
-        for index, value in zip(indices, values, strict=True):
-            code[:, index] += value
-        return code
 
     def _device(self) -> torch.device:
         return self.decoder.constant.device

@@ -1,8 +1,4 @@
-"""Recordings of a studio, whose file names tell who says what and with which emotion: GRID, CREMA-D, RAVDESS.
-
-None of them has an official split. Test and validation split are of speakers of their own, but for GRID's "seen". An
-emotion of the name is the clip's label, as one of HiCoDiT's seven classes.
-"""
+"""GRID, whose file names spell the sentences. It has no official split; see `grid` for those of the field."""
 
 from __future__ import annotations
 
@@ -28,28 +24,6 @@ COLOURS = {"b": "blue", "g": "green", "r": "red", "w": "white"}
 PREPOSITIONS = {"a": "at", "b": "by", "i": "in", "w": "with"}
 DIGITS = dict(zip("z123456789", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 ADVERBS = {"a": "again", "n": "now", "p": "please", "s": "soon"}
-CREMA_D_EMOTIONS = {
-    "ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral", "SAD": "sad",
-}  # fmt: skip
-CREMA_D_SENTENCES = {
-    "IEO": "it's eleven o'clock",
-    "TIE": "that is exactly what happened",
-    "IOM": "i'm on my way to the meeting",
-    "IWW": "i wonder what this is about",
-    "TAI": "the airplane is almost full",
-    "MTI": "maybe tomorrow it will be cold",
-    "IWL": "i would like a new alarm clock",
-    "ITH": "i think i have a doctor's appointment",
-    "DFA": "don't forget a jacket",
-    "ITS": "i think i've seen this before",
-    "TSI": "the surface is slick",
-    "WSI": "we'll stop in a couple of minutes",
-}
-RAVDESS_EMOTIONS = {
-    "01": "neutral", "02": "neutral", "03": "happy", "04": "sad", "05": "angry", "06": "fearful", "07": "disgusted",
-    "08": "surprised",
-}  # fmt: skip
-RAVDESS_STATEMENTS = {"01": "kids are talking by the door", "02": "dogs are sitting by the door"}
 
 
 def find_files(root: Path, *suffixes: str) -> list[Path]:
@@ -129,36 +103,3 @@ def grid_sentence(name: str) -> str | None:
     words = [(letter if letter.isalpha() else None) if table is None else table.get(letter)
              for table, letter in zip(tables, name.lower())]  # fmt: skip
     return " ".join(words) if len(name) == 6 and all(words) else None
-
-
-def crema_d(root: str | Path, test: float = 0.1, validation: float = 0.07) -> Source:
-    """Find VideoFlash/1001_DFA_ANG_XX.flv, sound AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level."""
-    root, clips = existing(root), []
-    sounds = {path.stem: path.as_posix() for path in find_files(root, ".wav")}
-    for path in find_files(root, ".flv", ".mp4"):
-        actor, sentence, emotion, *_ = [*path.stem.split("_"), "", "", ""]
-        if actor.isdigit() and emotion in CREMA_D_EMOTIONS:
-            about = {"text": CREMA_D_SENTENCES.get(sentence), "expression": CREMA_D_EMOTIONS[emotion]}
-            names = make_key(path.stem), path.as_posix(), sounds.get(path.stem)
-            clips.append((actor, SourceClip(*names, **about, speaker=actor, language="en")))
-    return divided(root, clips, test=test, val=validation)
-
-
-def ravdess(root: str | Path, test: float = 0.17, validation: float = 0.08, songs: bool = False) -> Source:
-    """Find **/Actor_01/01-01-03-01-02-01-01.mp4: modality, channel, emotion, intensity, statement, repetition, actor.
-
-    Modality 01 has picture and sound. Calm counts as neutral.
-
-    Args:
-        songs: also take what is sung (channel 02).
-    """
-    root, clips = existing(root), []
-    for path in find_files(root, ".mp4"):
-        parts = path.stem.split("-")
-        channels = ("01", "02") if songs else ("01",)
-        if len(parts) == 7 and parts[0] == "01" and parts[1] in channels and parts[2] in RAVDESS_EMOTIONS:
-            about = {"text": RAVDESS_STATEMENTS.get(parts[4]), "expression": RAVDESS_EMOTIONS[parts[2]]}
-            actor = f"Actor_{parts[6]}"
-            clip = SourceClip(make_key(path.stem), path.as_posix(), **about, speaker=actor, language="en")
-            clips.append((actor, clip))
-    return divided(root, clips, test=test, val=validation)

@@ -36,32 +36,6 @@ def test_chunks_do_not_change_the_result(model, video):
     torch.testing.assert_close(model.decode(codes, video[0], chunk=2), frames, rtol=1e-3, atol=1e-4)
 
 
-def test_animate_starts_from_the_edited_source(model, video):
-    frames = model.animate(video[4], video[:3], [1, 3], [0.2, -0.1], chunk=2)
-    torch.testing.assert_close(frames[:1], model.edit_image(video[4], [1, 3], [0.2, -0.1]), rtol=1e-3, atol=1e-4)
-    edited = model.edit_video(video, [1], [0.2])
-    torch.testing.assert_close(edited[:1], model.edit_image(video[0], [1], [0.2]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(
-        model.animate(video[0], video), model.decode(model.encode(video), video[0]), rtol=1e-3, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("mouth", [False, True])
-def test_interpolation_order(video, mouth):
-    model = LiaX(LiaXConfig(style_dim=16, motion_dim=12, scale=1, size=48, width=4, max_width=8, depth=1)).eval()
-    seen = []
-    model.decode = lambda motion, identity, chunk: seen.append(motion)
-    values = [0.0] * 10
-    values[7 if mouth else 0] = 0.8
-    model.interpolate_image(video[0], list(range(10)), values)
-    index = 7 if mouth else 0
-    path = (seen[0] - model.encode(video[:1]))[:, index] / 0.8
-    assert path.shape == (64,)
-    expected = {0: 1 / 16, 15: 1.0, 31: 0.0, 47: 1.0 if mouth else -1.0, 63: 0.0}
-    for frame, value in expected.items():
-        assert path[frame].item() == pytest.approx(value, abs=1e-5)
-
-
 def test_pictures_to_and_from_bytes():
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     tensor = video_to_tensor(frames, 48)

@@ -6,21 +6,15 @@ from engine.errors import UserError
 from talker_t2av.settings import Job
 from talker_t2av.text import TalkerTokenizer, byte_tokenizer, split_text
 
-WORDS = ["bin blue at alpha one now", "lay green by bravo two soon", "set red in alpha two please"]
 
-
-def test_words_of_its_texts_become_single_tokens_and_any_other_text_still_fits(tmp_path):
-    bytes_only, learned = byte_tokenizer(), byte_tokenizer(WORDS * 3)
-    extra = len(learned.prompt(""))  # control tokens
-    assert len(learned.prompt(WORDS[0])) == 6 + extra < len(bytes_only.prompt(WORDS[0]))
-    assert bytes_only.vocab_size == 262 < learned.vocab_size
-    odd = "zebra, wörld!"
-    ids = learned.prompt(odd)
-    assert learned.tokenizer.decode(ids, skip_special_tokens=True) == odd
-    assert max(ids) < learned.vocab_size
-    learned.save(tmp_path)
+def test_any_text_fits_into_bytes(tmp_path):
+    words = byte_tokenizer()
+    assert words.vocab_size == 262
+    ids = words.prompt(" Zebra, wörld! ")
+    assert words.tokenizer.decode(ids, skip_special_tokens=True) == "zebra, wörld!" and max(ids) < words.vocab_size
+    words.save(tmp_path)
     again = TalkerTokenizer.from_pretrained(tmp_path)
-    assert again.prompt(WORDS[1]) == learned.prompt(WORDS[1]) and again.speech_id == learned.speech_id
+    assert again.prompt("one two") == words.prompt("one two") and again.speech_id == words.speech_id
 
 
 @pytest.mark.parametrize(
