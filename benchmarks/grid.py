@@ -137,7 +137,7 @@ def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
             seed += 1
         rng, names = np.random.default_rng([seed, 0]), {}
         while len(names) < clips:
-            text = draw_sentence(rng, "unseen", 2)
+            text = draw_sentence(rng, "unseen")
             if "whiskey" not in text:  # GRID has no w
                 names[as_grid(text)[0]] = text
         for index, (name, text) in enumerate(track(names.items(), len(names), speaker)):
@@ -152,9 +152,9 @@ def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> b
     """Return whether a recogniser understands a voice, by sentences of the split `dev`, which no clip says."""
     rng, wrong, trials = np.random.default_rng([seed, 2]), 0, 0
     while trials < TRIALS and wrong <= MOST_WRONG:
-        text = draw_sentence(rng, "dev", 2)
+        text = draw_sentence(rng, "dev")
         if "whiskey" not in text:
-            wave = speak(synthesizer, text, voice_lines(draw_traits(seed)), [prosody("neutral", 0.0, 2)], rng).wave
+            wave = speak(synthesizer, text, voice_lines(draw_traits(seed)), [prosody("neutral", 0.0)], rng).wave
             wrong += count_errors(as_grid(text)[1], recogniser.transcribe(wave, RATE))["wer"][0]
             trials += 1
     return wrong <= MOST_WRONG
@@ -165,7 +165,7 @@ def write_clip(
 ) -> None:
     """Speak and draw a sentence; write it as MPEG-1 of GRID's size, and its words in GRID's unit of time."""
     traits = draw_traits(seed)
-    speech = speak(synthesizer, text, voice_lines(traits), [prosody("neutral", 0.0, 2)], rng)
+    speech = speak(synthesizer, text, voice_lines(traits), [prosody("neutral", 0.0)], rng)
     length = len(speech.wave) // FRAME
     motion = draw_motion(rng, length, loudness(speech.wave))
     face = Face(looks(traits, seed), float(rng.uniform(0.93, 1.07)))

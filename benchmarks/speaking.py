@@ -37,7 +37,7 @@ SCALES = 0.8, 1.2  # of the two heads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="synthetic corpus, version 2")
+    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="synthetic corpus")
     parser.add_argument("--split", default="dev", help="split of the corpus")
     parser.add_argument("--clips", type=within(1), default=100, help="number of clips of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of sizes, positions and movements")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     rows, folder = read_manifest(args.corpus, args.split), args.corpus / args.split
     if not all("face" in row for row in rows):
         raise UserError(f"--corpus {args.corpus} has no faces")
-    faces = {voice.number: voice.face for voice in load_voices(2)}
+    faces = {voice.number: voice.face for voice in load_voices()}
     counts = {"sound": 0, "silent": 0}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.clips):

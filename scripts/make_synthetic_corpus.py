@@ -5,11 +5,10 @@ H.264 video (128 x 128, 25 fps, no audio), a 24 kHz mono WAV of exactly 960 samp
 clip depends only on version, seed, split and its number. Run the same command again to finish an interrupted corpus, or
 with larger numbers of clips to extend one.
 
-Version 1 is the corpus of the bundled codecs: 40 voices, one expression per clip. Version 2, that of the bundled
-HiCoDiT and Talker-T2AV, has 460 voices that can be predicted from the faces; a split dev, half of it with training
-voices, for choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600
-words in half of the clips. Version 3 is speech alone, by the voices of version 2: open sentences of any words, and,
-in the split `plain`, the sentences of assets/demo/sentences.txt by held-out voices."""
+Version 2 has 460 voices that can be predicted from the faces; a split dev, half of it with training voices, for
+choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600 words in
+half of the clips. Version 3 is speech alone, by the same voices: open sentences of any words, and, in the split
+`plain`, the sentences of assets/demo/sentences.txt by held-out voices."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ def parse() -> argparse.Namespace:
     add("--clips", type=within(1), default=4000, help="training clips")
     add("--speech", type=within(1), help="training clips of version 3, without pictures (default: --clips)")
     add("--test-clips", type=within(0), default=240, help="clips in each held-out split")
-    add("--version", type=int, choices=SPLITS, default=1, help="of the corpus")
+    add("--version", type=int, choices=SPLITS, default=2, help="of the corpus")
     add("--seed", type=within(0), default=0, help="seed of the corpus")
     add("--more-voices", type=within(0), default=0, help="further voices of training clips, beside the 400")
     add("--workers", type=within(1), default=2, help="number of processes; does not change the result")
@@ -56,8 +55,6 @@ def parse() -> argparse.Namespace:
     if args.speech is not None and args.version != 3:
         raise UserError(f"--speech is for --version 3, which has no pictures: give version {args.version} --clips")
     args.clips = args.clips if args.speech is None else args.speech
-    if args.more_voices and args.version == 1:
-        raise UserError("--more-voices: version 1 has its 40 voices alone, give --version 2 or 3")
     return args
 
 
@@ -117,12 +114,11 @@ def main() -> None:
         "clips": counts,
         "rate": RATE,
         "samples_per_frame": FRAME,
-        "voices": Counter(voice.group for voice in load_voices(args.version, args.more_voices)),
+        "voices": Counter(voice.group for voice in load_voices(args.more_voices)),
     }
     write_json(root / "corpus.json", about | {"complete": False})
     write_text(root / "grammar.jsgf", grammar())
-    if args.version > 1:
-        write_text(root / "free.arpa", language_model())
+    write_text(root / "free.arpa", language_model())
     jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i, args.version)]
     total = sum(counts.values())
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)

@@ -1,9 +1,9 @@
 """Clips of the corpus: each is a function of (version, seed, split, index) alone, whatever process makes it, in any
 order.
 
-Version 2 has a development split, a rule from face to voice, expressions that change within a clip, and free
-sentences beside those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures,
-by the voices of version 2: open sentences in one style, half of them neutral.
+Version 2 has a rule from face to voice, expressions that change within half of the clips, and free sentences beside
+those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures, by the same
+voices: open sentences in one style, half of them neutral.
 
 Axes: N samples, T video frames (25 a second), J half seconds.
 """
@@ -143,42 +143,40 @@ class ClipMaker:
     def __init__(self, root: Path, seed: int, version: int, more: int = 0) -> None:
         cv2.setNumThreads(1)
         self._root, self._seed, self._version = root, seed, version
-        voices = load_voices(version, more)
+        voices = load_voices(more)
         groups = {group: [v for v in voices if v.group == group] for group in ("train", "dev", "unseen", "more")}
         self._voices = groups | {"seen": groups["train"], "plain": groups["unseen"][:30]}
-        if groups["dev"]:  # known and unknown voices in turn
-            self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
+        # known and unknown voices in turn
+        self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
         self._voices["train"] = groups["train"] + groups["more"]
         self._synthesizer = Synthesizer()
 
     def make(self, split: str, index: int) -> dict:
         """Write the clip's .mp4 (not version 3), .wav and, last, .json; return what the .json says."""
         version = self._version
-        key = [self._seed, SPLITS[version].index(split), index]
-        rng = np.random.default_rng(key if version == 1 else [*key, version])
+        rng = np.random.default_rng([self._seed, SPLITS[version].index(split), index, version])
         voice = self._voices[split][index % len(self._voices[split])]
         stem = self._root / split / clip_id(split, index)
         free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
-        text = None if version == 3 else draw_sentence(rng, split, version, free)
+        text = None if version == 3 else draw_sentence(rng, split, free)
         expression, intensity = draw_expression(rng)
         if version == 3 and rng.random() >= 0.5:
             expression, intensity = "neutral", 0.0
         shown = draw_change(rng) if changing else (expression,)
-        styles = [prosody(name, intensity, version) for name in shown]
+        styles = [prosody(name, intensity) for name in shown]
         while True:
             if version == 3:
                 text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
             speech = speak(self._synthesizer, text, voice.lines, styles, rng)
             frames = len(speech.wave) // FRAME
-            if version < 3 or frames <= LONGEST:
+            if version == 2 or frames <= LONGEST:
                 break
         windows = window_expressions(frames, shown[0], shown[-1], speech.change)
         entry = {"id": stem.name, "split": split, "text": text, "phonemes": speech.phonemes, "voice": voice.number}
         entry |= {"expression": max(shown, key=windows.count), "intensity": round(intensity, 4), "frames": frames}
         entry["seconds"] = frames / FPS
-        if version < 3:
-            entry |= self._draw(rng, voice, speech, shown, intensity, stem)
         if version == 2:
+            entry |= self._draw(rng, voice, speech, shown, intensity, stem)
             entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
             entry |= {"traits": vars(voice.traits)}
         entry["seed"] = self._seed

@@ -36,17 +36,8 @@ class Pose:
     sneer: float = 0.0
 
 
-_PROSODY_1 = {
-    "neutral": Prosody(),
-    "happy": Prosody(pitch=61, span=80, speed=1.06, gain=2.5),
-    "sad": Prosody(pitch=40, span=14, speed=0.84, gain=-6.0),
-    "surprised": Prosody(pitch=72, span=94, speed=0.98, gain=3.5),
-    "fearful": Prosody(pitch=66, span=28, speed=1.14, gain=-3.0),
-    "disgusted": Prosody(pitch=43, span=36, speed=0.9, gain=-1.0),
-    "angry": Prosody(pitch=54, span=68, speed=1.09, gain=5.5),
-}
-# Spans are shares of version 2's wider voices: about a semitone for every ten.
-_PROSODY_2 = {
+# Spans are fractions of the voices' wide range: about a semitone for every ten.
+_PROSODY = {
     "neutral": Prosody(pitch=50, span=32),
     "happy": Prosody(pitch=58, span=84, speed=1.1, gain=3.0),
     "sad": Prosody(pitch=42, span=4, speed=0.76, gain=-9.0),
@@ -55,7 +46,6 @@ _PROSODY_2 = {
     "disgusted": Prosody(pitch=44, span=22, speed=0.86, gain=-2.0),
     "angry": Prosody(pitch=52, span=68, speed=1.16, gain=7.0),
 }
-_PROSODY = {1: _PROSODY_1, 2: _PROSODY_2, 3: _PROSODY_2}
 _FLAT, _LIVELY = ("neutral", "sad", "fearful", "disgusted"), ("happy", "surprised", "angry")
 POSES = {
     "neutral": Pose(),
@@ -85,9 +75,9 @@ def blend(first, second, share: float):
     return type(first)(*(a + (b - a) * share for a, b in zip(vars(first).values(), vars(second).values())))
 
 
-def prosody(expression: str, intensity: float, version: int = 1) -> Prosody:
+def prosody(expression: str, intensity: float) -> Prosody:
     """Return the expression's prosody at an intensity of 0 (neutral) to 1."""
-    return blend(_PROSODY[version]["neutral"], _PROSODY[version][expression], intensity)
+    return blend(_PROSODY["neutral"], _PROSODY[expression], intensity)
 
 
 def pose(expression: str, intensity: float) -> Pose:

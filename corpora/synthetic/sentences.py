@@ -31,7 +31,7 @@ SLOTS: tuple[tuple[str, ...], ...] = tuple(
     )
 )
 SLOT_NAMES = ("command", "colour", "preposition", "letter", "digit", "adverb")
-SPLITS = {1: ("train", "seen", "unseen"), 2: ("train", "dev", "seen", "unseen")}
+SPLITS = {2: ("train", "dev", "seen", "unseen")}  # by version
 SPLITS[3] = (*SPLITS[2], "plain")  # the same owner of each sentence, and sentences that were written by hand
 PLAIN = Path(__file__).resolve().parents[2] / "assets" / "demo" / "sentences.txt"
 TEMPLATES = (
@@ -77,12 +77,11 @@ MOST_WORDS = 20
 _RARE = 0.15  # share of words that pocketsphinx's language model does not have: names and rare words
 
 
-def split_of(text: str, version: int = 1) -> str:
+def split_of(text: str) -> str:
     """Return the split that owns a sentence, by hash: each split after `train` 10 %, `train` the rest. No sentence
     belongs to two splits."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
-    splits = SPLITS[min(version, 2)]
-    return splits[max(0, bucket - 10 + len(splits))]
+    return SPLITS[2][max(0, bucket - 10 + len(SPLITS[2]))]
 
 
 def plain_sentences() -> list[str]:
@@ -90,7 +89,7 @@ def plain_sentences() -> list[str]:
     return PLAIN.read_text().splitlines()
 
 
-def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: bool = False) -> str:
+def draw_sentence(rng: np.random.Generator, split: str, free: bool = False) -> str:
     """Draw a sentence evenly from those that `split` owns, of the closed vocabulary or a free one."""
 
     def pick(words: tuple[str, ...]) -> str:
@@ -101,7 +100,7 @@ def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: 
             text = re.sub(r"{(\w+)}", lambda slot: pick(free_words()[slot[1]]), pick(TEMPLATES))
         else:
             text = " ".join(pick(words) for words in SLOTS)
-        if split_of(text, version) == split:
+        if split_of(text) == split:
             return text
 
 
@@ -111,7 +110,7 @@ def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
     while True:
         kind = rng.random()
         if kind < 0.2:
-            return draw_sentence(rng, split, 3, free=bool(kind < 0.14))
+            return draw_sentence(rng, split, free=bool(kind < 0.14))
         if kind < 0.5:
             text = OPEN_TEMPLATES[rng.integers(len(OPEN_TEMPLATES))]
             text = re.sub(r"{(\w+)}", lambda slot: _open_slot(rng, slot[1]), text)
@@ -123,7 +122,7 @@ def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
                 words = text.split()
                 words[:middle] = [" ".join(words[:middle]) + ","] if middle else []
                 text = " ".join(words).capitalize() + rng.choice((".", ".", "?", "!"))
-        if split_of(text, 3) == split:
+        if split_of(text) == split:
             return text
 
 
@@ -193,7 +192,7 @@ def language_model(count: int = 20_000, closed: bool = False) -> str:
     rng = np.random.default_rng(0)
     pairs: Counter[tuple[str, str]] = Counter()
     for number in range(count):
-        words = ["<s>", *draw_sentence(rng, "train", 2, free=not closed or number % 2 == 0).split(), "</s>"]
+        words = ["<s>", *draw_sentence(rng, "train", free=not closed or number % 2 == 0).split(), "</s>"]
         pairs.update(pairwise(words))
     fixed = re.sub(r"{\w+}", "", " ".join(TEMPLATES)).split()
     slots = [*free_words().values(), *(SLOTS if closed else ())]

@@ -1,9 +1,6 @@
 """The corpus's voices and their faces.
 
-Version 1: `voices.json` keeps 40 espeak-ng voice files that were drawn at random and chosen with GE2E and a recogniser,
-then weeded by hand; its `arguments`, `by_hand` and `results` say how, and what was measured.
-
-Versions 2 and 3: `voices_v2.json` keeps seeds alone, from which five traits follow that are heard and seen. Each lies
+`voices_v2.json` keeps seeds alone, from which five traits follow that are heard and seen. Each lies
 between 0 and 1 and moves what is heard and what is seen monotonically, so that a model can learn from a few hundred
 voices how an unknown face sounds. What tells nothing about the voice (skin, hair style, glasses, freckles, shirt,
 background) is drawn by itself. The seeds are the first whose voice a recogniser understands in the three hardest
@@ -103,33 +100,23 @@ class Voice:
             (further voices for training).
         lines: of the espeak-ng voice file.
         face: what the voice looks like.
-        traits: what voice and face share; None in version 1.
+        traits: what voice and face share.
     """
 
     number: int
     group: str
     lines: str
     face: Identity
-    traits: Traits | None = None
+    traits: Traits
 
 
-def load_voices(version: int = 1, more: int = 0) -> list[Voice]:
-    """Return all voices of a version in the order of their numbers.
+def load_voices(more: int = 0) -> list[Voice]:
+    """Return all voices in the order of their numbers.
 
     Args:
-        more: number of further voices of versions 2 and 3, group "more", of the next seeds. They are not checked: some
-            are hard to understand, and OpenCV finds some of their faces not at all.
+        more: number of further voices, group "more", of the next seeds. They are not checked: some are hard to
+            understand, and OpenCV does not find some of their faces.
     """
-    if version == 1:
-        return [
-            Voice(
-                row["number"],
-                "unseen" if row["held_out"] else "train",
-                row["lines"],
-                design(row["face_seed"], row["pitch"], row["formants"]),
-            )
-            for row in json.loads((_FOLDER / "voices.json").read_text())["voices"]
-        ]
     groups = json.loads((_FOLDER / "voices_v2.json").read_text())
     first = max(seed for seeds in groups.values() for seed in seeds) + 1
     groups["more"] = range(first, first + more)

@@ -79,7 +79,7 @@ def check_inputs(config: DictConfig) -> None:
     for key, place in named.items():
         if isinstance(place, str) and not release_folder(place).exists():
             raise UserError(f"{key}={place}: there is no such file or folder")
-    validation, splits = task.get("validation") or {}, (data.get("splits") or {}).get(data.get("version"))
+    validation, splits = task.get("validation") or {}, data.get("splits")
     for key, count in (("validate_clips", task.get("validate_clips")), ("validation.clips", validation.get("clips"))):
         require_range(f"task.{key}", 1 if count is None else count, 1, 10**6)
     metrics_of(validation.get("metrics") or ())

@@ -61,15 +61,14 @@ def entries(root: Path, split: str) -> list[dict]:
 
 
 ARGUMENTS = {  # by version
-    1: ("--seed", "3", "--clips", "6", "--test-clips", "2"),
-    2: ("--seed", "3", "--clips", "16", "--test-clips", "4", "--version", "2"),
+    2: ("--seed", "3", "--clips", "16", "--test-clips", "4"),
     3: ("--seed", "3", "--speech", "8", "--test-clips", "3", "--version", "3"),
 }
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Corpora of the three versions, each made by two workers when it is first asked for."""
+    """Corpora of both versions, each made by two workers when it is first needed."""
 
     @functools.cache
     def made(version: int) -> Path:
@@ -82,23 +81,17 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(corpora) -> Path:
-    return corpora(1)
-
-
-@pytest.fixture(scope="module")
-def second(corpora) -> Path:
     return corpora(2)
 
 
-@pytest.mark.parametrize("version", [1, 3])
-def test_worker_count_changes_no_byte(version, corpora, tmp_path):
-    make(tmp_path / "one", *ARGUMENTS[version], "--workers", "1")
+def test_worker_count_changes_no_byte(corpora, tmp_path):
+    make(tmp_path / "one", *ARGUMENTS[3], "--workers", "1")
     one = digests(tmp_path / "one")
-    assert one == digests(corpora(version))
-    assert len(one) == (10 * 3 + 3 + 2 if version == 1 else 20 * 2 + 5 + 3)  # clips; manifests; grammars, corpus.json
+    assert one == digests(corpora(3))
+    assert len(one) == 20 * 2 + 5 + 3  # clips; manifests; grammars, corpus.json
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 3])
 def test_an_interrupted_corpus_is_finished_the_same(version, corpora, tmp_path):
     root = Path(shutil.copytree(corpora(version), tmp_path / "copy"))
     for name in ("train/train_000001.json", "seen/seen_000000.wav", "train.jsonl"):  # .json is written last
@@ -111,22 +104,21 @@ def test_an_interrupted_corpus_is_finished_the_same(version, corpora, tmp_path):
 
 
 def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
-    said = make(corpus, *ARGUMENTS[1], "--seed", "4", code=2).stderr
+    said = make(corpus, *ARGUMENTS[2], "--seed", "4", code=2).stderr
     assert "seed 3" in said and len(said.strip().splitlines()) == 1
-    assert "version 1" in make(corpus, *ARGUMENTS[1], "--version", "2", code=2).stderr and not (corpus / "dev").exists()
-    assert "40 voices alone" in make(corpus, *ARGUMENTS[1], "--more-voices", "1", code=2).stderr
+    assert "version 2" in make(corpus, *ARGUMENTS[3], code=2).stderr and not (corpus / "plain").exists()
 
 
-def test_more_voices_speak_in_training_clips_alone(second, tmp_path):
-    voices = load_voices(2, more=2)
-    assert voices[:460] == load_voices(2)
+def test_more_voices_speak_in_training_clips_alone(corpus, tmp_path):
+    voices = load_voices(more=2)
+    assert voices[:460] == load_voices()
     assert [(voice.number, voice.group) for voice in voices[460:]] == [(460, "more"), (461, "more")]
     wide = ClipMaker(tmp_path, 3, 2, more=2)
     for split in SPLITS[2]:
         (tmp_path / split).mkdir()
-        assert json.loads(json.dumps(wide.make(split, 1))) == entries(second, split)[1]
+        assert json.loads(json.dumps(wide.make(split, 1))) == entries(corpus, split)[1]
     assert [wide.make("train", i)["voice"] for i in (399, 401, 402)] == [399, 461, 0]
-    assert "0 more voices" in make(second, *ARGUMENTS[2], "--more-voices", "2", code=2).stderr
+    assert "0 more voices" in make(corpus, *ARGUMENTS[2], "--more-voices", "2", code=2).stderr
 
 
 def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
@@ -152,7 +144,7 @@ def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
     assert {path.suffix for path in third.glob("*/*")} == {".wav", ".json"}
     for split in SPLITS[3]:
         for entry in entries(third, split):
-            assert split == "plain" or split_of(entry["text"], 3) == split
+            assert split == "plain" or split_of(entry["text"]) == split
             assert entry["seconds"] <= 8 and "face" not in entry
     assert [entry["text"] for entry in entries(third, "plain")] == sentences.plain_sentences()[:3]
     source = synthetic(third)
@@ -167,18 +159,18 @@ def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
 
 def test_splits_are_disjoint(corpus):
     texts, voices = (
-        {split: {entry[name] for entry in entries(corpus, split)} for split in SPLITS[1]} for name in ("text", "voice")
+        {split: {entry[name] for entry in entries(corpus, split)} for split in SPLITS[2]} for name in ("text", "voice")
     )
-    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS[1], 2))
+    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS[2], 2))
     groups = {group: {v.number for v in load_voices() if v.group == group} for group in ("train", "unseen")}
     assert voices["train"] | voices["seen"] <= groups["train"] and voices["unseen"] <= groups["unseen"]
 
 
-@pytest.mark.parametrize(("version", "free"), [(1, False), (2, False), (2, True)])
-def test_large_draws_stay_in_their_split(version, free):
+@pytest.mark.parametrize("free", [False, True])
+def test_large_draws_stay_in_their_split(free):
     rng = np.random.default_rng(0)
-    drawn = {split: {draw_sentence(rng, split, version, free) for _ in range(2000)} for split in SPLITS[version]}
-    assert all(split_of(text, version) == split for split, texts in drawn.items() for text in texts)
+    drawn = {split: {draw_sentence(rng, split, free) for _ in range(2000)} for split in SPLITS[2]}
+    assert all(split_of(text) == split for split, texts in drawn.items() for text in texts)
     assert not any(a & b for a, b in combinations(drawn.values(), 2))
     words = {word for text in drawn["train"] for word in text.split()}
     assert len(words) > 2000 if free else words == {word for slot in SLOTS for word in slot}
@@ -198,7 +190,7 @@ def test_free_words_differ_on_the_lips():
 
 
 def test_clip_files_agree(corpus):
-    for split in SPLITS[1]:
+    for split in SPLITS[2]:
         for entry in entries(corpus, split):
             stem = corpus / split / entry["id"]
             assert json.loads(stem.with_suffix(".json").read_text()) == entry
@@ -235,13 +227,12 @@ def test_closures_close_the_mouth(symbol):
         assert track[9:14, column].min() < 0.02
 
 
-@pytest.mark.parametrize(("version", "every"), [(1, 1), (2, 10)])
-def test_faces_are_found_and_show_expression_and_mouth(version, every):
+def test_faces_are_found_and_show_expression_and_mouth():
     cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
     track = mouth_track([("m", 0.0, 0.2), ("A:", 0.2, 0.4)], 10)
     still = draw_motion(np.random.default_rng(0), 10, np.zeros(10))
     found = 0
-    voices = load_voices(version)[::every]
+    voices = load_voices()[::10]
     for voice in voices:
         face = Face(voice.face)
         neutral, angry = (face.render(track, pose(name, 1.0), still) for name in ("neutral", "angry"))
@@ -258,13 +249,9 @@ def test_expressions_drive_prosody():
     assert prosody("sad", 1.0).gain < neutral.gain < prosody("angry", 1.0).gain
 
 
-@pytest.mark.parametrize(
-    ("version", "least"), [(1, {"train": 32, "unseen": 8}), (2, {"train": 400, "dev": 20, "unseen": 40})]
-)
-def test_voices_meet_the_floor(version, least):
-    voices = load_voices(version)
-    counts = Counter(v.group for v in voices)
-    assert counts.keys() == least.keys() and all(counts[group] >= count for group, count in least.items())
+def test_voices_have_numbers_and_looks_of_their_own():
+    voices = load_voices()
+    assert Counter(v.group for v in voices) == {"train": 400, "dev": 20, "unseen": 40}
     assert [v.number for v in voices] == list(range(len(voices)))
     assert len({v.lines for v in voices}) == len({v.face.detail_seed for v in voices}) == len(voices)
 
@@ -288,13 +275,13 @@ def test_a_trait_is_heard_and_seen_monotonically(trait, heard, seen):
     assert (faces != 0).all() and len({*np.sign(faces)}) == 1
 
 
-def test_second_version_has_changes_free_sentences_and_a_dev_split(second):
-    rows = [entry for split in SPLITS[2] for entry in entries(second, split)]
-    assert {len(entries(second, split)) for split in SPLITS[2][1:]} == {4}
+def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
+    rows = [entry for split in SPLITS[2] for entry in entries(corpus, split)]
+    assert {len(entries(corpus, split)) for split in SPLITS[2][1:]} == {4}
     assert {entry["grammar"] for entry in rows} == {"closed", "free"}
     assert 4 <= sum(entry["change"] is not None for entry in rows) <= len(rows) - 4
-    groups = {v.number: v.group for v in load_voices(2)}
-    assert Counter(groups[entry["voice"]] for entry in entries(second, "dev")) == {"train": 2, "dev": 2}
+    groups = {v.number: v.group for v in load_voices()}
+    assert Counter(groups[entry["voice"]] for entry in entries(corpus, "dev")) == {"train": 2, "dev": 2}
     for entry in rows:
         shown, change = entry["expressions"], entry["change"]
         assert len(shown) == (2 * (entry["frames"] - 1)) // 25 + 1 and set(shown) <= set(EXPRESSIONS)
@@ -305,16 +292,16 @@ def test_second_version_has_changes_free_sentences_and_a_dev_split(second):
         assert change is None or change in starts
 
 
-def test_a_change_is_heard_and_seen_at_once(second):
-    changing = [e for e in entries(second, "train") if e["change"]]
+def test_a_change_is_heard_and_seen_at_once(corpus):
+    changing = [e for e in entries(corpus, "train") if e["change"]]
     for entry in changing:
         first, last = entry["expressions"][0], entry["expressions"][-1]
-        samples = read_audio(second / "train" / f"{entry['id']}.wav", 24_000)
+        samples = read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000)
         cut = int(entry["change"] * 24_000)
         begin, end = (int(24_000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
         before, after = (np.sqrt(np.mean(part**2)) for part in (samples[begin:cut], samples[cut:end]))
-        assert (after > before) == (prosody(last, 1.0, 2).gain > prosody(first, 1.0, 2).gain)
-        brows = read_video(second / "train" / f"{entry['id']}.mp4", FPS)[:, 36:58].astype(float)
+        assert (after > before) == (prosody(last, 1.0).gain > prosody(first, 1.0).gain)
+        brows = read_video(corpus / "train" / f"{entry['id']}.mp4", FPS)[:, 36:58].astype(float)
         middle = cut // FRAME
         inside = np.abs(brows[: middle - 3] - np.median(brows[: middle - 3], 0)).mean()
         across = np.abs(np.median(brows[middle + 3 :], 0) - np.median(brows[: middle - 3], 0)).mean()
@@ -329,10 +316,10 @@ def test_windows_take_the_expression_of_their_middle():
         assert len(window_expressions(frames, "sad", "sad", None)) == windows_of(frames)
 
 
-def test_free_sentences_are_understood_without_a_grammar(second):
-    rows = [entry for entry in entries(second, "train") if entry["grammar"] == "free"][:6]
-    waves = [read_audio(second / "train" / f"{entry['id']}.wav", 24_000) for entry in rows]
-    recogniser, texts = Recogniser(second / "free.arpa"), [entry["text"] for entry in rows]
+def test_free_sentences_are_understood_without_a_grammar(corpus):
+    rows = [entry for entry in entries(corpus, "train") if entry["grammar"] == "free"][:6]
+    waves = [read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000) for entry in rows]
+    recogniser, texts = Recogniser(corpus / "free.arpa"), [entry["text"] for entry in rows]
     heard = [recogniser.transcribe(wave, 24_000) for wave in waves]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
 
@@ -346,7 +333,7 @@ def test_resample_keeps_a_tone():
     assert len(got) == 24000 and np.abs(got - tone(24000)).max() < 1e-3
 
 
-def test_speaking_one_of_two_faces_is_chosen(second):
+def test_speaking_one_of_two_faces_is_chosen(corpus):
     """The trial of benchmarks/speaking.py, whose record is of 100 clips."""
-    settings = argparse.Namespace(corpus=second, split="train", clips=2, seed=0)
+    settings = argparse.Namespace(corpus=corpus, split="train", clips=2, seed=0)
     assert [result["right"] for result, _ in speaking.run(settings)] == [2, 2]

@@ -20,7 +20,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def spoken():
     """Texts and their utterances."""
-    sayings = [(text, voice.lines) for voice in load_voices(2)[:4] for text in TEXTS]
+    sayings = [(text, voice.lines) for voice in load_voices()[:4] for text in TEXTS]
     return [(text, utterance) for (text, _), utterance in zip(sayings, speak(sayings))]
 
 
