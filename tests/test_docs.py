@@ -51,10 +51,9 @@ def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_a_page_is_short_and_what_it_names_exists(page):
+def test_what_a_page_names_exists(page):
     text = page.read_text()
     lines = text.splitlines()
-    assert len(lines) <= (300 if page.name == "LOG.md" else 150)
     assert [line for line in lines if len(line) > 120] == []
     cells = [cell for line in lines if line.startswith("|") for cell in line.split(" | ")]
     assert [cell for cell in cells if len(cell.split()) > 16] == []
