@@ -1,0 +1,79 @@
+"""scripts/cluster/train.sbatch with a fake `srun` and `scontrol`: what a SLURM cluster would run."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# One task per node, with as many cores as srun is told to bind: by Slurm's rules since 22.05, not what sbatch was told.
+SRUN = """#!/bin/bash
+env > "$RECORD/srun.env"
+printf '%s\\n' "$@" > "$RECORD/srun.args"
+if [ -n "$SLEEP" ]; then
+    trap 'exit $CODE' USR1
+    touch "$RECORD/running"
+    while true; do sleep 0.05; done
+fi
+taskset -c "0-$((${SRUN_CPUS_PER_TASK:-1} - 1))" env -u OMP_NUM_THREADS nproc > "$RECORD/cores"
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/bash
+printf '%s\\n' "$*" >> "$RECORD/scontrol"
+[ "$1" = show ] && printf 'node7\\nnode8\\n'
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Return a function that starts the script in a job of two nodes."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_CPUS_PER_TASK": str(min(2, os.cpu_count())), "RECORD": str(tmp_path), "SLEEP": "", "CODE": "0",
+    }  # fmt: skip
+
+    def start(**changes):
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN", "NCCL", "GLOO"))}
+        command = ["bash", ROOT / "scripts/cluster/train.sbatch", "experiment=hicodit_paper", "run=/shared/runs/a b"]
+        return subprocess.Popen(command, env=plain | job | {"PATH": path} | changes)
+
+    return start
+
+
+def test_each_node_starts_torchrun_with_its_cores(cluster, tmp_path):
+    assert cluster().wait(30) == 0
+    arguments = (tmp_path / "srun.args").read_text().splitlines()
+    assert arguments[-3:] == ["train.py", "experiment=hicodit_paper", "run=/shared/runs/a b"]
+    assert {"--nnodes=2", "--nproc_per_node=8", "--rdzv_endpoint=node7:29500", "--rdzv_id=42-0"} <= set(arguments)
+    assert int((tmp_path / "cores").read_text()) == min(2, os.cpu_count())
+    assert "IFNAME" not in (tmp_path / "srun.env").read_text()
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_an_interface_is_told_to_both_libraries(cluster, tmp_path):
+    assert cluster(INTERFACE="ib0").wait(30) == 0
+    lines = (tmp_path / "srun.env").read_text().splitlines()
+    assert {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0"} <= set(lines)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, True), (2, False)])
+def test_a_job_that_is_asked_to_stop_is_requeued(cluster, tmp_path, code, requeued):
+    """75: a checkpoint was saved. 1: not saved in time, an earlier one counts. 2: an error that would come again."""
+    job = cluster(SLEEP="1", CODE=str(code))
+    while not (tmp_path / "running").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == code
+    assert ("requeue 42" in (tmp_path / "scontrol").read_text()) == requeued
+
+
+def test_a_failure_that_nobody_asked_for_is_not_requeued(cluster, tmp_path):
+    assert cluster(CODE="1").wait(30) == 1
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
