@@ -22,6 +22,7 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
+from engine.training import distributed
 from engine.training.gan import GANTask
 from engine.training.task import Release
 from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
@@ -164,13 +165,13 @@ class RVQCodecTask(GANTask):
             vectors = batch["_run"]["latent"].detach().transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
             self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # in place of the oldest
             if (quantized := batch["_run"]["quantized"]) is not None:
-                self.counts += count_codes(quantized.codes, self.codec.codes)
+                self.counts += distributed.sum_(count_codes(quantized.codes, self.codec.codes))
         return losses
 
     def begin_step(self, step: int) -> None:
         """Initialise code books at `quantizer_start`, restart dead codes later, keep the first levels to the mel bands.
 
-        The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
+        The main process changes the code books and sends them to the others: sums on GPUs differ in the last digits.
         """
         super().begin_step(step)
         since = step - self.quantizer_start
@@ -181,15 +182,22 @@ class RVQCodecTask(GANTask):
                 for level in self.codec.quantizer.quantizers[: self.envelope_levels]:
                     level.in_project.weight_v[:, self.features.mel_bands :] = 0
         if since > 0 and since % self.restart_every == 0:
-            restart_dead_codes(self.codec.quantizer, self.pooled, self.counts, step)
-            self.counts.zero_()
+            if distributed.is_main():
+                restart_dead_codes(self.codec.quantizer, self.pooled, self.counts, step)
         elif since == 0 and not self.warm_started:
-            latents = self.pooled[self.pooled.abs().sum(1) > 0]  # once in a run the host waits
-            if len(latents):
-                bands = self.features.mel_bands if self.features else 0
-                generator = torch.Generator().manual_seed(step)
-                warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
-                self.counts.zero_()
+            self._warm_start(step)
+        else:
+            return
+        self.counts.zero_()
+        distributed.broadcast(p.detach() for p in self.codec.quantizer.parameters())
+
+    def _warm_start(self, step: int) -> None:
+        """Initialise the code books from the pooled latents, if there are any; once in a run the host waits."""
+        latents = self.pooled[self.pooled.abs().sum(1) > 0]
+        if len(latents) and distributed.is_main():
+            bands = self.features.mel_bands if self.features else 0
+            generator = torch.Generator().manual_seed(step)
+            warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
         wave, codec, features_first = batch["wave"], self.codec, self.step < self.features_until
