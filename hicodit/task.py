@@ -148,6 +148,13 @@ class HiCoDiTTask(Task):
         encoders = self.system.encoders
         return [self.system.model.identity_adapter, *([encoders.identity] if encoders.learns else [])]
 
+    def loss_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        frames = int(batch["frames"].sum())
+        clips = len(batch["frames"])
+        tokens = TOKENS_PER_FRAME * frames * self.system.model.config.levels
+        scores = dict.fromkeys((f"{self.tokens_loss}_low", f"{self.tokens_loss}_high"), tokens)
+        return {**scores, "phoneme": frames, "identity": clips, "expression": clips}
+
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
 

@@ -32,7 +32,7 @@ from engine.evaluation.charts import chart_file
 from engine.training.export import read_log
 from scripts.arguments import Parser, within
 
-LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
+LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
 FEW = 4  # points of a curve that are marked
 WIDER, MOST_WIDER = 1.8, 10.0  # points by which a run is wider than the next one, and at most

@@ -58,6 +58,76 @@ class PatchStream:
 
 
 @dataclass(frozen=True)
+class SpanLayout:
+    """Where the patches of each row are among its tokens. All tensors (B,) are on the host, as the batch's lengths are.
+
+    Attributes:
+        with_motion: whether the row has motion.
+        start, length: of the span of placeholders, in tokens; the task token is counted.
+        slots: tokens for patches, at least 0.
+        step: tokens of a patch.
+        turns: of each stream, the place of its token within a patch.
+        begin: of each stream, the position of its first token.
+        tokens: T.
+    """
+
+    with_motion: Tensor
+    start: Tensor
+    length: Tensor
+    slots: Tensor
+    step: Tensor
+    turns: dict[str, Tensor]
+    begin: dict[str, Tensor]
+    tokens: int
+
+    @classmethod
+    def of(cls, c: TalkerConfig, batch: Mapping[str, Tensor]) -> SpanLayout:
+        with_motion = batch["motion_frames"] > 0
+        span = batch["speech_span"] + (batch["speech_span"][:, :1] >= 0)
+        start = span[:, 0]
+        length = span[:, 1] - start
+        step = 1 + with_motion * (c.order in ORDERS)
+        turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
+        begin = {"speech": start + turns["speech"], "motion": start + c.delay + turns["motion"]}
+        tokens = batch["attention_mask"].shape[1] + 1
+        return cls(with_motion, start, length, length.clamp(min=0), step, turns, begin, tokens)
+
+    def examples(self, stream: str, patches: Tensor, count: int) -> Tensor:
+        """Return the patches (B, count) that a diffusion head learns from; each row of a stream has `patches` (B,).
+
+        Rows with one patch or without slots give no example. Rows whose span was cut off give examples up to the last
+        position. All this is as in the official program.
+        """
+        place = torch.arange(count, device=self.start.device)
+        position = self.begin[stream][:, None] + self.step[:, None] * place - 1
+        rows = (self.slots > 0) & (patches > 1)
+        return rows[:, None] & (place < patches[:, None]) & ((place == 0) | (position < self.tokens))
+
+    def stop_labels(self, c: TalkerConfig) -> tuple[Tensor, Tensor]:
+        """Return labels (B, T) and the positive weight; see `stop_labels`."""
+        return stop_labels(self.start, self.length, self.tokens, c.patch_size, FPS, step=self.step)
+
+
+def count_elements(c: TalkerConfig, batch: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return over how many elements each loss is a mean: examples, labelled positions, frames, patches.
+
+    If the heads learn from a fraction of the patches, all patches are counted: the fraction is the same everywhere.
+    """
+    layout = SpanLayout.of(c, batch)
+    counts = {"stop": int((layout.stop_labels(c)[0] != IGNORED).sum())}
+    for stream in ("speech", "motion"):
+        patches = -(-batch[f"{stream}_frames"].clamp(max=batch[stream].shape[1]) // c.patch_size)
+        most = -(-batch[stream].shape[1] // c.patch_size)
+        counts[stream] = int(layout.examples(stream, patches, most).sum())
+    if "phoneme" in batch:
+        counts["phoneme"] = int(batch["speech_frames"].clamp(max=batch["phoneme"].shape[1]).sum())
+    if "pointer" in batch:
+        frames = batch["speech_frames"].clamp(max=batch["pointer"].shape[1])
+        counts["alignment"] = int((-(-frames // c.patch_size)).sum())
+    return counts
+
+
+@dataclass(frozen=True)
 class Examples:
     """What a diffusion head trains on: x1 (N, C, P), mu (N, D), cond (N, C, p P), global_cond (N, G)."""
 
@@ -92,19 +162,16 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         share: of the patches that the heads train on, drawn at random.
     """
     c, device = model.config, batch["speech"].device
-    with_motion = batch["motion_frames"] > 0
+    layout = SpanLayout.of(c, batch)
+    with_motion, start, slots, step, turns = layout.with_motion, layout.start, layout.slots, layout.step, layout.turns
     task = torch.where(with_motion, T2AV, TTS)
     embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch["input_ids"])], 1)
     mask = F.pad(batch["attention_mask"], (1, 0), value=1)
-    span = batch["speech_span"] + (batch["speech_span"][:, :1] >= 0)
-    start, slots = span[:, 0], (span[:, 1] - span[:, 0]).clamp(min=0)
 
     speech = PatchStream.of(batch["speech"], batch["speech_frames"], c.patch_size)
     motion = PatchStream.of(batch["motion"], batch["motion_frames"], c.patch_size)
-    step = 1 + with_motion * (c.order in ORDERS)  # tokens of a patch
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
-    turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
 
     # The tokens of the first `filled` patches replace the placeholders. Slot j begins at start + step * j; a stream's
     # token of it is `turns` further. Tokens of both streams at one position are added.
@@ -125,17 +192,15 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=device).tril()
         attended = causal & send(mask.bool(), device)[:, None, None]
     hidden = model.backbone(embeds, {"full_attention": attended})
-    labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
     frames = batch["motion"]
     first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(task), c.motion_dim)
-    begin = {"speech": start + turns["speech"], "motion": start + c.delay + turns["motion"]}
     return TrainingForward(
         embeds,
         mask,
         hidden,
-        _examples(c, hidden, begin["speech"], step, slots, speech, batch["speaker"], share),
-        _examples(c, hidden, begin["motion"], step, slots, motion, first_motion, share),
-        *(send(x, device) for x in labels),
+        _examples(c, hidden, layout, "speech", speech, batch["speaker"], share),
+        _examples(c, hidden, layout, "motion", motion, first_motion, share),
+        *(send(x, device) for x in layout.stop_labels(c)),
     )
 
 
@@ -225,25 +290,15 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
 
 
 def _examples(
-    c: TalkerConfig,
-    hidden: Tensor,
-    start: Tensor,
-    step: Tensor,
-    slots: Tensor,
-    stream: PatchStream,
-    given: Tensor,
-    share: float,
+    c: TalkerConfig, hidden: Tensor, layout: SpanLayout, name: str, stream: PatchStream, given: Tensor, share: float
 ) -> Examples:
-    """Collect examples: patch j of a row is predicted from position start + step * j - 1 and the frames before it.
+    """Collect the examples of stream `name`: each patch is predicted from the position and the frames before it.
 
-    Rows with one patch or without slots give no example. Padded frames of the last patch are targets, too. Rows whose
-    span was cut off give examples up to the last position. All this is as in the official program.
+    Padded frames of the last patch are targets, too, as in the official program.
     """
     count, tokens = stream.latents.shape[1], hidden.shape[1]
-    place = torch.arange(count, device=start.device)
-    position = start[:, None] + step[:, None] * place - 1
-    rows = (slots > 0) & (stream.patches > 1)
-    chosen = rows[:, None] & (place < stream.patches[:, None]) & ((place == 0) | (position < tokens))
+    chosen = layout.examples(name, stream.patches, count)
+    position = layout.begin[name][:, None] + layout.step[:, None] * torch.arange(count) - 1
     if share < 1:
         chosen &= torch.rand(chosen.shape, device=chosen.device) < share
     row, patch = chosen.nonzero(as_tuple=True)

@@ -32,7 +32,7 @@ from talker_t2av.data import STAGES, TalkerExamples, collate
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
-from talker_t2av.losses import phoneme_loss, training_forward, training_losses
+from talker_t2av.losses import count_elements, phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.particles import why_not
 from talker_t2av.request import MODES, Request, Sampling
@@ -147,6 +147,9 @@ class TalkerTask(Task):
     def blocks(self) -> list[nn.Module]:
         """Layers of the language model, of the patch encoders and of the diffusion heads."""
         return [*self.model.llm.model.layers, *(m for m in self.model.modules() if isinstance(m, Block))]
+
+    def loss_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        return count_elements(self.model.config, batch)
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Tokens of the language model."""

@@ -116,10 +116,6 @@ class LiaXTask(Task):
     def blocks(self) -> list[nn.Module]:
         return [*self.codec.encoder.blocks, *self.codec.decoder.levels]
 
-    def has_idle_parameters(self) -> bool:
-        """Return whether levels wait (`growth`): they have no gradients."""
-        return self.growth is not None or super().has_idle_parameters()
-
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Return the number of frames of a batch."""
         return 2 * len(batch["frames"])

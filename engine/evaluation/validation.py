@@ -32,9 +32,11 @@ class Share:
 
     rank: int = 0
     count: int = 1
+    most: int | None = None  # items that are measured by all processes together; None: all
 
     def range(self, items: int) -> range:
         """Return the numbers of this process's items among `items`."""
+        items = items if self.most is None else min(items, self.most)
         parts = min(self.count, items)
         if self.rank >= parts:
             return range(0)

@@ -10,7 +10,6 @@ Axes: n items, S streams, m = n // S items of a stream in an epoch.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +25,9 @@ from engine.shards.reader import Blocks
 from engine.training import distributed
 from engine.training.signals import ignore_in_worker
 
-POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
+POOL = 32  # groups that are sorted by length together: more means less padding and less chance
+JITTER = 0.05  # relative noise of the lengths that are sorted, so that small datasets get new batches every epoch
+STEP = 512  # samples per step, unless stated
 
 
 class TrainingSet(Protocol):
@@ -53,112 +54,132 @@ def require_lengths(dataset: TrainingSet | type) -> None:
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """An endless row of batches; the same number gives the same batch whichever process asks.
+    """An endless sequence of batches; the same number gives the same batch in every process.
 
-    By count, every batch is full and may straddle two epochs: of a stream's items in all epochs one after the other,
-    its batch j holds [j * size, (j + 1) * size). Every item is used once an epoch (but for n mod S of them). By length,
-    an epoch's items are sorted in pools and cut into batches of like length, which come in random order.
+    Each stream goes through its items in a new random order every epoch. Batch j of a stream holds its items
+    [j * size, (j + 1) * size), counted over all epochs, so batches are always full and may straddle two epochs.
+    Every item is used once per epoch, except for n mod S of them.
+
+    With `by_length`, neighbouring items have similar lengths: the items are sorted in pools, and groups of neighbours
+    are shuffled. A group holds the samples of one step, so that the ranks of a step finish together. The order does not
+    depend on `size` or on the world size, so a run that resumes with other ones continues at the same sample.
 
     Args:
-        size: items of a batch.
-        by_length: put items of like length in one batch.
-        streams: S, for a dataset of blocks; None: as many as there are processes.
+        dataset: see `TrainingSet`.
+        size: items per batch.
+        seed: seed of order and items.
+        by_length: give neighbouring items similar lengths.
+        streams: S, for a dataset of blocks; None: the world size.
+        step: samples per step over all ranks, the size of a group with `by_length`.
     """
 
-    def __init__(self, dataset: TrainingSet, size: int, seed: int, by_length: bool = False, streams: int | None = None):
-        self.dataset, self.size, self.seed, self.by_length = dataset, size, seed, by_length
+    def __init__(
+        self,
+        dataset: TrainingSet,
+        size: int,
+        seed: int,
+        by_length: bool = False,
+        streams: int | None = None,
+        step: int = STEP,
+    ):
+        self.dataset = dataset
+        self.size = size
+        self.seed = seed
+        self.by_length = by_length
         if by_length:
             require_lengths(dataset)
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
         self.streams = (self.blocks.streams or streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:
             raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips: lower it")
+        self.group = max(size, step // self.streams)  # items of a stream
         self._order = lru_cache(maxsize=2)(self._make_order)
-        self._cuts = lru_cache(maxsize=2 * self.streams)(self._cut)
-        self._ends = [[0] for _ in range(self.streams)]  # of each stream, batches in all epochs before each
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the caches out of a pickle."""
-        return MicroBatches, (self.dataset, self.size, self.seed, self.by_length, self.streams)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of a pickle."""
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._order = lru_cache(maxsize=2)(self._make_order)
 
     @property
     def fixed_shapes(self) -> bool:
-        """Return whether all batches have the same shape, as far as is known: items have no lengths."""
+        """Whether all batches are known to have the same shape, because items have no lengths."""
         return getattr(self.dataset, "lengths", None) is None
 
-    def state(self) -> dict[str, int]:
-        """Return what the numbers of batches depend on, for a checkpoint."""
-        return {"batch_size": self.size, "streams": self.streams}
+    def state(self, number: int) -> dict[str, int]:
+        """Return what a checkpoint stores, for `resume`, before batch `number`."""
+        return {"samples": number * self.size, "streams": self.streams, "group": self.group}
 
-    def position(self, info: dict[str, Any]) -> int:
-        """Return the number of the next batch after a checkpoint, whose batches may have had another size."""
-        if self.by_length:
-            return info["position"]
-        return info["position"] * info.get("batch_size", self.size) // self.size
+    def resume(self, state: dict[str, Any]) -> int:
+        """Continue after a checkpoint, whose batches may have had another size; return the number of the next batch."""
+        self.streams = state["streams"]
+        self.group = state["group"]
+        self._order.cache_clear()
+        return state["samples"] // self.size
 
     def __getitem__(self, number: int) -> dict[str, Any] | UserError:
         """Make batch `number`. A worker process returns an error, which `load_batches` raises: it stays one line."""
         try:
-            epoch, window, chosen = self._choose(number)
+            epoch, window, indices = self._choose(number)
             if self.blocks is not None:
                 self.dataset.prefetch(self._order(epoch).spans(number % self.streams, window))
-            items = [self.dataset.__getitem__(index, generator_for(self.seed, *names)) for names, index in chosen]
-            return self.dataset.collate(items)
+            first = number * self.size
+            draws = [generator_for(self.seed, "sample", first + k) for k in range(self.size)]
+            return self.dataset.collate([self.dataset.__getitem__(*pair) for pair in zip(indices, draws)])
         except UserError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise
             return error
 
-    def samples(self, number: int) -> list[tuple[tuple, int]]:
-        """Return (names that seed it, index in the dataset) of every sample of batch `number`."""
+    def samples(self, number: int) -> list[int]:
+        """Return the index in the dataset of every sample of batch `number`."""
         return self._choose(number)[2]
 
-    def mean_size(self) -> float:
-        """Return the mean number of items in a batch."""
-        if not self.by_length:
-            return self.size
-        return (len(self.dataset) // self.streams) / len(self._cuts(0, 0))
-
-    def _choose(self, number: int) -> tuple[int, int, list[tuple[tuple, int]]]:
-        """Return the epoch and the window of a batch, and its samples."""
+    def _choose(self, number: int) -> tuple[int, int, list[int]]:
+        """Return the epoch and the window in which a batch ends, and the indices of its items."""
         turn, stream = divmod(number, self.streams)
-        if self.by_length:
-            ends = self._ends[stream]
-            while ends[-1] <= turn:
-                ends.append(ends[-1] + len(self._cuts(len(ends) - 1, stream)))
-            epoch = bisect_right(ends, turn) - 1
-            batch = self._cuts(epoch, stream)[turn - ends[epoch]]
+        count = len(self.dataset) // self.streams
+        indices = []
+        for place in range(turn * self.size, (turn + 1) * self.size):
+            epoch, offset = divmod(place, count)
             order = self._order(epoch)
-            window = int(order.windows[stream, batch[0]])
-            chosen = [(("sample", epoch, index), index) for index in order.items[stream, batch].tolist()]
-            return epoch, window, chosen
-        count, chosen = len(self.dataset) // self.streams, []
-        for k in range(self.size):
-            epoch, offset = divmod(turn * self.size + k, count)
-            chosen.append((("sample", number * self.size + k), int(self._order(epoch).items[stream, offset])))
-        return epoch, int(self._order(epoch).windows[stream, offset]), chosen
+            indices.append(int(order.items[stream, offset]))
+        return epoch, int(order.windows[stream, offset]), indices
 
     def _make_order(self, epoch: int) -> Order:
         draw = generator_for(self.seed, "epoch", epoch)
         if self.blocks is not None:
-            return Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
-        items = torch.randperm(len(self.dataset), generator=draw)[None]
-        return Order(items, torch.zeros_like(items), lambda stream, window: [])
+            order = Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
+        else:
+            items = torch.randperm(len(self.dataset), generator=draw)[None]
+            order = Order(items, torch.zeros_like(items), lambda stream, window: [])
+        return self._sort(order, epoch) if self.by_length else order
 
-    def _cut(self, epoch: int, stream: int) -> list[Tensor]:
-        """Cut a stream's epoch into batches by length, as positions in its order."""
-        order = self._order(epoch)
-        lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]]
-        _, sizes = order.windows[stream].unique_consecutive(return_counts=True)
-        batches = []
-        for window, positions in enumerate(torch.arange(len(lengths)).split(sizes.tolist())):
-            cuts = []
-            for pool in positions.split(POOL * self.size):
-                pool = pool[lengths[pool].argsort(descending=True, stable=True)]
-                cuts += pool.tensor_split(-(-len(pool) // self.size))
-            draw = generator_for(self.seed, "batches", epoch, stream, window)
-            batches += [cuts[i] for i in torch.randperm(len(cuts), generator=draw).tolist()]
-        return batches
+    def _sort(self, order: Order, epoch: int) -> Order:
+        """Reorder each stream of an epoch by length: sort pools of items, and shuffle groups within a pool.
+
+        Pools and the permutation of groups are the same in all streams, so that ranks which read different streams have
+        similar lengths at the same time. Groups begin at multiples of their size, counted over all epochs, as steps do;
+        what is left before the first and after the last whole group stays there.
+        """
+        count = order.items.shape[1]
+        windows = int(order.windows.max()) + 1
+        pool = max(1, min(POOL, count // windows // self.group)) * self.group  # few more items than a window of blocks
+        head = min(count, -epoch * count % self.group)
+        draw = generator_for(self.seed, "groups", epoch)
+        lengths = torch.as_tensor(self.dataset.lengths)[order.items]
+        lengths = lengths * (1 + JITTER * torch.rand(lengths.shape, generator=draw))
+        places = torch.arange(count).expand(len(lengths), count).clone()
+        for first in range(head, count, pool):
+            last = min(first + pool, count)
+            by_length = first + lengths[:, first:last].argsort(dim=1, descending=True, stable=True)
+            whole = (last - first) // self.group
+            groups = by_length[:, : whole * self.group].unflatten(1, (whole, self.group)) if whole else by_length[:, :0]
+            shuffled = groups[:, torch.randperm(whole, generator=draw)].flatten(1)
+            places[:, first:last] = torch.cat([shuffled, by_length[:, whole * self.group :]], 1)
+        return replace(order, items=order.items.gather(1, places), windows=order.windows.gather(1, places))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from engine.training.checkpoint_reader import Reader
 from engine.untrusted import parse_json, read_json, safe_name
 
 INFO, RESULTS = "info.json", "results.json"
-COUNTS = ("step", "position", "batch_size", "streams", "skipped", "skipped_in_a_row")  # in `INFO`
+COUNTS = ("step", "samples", "streams", "group")  # in `INFO`
 FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process: fine

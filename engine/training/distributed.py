@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,30 +18,43 @@ from engine.device import pick_device
 from engine.errors import UserError
 
 T = TypeVar("T")
-_patient: set[dist.ProcessGroup] = set()
-PATIENT = timedelta(hours=4)  # for objects, checkpoints and the time before the first step: rank 0 may make data
-STEP_TIMEOUT = timedelta(minutes=10)  # of a collective on tensors once a step is done; a process that hangs shows soon
+_groups: list[dist.ProcessGroup] = []  # see `shutdown`
+PATIENT = timedelta(hours=4)  # of objects and checkpoints: rank 0 may prepare data meanwhile
+TIMEOUT = timedelta(minutes=10)  # of a collective on tensors: a process that hangs is noticed soon
 # NCCL's flight recorder keeps the last collectives and writes them to files when one does not end in time.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
-def init(name: str) -> torch.device:
-    """Join the process group that torchrun's environment describes, if there is one; return this process's device."""
+def init(name: str, run: str | Path | None = None) -> torch.device:
+    """Join the process group that torchrun's environment describes, if there is one; return this process's device.
+
+    Args:
+        name: of the device.
+        run: folder of the run; NCCL's flight recorder writes RUN/flight_recorder/rank0, rank1, ... when a collective does
+            not end in time.
+    """
+    # Batches of many lengths fragment CUDA's memory otherwise. It is read when CUDA is initialised.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         for name, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(name, value)
+        if run is not None:
+            dumps = Path(run).resolve() / "flight_recorder"
+            dumps.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dumps / "rank"))
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENT, device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+        _groups.append(dist.group.WORLD)
     return device
 
 
 def patient_group() -> dist.ProcessGroup:
     """Make a gloo group of all processes whose operations on host memory may take long; all have to call this."""
     group = dist.new_group(backend="gloo", timeout=PATIENT)
-    _patient.add(group)
+    _groups.append(group)
     return group
 
 
@@ -51,13 +64,6 @@ def control() -> dist.ProcessGroup:
 
 
 _group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # anew in each process group
-
-
-def shorten_timeouts() -> None:
-    """Let collectives on tensors end, or fail, within `STEP_TIMEOUT` from now on; all processes call this."""
-    for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
-        if group not in _patient:
-            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
 
 class Agreement:
@@ -83,12 +89,10 @@ class Agreement:
 def shutdown() -> None:
     """Leave the process group.
 
-    The groups are never freed: freeing a gloo group waits for its thread while holding the interpreter's lock, and the
-    thread may be waiting for that lock to free a tensor (PyTorch 2.11). Processes of finished runs then never ended.
+    `_groups` keeps the groups until the interpreter exits. Freeing a gloo group waits for its thread with the
+    interpreter's lock held; right after a collective, that thread may need the lock to free a tensor (PyTorch 2.11).
     """
     if dist.is_initialized():
-        for group in dist.distributed_c10d._world.pg_map:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         dist.destroy_process_group()
 
 
@@ -119,10 +123,10 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return {key: means[key] for key in values}
 
 
-def maximum_(values: Tensor) -> Tensor:
-    """Change `values` in place to the largest of each over the processes."""
+def sum_(values: Tensor) -> Tensor:
+    """Change `values` in place to the sum of each over the processes."""
     if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        dist.all_reduce(values)
     return values
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
@@ -34,69 +36,74 @@ from engine.training.settings import TrainerConfig
 from engine.training.speed import recomputing
 from engine.training.task import Task
 
+# DDP lays out its buckets anew after the first step unless it looks for idle parameters. Sums over three or more
+# processes would then differ in the last digits between the first step of a resumed run and that of an unbroken one.
+warnings.filterwarnings("ignore", "find_unused_parameters=True was specified in DDP constructor")
+
+LARGE_EMBEDDING = 2**24  # weights of an embedding that is sharded by itself
+
 
 class ParallelTask:
     """A task moved to its device and wrapped by DDP or FSDP. Do not add parameters afterwards.
 
     Args:
-        task: the main process's counts; in the others its parameters may be on the meta device (see `build_once`).
-        config: `parallel`, `precision`, `compile` and `checkpointing` count here.
-        device: where the task then is, whole or this process's shards of it.
+        task: that of the main process counts; elsewhere its parameters may be on the meta device (see `build_once`).
+        config: `parallel`, `precision`, `compile`, `checkpointing`, `reshard_after_forward` and `reduce_each` are used.
+        device: where the task is moved, whole or as this process's shards of it.
+
+    Attributes:
+        task: the task to train; with shards a copy, whose parameters are DTensors.
     """
 
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
-        self.task = task
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
-        self._spare = without_weights(task) if self.sharded else None
-        if not self.sharded:
-            task.to(device)
-        prepare_blocks(task, config.compile, config.checkpointing)
+        self.reduce_each = config.reduce_each
+        self.task = without_weights(task) if self.sharded else task.to(device)
+        self._spare = without_weights(task) if self.sharded else None  # for `evaluation_copy`
+        prepare_blocks(self.task, config.compile, config.checkpointing)
         self._whole: list[nn.Parameter] = []
-        self._losses: nn.Module = _Losses(task)
+        self._losses: nn.Module = _Losses(self.task)
         if self.sharded:
-            self._shard(_mesh(config.parallel, device), config.precision == "bf16", device)
+            self._shard(config, device)
+            _fill(self.task, task.state_dict() if distributed.is_main() else {}, device)
+            self._whole = [p for module in self.task.whole() for p in module.parameters()]
         elif distributed.world_size() > 1:
             # Buffers are sent by the trainer: DDP would overwrite those that a stored result's backward needs.
-            self._losses = _SteadyDDP(
-                self._losses,
-                find_unused_parameters=task.has_idle_parameters(),
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+            self._losses = DistributedDataParallel(
+                self._losses, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def _shard(self, mesh: DeviceMesh, bf16: bool, device: torch.device) -> None:
-        """Give every process its shards of the main one's weights, one tensor at a time: no device holds all."""
-        weights = {}
-        for name, p in self.task.named_parameters():
-            weights[name] = _empty(p)
-            torch.utils.swap_tensors(p, weights[name])  # on the meta device, p stays the same object
-        self._whole = [p for module in self.task.whole() for p in module.parameters()]
-        # Weights travel in half precision; autocast decides about everything else, as it does without shards.
-        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in self.task.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=half if bf16 else MixedPrecisionPolicy())
-        fully_shard(self._losses, mesh=mesh, ignored_params=set(self._whole))
-        for name, p in list(self.task.named_parameters()):
-            whole = weights.pop(name).detach()
-            whole = whole.to(device) if distributed.is_main() else torch.empty(p.shape, dtype=p.dtype, device=device)
-            dist.broadcast(whole, 0)
-            if isinstance(p, DTensor):
-                whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-            torch.utils.swap_tensors(p, nn.Parameter(whole, requires_grad=p.requires_grad))
-        for module in self.task.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+    def _shard(self, config: TrainerConfig, device: torch.device) -> None:
+        """Shard the blocks, the large embeddings, and all other parameters together."""
+        mesh = _mesh(config.parallel, device)
+        policy = MixedPrecisionPolicy()
+        if config.precision == "bf16":
+            # Weights travel in half precision; autocast decides about everything else, as it does without shards.
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        blocks = self.task.blocks()
+        for unit in (*blocks, *_large_embeddings(self.task, blocks)):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        whole = {p for module in self.task.whole() for p in module.parameters()}
+        fully_shard(self._losses, mesh=mesh, ignored_params=whole)
 
-    def losses(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Call `task(batch, part)`; of the results only `loss` is attached to the graph."""
-        return self._losses(_Opaque(batch), part)
+    def losses(
+        self, batch: dict[str, Any], part: str, factors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Call `task(batch, part)` and multiply losses by `factors`; only `loss`, their sum, is attached to the graph.
+
+        Args:
+            factors: factor () of each loss by name; others are left unchanged.
+        """
+        return self._losses(_Opaque(batch), part, factors or {})
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Surround forward and backward of a micro-batch; gradients are averaged over processes in the `last` only."""
+        """Surround forward and backward of a micro-batch; gradients are averaged over processes in the `last` only.
+
+        With shards and `reduce_each`, they are averaged in every one.
+        """
         if self.sharded:
-            self._losses.set_requires_gradient_sync(last)
+            self._losses.set_requires_gradient_sync(last or self.reduce_each)
         waits = isinstance(self._losses, DistributedDataParallel) and not last
         with self._losses.no_sync() if waits else nullcontext():
             yield
@@ -121,18 +128,29 @@ class ParallelTask:
     def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task]:
         """Yield the task with averaged weights, in eval mode and without gradients.
 
-        All processes have to enter. With shards it is a copy, whose weights are gathered for the while.
+        All processes have to enter. With shards it is a copy, which holds the gathered weights within the block.
         """
-        full = {}
-        if self.sharded:
-            full = {name: _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
         task = self._spare or self.task
         task.eval()
         try:
-            with torch.no_grad(), _filled(task, full, self.task) if self.sharded else ema.swapped_in():
+            with torch.no_grad(), self._gathered(ema) if self.sharded else ema.swapped_in():
                 yield task
         finally:
             self.task.train()
+
+    @contextmanager
+    def _gathered(self, ema: ExponentialMovingAverage) -> Iterator[None]:
+        """Give the spare task the gathered weights and the buffers of the sharded one within the block."""
+        whole = {id(p): _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
+        weights = {name: whole[id(p)] for name, p in self.task.named_parameters(remove_duplicate=False)}
+        empty = {name: p.detach() for name, p in self._spare.named_parameters(remove_duplicate=False)}
+        for name, buffer in self.task.named_buffers(remove_duplicate=False):
+            _set_buffer(self._spare, name, buffer.clone())
+        self._spare.load_state_dict(weights, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            self._spare.load_state_dict(empty, strict=False, assign=True)
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
@@ -161,15 +179,6 @@ def begin_state(optimiser: torch.optim.Optimizer) -> None:
     for p in (p for group in optimiser.param_groups for p in group["params"]):
         count = torch.zeros((), device=p.device)
         optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-def update(optimiser: torch.optim.Optimizer, apply_step: Tensor) -> None:
-    """Step an optimiser if `apply_step` () is true; fused optimisers read it on the device."""
-    if optimiser.defaults["fused"]:
-        optimiser.grad_scale, optimiser.found_inf = None, (~apply_step).float()
-        optimiser.step()
-    elif apply_step:
-        optimiser.step()
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list[nn.Parameter]]:
@@ -247,41 +256,27 @@ def _empty(p: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
 
 
-@contextmanager
-def _filled(spare: Task, weights: dict[str, Tensor], task: Task) -> Iterator[None]:
-    """Give `spare` these weights, and the buffers of `task`, within the block."""
-    for mine, its in zip(spare.modules(), task.modules(), strict=True):
-        for name, buffer in its._buffers.items():  # the copy was made before the task came to its device
-            mine._buffers[name] = buffer.clone() if buffer is not None else None
-    parameters = dict(spare.named_parameters())
-    for name, p in parameters.items():
-        torch.utils.swap_tensors(p, nn.Parameter(weights[name], requires_grad=p.requires_grad))
-    try:
-        yield
-    finally:
-        for p in parameters.values():
-            torch.utils.swap_tensors(p, _empty(p))
+def _large_embeddings(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the embeddings with many weights outside of blocks: gathered alone, they hide behind other work."""
+    taken = {id(module) for unit in (*blocks, *task.whole()) for module in unit.modules()}
+    embeddings = [module for module in task.modules() if isinstance(module, nn.Embedding) and id(module) not in taken]
+    return [module for module in embeddings if module.weight.numel() >= LARGE_EMBEDDING]
 
 
-class _SteadyDDP(DistributedDataParallel):
-    """DDP whose buckets stay as they are.
+@torch.no_grad()
+def _fill(task: Task, state: dict[str, Tensor], device: torch.device) -> None:
+    """Materialise a task on the meta device; the main process's `state` is sent to all, one tensor at a time."""
+    buffers = {name: buffer.to(device) for name, buffer in task.named_buffers(remove_duplicate=False)}
+    task.to_empty(device=device)
+    for name, buffer in buffers.items():
+        _set_buffer(task, name, buffer)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(task, state, options=options)
 
-    In which order three or more processes are added up depends on a gradient's place in its bucket, and PyTorch lays
-    out the buckets anew after the first step: the first step of a run that resumes would differ in last digits from
-    that of an unbroken one. Here they are laid out for good before it, the last parameters first, as the backward pass
-    comes to them.
-    """
 
-    def __init__(self, module: nn.Module, **options: Any):
-        super().__init__(module, **options)
-        self.reducer._push_all_rebuilt_params()
-        self.reducer._rebuild_buckets()  # with `find_unused_parameters` nothing happens, as these never change
-
-    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
-        parameters, sparse = super()._build_params_for_reducer()
-        if not self.find_unused_parameters:  # those are reversed by PyTorch
-            parameters, sparse = parameters[::-1], sparse[::-1]
-        return parameters, sparse
+def _set_buffer(task: Task, name: str, buffer: Tensor) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(task.get_submodule(module), last, buffer)
 
 
 class _Opaque:
@@ -298,6 +293,11 @@ class _Losses(nn.Module):
         super().__init__()
         self.task = task
 
-    def forward(self, hidden: _Opaque, part: str) -> dict[str, Tensor]:
+    def forward(self, hidden: _Opaque, part: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         losses = self.task(hidden.batch, part)
-        return {k: v if k == "loss" else v.detach() for k, v in losses.items()}
+        loss = losses["loss"]
+        for name, factor in factors.items():
+            if name in losses:
+                loss = loss + (factor - 1) * losses[name]
+                losses[name] = factor * losses[name]
+        return {name: value.detach() for name, value in losses.items()} | {"loss": loss}

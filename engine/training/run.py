@@ -41,7 +41,7 @@ def run(config: DictConfig, command: str) -> int:
     set_limits(Limits(**config.limits))
     trainer = make(TrainerConfig, plain(config.trainer)).shared_among(int(os.environ.get("WORLD_SIZE", 1)))
     check_inputs(config)
-    distributed.init(trainer.device)
+    distributed.init(trainer.device, config.run)
 
     def make_task() -> Task:
         torch.manual_seed(trainer.seed)  # initial weights

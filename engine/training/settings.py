@@ -37,6 +37,12 @@ class TrainerConfig(Group, prefix="trainer."):
         choices=("ddp", "fsdp", "hybrid"),
         about="how several processes share the model: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
     )
+    reshard_after_forward: bool = setting(
+        True, about="fsdp and hybrid: free a block's gathered weights until its backward pass; false: more memory"
+    )
+    reduce_each: bool = setting(
+        False, about="fsdp and hybrid with accumulate: reduce the gradients of every micro-batch; true: less memory"
+    )
     checkpointing: bool = setting(False, about="recompute the blocks' activations instead of storing them")
     compile: bool = setting(False, about="apply torch.compile to the blocks")
     workers: int = setting(0, 0, 256, "data loading processes of each training process")
@@ -45,7 +51,7 @@ class TrainerConfig(Group, prefix="trainer."):
     checkpoint_every: int = setting(500, 1, 10**9, "steps between checkpoints")
     keep: int = setting(2, 1, 10**6, "number of newest checkpoints to keep")
     best: str | None = setting(None, about="also keep the best checkpoint by a validation figure, e.g. 'min wer_seen'")
-    give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped (not finite) steps in a row")
+    sanity_validation: bool = setting(True, about="measure one clip per process before the first step")
     seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
     wandb: str = setting("off", choices=("off", "offline", "online"), about="off, offline or online, beside log.jsonl")
     tensorboard: bool = setting(False, about="write TensorBoard event files into RUN/tensorboard")

@@ -60,10 +60,6 @@ class Task(nn.Module):
         """Return modules whose gradients are clipped by a norm of their own, and so do not scale the others."""
         return []
 
-    def has_idle_parameters(self) -> bool:
-        """Return whether some steps give no gradient to some trained parameters: DDP then looks for them."""
-        return len(self.parts()) > 1
-
     def whole(self) -> list[nn.Module]:
         """Return modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
         return []
@@ -82,6 +78,15 @@ class Task(nn.Module):
         change alike in every process: draw for that from a generator seeded by a buffer, as the default one differs.
         """
         raise NotImplementedError
+
+    def loss_counts(self, batch: dict[str, Any]) -> dict[str, int]:
+        """Return over how many elements of a batch (tokens, clips) each loss of `forward` is a mean, by its name.
+
+        The trainer weighs these losses, so that a step's loss is the mean over the elements of all its micro-batches in
+        all processes. Losses that are not named count once per micro-batch, as they do where all batches have the same
+        shape. Computed from tensors on the host alone.
+        """
+        return {}
 
     def tokens(self, batch: dict[str, Any]) -> int:
         """Return the number of tokens (frames) of a batch, for the log."""

@@ -146,8 +146,8 @@ class Window:
 
     def __init__(self) -> None:
         self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
-        self._sums: dict[str, Tensor | float] = defaultdict(float)  # of accepted steps
-        self._counts: dict[str, Tensor | float] = defaultdict(float)
+        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
 
     def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """Return the next batch; the wait for it counts."""
@@ -163,18 +163,17 @@ class Window:
         yield
         self.start += time.perf_counter() - begin
 
-    def add(self, values: dict[str, Tensor], accepted: Tensor, prefix: str) -> None:
-        """Add one step's scalars if the step was `accepted`, () bool."""
+    def add(self, values: dict[str, Tensor], prefix: str) -> None:
+        """Add the scalars of one step."""
         for key, value in values.items():
-            self._sums[prefix + key] += torch.where(accepted, value.detach(), 0.0)
-            self._counts[prefix + key] += accepted.double()
+            self._sums[prefix + key] += value.detach()
+            self._counts[prefix + key] += 1
 
     def means(self) -> dict[str, float]:
-        """Return the means of the scalars over accepted steps. Synchronises with the device."""
+        """Return the means of the scalars over the steps that had them. Synchronises with the device."""
         keys = list(self._sums)
-        values = [self._sums[key].double() for key in keys] + [self._counts[key] for key in keys]
-        numbers = torch.stack(values).tolist()
-        return {key: total / n for key, total, n in zip(keys, numbers, numbers[len(keys) :]) if n}
+        sums = torch.stack([self._sums[key].double() for key in keys]).tolist()
+        return {key: total / self._counts[key] for key, total in zip(keys, sums)}
 
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
         """Return the speed of all processes together, from `samples` a step.

@@ -3,16 +3,17 @@
 A task defines what is learned; the trainer does everything else. Data order, augmentation and all random draws of
 step n are functions of (seed, n), so a resumed run equals an unbroken one, and W processes see the same data and the
 same random numbers as one process with `accumulate` W times larger.
+
+The loss of a step is a mean over the elements (tokens, clips) of all its micro-batches in all processes: it does not
+depend on how a global batch is divided.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import json
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
-from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
+from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups
 from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
@@ -40,11 +41,11 @@ from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_FINITE = "loss or gradient is not finite"  # why a step is skipped
+MOST_SAMPLES = 8  # named in the message about a step that is not finite
 
 
 class Trainer:
-    """Trains `task` on `dataset` in the folder `run`: checkpoints/, validation/, log.jsonl, bad_batches.jsonl.
+    """Trains `task` on `dataset` in the folder `run`: checkpoints/, validation/, log.jsonl.
 
     Args:
         task: see `Task`; it is moved to the device.
@@ -71,23 +72,24 @@ class Trainer:
         self.code = checkpoint.code_version()
         self.device = pick_device(c.device)
         self.parallel = ParallelTask(task, c, self.device)
-        self.task = task
-        self.parameters, self.optimisers, self.clipped = {}, {}, {}
-        for part, module in task.parts().items():
+        self.task = self.parallel.task
+        self.parameters = {}
+        self.optimisers = {}
+        self.clipped = {}
+        for part, module in self.task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
             self.optimisers[part] = adamw(self.parameters[part].values(), c)
-            self.clipped[part] = clipping_groups(self.parameters[part].values(), task.clipped_apart())
-        self.ema = ExponentialMovingAverage(task, c.ema_decay)
-        self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
-        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length)
+            self.clipped[part] = clipping_groups(self.parameters[part].values(), self.task.clipped_apart())
+        self.ema = ExponentialMovingAverage(self.task, c.ema_decay)
+        self.buffers = [name for name, _ in self.task.named_buffers() if name in self.task.state_dict()]
+        samples_per_step = c.batch_size * c.accumulate * distributed.world_size()
+        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length, step=samples_per_step)
         self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
-        self.skipped = self.skipped_in_a_row = 0
-        # Of the steps since these were counted: number, numbers of its micro-batches and keys of their samples; for
-        # each part whether it is finite in all processes, and the losses of the micro-batches (parts, 1 + n).
-        self.steps_done: list[tuple[int, range, list[Any], Tensor]] = []
         self.agreement = distributed.Agreement()
         self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
-        self.step = self.position = 0  # steps done; batches used for them, in all processes together
+        self.step = 0  # steps done
+        self.position = 0  # number of the next micro-batch, over all processes
+        self.saved: int | None = None  # the last step with a checkpoint
         self.validated = 0  # the last step that was validated
         self.write_error: str | None = None  # what this process could not write; training ends at the next step
 
@@ -99,13 +101,15 @@ class Trainer:
             Ctrl-C, after a checkpoint; run again to go on.
 
         Raises:
-            UserError: too many steps in a row were skipped, or the disk is full; the last checkpoint is complete.
+            UserError: a gradient is not finite, or the disk is full; the last checkpoint is complete.
         """
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        start, window, stopping = (self.step, self.validated == self.step), Window(), False
+        start = self.step, self.validated == self.step
         tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
+        window = Window()
+        stopping = False
         self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
@@ -115,6 +119,8 @@ class Trainer:
                 steady(self.device, c.precision, self.batches.fixed_shapes) as settings,
             ):
                 self._say(settings)
+                if self.step == 0 and c.sanity_validation:
+                    self._sanity_check()
                 numbers = self._numbers((c.steps - self.step) * c.accumulate)
                 batches = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 while self.step < c.steps and not stopping:
@@ -129,8 +135,6 @@ class Trainer:
                     stopping, failed = self.agreement.reach(bool(stops), failing)  # in any process
                     if failed:
                         self._stop_on_write_error()
-                    if window.steps == 1:
-                        distributed.shorten_timeouts()  # what starts slowly has started
                     last = stopping or self.step == c.steps
                     if self.step % c.log_every == 0 or last:
                         self._log(window, tracker)
@@ -150,28 +154,10 @@ class Trainer:
                 tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}.
-
-        If one process fails, all stop: the others would wait for it.
-        """
-        share = Share(distributed.rank(), distributed.world_size())
+        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}."""
         folder = self.run / "validation" / f"step-{self.step:08d}"
-        figures: dict[str, float | ByClip] = {}
+        shares = self._measure(folder, Share(distributed.rank(), distributed.world_size()))
         results: dict[str, float] = {}
-        self._share_buffers()
-        with self.parallel.evaluation_copy(self.ema) as task:
-            torch.manual_seed(seed_for(self.config.seed, "validate"))
-            try:
-                with self._record_write_error():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    figures = task.measure(folder, share)
-            except Exception as error:
-                self.write_error = f"process {share.rank} failed in validation: {error!r}"
-                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
-                    self._stop_on_write_error()
-                raise
-        self._stop_on_write_error()
-        shares = distributed.gather(figures)
         if distributed.is_main():
             with self._record_write_error():
                 results = figures_of(shares)
@@ -186,90 +172,121 @@ class Trainer:
         self.validated = self.step
         return results
 
+    def _measure(self, folder: Path, share: Share) -> list[dict[str, float | ByClip]]:
+        """Return what each process measured of its share with the averaged weights; clips are written into `folder`.
+
+        If one process fails, all stop: the others would wait for it.
+        """
+        figures: dict[str, float | ByClip] = {}
+        self._share_buffers()
+        with self.parallel.evaluation_copy(self.ema) as task:
+            torch.manual_seed(seed_for(self.config.seed, "validate"))
+            try:
+                with self._record_write_error():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    figures = task.measure(folder, share)
+            except Exception as error:
+                self.write_error = f"process {share.rank} failed in validation: {error!r}"
+                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
+                    self._stop_on_write_error()
+                raise
+        self._stop_on_write_error()
+        return distributed.gather(figures)
+
+    def _sanity_check(self) -> None:
+        """Measure one clip per process before the first step: what fails in a validation fails now, not hours later."""
+        world = distributed.world_size()
+        folder = self.run / "validation" / "sanity"
+        self._measure(folder, Share(distributed.rank(), world, most=world))
+        distributed.from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+
     def release(self, folder: str | Path) -> None:
         """Write a release folder from the last checkpoint (rank 0; the others wait)."""
         distributed.from_main(lambda: export(self.run, folder))
         self._say(f"released to {folder}")
 
     def _train_step(self, batches: Iterator[dict[str, Any]], window: Window) -> int:
-        """Update every part from the next batches; return their tokens. Nothing here synchronises with the device."""
-        c, first, several = self.config, next(iter(self.optimisers)), len(self.optimisers) > 1
-        numbers, stored, keys, checked, tokens = self._numbers(c.accumulate), [], [], [], 0
-        apply_step = torch.ones((), dtype=torch.bool, device=self.device)
+        """Update every part from the next micro-batches; return their tokens."""
+        micro_batches = [window.next(batches) for _ in range(self.config.accumulate)]
+        factors = self._loss_factors(micro_batches)
         self._share_buffers()
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
-            means, losses = defaultdict(lambda: torch.zeros((), device=self.device)), []
-            for micro, number in enumerate(numbers):
-                if part != first:
-                    batch = stored[micro]
-                else:
-                    batch = window.next(batches)
-                    tokens += self.task.tokens(batch)
-                    keys.append(batch.get("keys"))
-                    stored += [batch] if several else []
-                torch.manual_seed(seed_for(c.seed, "step", first, number))
-                # What a part stores in a batch for the next part is kept only if a step has one batch.
-                batch = batch if c.accumulate == 1 else dict(batch)
-                losses.append(self._backward(batch, part, means, last=micro + 1 == c.accumulate))
-            norms = [self.parallel.clip(group, c.clip or math.inf) for group in self.clipped[part]]  # before clipping
-            means["grad_norm"] = torch.stack([norm.to(self.device) for norm in norms]).norm()
-            finite = means["loss"].isfinite() & means["grad_norm"].isfinite()
-            finite = distributed.maximum_((~finite).int()) == 0  # in all processes
-            checked.append(torch.stack([finite.double(), *losses]))
-            apply_step = apply_step & finite  # later parts may depend on this one: they are skipped too
+            losses = [self._backward(part, micro, *each) for micro, each in enumerate(zip(micro_batches, factors))]
+            grad_norm = self._clip(part)
+            self._stop_unless_finite(grad_norm, part, losses)
             for group in optimiser.param_groups:
-                group["lr"] = c.lr_at(self.step)
-            update(optimiser, apply_step)
-            window.add(means, apply_step, f"{part}/" if several else "")
+                group["lr"] = self.config.lr_at(self.step)
+            optimiser.step()
+            means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+            window.add({**means, "grad_norm": grad_norm}, f"{part}/" if len(self.optimisers) > 1 else "")
         self.task.zero_grad(set_to_none=True)
         self.ema.update(self.step)
-        self.step, self.position = self.step + 1, self.position + c.accumulate * distributed.world_size()
-        self.steps_done.append((self.step, numbers, keys, torch.stack(checked)))
-        window.steps, window.tokens = window.steps + 1, window.tokens + tokens
+        tokens = sum(self.task.tokens(batch) for batch in micro_batches)
+        window.steps += 1
+        window.tokens += tokens
+        self.step += 1
+        self.position += self.config.accumulate * distributed.world_size()
         return tokens
 
-    def _backward(self, batch: dict[str, Any], part: str, means: dict[str, Tensor], last: bool) -> Tensor:
-        """Add a batch's gradients, and its losses to the step's `means`; return its loss."""
-        with self.parallel.micro_batch(last):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                losses = self.parallel.losses(batch, part)
-            (losses["loss"] / self.config.accumulate).backward()
-        for name, value in losses.items():
-            means[name] += value.detach().float() / self.config.accumulate
-        return losses["loss"].detach().double()
+    def _loss_factors(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """Return for each micro-batch the factors () of the losses that `Task.loss_counts` names.
 
-    def _report_skipped(self) -> None:
-        """Count and record the steps that were skipped since the last call, and stop after too many in a row."""
-        if not self.steps_done:
+        A loss is a mean over the elements of its micro-batch. Times its factor, which is the micro-batch's number of
+        elements over the mean number of all micro-batches of the step in all processes, their mean is that over all
+        elements of the step.
+        """
+        counts = [self.task.loss_counts(batch) for batch in micro_batches]
+        total = len(counts) * distributed.world_size()
+        names = list(counts[0])
+        if not names or total == 1:
+            return [{} for _ in counts]
+        elements = torch.tensor([[each[name] for name in names] for each in counts]).double().to(self.device)
+        mean = distributed.sum_(elements.sum(0)) / total
+        factors = (elements / mean.clamp(min=1e-9)).float()
+        return [dict(zip(names, row.unbind())) for row in factors]
+
+    def _backward(self, part: str, micro: int, batch: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add a micro-batch's gradients of a part; return its losses ()."""
+        c = self.config
+        number = self._numbers(c.accumulate)[micro]
+        torch.manual_seed(seed_for(c.seed, "step", next(iter(self.optimisers)), number))
+        # What a part stores in a batch for the next part is kept only if a step has one batch.
+        batch = batch if c.accumulate == 1 else dict(batch)
+        with self.parallel.micro_batch(last=micro + 1 == c.accumulate):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+                losses = self.parallel.losses(batch, part, factors)
+            (losses["loss"] / c.accumulate).backward()
+        return {name: value.detach().float() for name, value in losses.items()}
+
+    def _clip(self, part: str) -> Tensor:
+        """Clip the gradients of a part, each group by its own norm; return the norm () of all before clipping."""
+        norms = [self.parallel.clip(group, self.config.clip or math.inf) for group in self.clipped[part]]
+        return torch.stack([norm.to(self.device) for norm in norms]).norm()
+
+    def _stop_unless_finite(self, grad_norm: Tensor, part: str, losses: list[dict[str, Tensor]]) -> None:
+        """Save a checkpoint and end the run if a gradient is not finite; every process has the same `grad_norm`.
+
+        This is the one value of a step that the host waits for.
+        """
+        if grad_norm.isfinite():
             return
-        checked = torch.stack([each for *_, each in self.steps_done]).tolist()  # one copy from the device
-        for (step, numbers, keys, _), by_part in zip(self.steps_done, checked):
-            refused = [(part, losses) for part, (finite, *losses) in zip(self.optimisers, by_part) if not finite]
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if refused else 0
-            if not refused:
-                continue
-            self.skipped += 1
-            self._say(f"step {step:,} skipped: {NOT_FINITE} ({self.skipped} so far)")
-            (part, losses), batches = refused[0], []
-            for number, loss, names in zip(numbers, losses, keys):
-                samples = [index for _, index in self.batches.samples(number)]
-                batch = {"rank": distributed.rank(), "batch": number, "samples": samples}
-                batch["loss"] = loss if math.isfinite(loss) else str(loss)  # JSON has no NaN
-                batches.append(batch | ({"keys": list(names)} if names is not None else {}))
-            everyone = [batch for share in distributed.gather(batches) for batch in share]
-            path = self.run / "bad_batches.jsonl"
-            if distributed.is_main():
-                with self._record_write_error(), path.open("a") as file:
-                    line = {"step": step, "part": part, "reason": NOT_FINITE, "batches": everyone}
-                    file.write(json.dumps(line) + "\n")
-            if self.skipped_in_a_row >= self.config.give_up_after:
-                distributed.fail(
-                    f"training stopped at step {step}: {NOT_FINITE}, {self.skipped_in_a_row} steps in a row skipped; "
-                    f"see {path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
-                )
-        self.steps_done.clear()
+        self.task.zero_grad(set_to_none=True)
+        if self.saved != self.step:
+            self._save()
+        self._stop_on_write_error()
+        bad: list[int] = []  # samples of micro-batches whose loss is not finite
+        for number, each in zip(self._numbers(self.config.accumulate), losses):
+            if not each["loss"].isfinite():
+                bad += self.batches.samples(number)
+        samples = [sample for share in distributed.gather(bad) for sample in share]
+        listed = ", ".join(map(str, samples[:MOST_SAMPLES])) + (", ..." if len(samples) > MOST_SAMPLES else "")
+        where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
+        distributed.fail(
+            f"training stopped: the gradient of {part} in step {self.step + 1} is not finite ({where}); the checkpoint "
+            f"of step {self.step} is saved; fix the data or lower trainer.lr ({self.config.lr})"
+        )
 
     @contextmanager
     def _record_write_error(self) -> Iterator[None]:
@@ -311,10 +328,9 @@ class Trainer:
     def _save(self) -> None:
         self._stop_on_write_error()
         self._share_buffers()
-        self._report_skipped()
-        info = {"position": self.position, "config": self.record, "code": self.code, **self.batches.state()}
-        info |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        info = {"config": self.record, "code": self.code, **self.batches.state(self.position)}
         self.checkpoints.save(self.step, self._state(), info)
+        self.saved = self.step
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
@@ -332,25 +348,23 @@ class Trainer:
             for name, p in self.parameters[part].items():
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
-        c, dataset = self.config, self.batches.dataset
-        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length, info.get("streams"))
-        self.step, self.position = info["step"], self.batches.position(info)
-        self.skipped, self.skipped_in_a_row = info.get("skipped", 0), info.get("skipped_in_a_row", 0)
+        self.step = self.saved = info["step"]
+        self.position = self.batches.resume(info)
         if distributed.from_main((folder / checkpoint.RESULTS).is_file):
             self.validated = self.step
         self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:
-        c, world = self.config, distributed.world_size()
+        c = self.config
+        world = distributed.world_size()
         gc.collect(1)
-        self._report_skipped()
         means = distributed.mean(window.means(), self.device)
-        rates = window.rates(c.accumulate * self.batches.mean_size() * world, world, self.use)
+        rates = window.rates(c.accumulate * c.batch_size * world, world, self.use)
         rates["memory_gib"] = max(distributed.gather(memory_gib(self.device)))
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():
-                tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.skipped})
+                tracker.write({"step": self.step, **means, "lr": lr, **rates})
             self._say(progress_line(self.step, c.steps, means, lr, rates, self.use.peak))
 
     def _say(self, line: str) -> None:

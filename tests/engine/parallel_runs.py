@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyMeasured, ToySet
+from toy_task import CONFIG, RaggedSet, ToyBlocks, ToyGAN, ToyMeasured, ToyRagged, ToySet
 
 from engine.errors import exit_process
 from engine.training import distributed
@@ -42,6 +42,7 @@ TASKS = {
     "gan": lambda: (ToyGAN(), ToySet()),
     "lia_x": lia_x,
     "measured": lambda: (ToyMeasured(), ToySet()),
+    "ragged": lambda: (ToyRagged(), RaggedSet()),
     "failing": lambda: (ToyMeasured(fails=1), ToySet()),
 }
 

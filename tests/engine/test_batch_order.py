@@ -38,7 +38,7 @@ def items(batches, number):
     return batches[number]["x"][:, 0].tolist()
 
 
-def epoch_of(batches, streams=1, epochs=1, by_length=False):
+def epoch_of(batches, streams=1, epochs=1):
     """Items of the first epochs, by stream, from however many batches they take."""
     each = N // streams
     out = []
@@ -47,12 +47,11 @@ def epoch_of(batches, streams=1, epochs=1, by_length=False):
         while len(seen) < epochs * each:
             seen += items(batches, turn * streams + stream)
             turn += 1
-        assert not by_length or len(seen) == epochs * each  # epochs end with a batch
         out.append([seen[e * each : (e + 1) * each] for e in range(epochs)])
     return out
 
 
-SETTINGS = {"count": {}, "like lengths": {"by_length": True}}
+SETTINGS = {"count": {}, "like lengths": {"by_length": True, "step": 16}}
 
 
 @pytest.mark.parametrize(("where", "streams"), [("anywhere", 1), ("blocks", 1), ("blocks", 3)])
@@ -60,7 +59,7 @@ SETTINGS = {"count": {}, "like lengths": {"by_length": True}}
 def test_every_item_comes_once_an_epoch(setting, where, streams):
     order = blocks(streams=streams) if where == "blocks" else None
     batches = MicroBatches(Listed(order), 8, 0, **SETTINGS[setting])
-    epochs = epoch_of(batches, streams, 2, by_length=setting != "count")
+    epochs = epoch_of(batches, streams, 2)
     one, two = ([item for stream in epochs for item in stream[epoch]] for epoch in (0, 1))
     for epoch in (one, two):
         counts = Counter(epoch)
@@ -82,7 +81,7 @@ def test_any_number_gives_the_same_batch_at_any_time(setting):
 
 
 def test_draws_of_an_item_change_from_epoch_to_epoch():
-    batches = MicroBatches(Listed(), 8, 0, by_length=True)
+    batches = MicroBatches(Listed(), 8, 0, by_length=True, step=8)
     draws = {}
     for i in range(60):
         for index, draw in batches[i]["x"].tolist():
@@ -130,13 +129,50 @@ def test_batches_by_length_pad_little(order):
         return 1 - real / padded
 
     assert padding(MicroBatches(data, 8, 0), 50) > 0.3
-    batches = MicroBatches(data, 8, 0, by_length=True)
-    assert padding(batches, 50) < 0.12
-    lengths = [data.lengths[items(batches, i)] for i in range(50)]
-    longest = [int(each.max()) for each in lengths[:10]]
+    batches = MicroBatches(data, 8, 0, by_length=True, step=8)
+    assert padding(batches, 50) < 0.2
+    longest = [int(data.lengths[items(batches, i)].max()) for i in range(10)]
     assert longest != sorted(longest, reverse=True)  # long ones do not come first
-    sizes = [len(each) for each in lengths]
-    assert max(sizes) == 8 and batches.mean_size() == pytest.approx(sum(sizes) / 50, rel=0.2)
+
+
+class LogNormal(Listed):
+    """Clips whose lengths spread as those of speech corpora do, in shards if `streams` are given."""
+
+    def __init__(self, streams=None, size=20_000):
+        super().__init__(None if streams is None else Blocks([100] * (size // 100), 40, streams), size)
+        draw = torch.randn(size, generator=torch.Generator().manual_seed(2))
+        self.lengths = (100 * (0.5 * draw).exp()).round().clamp(max=400)
+
+
+@pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
+@pytest.mark.parametrize(("ranks", "least"), [(8, 0.8), (32, 0.7)])
+def test_ranks_of_a_step_pad_alike(ranks, least, streams):
+    """A step takes as long as its longest batch: mean over maximum of the ranks' padded tokens."""
+    data = LogNormal(streams)
+
+    def efficiency(batches):
+        factors = []
+        for step in range(20_000 // (8 * ranks)):
+            longest = torch.stack([data.lengths[batches.samples(step * ranks + rank)].max() for rank in range(ranks)])
+            factors.append(float(longest.mean() / longest.max()))
+        return sum(factors) / len(factors)
+
+    assert efficiency(MicroBatches(data, 8, 0)) < 0.75
+    assert efficiency(MicroBatches(data, 8, 0, by_length=True)) > least
+    assert efficiency(MicroBatches(data, 8, 0, by_length=True, step=8 * ranks)) > least
+
+
+@pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
+def test_another_world_size_repeats_nothing(streams):
+    """Of an epoch that 8 ranks began, 16 ranks with half the batch read the rest."""
+    data = LogNormal(streams, 4000)
+    eight = MicroBatches(data, 8, 0, by_length=True, step=64)
+    begun = [sample for number in range(480) for sample in eight.samples(number)]  # 96 %
+    sixteen = MicroBatches(data, 4, 0, by_length=True, step=64)
+    number = sixteen.resume(eight.state(480))
+    rest = [sample for k in range(40) for sample in sixteen.samples(number + k)]
+    assert len({*begun}) == 3840 and len({*rest}) == 160
+    assert {*begun}.isdisjoint(rest)
 
 
 def test_settings_that_cannot_work_are_one_line():

@@ -92,7 +92,7 @@ def flip_a_bit(folder):
         (lambda folder: (folder / "info.json").unlink(), "info.json is missing"),
         (lambda folder: (folder / "info.json").write_text('{"step": 2'), "cannot be read"),
         (lambda folder: (folder / "info.json").write_text("[]"), "cannot be read"),
-        (lambda folder: (folder / "info.json").write_text('{"step": 2, "skipped": null}'), "must be whole numbers"),
+        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be whole numbers"),
     ],
 )
 def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):

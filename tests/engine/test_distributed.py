@@ -19,6 +19,7 @@ from engine.training.parallel import build_once
 
 def worker(folder: Path) -> None:
     """One of two processes; writes what it saw into FOLDER/RANK.json."""
+    distributed.TIMEOUT = timedelta(seconds=1)
     distributed.init("cpu")
     rank, seen = distributed.rank(), {"recorder": {k: os.environ.get(k) for k in distributed.FLIGHT_RECORDER}}
     agreement = distributed.Agreement()
@@ -33,8 +34,6 @@ def worker(folder: Path) -> None:
     task = build_once(make)
     seen["made"], seen["devices"] = made, sorted({p.device.type for p in task.parameters()})
     seen["tied"] = task.tied.weight is task.discriminator.weight
-    distributed.STEP_TIMEOUT = timedelta(seconds=1)
-    distributed.shorten_timeouts()
     begin = time.monotonic()
     if rank == 0:
         try:

@@ -83,7 +83,7 @@ def assert_equal_runs(one, two, tolerance=1e-5):
     assert mine.keys() == its.keys() and "tied.weight" in mine and "frozen.weight" in mine
     for name, value in mine.items():
         assert type(its[name]) is torch.Tensor
-        if name != "seen":  # every process counts its own
+        if name != "seen":  # every process counts its own samples
             torch.testing.assert_close(its[name], value, rtol=100 * tolerance, atol=10 * tolerance, msg=name)
 
 
@@ -114,13 +114,44 @@ def test_two_machines_give_the_losses_of_one(runs):
 
 
 @pytest.mark.slow
-def test_three_processes_go_on_to_the_last_bit(tmp_path):
-    """In which order DDP adds up three gradients must not depend on how long a run has been going on."""
+def test_three_processes_resume_bit_for_bit(tmp_path):
+    """The order in which DDP adds up three gradients must not depend on how long a run has been going on."""
     jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
     jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "gan"} for run, steps in jobs]
     together(tmp_path, 3, parallel_runs.worker, jobs)
     whole, parts = released(tmp_path / "whole"), released(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def ragged(run, processes):
+    """A step of 8 samples with 1 to 12 tokens each, divided among processes."""
+    changes = {"global_batch_size": 8, "batch_size": 8, "steps": 4, "validate_every": 1000, "checkpoint_every": 1000}
+    return {"run": str(run), "node": processes, "changes": changes, "task": "ragged"}
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
+    """A mean over tokens, one over clips, and their sum: in one batch, in micro-batches, and in several processes."""
+    parallel_runs.run(ragged(tmp_path / "1", 1))
+    for name, size in {"1x2": 4, "1x8": 1}.items():
+        job = ragged(tmp_path / name, 1)
+        parallel_runs.run(job | {"changes": job["changes"] | {"batch_size": size}})
+    shards = ragged(tmp_path / "2_fsdp", 2)
+    shards["changes"]["parallel"] = "fsdp"
+    together(tmp_path, 2, parallel_runs.worker, [ragged(tmp_path / "2", 2), shards])
+    for processes in (4, 8):
+        together(tmp_path, processes, parallel_runs.worker, [ragged(tmp_path / str(processes), processes)])
+
+    def figures(name):
+        lines = [line for line in read_lines(tmp_path / name / "log.jsonl") if "lr" in line]
+        return [[line[key] for key in ("loss", "token", "clip", "grad_norm")] for line in lines]
+
+    whole = figures("1")
+    assert len(whole) == 4 and whole[0] != whole[-1]
+    for name in ("1x2", "1x8", "2", "2_fsdp", "4", "8"):
+        for one, two in zip(whole, figures(name), strict=True):
+            assert two == pytest.approx(one, rel=1e-5), name
+        for key, value in released(tmp_path / "1").items():
+            torch.testing.assert_close(released(tmp_path / name)[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_shards_as_copies_do(runs):
@@ -179,5 +210,5 @@ def test_processes_share_a_validation(runs, name):
 def test_a_failing_validation_ends_all_processes(tmp_path):
     jobs = [job(tmp_path, 2, validate_every=2) | {"task": "failing"}]
     said = together(tmp_path, 2, parallel_runs.worker, jobs, code=1)
-    assert "UserError: training stopped after step 2: process 1 failed in validation: RuntimeError" in said[0]
+    assert "UserError: training stopped after step 0: process 1 failed in validation: RuntimeError" in said[0]
     assert "RuntimeError: no such clip" in said[1].splitlines()[-1]

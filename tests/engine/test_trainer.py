@@ -87,39 +87,46 @@ def test_averaged_weights_are_validated_and_released(tmp_path, whole):
     assert torch.equal(run.task.generator[0].weight, live)  # swapped back
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tmp_path):
-    run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan", span=10_000), give_up_after=4)
-    with pytest.raises(UserError, match=r"stopped at step 6: loss or gradient is not finite, 4 steps in a row skipped"):
+@pytest.mark.parametrize("part", ["discriminator", "generator"])
+def test_a_gradient_that_is_not_finite_stops_the_run_with_a_checkpoint(tmp_path, part):
+    class NotFinite(ToyGAN):
+        def forward(self, batch, current):
+            losses = super().forward(batch, current)
+            if current == part and self.step == 6:
+                losses["loss"] = losses["loss"] * float("nan")
+            return losses
+
+    run = trainer(tmp_path, task=NotFinite)
+    listed = ", ".join(str(i) for number in (12, 13) for i in run.batches.samples(number))
+    with pytest.raises(UserError, match=f"gradient of {part} in step 7 is not finite .*{listed}.*step 6 is saved"):
         run.fit()
-    lines = read_lines(tmp_path / "bad_batches.jsonl")
-    assert [line["step"] for line in lines] == [3, 4, 5, 6] and lines[0]["part"] == "discriminator"
-    assert lines[0]["reason"] == "loss or gradient is not finite"
-    batch = lines[0]["batches"][1]  # step 3 takes batches 4 and 5
-    assert batch == {"rank": 0, "batch": 5, "loss": "nan", "samples": [i for _, i in run.batches.samples(5)]}
+    assert (tmp_path / "checkpoints/step-00000006/info.json").is_file()
+    again = trainer(tmp_path, steps=8)  # with another task, or other data
+    again.fit()
+    assert again.step == 8 and all(p.isfinite().all() for p in again.task.parameters())
+    assert [line["step"] for line in records(tmp_path) if "lr" in line] == [*range(1, 9)]
 
 
-class NotFinite(ToyGAN):
-    """Has losses that are not finite, by the step and its part."""
-
-    def forward(self, batch, part):
-        losses = super().forward(batch, part)
-        bad = {1: ("discriminator", "generator"), 2: ("generator",), 4: ("generator",), 5: ("discriminator",)}
-        return losses | ({"loss": losses["loss"] * float("nan")} if part in bad.get(self.step, ()) else {})
-
-
-def test_bad_steps_are_left_out_and_counted_over_parts_log_lines_and_restarts(tmp_path, capsys):
-    for steps in (5, 6):
-        run = trainer(tmp_path, task=NotFinite, steps=steps, log_every=2)
+def test_a_sample_that_is_not_finite_is_named(tmp_path):
+    run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan"))  # the first one of step 3's first batch
+    listed = ", ".join(map(str, run.batches.samples(4)))
+    with pytest.raises(UserError, match=rf"the loss of samples {listed} is not finite"):
         run.fit()
-        assert (run.skipped, run.skipped_in_a_row) == (steps - 2, steps - 4)
-    assert all(p.isfinite().all() for p in run.task.parameters())
-    assert [line["step"] for line in records(tmp_path) if "lr" in line] == [2, 4, 5, 6]
-    first = next(line for line in records(tmp_path) if "lr" in line)
-    assert {"generator/loss", "generator/grad_norm", "lr", "skipped"} <= first.keys()
-    said = capsys.readouterr().out
-    assert "step 2 skipped" in said and "ETA" in said
-    lines = [(line["step"], line["part"]) for line in read_lines(tmp_path / "bad_batches.jsonl")]
-    assert lines == [(2, "discriminator"), (3, "generator"), (5, "generator"), (6, "discriminator")]
+
+
+def test_a_validation_that_fails_does_so_before_the_first_step(tmp_path):
+    class Failing(ToyGAN):
+        def measure(self, folder, share):
+            raise RuntimeError("no such recogniser")
+
+    run = trainer(tmp_path, task=Failing)
+    with pytest.raises(RuntimeError, match="no such recogniser"):
+        run.fit()
+    assert run.step == 0
+    run = trainer(tmp_path, task=Failing, steps=2, sanity_validation=False)
+    with pytest.raises(RuntimeError, match="no such recogniser"):
+        run.fit()
+    assert run.step == 2
 
 
 @pytest.mark.parametrize(

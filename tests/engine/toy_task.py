@@ -173,3 +173,49 @@ class ToyMeasured(ToyBlocks):
             (folder / f"clip{clip}-{share.rank}.txt").write_text("measured")
         figures = {"weight": ByClip(found), "seen": ByClip({clip: self.seen.item() for clip in found})}
         return figures | ({"drawn": torch.rand(()).item()} if share.first else {})
+
+
+class RaggedSet(ToySet):
+    """Vectors of 1 to 12 tokens, padded with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.randn(len(self), 12, 4, generator=torch.Generator().manual_seed(0))
+        self.frames = torch.randint(1, 13, (len(self.x),), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, index, generator):
+        frames = int(self.frames[index])
+        return self.x[index, :frames]
+
+    def collate(self, items):
+        x = nn.utils.rnn.pad_sequence(items, batch_first=True)
+        return {"x": x, "frames": torch.tensor([len(item) for item in items])}
+
+
+class ToyRagged(Task):
+    """A mean over tokens and a mean over clips."""
+
+    on_host = ("frames",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def parts(self):
+        return {"model": self.model}
+
+    def blocks(self):
+        return [self.model[0]]
+
+    def loss_counts(self, batch):
+        return {"token": int(batch["frames"].sum()), "clip": len(batch["frames"])}
+
+    def forward(self, batch, part):
+        x, frames = batch["x"], batch["frames"]
+        valid = torch.arange(x.shape[1]) < frames[:, None]
+        error = (self.model(x) - 2 * x).square().mean(-1) * valid
+        losses = {"token": error.sum() / frames.sum(), "clip": (error.sum(1) / frames).sqrt().mean()}
+        return losses | {"loss": losses["token"] + losses["clip"]}

@@ -49,7 +49,7 @@ TRAINER = asdict(TrainerConfig()) | {
     "schedule": "cosine", "min_lr_ratio": 0.1, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "seed": 0,
     "log_every": 1, "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip
-NOT_LOSSES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "mfu", "memory_gib", "lr", "skipped")
+NOT_LOSSES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "mfu", "memory_gib", "lr")
 
 
 class Made:
