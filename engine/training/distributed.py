@@ -30,8 +30,8 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
 
     Args:
         name: of the device.
-        run: folder of the run; NCCL's flight recorder writes RUN/flight_recorder/rank0, rank1, ... when a collective does
-            not end in time.
+        run: folder of the run; NCCL's flight recorder writes RUN/flight_recorder/rank0, rank1, ... when a collective
+            times out.
     """
     # Batches of many lengths fragment CUDA's memory otherwise. It is read when CUDA is initialised.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
