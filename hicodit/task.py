@@ -152,8 +152,7 @@ class HiCoDiTTask(Task):
         frames = int(batch["frames"].sum())
         clips = len(batch["frames"])
         tokens = TOKENS_PER_FRAME * frames * self.system.model.config.levels
-        scores = dict.fromkeys((f"{self.tokens_loss}_low", f"{self.tokens_loss}_high"), tokens)
-        return {**scores, "phoneme": frames, "identity": clips, "expression": clips}
+        return {"dse_low": tokens, "dse_high": tokens, "phoneme": frames, "identity": clips, "expression": clips}
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
