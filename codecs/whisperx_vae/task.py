@@ -38,6 +38,16 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     return (mean.square() + std.square() - 2 * std.log() - 1).sum(1).mean()
 
 
+def semantic_head(width: int) -> nn.Sequential:
+    """Return the head that predicts Whisper's states (B, C, T) from the decoder's input (B, C, T).
+
+    Two layers C -> C -> C with GELU (arXiv 2604.23586, appendix B). The paper attaches it "to the decoder output",
+    which is a wave with one channel; the only tensor with 1,280 channels is the latent that is projected back, which
+    the wave decoder reads. X-Codec2, which the paper follows, has its semantic decoder in the same place.
+    """
+    return nn.Sequential(nn.Conv1d(width, width, 1), nn.GELU(), nn.Conv1d(width, width, 1))
+
+
 def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean square error plus one minus the cosine between frames; both (B, C, T)."""
     return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
@@ -110,7 +120,7 @@ class WhisperXVAETask(GANTask):
         self.frozen_whisper, self.decoder_only = whisper is not None, decoder_only
         if self.frozen_whisper:
             _load_whisper(self.codec, whisper)
-        self.semantic_head = nn.Conv1d(config.hidden, config.hidden, 1)
+        self.semantic_head = semantic_head(config.hidden)
         if decoder_only:
             if not init or targets:
                 raise UserError("task.decoder_only=true needs task.init, the release to go on from, and targets=null")

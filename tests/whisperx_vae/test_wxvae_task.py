@@ -86,6 +86,18 @@ def test_the_posterior_is_sampled_in_training_and_its_mean_taken_at_inference():
     torch.testing.assert_close(codec.encode(wave), first["mean"].transpose(1, 2))
 
 
+def test_the_semantic_head_has_two_layers_with_gelu_on_the_decoders_input():
+    task, wave = make_task(), speech(6720)[None]
+    first, activation, second = task.semantic_head
+    width = task.codec.config.hidden
+    assert first.weight.shape == second.weight.shape == (width, width, 1) and isinstance(activation, torch.nn.GELU)
+    seen = {}
+    task.semantic_head.register_forward_pre_hook(lambda _, inputs: seen.update(head=inputs[0]))
+    task.codec.decoder.register_forward_pre_hook(lambda _, inputs: seen.update(decoder=inputs[0]))
+    found = task.run({"wave": wave})
+    assert torch.equal(seen["head"], seen["decoder"]) and found["semantic"].shape == found["states"].shape
+
+
 def test_kl_is_twice_the_divergence_from_the_prior():
     mean, std = torch.randn(2, 3, 4), torch.rand(2, 3, 4) + 0.1
     prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
