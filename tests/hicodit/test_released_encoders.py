@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
+from engine.faces.source import FaceSource
 from hicodit.conditions import released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
@@ -264,3 +268,30 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"
     with pytest.raises(UserError, match=r"makes other features .* than those the model was trained on \(0000abcd\)"):
         pipeline.system.encoders.network("identity", torch.device("cpu"))
+
+
+def test_a_release_finds_faces_as_the_shards_of_its_training_did(system, release, shards, tmp_path, monkeypatch):
+    """It records what the shards name. Inference then does the same, or refuses with what to install."""
+    made = json.loads((shards / "both" / "index.json").read_text())["digests"]
+    index, codec = tmp_path / "index.json", release.parent / "codec"
+
+    def trained(name: str | None) -> Path:
+        index.write_text(json.dumps({"digests": made | ({"face": name} if name else {})}))
+        write_release(released_task(system, release, shards, index=str(index)), tmp_path / str(name))
+        return tmp_path / str(name)
+
+    assert HiCoDiTPipeline.from_pretrained(trained(None), codec=codec).face_source.name == "cascade"
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    folder = trained("cascade+dlib68")
+    with pytest.raises(UserError, match=r"trained on faces found by cascade\+dlib68: .*scripts/setup\.sh landmarks"):
+        HiCoDiTPipeline.from_pretrained(folder, codec=codec)
+    chosen = HiCoDiTPipeline.from_pretrained(folder, codec=codec, face_source=FaceSource())
+    assert chosen.face_source.name == "cascade"
+    fake = SimpleNamespace(get_frontal_face_detector=lambda: None, shape_predictor=lambda path: None, rectangle=None)
+    monkeypatch.setitem(sys.modules, "dlib", fake)
+    package, find_spec = SimpleNamespace(submodule_search_locations=["x"]), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: package if name == "face_recognition_models" else find_spec(name)
+    )
+    found = HiCoDiTPipeline.from_pretrained(folder, codec=codec).face_source
+    assert found.name == "cascade+dlib68" and callable(found.landmarks)
