@@ -68,7 +68,7 @@ from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.settings import with_preset as with_sampling
 
-GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
+GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0)  # the paper's for LRS3
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"
 LOOKAHEADS = 0.2, 0.4, 0.8  # seconds, of the streams
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -42,11 +42,14 @@ def count_devices(devices: str, device: str) -> int:
     return count
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Move `x` to `device`, to CUDA through pinned memory: a copy from ordinary memory waits for the device.
 
-    What depends on lengths is computed on the host and sent: the other way round the host would wait.
+    Compute what depends on lengths on the host and copy it: the other way round, the host would wait.
     """
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+send = to_device  # its former name, which some callers still use

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
@@ -164,7 +164,7 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
     system = pipeline.system
     if "lip" in clips[0]:
         parts = ([clip[name] for clip in clips] for name in ("lip", "face_identity", "expression"))
-        lip, faces, expression = (send(pad_sequence(part, True), pipeline.device) for part in parts)
+        lip, faces, expression = (to_device(pad_sequence(part, True), pipeline.device) for part in parts)
         identity = system.model.adapt_identity(faces.float().mean(1))
         return Conditions(lip.float(), identity, expression, torch.tensor([len(clip["lip"]) for clip in clips]))
     crops = []

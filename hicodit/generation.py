@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.cuda_graph import GraphedSteps
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
@@ -80,9 +80,10 @@ def generate(
 
     What shares a clip's batch changes only rounding. The draws of a CPU are others than those of an accelerator.
     """
-    if scales.reading in "AB" and sampler.method != "euler":
+    if scales.guidance_form == "literal" and sampler.method != "euler":
         raise UserError(
-            f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
+            "guidance.guidance_form=literal changes the unmasking schedule: use sampler.method=euler, or "
+            "guidance.guidance_form=normalised"
         )
     levels, mask_id, device = model.config.levels, model.mask_id, conditions.lip.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -99,7 +100,7 @@ def generate(
             prompts.append(tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end].T)
         part = Conditions(
             pad_sequence(lips, batch_first=True),
-            conditions.identity[send(torch.tensor(clips), device)],
+            conditions.identity[to_device(torch.tensor(clips), device)],
             pad_sequence(classes, batch_first=True),
             torch.tensor([end - start for start, end in spans]),
         )
@@ -110,7 +111,7 @@ def generate(
             mask_id,
             sampler,
             [generators[b] for b in clips],
-            normalised=scales.reading in "CD",
+            normalised=scales.guidance_form == "normalised",
             on_step=on_step,
             device=device,
             graphs=graphs,

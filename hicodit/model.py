@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.settings import Group, setting
 from hicodit.conditions.types import Conditions
@@ -118,7 +118,7 @@ def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tenso
     """
     level, clip, frame = mask.transpose(0, 1).nonzero(as_tuple=True)
     counts = level.bincount(minlength=mask.shape[1]).tolist()
-    clips, frames = send(torch.stack([clip, frame]), device)
+    clips, frames = to_device(torch.stack([clip, frame]), device)
     return list(zip(clips.split(counts), frames.split(counts)))
 
 
@@ -243,7 +243,7 @@ class HiCoDiT(nn.Module):
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
         ends, host = TOKENS_PER_FRAME * conditions.frames[:, None], conditions.frames.device  # (B, 1)
         valid = torch.arange(length, device=host) < ends  # (B, L)
-        mask = None if bool(valid.all()) else send(valid, device)[:, None, None]
+        mask = None if bool(valid.all()) else to_device(valid, device)[:, None, None]
         rotary = rotary_table(length, self.config.width // self.config.heads, device)
         if keep is None:
             low, high, low_index = self._rows(branches, len(ends), device)
@@ -252,7 +252,7 @@ class HiCoDiT(nn.Module):
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
-        share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
+        share = to_device((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J), 0 of padding
         conds, windows, inputs = [], None, []
         for stage, sees in zip(self.stages, (low, high)):
             cond = 0.0
@@ -277,8 +277,8 @@ class HiCoDiT(nn.Module):
         distinct, index = list(dict.fromkeys(low)), None
         if len(distinct) < len(low):
             first = torch.tensor([batch * distinct.index(row) for row in low])
-            index = send((first[:, None] + torch.arange(batch)).flatten(), device)
-        low_rows, high_rows = (send(torch.tensor(rows)[:, None], device) for rows in (distinct, high))
+            index = to_device((first[:, None] + torch.arange(batch)).flatten(), device)
+        low_rows, high_rows = (to_device(torch.tensor(rows)[:, None], device) for rows in (distinct, high))
         return low_rows, high_rows, index
 
     def forward(

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
 from engine.cuda_graph import GraphedSteps
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.landmarks import add_landmarks, read_landmarks, write_faces
@@ -39,9 +39,9 @@ from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
-from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, stored_guidance
+from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
-from hicodit.system import CODECS, HiCoDiTSystem
+from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
 
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
@@ -135,8 +135,9 @@ class HiCoDiTPipeline:
         if config.get("token_digest") not in (None, tokenizer.digest()):
             raise UserError(f"codec={codec} makes other tokens than {folder} was trained on: give the model's own")
         try:
-            sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**stored_guidance(config))
-        except TypeError as error:
+            sampler = stored_sampler(config)
+            guidance = stored_guidance(config)
+        except UserError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
         pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
@@ -242,7 +243,7 @@ class HiCoDiTPipeline:
         """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def padded(part: str) -> Tensor:
-            return send(pad_sequence([torch.as_tensor(getattr(c, part)) for c in crops], True), self.device)
+            return to_device(pad_sequence([torch.as_tensor(getattr(c, part)) for c in crops], True), self.device)
 
         frames, system = torch.tensor([len(c) for c in crops]), self.system
         lip = system.encoders.lip(padded("mouth"), frames)
@@ -250,7 +251,7 @@ class HiCoDiTPipeline:
             voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')
             voice = system.model.adapt_identity(system.encoders.identity(unit(voices)))
         else:
-            voice = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
+            voice = to_device(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         return Conditions(lip, voice, padded("expression"), frames)
 
     @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from engine.settings import FACE as WHICH_FACE
 from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
-METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
-READINGS = ("A", "B", "C", "D")
+METHODS = ("euler", "confidence")  # functions of hicodit/samplers.py
+GUIDANCE_FORMS = ("literal", "normalised")  # see hicodit/guidance.py
 FACE = "_face.png", "_face.json"  # endings of the picture and of the numbers of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -31,23 +30,12 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 class SamplerConfig(Group, prefix="sampler."):
     """Settings of the sampler."""
 
-    method: str = setting(
-        "euler", choices=METHODS, about="euler (the paper's), fixed_count, confidence, ordered or entropy"
-    )
-    steps: int = setting(
-        64, 1, 1000, "sampling steps (the paper: 64); euler adds a last one that leaves no mask, entropy may need fewer"
-    )
+    method: str = setting("euler", choices=METHODS, about="euler (the paper's) or confidence (MaskGIT's)")
+    steps: int = setting(64, 1, 1000, "sampling steps (the paper: 64); euler adds a last one that leaves no mask")
     temperature: float = setting(1.0, 0.0, 100.0, "temperature of token sampling; 0: always the most likely token")
     choice_noise: float = setting(
-        4.5, 0.0, 1000.0, "scale of the Gumbel noise with which confidence (less and less) and ordered rank positions"
+        4.5, 0.0, 1000.0, "confidence: scale of the Gumbel noise that positions are ranked with, annealed to 0"
     )
-    level_delay: float = setting(
-        5.0, 0.0, 1000.0, "ordered and entropy: subtracted from a token's log probability once for each coarser level"
-    )
-    shift: float = setting(
-        0.1, 0.01, 1.0, "ordered: 1 reveals equally many tokens in each step, smaller values fewer early and more late"
-    )
-    entropy: float = setting(4.0, 0.0, 1000.0, "entropy: how many nats of tokens per frame one step may reveal")
     window: int = setting(
         3, 2, 60, "seconds sampled at once; longer clips are sampled in windows that overlap by one second"
     )
@@ -56,20 +44,20 @@ class SamplerConfig(Group, prefix="sampler."):
 
 @dataclass(frozen=True)
 class GuidanceScales(Group, prefix="guidance."):
-    """The four scales and the reading of the formula. The paper: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
+    """Guidance scales and the form of the formula. The paper: 2.5, 1.25, 1.5, 2.0 for LRS3; 2.25 for `all` on LRS2."""
 
     all: float = setting(1.0, -100.0, 100.0, "guidance scale of all conditions together")
     identity: float = setting(0.0, -100.0, 100.0, "guidance scale of the identity alone")
     expression: float = setting(0.0, -100.0, 100.0, "guidance scale of the expression alone")
     lip: float = setting(0.0, -100.0, 100.0, "guidance scale of the lip motion alone")
-    reading: str = setting(
-        "D", choices=READINGS, about="variant of the guidance formula: A, B, C or D (see hicodit/guidance.py)"
+    guidance_form: str = setting(
+        "normalised", choices=GUIDANCE_FORMS, about="literal (product of scores) or normalised (weighted posteriors)"
     )
 
     def exponents(self) -> dict[str, float]:
         """Return the exponent of each branch; one of zero drops its branch."""
         singles = self.identity + self.expression + self.lip
-        base = 2.0 if self.reading in "AC" else 1.0
+        base = 2.0 if self.guidance_form == "literal" else 1.0
         values = {"none": base - self.all - singles, "all": self.all}
         values |= {"identity": self.identity, "expression": self.expression, "lip": self.lip}
         return {branch: value for branch, value in values.items() if value != 0}
@@ -93,11 +81,6 @@ class StreamSettings(Group, prefix="stream."):
 
 
 UNGUIDED = GuidanceScales()  # the conditional model alone
-
-
-def stored_guidance(release: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the guidance scales of a release's config. Those of before 2026-11-25 also state `late: 1.0`: no limit."""
-    return {name: value for name, value in (release.get("guidance") or {}).items() if (name, value) != ("late", 1.0)}
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:

@@ -5,6 +5,7 @@ Axes: F face pictures, S' their side, J half seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.release import Released, without_retired
+from engine.settings import make
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import EXPRESSIONS, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 from rvq_codec import RVQCodec
 
 CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers that can be chosen
@@ -50,7 +53,7 @@ class HiCoDiTSystem(Released):
     def read_expressions(self, faces: Tensor) -> Tensor:
         """Predict class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8; any device."""
         device = next(self.parameters()).device
-        parts = (send(part, device) for part in faces.split(PICTURES))  # of a long clip, all would take gigabytes
+        parts = (to_device(part, device) for part in faces.split(PICTURES))  # of a long clip, all would take gigabytes
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
@@ -75,3 +78,29 @@ class HiCoDiTSystem(Released):
             settings["folder"] = encoders
         model = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
         return cls(ModelConfig(**model), encoder_config(settings))
+
+
+def stored_sampler(release: Mapping[str, Any]) -> SamplerConfig:
+    """Return the sampler settings of a release's config.yaml.
+
+    Releases of before 2026-11-25 also state settings of samplers that have been removed; those are ignored.
+    """
+    removed = ("level_delay", "shift", "entropy")
+    stored = release.get("sampler") or {}
+    return make(SamplerConfig, {name: value for name, value in stored.items() if name not in removed}, "sampler.")
+
+
+def stored_guidance(release: Mapping[str, Any]) -> GuidanceScales:
+    """Return the guidance scales of a release's config.yaml.
+
+    Releases of before 2026-11-25 state `reading: D` for the normalised form and `reading: A` for the literal one, and
+    may state `late: 1.0`, which had no effect.
+    """
+    stored = dict(release.get("guidance") or {})
+    reading = stored.pop("reading", None)
+    if reading is not None:
+        forms = {"A": "literal", "D": "normalised"}
+        if reading not in forms:
+            raise UserError(f"guidance.reading={reading} has been removed: use an older version of this project")
+        stored["guidance_form"] = forms[reading]
+    return make(GuidanceScales, without_retired(stored, {"late": 1.0}, "guidance."), "guidance.")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.codec import load_codec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, spread
 from engine.metrics.registry import metrics_of
@@ -180,7 +180,7 @@ class HiCoDiTTask(Task):
             losses["expression"] = self.expression_weight * F.cross_entropy(shown, batch["face_expression"])
         if encoders.learns and encoders.lip.phoneme_head is not None:
             valid = torch.arange(lip.shape[1], device=batch["frames"].device) < batch["frames"][:, None]
-            real = send(valid.flatten().nonzero()[:, 0], lip.device)
+            real = to_device(valid.flatten().nonzero()[:, 0], lip.device)
             logits = encoders.lip.phoneme_head(lip).flatten(0, 1)[real].float()
             losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"].flatten()[real])
         losses["loss"] = sum(losses.values())
@@ -208,8 +208,8 @@ class HiCoDiTTask(Task):
         t = stratified_times(len(tokens), MIN_TIME)
         masked = masked_at(self.noise.sigma(t), torch.rand(tokens.shape))
         valid = torch.arange(tokens.shape[2]) < TOKENS_PER_FRAME * frames.cpu()[:, None]
-        noisy = torch.where(send(masked, tokens.device), self.system.model.mask_id, tokens)
-        return send(t, tokens.device), noisy, positions_of(masked & valid[:, None], tokens.device)
+        noisy = torch.where(to_device(masked, tokens.device), self.system.model.mask_id, tokens)
+        return to_device(t, tokens.device), noisy, positions_of(masked & valid[:, None], tokens.device)
 
     def by_stage(self, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor) -> dict[str, Tensor]:
         """Sum the score entropies (M,) of the masked tokens over each group of levels, for one token of all.

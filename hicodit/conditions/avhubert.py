@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of
 from engine.release import build_with
@@ -130,7 +130,7 @@ class AVHubert(nn.Module):
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E), the last hidden states."""
         valid = torch.arange(mouth.shape[1], device=frames.device) < frames[:, None]
-        whole, valid = bool(valid.all()), send(valid, mouth.device)  # the former on the host
+        whole, valid = bool(valid.all()), to_device(valid, mouth.device)  # the former on the host
         video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
         return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if whole else valid)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.faces.crops import crop_face, crop_mouth
 from engine.faces.track import FaceTrack
@@ -43,7 +43,7 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
         return encoder(unit(mouth), frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
-        short, long = (send(clips.nonzero()[:, 0], mouth.device) for clips in (whole, ~whole))
+        short, long = (to_device(clips.nonzero()[:, 0], mouth.device) for clips in (whole, ~whole))
         encoded = encoder(unit(mouth[short, :most]), frames[whole])
         out = mouth.new_zeros(*mouth.shape[:2], encoded.shape[-1], dtype=encoded.dtype)
         out[short, :most] = encoded
@@ -133,7 +133,7 @@ class TinyLipEncoder(nn.Module):
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
         valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
         whole = bool(valid.all())  # on the host
-        valid = send(valid, mouth.device)
+        valid = to_device(valid, mouth.device)
         h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
         h = self.norm(h) * valid[..., None]
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)

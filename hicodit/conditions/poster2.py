@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.official import rename_all
 from engine.release import build_with
@@ -275,7 +275,7 @@ class POSTER2(nn.Module):
         """Normalise pictures (n, 3, H, W) in [0, 1], RGB, to the network's (n, 3, 224, 224)."""
         if faces.shape[-2:] != (SIDE, SIDE):
             faces = F.interpolate(faces, size=(SIDE, SIDE), mode="bilinear", antialias=True)
-        mean, std = send(torch.tensor([MEAN, STD], dtype=faces.dtype), faces.device)[..., None, None]
+        mean, std = to_device(torch.tensor([MEAN, STD], dtype=faces.dtype), faces.device)[..., None, None]
         return (faces - mean) / std
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class POSTER2(nn.Module):
 
         A sequence of them becomes one class a half second by `hicodit.conditions.types.window_expressions`.
         """
-        order = send(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
+        order = to_device(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
         return self.logits(self.normalise(faces))[:, order]
 
     @classmethod

@@ -31,7 +31,7 @@ def test_half_precision_of_hicodits_steps_is_where_it_is_meant():
     model, steps = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32), 3
     frames = torch.tensor([20, 15])
     conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 4], [2, 0]]), frames)
-    sampler, guidance = SamplerConfig("ordered", steps), GuidanceScales(2.5, 1.25, 1.5, 2.0)
+    sampler, guidance = SamplerConfig("confidence", steps), GuidanceScales(2.5, 1.25, 1.5, 2.0)
     with fakes.Operators() as operators, torch.inference_mode():
         generate(model, conditions, sampler, guidance, [0, 1])
     half = {name for (name, dtype) in operators.types if dtype == torch.bfloat16}

@@ -57,15 +57,15 @@ def test_hicodit_reads_tokens_and_sound_alone(pipeline, lengths, voice, expected
     assert audit.reads == Counter(expected) and not audit.waits
 
 
-@pytest.mark.parametrize(("method", "reading"), [*((method, "D") for method in METHODS), ("euler", "A")])
-def test_steps_of_every_sampler_wait_for_nothing(pipeline, method, reading):
-    """With guidance reading A, which positions are revealed depends on the posterior."""
+@pytest.mark.parametrize(("method", "form"), [*((method, "normalised") for method in METHODS), ("euler", "literal")])
+def test_steps_of_every_sampler_wait_for_nothing(pipeline, method, form):
+    """With the literal form of guidance, which positions are revealed depends on the posterior."""
     crops = [pipeline.crops(talking_head(length)) for length in (40, 30)]
     with audited() as audit:
         moved = on_fake_card(pipeline)
-        moved.guidance = GuidanceScales(2.5, 1.25, 1.5, 2.0, reading)
+        moved.guidance = GuidanceScales(2.5, 1.25, 1.5, 2.0, form)
         moved.run(crops, range(2), sampler=replace(pipeline.sampler, method=method, steps=3))
-    planned = {SCHEDULE: 1} if method in ("euler", "fixed_count") and reading == "D" else {}
+    planned = {SCHEDULE: 1} if method == "euler" and form == "normalised" else {}
     assert audit.reads == Counter({TOKENS: 1, WAVE: 2, EXPRESSION: 1} | planned) and not audit.waits
 
 

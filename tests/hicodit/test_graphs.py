@@ -35,8 +35,8 @@ def clips(seed):
 
 @pytest.mark.parametrize(
     ("method", "scales"),
-    [*((method, SCALES) for method in METHODS), ("euler", replace(SCALES, reading="A"))],
-    ids=lambda value: value if isinstance(value, str) else value.reading,
+    [*((method, SCALES) for method in METHODS), ("euler", replace(SCALES, guidance_form="literal"))],
+    ids=lambda value: value if isinstance(value, str) else value.guidance_form,
 )
 def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, scales):
     sampler, backend = SamplerConfig(method, 6), DyingOutputs()
@@ -47,8 +47,8 @@ def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, s
         assert all(torch.equal(a, b) for a, b in zip(tokens, expected))
         captures.append(backend.captures)
     assert backend.replays >= 6
-    # The planned samplers have as many slots for revealed frames as the fullest step needs.
-    assert captures[-1] <= (3 if method in ("euler", "fixed_count") and scales.reading == "D" else 1)
+    # Planned steps have as many slots for revealed frames as the fullest step needs.
+    assert captures[-1] <= (3 if method == "euler" and scales.guidance_form == "normalised" else 1)
 
 
 def test_a_stream_is_the_same_with_graphs(release):

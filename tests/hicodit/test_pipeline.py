@@ -20,7 +20,7 @@ from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import GuidanceScales
+from hicodit.settings import GuidanceScales, SamplerConfig
 
 WINDOW = 75  # video frames
 
@@ -64,7 +64,7 @@ def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["euler", "ordered"])
+@pytest.mark.parametrize("method", ["euler", "confidence"])
 def test_whole_steps_are_one_graph(release, clip, method, precision):
     """Without a compiler behind it: what is tested is that a step can be captured whole, and in a few graphs."""
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision=precision)
@@ -212,14 +212,33 @@ def test_a_release_may_state_removed_settings_that_had_no_effect(release, tmp_pa
     config = (release / "config.yaml").read_text()
     old = shutil.copytree(release, tmp_path / "old")
     stated = config.replace("model:\n", "model:\n  guidance_limit: null\n")
-    (old / "config.yaml").write_text(f"{stated}guidance: {{all: 2.0, late: 1.0}}\n")
-    assert HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec").guidance == GuidanceScales(2.0)
-    (old / "config.yaml").write_text(f"{config}guidance: {{all: 2.0, late: 0.5}}\n")
-    with pytest.raises(UserError, match="unexpected keyword argument 'late'"):
-        HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
-    (old / "config.yaml").write_text(config.replace("model:\n", "model:\n  guidance_limit: 3.0\n"))
-    with pytest.raises(UserError, match=r"config.yaml: model.guidance_limit=3.0 has been removed"):
-        HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
+    stated = stated.replace("sampler:\n", "sampler:\n  level_delay: 5.0\n  shift: 0.1\n  entropy: 4.0\n")
+    (old / "config.yaml").write_text(f"{stated}guidance: {{all: 2.0, late: 1.0, reading: A}}\n")
+    pipeline = HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
+    assert pipeline.guidance == GuidanceScales(2.0, guidance_form="literal")
+    assert pipeline.sampler == SamplerConfig("euler", 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model:\n", "model:\n  guidance_limit: 3.0\n", "config.yaml: model.guidance_limit=3.0 has been removed"),
+        ("sampler:\n", "guidance: {late: 0.5}\nsampler:\n", "config.yaml: guidance.late=0.5 has been removed"),
+        ("sampler:\n", "guidance: {reading: B}\nsampler:\n", "config.yaml: guidance.reading=B has been removed"),
+        (
+            "method: euler",
+            "method: ordered",
+            "config.yaml: sampler.method=ordered is unknown; choose euler, confidence",
+        ),
+    ],
+)
+def test_a_release_that_needs_what_was_removed_is_refused(release, tmp_path, old, new, message):
+    folder = shutil.copytree(release, tmp_path / "old")
+    config = (release / "config.yaml").read_text()
+    assert old in config
+    (folder / "config.yaml").write_text(config.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        HiCoDiTPipeline.from_pretrained(folder, codec=release.parent / "codec")
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):

@@ -48,10 +48,9 @@ def test_all_valid_tokens_are_revealed_and_padding_is_not(method):
     assert (x[0] < N).all() and (x[1, :, :4] < N).all() and (x[1, :, 4:] == N).all()
 
 
-@pytest.mark.parametrize("method", ["euler", "fixed_count", "entropy"])
-def test_frequencies_follow_the_posterior(method):
+def test_frequencies_follow_the_posterior():
     log_q = torch.tensor([[2.0, 1, 0, -1, 0], [0, 0, 3, 0, 0], [0.5, 0, 0, 0, 1]]).log_softmax(-1)
-    x = run(method, [4000], log_q, steps=8).tokens
+    x = run("euler", [4000], log_q, steps=8).tokens
     seen = torch.stack([torch.bincount(row, minlength=N) / 4000 for row in x[0]])
     assert (seen - log_q.exp()).abs().max() < 0.03
 
@@ -70,9 +69,28 @@ def test_euler_reveals_on_a_straight_line():
     assert shares[:10] == pytest.approx([i / 10 for i in range(10)], abs=0.02)
 
 
-def test_fixed_count_reveals_the_same_number_each_step():
-    counts = run("fixed_count", [40], steps=6).counts
-    assert [sum(row) for (row,) in counts] == [0, 20, 40, 60, 80, 100]
+@pytest.mark.parametrize(("steps", "total"), [(4, 90), (10, 600)])
+def test_confidence_follows_the_cosine_schedule(steps, total):
+    """MaskGIT's: after i of S steps, floor(total * cos(pi / 2 * i / S)) positions are still masked."""
+    counts = run("confidence", [total // K], steps=steps).counts
+    masked = [total - sum(row) for (row,) in counts]
+    assert masked == [math.floor(total * math.cos(math.pi * step / (2 * steps))) for step in range(steps)]
+
+
+def test_confidence_reveals_the_most_probable_tokens_first():
+    logits = torch.tensor([[9.0, 0, 0, 0, 0], [3, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).log_softmax(-1)
+    seen = run("confidence", [20], logits, steps=6, temperature=0.0, choice_noise=0.0)
+    assert (seen.tokens == 0).all()
+    assert all(less == 0 or more == 20 for (row,) in seen.counts for more, less in pairwise(row))
+
+
+def test_noise_of_the_ranking_is_annealed_with_time():
+    """With much noise the order is random at first; the last positions are still the least probable."""
+    logits = torch.tensor([[3.0, 0, 0, 0, 0], [1.5, 0, 0, 0, 0], [0.5, 0, 0, 0, 0]]).log_softmax(-1)
+    counts = run("confidence", [2000], logits, steps=10, temperature=0.0, choice_noise=5.0).counts
+    (early,), (late,) = counts[4], counts[-1]
+    assert early[0] < 1.6 * early[2]  # hardly ranked
+    assert 2000 - late[2] > 2.3 * (2000 - late[0])  # 1.7 times without annealing
 
 
 def test_a_step_requests_no_more_frames_than_the_largest_needs():
@@ -116,28 +134,6 @@ def test_time_starts_at_the_share_that_is_masked(method):
     """A later window of a long clip has known tokens: here a quarter of one clip, none of the other."""
     known = torch.full((2, K, 8), N)
     known[0, :, :2] = 1
-    times = run(method, [8, 8], known=known, steps=4, entropy=0.0).times
+    times = run(method, [8, 8], known=known, steps=4).times
     assert times[0] == pytest.approx([0.75, 1.0])
     assert all(a > b for one, other in pairwise(times) for a, b in zip(one, other))
-
-
-def test_ordered_reveals_coarse_levels_first_and_few_tokens_early():
-    length, logits = 20, torch.randn(K, N)
-    settings = {"temperature": 0.0, "level_delay": 100.0, "choice_noise": 1.0, "shift": 0.1}
-    seen = run("ordered", [length], logits.log_softmax(-1), steps=6, **settings)
-    assert torch.equal(seen.tokens[0], logits.argmax(-1)[:, None].expand(-1, length))
-    due = [math.ceil(K * length * (0.1 * i / 6) / (1 - 0.9 * i / 6)) for i in range(6)]
-    assert [sum(row) for (row,) in seen.counts] == due and due[3] < K * length / 8
-    assert all(fine == 0 or coarse == length for (row,) in seen.counts for coarse, fine in pairwise(row))
-
-
-def test_entropy_reveals_what_its_bound_allows():
-    """Level 0 is certain, level 1 has log 2 nats a token, level 2 log 5."""
-    logits = torch.tensor([[0.0, -99, -99, -99, -99], [0, 0, -99, -99, -99], [0, 0, 0, 0, 0]]).log_softmax(-1)
-    length, bound = 10, 4.5 * math.log(2) / 10
-    counts = run("entropy", [length], logits, steps=50, entropy=bound).counts
-    # Beside one that is free: four of level 1, then one of level 2 (log 5 / log 2 = 2.3, and two would be 4.6).
-    assert [row for (row,) in counts[:4]] == [[0, 0, 0], [10, 5, 0], [10, 10, 0], [10, 10, 2]]
-    assert len(counts) == 7
-    few = run("entropy", [length, 5], logits, steps=3, entropy=bound).counts
-    assert len(few) == 3 and [sum(row) for row in few[2]] == [23, 12]  # half of the rest of 15 and 7

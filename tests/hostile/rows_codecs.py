@@ -49,7 +49,7 @@ SIZES = {  # what makes a configuration or a network, and the line
         lambda: encoder_config({"lip_dim": 32, "lip_heads": 6}),
         "lip_heads=6 does not divide lip_dim=32",
     ),
-    "guidance reading": (lambda: GuidanceScales(reading="E"), "reading=E"),
+    "guidance form": (lambda: GuidanceScales(guidance_form="E"), "guidance_form=E"),
     "lookahead": (lambda: StreamSettings(lookahead=99.0), r"stream\.lookahead"),
     "talker heads": (lambda: TalkerT2AV(TalkerConfig(LLM, encoder_heads=5, head_heads=2)), "encoder_heads=5"),
     "talker order": (lambda: TalkerConfig({}, order="xy"), "order=xy is unknown; choose add, av, va"),
