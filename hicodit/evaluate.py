@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips, spread
+from engine.evaluation.validation import ALONE, ByClip, Share, measure_outputs, spread
 from engine.faces.source import FaceSource
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
@@ -152,7 +152,7 @@ def evaluate_clips(
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode_tokens([clip["tokens"].T for clip in stored]) if compared else None
     texts, device = [info["text"] for info in infos], str(pipeline.device)
-    return measure_clips(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
+    return measure_outputs(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 
 
 @torch.inference_mode()

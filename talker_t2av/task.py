@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share, measure_clips, spread
+from engine.evaluation.validation import ByClip, Share, measure_outputs, spread
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
@@ -227,7 +227,7 @@ class TalkerTask(Task):
                     scores[name] = scores.get(name, 0.0) + len(clips) * float(value) / count
             texts, rate = [info["text"] for info in infos], codec.sample_rate
             metrics, grammar = self.validation["metrics"], self.validation["grammar"]
-            scores |= measure_clips(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
+            scores |= measure_outputs(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

@@ -1,4 +1,7 @@
-"""Measuring clips with several processes; what was measured once is found again by the contents of its files."""
+"""Measuring clips, of an evaluation and of a trainer's validation.
+
+An evaluation measures with several processes, and finds what was measured before by the contents of the files.
+"""
 
 from __future__ import annotations
 
@@ -99,18 +102,20 @@ def _load_once(metric: Metric) -> Metric:
     return _loaded[0]
 
 
-def measure_clip(metric: Metric, cache: Path, clip: Takes) -> tuple[dict[str, Row | str], int]:
+def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[str, Row | str], int]:
     """Return the measurement, or why there is none, by system, and how many were found in the cache."""
-    (takes, truth), out, found = clip, {}, 0
+    takes, truth = clip
+    out, found = {}, 0
     for name, take in takes.items():
         try:
-            path = result_file(cache, metric, take, truth)
-            row = _load(path)
+            path = None if cache is None else result_file(cache, metric, take, truth)
+            row = None if path is None else _load(path)
             if row is None:
                 row = _load_once(metric).measure(take, truth)
                 if not all(np.isfinite(row[figure]).all() for figure in metric.figures if figure in row):
                     raise UserError("the result is no finite number")
-                _store(path, row)
+                if path is not None:
+                    _store(path, row)
             else:
                 found += 1
             out[name] = row
@@ -162,50 +167,89 @@ class Workers(processes.Processes):
                 number += 1
 
 
-def measure(clips: Sequence[Clip], metrics: Iterable[Metric], workers: int, cache: Path) -> Results:
-    """Measure every take of every clip, and the true ones.
+def measure(
+    clips: Sequence[Clip],
+    metrics: Iterable[Metric],
+    workers: int = 1,
+    cache: Path | None = None,
+    true_row: bool = True,
+) -> Results:
+    """Measure every take of every clip.
 
-    A clip whose files cannot be read is left out for that system, and for all if its true files cannot.
+    A clip whose files cannot be read is left out for that system, and for all systems if its true files cannot be read.
+
+    Args:
+        clips: outputs of the systems beside the true clips; sound is a file or a wave in memory.
+        metrics: each is loaded once per process.
+        workers: number of processes; 1 measures in this one.
+        cache: folder of earlier measurements, which are keyed by the contents of the files; None: no cache, as for
+            waves in memory.
+        true_row: also measure the true clips, as a system of the name `TRUTH`. Otherwise only metrics that compare with
+            the true clip read it.
     """
-    results, count = Results(), min(workers, len(clips))
+    results = Results()
+    count = min(workers, len(clips))
     with Workers(count) if count > 1 else nullcontext() as pool:
-        every = pool.map if pool else map
-        good = _readable(clips, results, every)
-        for metric in metrics:
-            start, name = time.monotonic(), metric.name
-            try:
-                metric.check()
-                works, without = [], [TRUTH] if metric.outputs_only else []
-                for clip, takes in good:
-                    own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
-                    works.append((own, clip.truth))
-                if not any(takes for takes, _ in works):  # such as a picture's figures for systems without pictures
-                    continue
-                calls = map if metric.device.startswith("cuda") and not metric.parallel else every
-                done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
-                measured = [(clip.id, *outcome) for (clip, _), outcome in zip(good, done, strict=True)]
-            except UserError as error:
-                results.missing[name] = str(error)
-                continue
-            rows, reasons = {}, []
-            for clip, found, _ in measured:
-                for system, row in found.items():
-                    if isinstance(row, str):
-                        reasons.append({"clip": clip, "system": system, "where": name, "why": row})
-                    else:
-                        rows.setdefault(system, {})[clip] = row
-            if not rows:
-                results.missing[name] = reasons[0]["why"]
-                continue
-            results.failed += reasons
-            true, truths = rows.get(TRUTH, {}), {clip.id: clip.truth for clip in clips}
-            results.rows[name] = {system: metric.finish(own, true, truths) for system, own in rows.items()}
-            results.seconds[name] = time.monotonic() - start
-            results.cached[name] = sum(found for *_, found in measured)
+        try:
+            _measure_all(clips, metrics, cache, true_row, pool.map if pool else map, results)
+        finally:
+            _loaded.clear()  # the network of the last metric
     return results
 
 
-def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[tuple[Clip, dict[str, Take]]]:
+def _measure_all(
+    clips: Sequence[Clip],
+    metrics: Iterable[Metric],
+    cache: Path | None,
+    true_row: bool,
+    every: Callable,
+    results: Results,
+) -> None:
+    """Fill `results`; `every` maps a function over items."""
+    good = _readable(clips, results, every, true_row)
+    for metric in metrics:
+        start, name = time.monotonic(), metric.name
+        try:
+            metric.check()
+            works = []
+            without = (TRUTH,) if metric.outputs_only else ()
+            for clip, takes in good:
+                own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
+                works.append((own, clip.truth))
+            if not any(takes for takes, _ in works):  # such as a picture's figures for systems without pictures
+                continue
+            calls = map if metric.device.startswith("cuda") and not metric.parallel else every
+            done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
+            measured = [(clip.id, *outcome) for (clip, _), outcome in zip(good, done, strict=True)]
+        except UserError as error:
+            results.missing[name] = str(error)
+            continue
+        rows, reasons = {}, []
+        for clip, found, _ in measured:
+            for system, row in found.items():
+                if isinstance(row, str):
+                    reasons.append({"clip": clip, "system": system, "where": name, "why": row})
+                else:
+                    rows.setdefault(system, {})[clip] = row
+        if not rows:
+            results.missing[name] = reasons[0]["why"]
+            continue
+        results.failed += reasons
+        true, truths = rows.get(TRUTH, {}), {clip.id: clip.truth for clip in clips}
+        results.rows[name] = {system: metric.finish(own, true, truths) for system, own in rows.items()}
+        results.seconds[name] = time.monotonic() - start
+        results.cached[name] = sum(found for *_, found in measured)
+
+
+def _readable(
+    clips: Sequence[Clip], results: Results, every: Callable, true_row: bool
+) -> list[tuple[Clip, dict[str, Take]]]:
+    """Return the clips with those of their takes whose files can be read; with `true_row`, the true take is among them.
+
+    Waves in memory are not checked.
+    """
+    if not true_row:
+        return [(clip, dict(clip.takes)) for clip in clips]
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
     for (clip, name, _), found in zip(pairs, every(check_files, [take for _, _, take in pairs])):
         if isinstance(found, str):

@@ -182,42 +182,21 @@ def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> li
     return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
 
 
-def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """Write a sentence for every two systems: which is better by which figures, and what shows no difference."""
-    lines, figures, pairs = [], summary["figures"], {}
-    for test in summary["tests"]:
-        pairs.setdefault(tuple(test["systems"]), []).append(test)
-    for (one, two), tests in pairs.items():
-        won: dict[str | None, list[str]] = {one: [], two: [], None: []}
-        for test in tests:
-            won[test["better"]].append(figures[test["figure"]]["title"])
-        parts = [f"{name} is better by {', '.join(won[name])}" for name in (one, two) if won[name]]
-        if won[None]:
-            parts.append(f"no difference is shown by {', '.join(won[None])}")
-        tested = {test["figure"] for test in tests}
-        shared = [f for f in figures if all(f in summary["systems"].get(name, {}) for name in (one, two))]
-        rest = [figures[f]["title"] for f in shared if f not in tested]
-        if rest:
-            parts.append(f"not tested: {', '.join(rest)}")
-        line = f"{one} against {two}: {'; '.join(parts)}."
-        if min(test["smallest_p"] for test in tests) >= SIGNIFICANT:
-            line += " So few clips, or resamples, can show no difference at all."
-        lines.append(line)
-    return lines
-
-
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the comparison of systems for a terminal: a sentence for every two, then a line for each test."""
-    lines = verdicts(summary)
-    for test in summary["tests"]:
-        about, (one, two) = summary["figures"][test["figure"]], test["systems"]
+    """Return the tests of every two systems for a terminal, one line each."""
+    tests = summary["tests"]
+    if not tests:
+        return []
+    lines = [f"Paired permutation tests over clips; p is corrected for {len(tests)} tests (Holm):"]
+    for test in tests:
+        about = summary["figures"][test["figure"]]
+        one, two = test["systems"]
         value, interval = _texts({**test, "value": test["difference"]}, about)
-        shown = f"{test['better']} better" if test["better"] else "no difference shown"
-        head = f"  {about['title']}, {one} less {two}: {value} {interval}"
-        lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {shown}")
-    if lines:
-        how = f"permutation tests over clips; p is corrected for {len(summary['tests'])} tests"
-        lines.append(f"  ({how}; a difference is shown where it is below {SIGNIFICANT})")
+        result = f"{test['better']} is better" if test["better"] else "no significant difference"
+        head = f"  {about['title']}, {one} - {two}: {value} {interval}"
+        lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {result}")
+    if min(test["smallest_p"] for test in tests) >= SIGNIFICANT:
+        lines.append("  Too few clips or resamples for any significant difference.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""A trainer's validation: the metrics of an evaluation for waves in memory, spread over processes.
+"""A trainer's validation: `engine.evaluation.measure` for waves in memory, divided over processes.
 
 Each process measures its share of the clips, and the figures come of all of them. What processes measure is kept by
 clip, in the order of the clips, so that the figures do not depend on their number.
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.measure import measure
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metrics_of, protocol_of
@@ -48,6 +49,7 @@ class Share:
 
 
 ALONE = Share()
+OUTPUT = "output"  # the one system of a validation
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -97,7 +99,7 @@ def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:
     return float(ratio(np.array(pairs, float)))
 
 
-def measure_clips(
+def measure_outputs(
     figures: Sequence[str],
     texts: Sequence[str],
     waves: Sequence[np.ndarray],
@@ -107,40 +109,41 @@ def measure_clips(
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
 ) -> dict[str, ByClip]:
-    """Measure figures of clips, as ratios: a word error rate of 0.1 is 10 %. `figures_of` makes one of all clips.
+    """Measure figures of generated speech as ratios: a word error rate of 0.1 is 10 %.
 
-    A figure whose package or network is missing is left out, with one line. A clip that cannot be measured is, too.
+    `figures_of` makes one number per figure of what all processes measured. A figure whose package or network is
+    missing is left out, and the first process prints one line about it. A clip that cannot be measured is left out.
 
     Args:
         figures: names of `engine.metrics.registry`.
-        texts, waves, truths: of each clip its words, the wave (N,) to be measured, and the true one. No truths: what
-            compares with them is left out.
-        recogniser: what hears the words; see `words_by`.
-        numbers: of the clips among all clips of a validation, where others are measured elsewhere.
+        texts: the words of each clip.
+        waves: the generated speech of each clip, (N,).
+        truths: the true speech of each clip, (N,); None leaves out figures that compare with it.
+        rate: sampling rate of both, in Hz.
+        recogniser: what transcribes the speech; see `words_by`.
+        device: device of the metrics' networks.
+        numbers: index of each clip among all clips of the validation, of which other processes measure the rest.
     """
+    numbers = range(len(waves)) if numbers is None else numbers
+    by_metric = {
+        metric(protocol_of(metric, words_by(recogniser)), device=device): names
+        for metric, names in metrics_of(figures).items()
+    }
+    clips = []
+    for i, number in enumerate(numbers):
+        truth = Take(None if truths is None else Sound(truths[i], rate), text=texts[i])
+        clips.append(Clip(str(number), None, truth, {OUTPUT: Take(Sound(waves[i], rate), text=texts[i])}))
+    comparable = [metric for metric in by_metric if truths is not None or not metric.pair]
+    measured = measure(clips, comparable, true_row=False)
     results = {}
-    true = [Take(text=text) for text in texts]
-    if truths is not None:
-        true = [Take(Sound(wave, rate), text=text) for wave, text in zip(truths, texts, strict=True)]
-    made = [Take(Sound(wave, rate), text=text) for wave, text in zip(waves, texts, strict=True)]
-    for metric, names in metrics_of(figures).items():
-        measuring, rows = metric(protocol_of(metric, words_by(recogniser)), device=device), {}
-        try:
-            measuring.check()
-            if metric.pair and truths is None:
-                raise UserError("there is no true speech to compare with")
-            measuring.load()
-        except (UserError, OSError) as error:  # files of a network that cannot be loaded: training goes on
-            if not numbers or numbers[0] == 0:  # one of many processes says so
-                print(f"no {', '.join(names)}: {error}", flush=True)
-            continue
-        for number, take, truth in zip(numbers or range(len(made)), made, true):
-            try:
-                rows[number] = measuring.measure(take, truth)
-            except UserError:  # such as no speech found in the clip
-                continue
+    for metric, names in by_metric.items():
+        rows = measured.rows.get(metric.name, {}).get(OUTPUT, {})
         for name in names:
-            pairs = {number: row[name] for number, row in rows.items() if name in row}
+            pairs = {int(clip): row[name] for clip, row in rows.items() if name in row}
             if pairs:
                 results[name] = ByClip(pairs, ratio_of)
+        reason = "there is no true speech to compare with" if metric not in comparable else None
+        reason = reason or measured.missing.get(metric.name)
+        if reason and 0 in numbers:
+            print(f"no {', '.join(names)}: {reason}", flush=True)
     return results

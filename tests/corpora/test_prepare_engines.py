@@ -6,7 +6,7 @@ import transformers
 
 from corpora.preparation.engines import VoiceWindows, Wav2Vec2, Whisper
 from engine.errors import UserError
-from engine.evaluation.validation import figures_of, measure_clips
+from engine.evaluation.validation import figures_of, measure_outputs
 from engine.media.audio import read_audio
 from tests.rehearsal import stand_ins
 
@@ -49,13 +49,13 @@ def test_windows_tell_one_voice_from_two():
 def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, capsys):
     waves = [np.random.default_rng(i).normal(0, 0.1, 24_000).astype(np.float32) for i in range(3)]
     texts = ["lay blue", "", "set red now"]
-    found = figures_of([measure_clips(["wer"], texts, waves, None, 24_000, tiny_whisper)])
+    found = figures_of([measure_outputs(["wer"], texts, waves, None, 24_000, tiny_whisper)])
     assert found.keys() == {"wer"} and found["wer"] > 0.5  # random weights; the clip without words is left out
-    assert measure_clips(["wer"], [""] * 3, waves, None, 24_000, tiny_whisper) == {}
+    assert measure_outputs(["wer"], [""] * 3, waves, None, 24_000, tiny_whisper) == {}
     (tmp_path / "empty").mkdir()
-    assert measure_clips(["wer"], texts, waves, None, 24_000, tmp_path / "empty") == {}
-    assert measure_clips(["wer", "mcd"], texts, waves, None, 24_000) == {}
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer", "no wer", "no mcd"]
+    assert measure_outputs(["wer"], texts, waves, None, 24_000, tmp_path / "empty") == {}
+    assert measure_outputs(["wer", "mcd"], texts, waves, None, 24_000) == {}
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer"] * 3 + ["no mcd"]
 
 
 def test_wav2vec2_spells_what_it_hears(tmp_path):

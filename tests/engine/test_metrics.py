@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.evaluation import measure as measure_module
 from engine.evaluation import validation
+from engine.evaluation.clips import Clip
+from engine.evaluation.measure import measure
 from engine.evaluation.validation import figures_of
+from engine.media.audio import write_wav
 from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.phonemes import PhonemeErrors
+from engine.metrics.quality import STOI
 from engine.metrics.recogniser import Recogniser
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
@@ -163,5 +168,23 @@ def test_a_figure_that_only_some_clips_have(monkeypatch):
 
     monkeypatch.setattr(validation, "metrics_of", lambda figures: {Words: list(figures)})
     names, texts = ["wer", "wer_free"], ["free", "closed", "free"]
-    found = validation.measure_clips(names, texts, [np.zeros(240)] * 3, None, 24_000)
+    found = validation.measure_outputs(names, texts, [np.zeros(240)] * 3, None, 24_000)
     assert figures_of([found]) == {"wer": 0.25, "wer_free": 0.25}
+
+
+def test_a_validation_measures_what_an_evaluation_measures(tmp_path):
+    """The same clips as files of an evaluation and as waves of a validation: the same measurements."""
+    pytest.importorskip("pystoi")
+    rng, rate = np.random.default_rng(0), 16_000
+    true = [rng.normal(0, 0.1, rate).astype(np.float32) for _ in range(2)]
+    noisy = [wave + rng.normal(0, 0.1, rate).astype(np.float32) for wave in true]
+    clips = []
+    for i, waves in enumerate(zip(true, noisy)):
+        takes = [tmp_path / f"{i}_{name}.wav" for name in ("true", "noisy")]
+        for path, wave in zip(takes, waves):
+            write_wav(path, wave, rate, lossless=True)
+        clips.append(Clip(str(i), None, Take(takes[0]), {"noisy": Take(takes[1])}))
+    rows = measure(clips, [STOI()], cache=tmp_path / "cache").rows["STOI"]["noisy"]
+    found = validation.measure_outputs(["stoi"], ["", ""], noisy, true, rate)["stoi"]
+    assert found.values == pytest.approx({int(clip): row["stoi"] for clip, row in rows.items()}, abs=1e-4)
+    assert not measure_module._loaded  # no network stays in the memory of a training
