@@ -98,17 +98,25 @@ class ModelConfig(Group, prefix="model."):
 class Conditioning:
     """All that does not depend on time, for B clips and G guidance branches.
 
-    Rows run over branches, then over clips. Branches that differ only in what the low stage does not see share its
-    rows there.
+    Rows run over branches, then over clips. Branches that the low stage cannot tell apart share its rows.
+
+    Attributes:
+        lip: (U * B, L, C) added to the low stage's tokens: lip features and, with `expression_context`, expression.
+        conds: (R, E) for each stage, the embedded identity and pooled expression that it is conditioned on.
+        windows: (G * B, J, E) expression of each half second, for the temporal scales.
+        expression: (G * B, L, C) what `expression_context` adds to the high stage's input.
+        low_index: (G * B,) the row of the low stage that each row takes; None where all differ.
+        rotary: (2, L, D/2) rotary position embeddings.
+        mask: (B, 1, 1, L) bool, True at real token frames; None if no clip is padded.
     """
 
-    lip: Tensor  # (U * B, L, C) what joins the low stage's tokens: lip features, with `expression_context` expression
-    conds: tuple[Tensor, ...]  # (R, E) for each stage: embedded identity and pooled expression, as far as it takes them
-    windows: Tensor | None  # (G * B, J, E) expression of each half second, for the temporal scales
-    expression: Tensor | None  # (G * B, L, C) what `expression_context` adds to the high stage's input
-    low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
-    rotary: Tensor  # (2, L, D/2)
-    mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
+    lip: Tensor
+    conds: tuple[Tensor, ...]
+    windows: Tensor | None
+    expression: Tensor | None
+    low_index: Tensor | None
+    rotary: Tensor
+    mask: Tensor | None
 
 
 def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -127,6 +135,25 @@ def rows_of(where: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Ten
     clip, frame = (torch.cat(parts) for parts in zip(*where))
     level = torch.cat([torch.full_like(clips, level) for level, (clips, _) in enumerate(where)])
     return clip, level, frame
+
+
+def padding(frames: Tensor, length: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Return what attention and the pooling of expressions need to know of padding.
+
+    Args:
+        frames: (B,) video frames of each clip, on the host.
+        length: L, token frames of the padded batch.
+
+    Returns:
+        mask: (B, 1, 1, L) bool, True at real token frames; None if no clip is padded.
+        window_fraction: (B, J) the fraction of a clip's token frames that lies in each half second, 0 of padding.
+    """
+    ends = TOKENS_PER_FRAME * frames[:, None]  # (B, 1)
+    valid = torch.arange(length, device=frames.device) < ends
+    mask = None if bool(valid.all()) else to_device(valid, device)[:, None, None]
+    starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=frames.device)  # (J,)
+    fraction = (ends - starts).clamp(0, WINDOW_TOKENS) / ends
+    return mask, to_device(fraction, device)
 
 
 class Stage(nn.Module):
@@ -167,16 +194,19 @@ class Stage(nn.Module):
         """Map tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) to hidden states and inputs of heads, each
         (R, L, C).
         """
-        copies, length, mask, temporal = len(context) // len(tokens), tokens.shape[-1], conditioning.mask, None
-        embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
+        copies = len(context) // len(tokens)  # guidance branches
+        tables = enumerate(self.embeddings, self.first)
+        embedded = torch.stack([table(tokens[:, level]) for level, table in tables]).mean(0)
         h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # the residual stream, also in autocast
+        mask = conditioning.mask
         if mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)
+        temporal = None
         with torch.autocast(h.device.type, enabled=False):  # modulation stays in float32
             time = time.repeat(copies, 1)
             modulation = self.modulation(F.silu(cond + time))
             if self.temporal is not None:
-                window = torch.arange(length, device=h.device) // WINDOW_TOKENS
+                window = torch.arange(tokens.shape[-1], device=h.device) // WINDOW_TOKENS
                 temporal = self.temporal(conditioning.windows, time)[:, window]  # (R, L, 2n)
         *parts, final = modulation.split([AdaLNBlock.PARTS * h.shape[-1]] * len(self.blocks) + [2 * h.shape[-1]], -1)
         for i, (block, part) in enumerate(zip(self.blocks, parts)):
@@ -237,49 +267,69 @@ class HiCoDiT(nn.Module):
         """Compute all that does not depend on diffusion time.
 
         Args:
+            conditions: of B clips.
             branches: guidance branches, names of `BRANCHES`.
             keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
         """
-        device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
-        ends, host = TOKENS_PER_FRAME * conditions.frames[:, None], conditions.frames.device  # (B, 1)
-        valid = torch.arange(length, device=host) < ends  # (B, L)
-        mask = None if bool(valid.all()) else to_device(valid, device)[:, None, None]
-        rotary = rotary_table(length, self.config.width // self.config.heads, device)
+        device = conditions.lip.device
+        batch, length = len(conditions.frames), TOKENS_PER_FRAME * conditions.lip.shape[1]
+        mask, window_fraction = padding(conditions.frames, length, device)
         if keep is None:
-            low, high, low_index = self._rows(branches, len(ends), device)
+            high = self.guidance_rows(branches, device)
+            low, low_index = self.low_rows(branches, batch, device)
         else:
-            low, high, low_index = keep[None], keep[None], None
+            low = high = keep[None]  # (1, B, 3)
+            low_index = None
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
-        lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
-        starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
-        share = to_device((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J), 0 of padding
-        conds, windows, inputs = [], None, []
-        for stage, sees in zip(self.stages, (low, high)):
-            cond = 0.0
+        context = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
+        conds, windows, added = [], None, []
+        for stage, kept in zip(self.stages, (low, high)):
+            terms = []
             if "identity" in stage.conditions:
-                identity = torch.where(sees[..., 1, None], conditions.identity, self.null_identity)
-                cond = cond + self.identity_proj(identity.flatten(0, 1))
+                identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
+                terms.append(self.identity_proj(identity.flatten(0, 1)))
             if "expression" in stage.inputs:
-                classes = torch.where(sees[..., 2, None], conditions.expression, self.config.expressions)
+                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
                 embedded = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
                 if "expression" in stage.conditions:
-                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", embedded, share.repeat(len(sees), 1)))
-                    windows = stage.temporal.expression(embedded) if stage.temporal is not None else None
+                    pooled = torch.einsum("rjc,rj->rc", embedded, window_fraction.repeat(len(kept), 1))
+                    terms.append(self.expression_proj(pooled))
+                if stage.temporal is not None:
+                    windows = stage.temporal.expression(embedded)
                 if stage.fuse_expression is not None:
-                    inputs.append(stage.fuse_expression(embedded).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
-            conds.append(cond)
-        lip = lip + inputs[0] if inputs else lip
-        return Conditioning(lip, tuple(conds), windows, inputs[1] if len(inputs) > 1 else None, low_index, rotary, mask)
+                    fused = stage.fuse_expression(embedded)
+                    added.append(fused.repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
+            conds.append(sum(terms))
+        return Conditioning(
+            lip=context + added[0] if added else context,
+            conds=tuple(conds),
+            windows=windows,
+            expression=added[1] if len(added) > 1 else None,
+            low_index=low_index,
+            rotary=rotary_table(length, self.config.width // self.config.heads, device),
+            mask=mask,
+        )
 
-    def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the conditions of the rows of the low (U, 1, 3) and the high stage (G, 1, 3), and `low_index`."""
-        low, high = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
-        distinct, index = list(dict.fromkeys(low)), None
-        if len(distinct) < len(low):
-            first = torch.tensor([batch * distinct.index(row) for row in low])
-            index = to_device((first[:, None] + torch.arange(batch)).flatten(), device)
-        low_rows, high_rows = (to_device(torch.tensor(rows)[:, None], device) for rows in (distinct, high))
-        return low_rows, high_rows, index
+    def guidance_rows(self, branches: Sequence[str], device: torch.device) -> Tensor:
+        """Return which conditions the high stage sees in each guidance branch, (G, 1, 3) bool."""
+        rows = [self.stages[-1].sees(branch) for branch in branches]
+        return to_device(torch.tensor(rows)[:, None], device)
+
+    def low_rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return the rows that the low stage computes: branches that it cannot tell apart share theirs.
+
+        Returns:
+            rows: (U, 1, 3) bool, which conditions the low stage sees in each of its distinct branches.
+            low_index: (G * B,) the row, of U * B, that each clip takes in each branch; None where all branches differ.
+        """
+        seen = [self.stages[0].sees(branch) for branch in branches]
+        distinct = list(dict.fromkeys(seen))
+        rows = to_device(torch.tensor(distinct)[:, None], device)
+        if len(distinct) == len(seen):
+            return rows, None
+        first = torch.tensor([batch * distinct.index(row) for row in seen])  # (G,) where the rows of a branch begin
+        index = (first[:, None] + torch.arange(batch)).flatten()
+        return rows, to_device(index, device)
 
     def forward(
         self,
