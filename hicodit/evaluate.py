@@ -86,18 +86,16 @@ def write_outputs(
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if any(clip.truth.source is None for _, clip in batch):
             raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
-        crops, identity, rows = [crops_of(i, clip) for i, clip in batch], None, []
+        crops = [crops_of(i, clip) for i, clip in batch]
+        identity = None
         if ge2e is not None:  # one voice a call
             if batch[0][1].prompt.audio is None:
                 raise UserError("no other clip of its speaker: give reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
-        hook = pipeline.system.model.register_forward_hook(lambda model, given, out: rows.append(out.shape[:2].numel()))
         speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
-        hook.remove()
-        spans = [len(windows(len(c), pipeline.sampler)) for c in crops]
-        for (_, clip), speech, span in zip(batch, speeches, spans):
-            evaluations = sum(rows) * span / sum(spans), span
-            write_take(folder, clip.id, speech.wave, speech.rate, evaluations=evaluations)
+        for (_, clip), speech in zip(batch, speeches):
+            spans = len(windows(len(speech.crops), pipeline.sampler))
+            write_take(folder, clip.id, speech.wave, speech.rate, evaluations=(speech.evaluations, spans))
 
     def inputs(clip: Clip) -> list[Path | None]:
         return [clip.truth.source, clip.prompt.audio if voice else None]
@@ -142,7 +140,8 @@ def evaluate_clips(
     for start in range(0, len(order), 16):
         group = order[start : start + 16]
         conditions = stored_conditions(pipeline, [stored[i] for i in group])
-        spoken |= zip(group, pipeline.speak(conditions, [own.start + i for i in group])[1])
+        tokens = pipeline.generate(conditions, [own.start + i for i in group])
+        spoken |= zip(group, pipeline.decode(tokens))
     waves, rate = [spoken[i] for i in range(len(stored))], pipeline.codec.sample_rate
     for n, info, clip, wave in zip(range(WAVES)[own.start :], infos, stored, waves):
         write_wav(folder / f"{info['key']}.wav", wave, rate)
@@ -150,7 +149,7 @@ def evaluate_clips(
             mouth = clip["mouth"].numpy().repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
             write_video(folder / f"{info['key']}.mp4", mouth, FPS, wave, rate)
     compared = any(metric.pair for metric in metrics_of(metrics))
-    true = pipeline.decode_tokens([clip["tokens"].T for clip in stored]) if compared else None
+    true = pipeline.decode([clip["tokens"].T for clip in stored]) if compared else None
     texts, device = [info["text"] for info in infos], str(pipeline.device)
     return measure_outputs(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 

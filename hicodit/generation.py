@@ -75,10 +75,23 @@ def generate(
     posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
     on_step: Callable[[], object] = lambda: None,
     graphs: GraphedSteps | None = None,
+    evaluations: list[int] | None = None,
 ) -> list[Tensor]:
     """Sample the tokens (K, L) of each clip; return them on the CPU. A clip's draws depend on its seed alone.
 
-    What shares a clip's batch changes only rounding. The draws of a CPU are others than those of an accelerator.
+    The other clips of the batch change only rounding. The draws of a CPU differ from those of an accelerator.
+
+    Args:
+        model: the score network.
+        conditions: of B clips.
+        sampler: settings of the sampler.
+        scales: guidance scales; their branches are evaluated together.
+        seeds: one per clip.
+        posterior_of: prepares the posterior of the clips of a window.
+        on_step: called after each step of the sampler.
+        graphs: runs the steps; by default they are called directly.
+        evaluations: (B,) counters, to which the evaluations of the network are added for each clip: one per guidance
+            branch and step, in each window. They are counted per step, as a replayed CUDA graph runs no Python.
     """
     if scales.guidance_form == "literal" and sampler.method != "euler":
         raise UserError(
@@ -98,6 +111,12 @@ def generate(
             lips.append(conditions.lip[b, start:end])
             classes.append(conditions.expression[b, windows_of(start) : windows_of(end)])
             prompts.append(tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end].T)
+
+        def count(clips: Sequence[int] = clips) -> None:
+            on_step()
+            for b in clips if evaluations is not None else ():
+                evaluations[b] += len(scales.branches)
+
         part = Conditions(
             pad_sequence(lips, batch_first=True),
             conditions.identity[to_device(torch.tensor(clips), device)],
@@ -112,7 +131,7 @@ def generate(
             sampler,
             [generators[b] for b in clips],
             normalised=scales.guidance_form == "normalised",
-            on_step=on_step,
+            on_step=count,
             device=device,
             graphs=graphs,
         ).cpu()

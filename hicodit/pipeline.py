@@ -48,13 +48,23 @@ DECODED = 1500  # token frames that are decoded at once, beside those that they 
 
 @dataclass(frozen=True)
 class Speech:
-    """Generated speech: wave (N,) float32 at `rate` Hz, tokens (K, L), and the clip and classes it was made from."""
+    """Generated speech and what it was generated from.
+
+    Attributes:
+        wave: (N,) float32.
+        rate: sampling rate in Hz.
+        tokens: (K, L).
+        crops: mouth and face of the clip.
+        expression: (J,) class of each half second.
+        evaluations: of the network, one per guidance branch, step and window.
+    """
 
     wave: np.ndarray
     rate: int
     tokens: np.ndarray
     crops: Crops
-    expression: np.ndarray  # (J,) class of each half second
+    expression: np.ndarray
+    evaluations: int = 0
 
     def save(self, path: str | Path) -> None:
         """Write the speech as 16-bit WAV; the file appears whole or not at all.
@@ -254,21 +264,47 @@ class HiCoDiTPipeline:
             voice = to_device(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         return Conditions(lip, voice, padded("expression"), frames)
 
+    def generate(
+        self,
+        conditions: Conditions,
+        seeds: Sequence[int],
+        sampler: SamplerConfig | None = None,
+        evaluations: list[int] | None = None,
+    ) -> list[Tensor]:
+        """Sample the tokens (K, L) of a batch of encoded clips; arguments as those of `hicodit.generation.generate`."""
+        sampler = sampler or self.sampler
+        frames = conditions.frames.tolist()
+        steps = sampler.steps * max(len(windows(n, sampler)) for n in frames)
+        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
+            return generate(
+                self.system.model,
+                conditions,
+                sampler,
+                self.guidance,
+                seeds,
+                on_step=count,
+                graphs=self.graphs,
+                evaluations=evaluations,
+            )
+
     @torch.inference_mode()
-    def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
-        """Decode token clips (K, L) to waves (N,): equal lengths in batches, long clips in parts that join exactly."""
+    def decode(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
+        """Decode tokens (K, L) to waves (N,): clips of equal length in batches, long ones in parts that join exactly."""
         waves: dict[int, np.ndarray] = {}
-        clips: dict[int, list[int]] = {}  # by length
+        clips_of: dict[int, list[int]] = {}  # clips by length
         for clip, each in enumerate(tokens):
-            clips.setdefault(each.shape[1], []).append(clip)
-        for length, equal in clips.items():
+            clips_of.setdefault(each.shape[1], []).append(clip)
+        for length, clips in clips_of.items():
             size = max(1, DECODED // length)
-            for i in range(0, len(equal), size):
-                batch = torch.stack([tokens[clip] for clip in equal[i : i + size]])
-                long = length > DECODED
-                parts = self.codec.decode_stream(batch.split(DECODED, 2), 2) if long else [self.codec.decode(batch)]
+            for start in range(0, len(clips), size):
+                chosen = clips[start : start + size]
+                batch = torch.stack([tokens[clip] for clip in chosen])
+                if length > DECODED:
+                    parts = self.codec.decode_stream(batch.split(DECODED, 2), 2)
+                else:
+                    parts = [self.codec.decode(batch)]
                 decoded = torch.cat([part[:, 0].clamp(-1, 1).cpu() for part in parts], 1)
-                waves |= zip(equal[i : i + size], decoded.numpy())
+                waves |= zip(chosen, decoded.numpy())
         return [waves[clip] for clip in range(len(tokens))]
 
     def run(
@@ -281,29 +317,22 @@ class HiCoDiTPipeline:
         """Generate the speech of a batch of clips whose faces are already cut out.
 
         Args:
-            seeds: one a clip.
+            crops: of each clip.
+            seeds: one per clip.
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
+            sampler: settings in place of the pipeline's.
         """
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
-        tokens, waves = self.speak(conditions, seeds, sampler)
-        expressions, rate = conditions.expression.cpu().numpy(), self.codec.sample_rate
-        return [
-            Speech(wave, rate, t.numpy(), c, e[: windows_of(len(c))])
-            for wave, t, c, e in zip(waves, tokens, crops, expressions)
-        ]
-
-    def speak(
-        self, conditions: Conditions, seeds: Sequence[int], sampler: SamplerConfig | None = None
-    ) -> tuple[list[Tensor], list[np.ndarray]]:
-        """Sample the tokens (K, L) of a batch of encoded clips, and decode their waves (N,); arguments as of `run`."""
-        settings, frames = sampler or self.sampler, conditions.frames.tolist()
-        steps = settings.steps * max(len(windows(n, settings)) for n in frames)
-        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
-            model, scales = self.system.model, self.guidance
-            tokens = generate(model, conditions, settings, scales, seeds, on_step=count, graphs=self.graphs)
+        evaluations = [0] * len(crops)
+        tokens = self.generate(conditions, seeds, sampler, evaluations)
         with stage("decoding"):
-            return tokens, self.decode_tokens(tokens)
+            waves = self.decode(tokens)
+        classes = conditions.expression.cpu().numpy()
+        return [
+            Speech(wave, self.codec.sample_rate, t.numpy(), clip, e[: windows_of(len(clip))], count)
+            for wave, t, clip, e, count in zip(waves, tokens, crops, classes, evaluations)
+        ]
 
     def stream(
         self,

@@ -21,6 +21,20 @@ def test_the_talker_shows_all_six_tables_of_its_paper():
     assert tables_of("codec").keys() < tables.keys()
 
 
+def test_hicodit_shows_all_systems_and_ablations_of_its_paper():
+    tables = tables_of("hicodit")
+    numbers = [title.split(",")[0] for title in tables][:-1]
+    assert numbers == [f"Table {n}" for n in (1, 2, 3, 4, 5, 5, 6, 7)]
+    assert [len(table.rows) for table in tables.values()] == [10, 10, 4, 4, 3, 3, 3, 3, 2]
+    first, second, _, _, on_lrs2, on_lrs3, _, visual, _ = tables.values()
+    # the full model stands in the tables of results and in those of ablations
+    assert list(on_lrs3.rows["HiCoDiT"]) == list(first.rows["HiCoDiT† (video)"])
+    assert list(on_lrs2.rows["HiCoDiT"]) == list(second.rows["HiCoDiT† (video)"])
+    full = dict(zip(first.columns, first.rows["HiCoDiT† (video)"]))
+    assert list(visual.rows["HiCoDiT"]) == [full[name] for name in visual.columns]
+    assert first.rows["true speech"][first.columns.index("speaker_similarity")] == 1.0  # a cosine, not per cent
+
+
 def test_values_are_in_the_units_of_our_figures():
     """The paper has Talker's WER as 0.055 in Table 1 and as 6.33 % in Table 4; ours are per cent throughout."""
     tables = tables_of("talker")

@@ -23,7 +23,7 @@ from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 
 TOKENS = "hicodit/generation.py:generate"  # the tokens of a window
 SCHEDULE = "hicodit/samplers.py:revealed_frames"  # how many frames each step reveals: shapes of the steps
-WAVE = "hicodit/pipeline.py:decode_tokens"  # sound, once for each batch of equal lengths
+WAVE = "hicodit/pipeline.py:decode"  # sound, once for each batch of equal lengths
 EXPRESSION = "hicodit/pipeline.py:run"  # expressions for the figure
 
 

@@ -48,6 +48,22 @@ def test_aligned_face_puts_the_eyes_where_arcface_wants_them():
         assert align.face_picture(PICTURE, points, size).shape == (size, size, 3)
 
 
+@pytest.mark.parametrize("shrink", [4, 8])
+def test_a_large_face_keeps_what_its_picture_can_show_and_no_more(shrink):
+    """Stripes of four pixels of the result keep their contrast; those of half a pixel would alias, and are gone."""
+
+    def contrast(period: float) -> float:
+        x = np.arange(160 * shrink)
+        row = np.round(127 + 100 * np.sin(2 * np.pi * x / (period * shrink))).astype(np.uint8)
+        picture = np.repeat(np.repeat(row[None, :, None], len(row), 0), 3, 2)
+        points = align.ARCFACE_POINTS * shrink + 20
+        inner = align.face_picture(picture, points, align.ARCFACE_SIDE)[8:-8, 8:-8].astype(float)
+        return inner.std() / (100 / np.sqrt(2))
+
+    assert 0.85 < contrast(4.0) < 0.98
+    assert contrast(0.5) < 0.03
+
+
 def test_mouth_picture_holds_the_mouth_in_its_middle_and_stays_inside():
     points = np.array([[45.0, 30], [75, 30], [60, 45], [50, 62], [70, 62]])
     picture = np.zeros((90, 120, 3), np.uint8)

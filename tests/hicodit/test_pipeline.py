@@ -21,6 +21,7 @@ from hicodit.conditions.types import Conditions, windows_of
 from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
+from tests.gpu.dying_graphs import DyingOutputs
 
 WINDOW = 75  # video frames
 
@@ -112,6 +113,27 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     lengths = (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)
     assert [len(windows(n, pipeline.sampler)) for n in lengths] == [1, 1, 2, 2, 3]
     assert windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP, WINDOW + 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "form"), [("euler", "normalised"), ("euler", "literal"), ("confidence", "normalised")]
+)
+def test_evaluations_are_those_of_the_network_also_when_graphs_are_replayed(release, method, form):
+    pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
+    pipeline.sampler = SamplerConfig(method, 4, window=2)
+    pipeline.guidance = GuidanceScales(2.5, 1.25, 0.0, 2.0, form)
+    branches = len(pipeline.guidance.branches)
+    calls = []
+    hook = pipeline.system.model.register_forward_hook(lambda model, given, out: calls.append(1))
+    long, short = pipeline.crops(talking_head(60)), pipeline.crops(talking_head(40))  # two windows, and one
+    (alone,) = pipeline.run([long], [0])
+    assert alone.evaluations == len(calls) * branches
+    hook.remove()
+    pipeline.graphs = GraphedSteps(backend=DyingOutputs())
+    (replayed,) = pipeline.run([long], [0])
+    assert replayed.evaluations == alone.evaluations
+    together = pipeline.run([long, short], [0, 1])
+    assert together[1].evaluations in (4 * branches, 5 * branches)  # euler has a last step where one is needed
 
 
 def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipeline, monkeypatch):

@@ -27,7 +27,7 @@ def test_sound_is_that_of_offline_decoding_if_the_lookahead_covers_the_codecs_re
     chunks = list(pipeline.stream(HEAD, lookahead=0.4, **FAST))
     tokens, wave = joined(chunks, "tokens"), joined(chunks, "wave")
     assert tokens.shape == (12, 160) and tokens.max() < 16 and wave.shape == (80 * 960,) and len(chunks) > 15
-    offline = pipeline.decode_tokens([torch.from_numpy(tokens)])[0]
+    offline = pipeline.decode([torch.from_numpy(tokens)])[0]
     np.testing.assert_allclose(wave, offline, atol=2e-5)
 
 
