@@ -105,7 +105,8 @@ class HiCoDiTDataset:
         spoken = len(self.shards.index.get("symbols") or ()) + 1
         if phonemes and spoken > phonemes:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
-        self.augment, self.levels = augment, tokenizer.levels
+        self.augment = augment
+        self.levels = tokenizer.levels
         self.blocks = self.shards.blocks()
 
     def read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -149,7 +150,8 @@ class HiCoDiTDataset:
             picture = int(torch.randint(count, (1,), generator=generator))
             item |= {"lip": clip["lip"], "face_identity": clip["face_identity"][picture]}
         else:
-            mouth, count = clip["mouth"].float() / 255, len(clip["faces"])
+            mouth = clip["mouth"].float() / 255
+            count = len(clip["faces"])
             if self.augment:
                 mouth = augment_mouth(mouth, generator)
             picture = int(torch.randint(count, (1,), generator=generator))
@@ -169,7 +171,8 @@ class HiCoDiTDataset:
         if spare <= 0:
             return clip
         start = SECOND * int(torch.randint(spare // SECOND + 1, (), generator=generator))
-        frames, windows = slice(start, start + self.most), slice(windows_of(start), windows_of(start + self.most))
+        frames = slice(start, start + self.most)
+        windows = slice(windows_of(start), windows_of(start + self.most))
         tokens = slice(TOKENS_PER_FRAME * frames.start, TOKENS_PER_FRAME * frames.stop)
         parts = {"tokens": tokens, "expression": windows, "heard_expression": windows}
         parts |= dict.fromkeys(("phoneme", "mouth", "lip"), frames)

@@ -65,8 +65,10 @@ def write_outputs(
     face_source = FaceSource.from_settings(detector, face_landmarks) if detector or face_landmarks else None
     pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, None, face_source, precision)
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
-    pipeline.sampler, pipeline.guidance = override(settings, sampling or {}), override(scales, guidance or {})
-    tokens, ge2e = pipeline.codec, GE2EEncoder(device) if voice else None
+    pipeline.sampler = override(settings, sampling or {})
+    pipeline.guidance = override(scales, guidance or {})
+    tokens = pipeline.codec
+    ge2e = GE2EEncoder(device) if voice else None
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
     facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
@@ -142,7 +144,8 @@ def evaluate_clips(
         conditions = stored_conditions(pipeline, [stored[i] for i in group])
         tokens = pipeline.generate(conditions, [own.start + i for i in group])
         spoken |= zip(group, pipeline.decode(tokens))
-    waves, rate = [spoken[i] for i in range(len(stored))], pipeline.codec.sample_rate
+    waves = [spoken[i] for i in range(len(stored))]
+    rate = pipeline.codec.sample_rate
     for n, info, clip, wave in zip(range(WAVES)[own.start :], infos, stored, waves):
         write_wav(folder / f"{info['key']}.wav", wave, rate)
         if n < VIDEOS and "mouth" in clip:
@@ -150,7 +153,8 @@ def evaluate_clips(
             write_video(folder / f"{info['key']}.mp4", mouth, FPS, wave, rate)
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode([clip["tokens"].T for clip in stored]) if compared else None
-    texts, device = [info["text"] for info in infos], str(pipeline.device)
+    texts = [info["text"] for info in infos]
+    device = str(pipeline.device)
     return measure_outputs(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 
 
@@ -168,7 +172,8 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
         return Conditions(lip.float(), identity, expression, torch.tensor([len(clip["lip"]) for clip in clips]))
     crops = []
     for clip in clips:
-        frames, faces = len(clip["mouth"]), clip["faces"]
+        frames = len(clip["mouth"])
+        faces = clip["faces"]
         pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
         expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
         crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_pictures(frames)].numpy(), expression))

@@ -17,7 +17,8 @@ COLUMNS = 4000  # of a picture; matplotlib takes many bytes for each
 
 def draw(speech: Speech, path: Path) -> None:
     """Write the figure as PNG."""
-    seconds, levels = len(speech.crops.mouth) / FPS, len(speech.tokens)
+    seconds = len(speech.crops.mouth) / FPS
+    levels = len(speech.tokens)
     picks = np.linspace(0, len(speech.crops.mouth) - 1, MOUTHS).round().astype(int)
     mel = thinned(mel_picture(speech.wave, speech.rate))
     how = {"figsize": (12, 6.4), "height_ratios": (1, 3, 2), "sharex": True, "grid": False, "dpi": 100}

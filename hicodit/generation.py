@@ -98,7 +98,9 @@ def generate(
             "guidance.guidance_form=literal changes the unmasking schedule: use sampler.method=euler, or "
             "guidance.guidance_form=normalised"
         )
-    levels, mask_id, device = model.config.levels, model.mask_id, conditions.lip.device
+    levels = model.config.levels
+    mask_id = model.mask_id
+    device = conditions.lip.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     tokens = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
@@ -106,7 +108,9 @@ def generate(
     for turn in range(max(map(len, windows_by_clip))):
         clips = [b for b, spans in enumerate(windows_by_clip) if turn < len(spans)]
         spans = [windows_by_clip[b][turn] for b in clips]
-        lips, classes, prompts = [], [], []
+        lips = []
+        classes = []
+        prompts = []
         for b, (start, end) in zip(clips, spans):  # a start is a whole second, so that its window is exact
             lips.append(conditions.lip[b, start:end])
             classes.append(conditions.expression[b, windows_of(start) : windows_of(end)])

@@ -31,9 +31,11 @@ from hicodit.streaming import SpeechChunk
 
 def run(c: InferConfig, clips: list[Path]) -> int:
     """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
-    start, jobs = partial(StreamJobs if c.stream else ClipJobs, c), [(str(clip), clip) for clip in clips]
+    start = partial(StreamJobs if c.stream else ClipJobs, c)
+    jobs = [(str(clip), clip) for clip in clips]
     with writable(c.output):
-        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        devices = count_devices(c.devices, c.device)
+        ray = c.ray if c.executor == "ray" else None
         summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
@@ -42,12 +44,15 @@ class ClipJobs(Jobs):
     """The work on clips: find the face, generate the speech, write the files."""
 
     def __init__(self, c: InferConfig) -> None:
-        self.config, self.output, self.identity = c, Path(c.output), None
+        self.config = c
+        self.output = Path(c.output)
+        self.identity = None
         self.box = read_boxes(c.face_box) if c.face_box else None
         face_source = None
         if c.detector or c.face_landmarks:
             face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
-        weights, self.device = c.weights or BUNDLED, pick_device(c.device)
+        weights = c.weights or BUNDLED
+        self.device = pick_device(c.device)
         if c.reference_audio is not None:
             with stage("reading"):
                 voice = read_voice(c.reference_audio, 16_000)
@@ -64,7 +69,8 @@ class ClipJobs(Jobs):
 
     def prepare(self, clip: Path) -> list[Crops]:
         """Find the face, or all, and cut out mouth and face."""
-        c, folder = self.config, Path(self.scratch.name)
+        c = self.config
+        folder = Path(self.scratch.name)
         strips = [folder / f"{stem_of(clip, number, c)}{FACE[0]}" for number in range(1, MOST_FACES + 1)]
         return list(self.pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
@@ -76,7 +82,9 @@ class ClipJobs(Jobs):
 
     def write(self, name: str, faces: list[Crops], speeches: list[Speech]) -> tuple[str, float]:
         """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
-        clip, unseen, total = Path(name), [], 0.0
+        clip = Path(name)
+        unseen = []
+        total = 0.0
         with all_or_none(self.output) as staging:
             for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
                 stem = stem_of(clip, number, self.config)
@@ -100,17 +108,20 @@ class StreamJobs(ClipJobs):
         return clip
 
     def generate(self, batch: list[Path]) -> list[list[SpeechChunk]]:
-        c, settings = self.config, {"lookahead": self.config.lookahead}
+        c = self.config
+        settings = {"lookahead": self.config.lookahead}
         if c.sampler.get("steps") is not None:
             settings["steps"] = c.sampler["steps"]
         return [list(self.pipeline.stream(clip, c.seed, self.identity, **settings)) for clip in batch]
 
     def write(self, name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
-        wave, rate = np.concatenate([chunk.wave for chunk in chunks]), chunks[0].rate
+        wave = np.concatenate([chunk.wave for chunk in chunks])
+        rate = chunks[0].rate
         with all_or_none(self.output) as staging:
             write_wav(staging / f"{clip.stem}.wav", wave, rate)
             mux_audio(clip, wave, rate, staging / f"{clip.stem}.mp4")
-        seconds, compute = len(wave) / rate, sum(chunk.compute for chunk in chunks)
+        seconds = len(wave) / rate
+        compute = sum(chunk.compute for chunk in chunks)
         first = chunks[0].needed / FPS + chunks[0].compute
         figures = f"first sound after {first:.2f} s, {compute / seconds:.2f} s of computing for a second"
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds

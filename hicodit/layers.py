@@ -104,8 +104,10 @@ class AdaLNBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, attention: str = "sdpa") -> None:
         super().__init__()
-        self.heads, self.attention = heads, attention
-        self.norm1, self.norm2 = ScaleNorm(width), ScaleNorm(width)
+        self.heads = heads
+        self.attention = attention
+        self.norm1 = ScaleNorm(width)
+        self.norm2 = ScaleNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), TanhGELU(), nn.Linear(4 * width, width))

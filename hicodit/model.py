@@ -162,7 +162,8 @@ class Stage(nn.Module):
     def __init__(self, config: ModelConfig, first: int, last: int, blocks: int, conditions: Sequence[str]) -> None:
         super().__init__()
         c = config
-        self.first, self.conditions = first, tuple(conditions)
+        self.first = first
+        self.conditions = tuple(conditions)
         self.inputs = (*conditions, "expression") if c.expression_context else self.conditions
         self.embeddings = nn.ModuleList(nn.Embedding(c.codes + 1, c.width) for _ in range(first, last))
         self.fuse_tokens = nn.Linear(c.width, c.width)
@@ -272,7 +273,8 @@ class HiCoDiT(nn.Module):
             keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
         """
         device = conditions.lip.device
-        batch, length = len(conditions.frames), TOKENS_PER_FRAME * conditions.lip.shape[1]
+        batch = len(conditions.frames)
+        length = TOKENS_PER_FRAME * conditions.lip.shape[1]
         mask, window_fraction = padding(conditions.frames, length, device)
         if keep is None:
             high = self.guidance_rows(branches, device)
@@ -282,7 +284,9 @@ class HiCoDiT(nn.Module):
             low_index = None
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
         context = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
-        conds, windows, added = [], None, []
+        conds = []
+        windows = None
+        added = []
         for stage, kept in zip(self.stages, (low, high)):
             terms = []
             if "identity" in stage.conditions:
@@ -355,7 +359,8 @@ class HiCoDiT(nn.Module):
         low = self.stages[0]
         h, out = low(tokens, conditioning.lip, time, conditioning.conds[0], conditioning)
         if conditioning.low_index is not None:
-            h, out = h[conditioning.low_index], out[conditioning.low_index]
+            h = h[conditioning.low_index]
+            out = out[conditioning.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
             context = high.fuse_context(h)

@@ -93,13 +93,17 @@ class HiCoDiTPipeline:
         face_source: FaceSource | None = None,
         compile: bool = False,
     ) -> None:
-        self.device, self.graphs = torch.device(device), GraphedSteps(device, compile)
-        self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
-        self.sampler, self.guidance = sampler, guidance
+        self.device = torch.device(device)
+        self.graphs = GraphedSteps(device, compile)
+        self.system = system.to(self.device).eval()
+        self.codec = codec.to(self.device).eval()
+        self.sampler = sampler
+        self.guidance = guidance
         self.face_source = face_source or FaceSource()
         self.folder: Path | None = None  # of the release, and of its tokenizer by name
         self.parts: dict[str, str | Path] = {}
-        config, rate = system.model.config, TOKENS_PER_FRAME * FPS
+        config = system.model.config
+        rate = TOKENS_PER_FRAME * FPS
         if (config.levels, config.codes, rate) != (codec.levels, codec.codes, codec.frame_rate):
             raise UserError(
                 f"the tokenizer has {codec.levels} levels of {codec.codes} codes at {codec.frame_rate:g} Hz, the model "
@@ -131,7 +135,8 @@ class HiCoDiTPipeline:
             UserError: a folder is missing, of another model, or with wrong shapes; or the package that found the faces
                 of the training is not installed.
         """
-        dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
+        dtype = pick_dtype(precision, device)
+        int8 = uses_int8(precision, device, compile)
         folder = release_folder(folder)
         system = HiCoDiTSystem.from_pretrained(folder, encoders=encoders)
         config = system.release
@@ -151,7 +156,8 @@ class HiCoDiTPipeline:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
         pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
-        pipeline.folder, pipeline.parts = folder, {Path(config.get("codec", "rvq_tiny")).name: codec}
+        pipeline.folder = folder
+        pipeline.parts = {Path(config.get("codec", "rvq_tiny")).name: codec}
         return pipeline
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
@@ -226,8 +232,13 @@ class HiCoDiTPipeline:
 
         strip: a file for the picture of the track.
         """
-        config, mouth, voices, probabilities, start = self.system.encoders.config, None, [], [], 0
-        every, voice_pictures = config.picture_every, self.system.voice_pictures(len(track))
+        config = self.system.encoders.config
+        mouth = None
+        voices = []
+        probabilities = []
+        start = 0
+        every = config.picture_every
+        voice_pictures = self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
             mouths = config.cut_mouth(block, track, start)
@@ -255,7 +266,8 @@ class HiCoDiTPipeline:
         def padded(part: str) -> Tensor:
             return to_device(pad_sequence([torch.as_tensor(getattr(c, part)) for c in crops], True), self.device)
 
-        frames, system = torch.tensor([len(c) for c in crops]), self.system
+        frames = torch.tensor([len(c) for c in crops])
+        system = self.system
         lip = system.encoders.lip(padded("mouth"), frames)
         if identity is None:
             voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')

@@ -61,15 +61,18 @@ class SpeechStream:
     def __init__(
         self, pipeline: Any, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
     ) -> None:
-        self.pipeline, self.settings = pipeline, settings
+        self.pipeline = pipeline
+        self.settings = settings
         sampler, self.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)
         self.sampler = replace(sampler, steps=settings.steps)
         self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
         self.generator = torch.Generator(pipeline.device).manual_seed(seed)
         self.detector = pipeline.face_source.detector or HaarDetector()
-        lookahead, reach = max(1, round(settings.lookahead * FPS)), -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
+        lookahead = max(1, round(settings.lookahead * FPS))
+        reach = -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
         after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
-        self.lookahead, self.margin = lookahead, lookahead - after
+        self.lookahead = lookahead
+        self.margin = lookahead - after
         self.sound = StreamDecoder(pipeline.codec, 2, TOKENS_PER_FRAME * after)
         self.frames: list[np.ndarray] = []  # the last ones, from frame `first` on
         self.faces: dict[int, np.ndarray] = {}  # those detected in every fifth of them, by number of the frame
@@ -100,7 +103,8 @@ class SpeechStream:
 
     @torch.inference_mode()
     def _advance(self, last: bool) -> SpeechChunk:
-        begin, new = time.perf_counter(), self.tokens[:, :0]
+        begin = time.perf_counter()
+        new = self.tokens[:, :0]
         settle = self.received if last else self.settled + HOP
         if settle > self.settled:
             new = self._sample()[:, : TOKENS_PER_FRAME * (settle - self.settled)]
@@ -114,11 +118,13 @@ class SpeechStream:
 
     def _sample(self) -> Tensor:
         """Sample the tokens (K, L) of all frames from the first unsettled one on."""
-        pipeline, length = self.pipeline, TOKENS_PER_FRAME * len(self.frames)
+        pipeline = self.pipeline
+        length = TOKENS_PER_FRAME * len(self.frames)
         conditions = pipeline.conditions([self._crops()], None if self.identity is None else self.identity.numpy())
         if self.identity is None:
             self.identity = conditions.identity[0].float().cpu()
-        model, before = pipeline.system.model, self.tokens.shape[1]
+        model = pipeline.system.model
+        before = self.tokens.shape[1]
         prompt = F.pad(self.tokens, (0, length - before), value=model.mask_id)[None]
         tokens = sample(
             guided_posterior(model, conditions, self.guidance), prompt, torch.tensor([length]), model.mask_id,
@@ -145,7 +151,8 @@ class SpeechStream:
             # Out of sight: it is taken to stay where it was.
             self.track = self.track[np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)]
         self._moved = 0
-        frames, landmarks = np.stack(self.frames), self.pipeline.face_source.landmarks
+        frames = np.stack(self.frames)
+        landmarks = self.pipeline.face_source.landmarks
         track = add_landmarks([frames], self.track, landmarks) if callable(landmarks) else self.track
         return self.pipeline.cut([frames], track)
 
@@ -155,6 +162,8 @@ class SpeechStream:
         drop = (self.received - self.first - second * self.settings.window) // second * second
         drop = min(drop, (self.settled - self.first) // second * second)
         if drop > 0:
-            self.frames, self.first, self._moved = self.frames[drop:], self.first + drop, drop
+            self.frames = self.frames[drop:]
+            self.first = self.first + drop
+            self._moved = drop
             self.faces = {i: faces for i, faces in self.faces.items() if i >= self.first}
             self.tokens = self.tokens[:, TOKENS_PER_FRAME * drop :]

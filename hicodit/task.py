@@ -91,18 +91,26 @@ class HiCoDiTTask(Task):
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
-        self.codec, self.shards, self.recipe = Path(codec), shards, recipe
+        self.codec = Path(codec)
+        self.shards = shards
+        self.recipe = recipe
         self.grammar = Path(grammar) if grammar else None
         if identity_input not in ("voice", "face"):
             raise UserError(f"task.identity_input={identity_input!r} must be voice or face")
-        self.identity_weight, self.identity_input, self.phoneme_weight = identity_weight, identity_input, phoneme_weight
-        self.expression_weight, self.validate_clips = expression_weight, validate_clips
-        self.validate_splits, self.validate_metrics = validate_splits, validate_metrics
+        self.identity_weight = identity_weight
+        self.identity_input = identity_input
+        self.phoneme_weight = phoneme_weight
+        self.expression_weight = expression_weight
+        self.validate_clips = validate_clips
+        self.validate_splits = validate_splits
+        self.validate_metrics = validate_metrics
         metrics_of(validate_metrics)  # before hours of training: are there such metrics?
-        self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
+        self.sampler = SamplerConfig(**(sampler or {}))
+        self.guidance = GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
         tokenizer = load_codec(codec, CODECS)
-        self.token_digest, c = tokenizer.digest(), self.system.model.config
+        self.token_digest = tokenizer.digest()
+        c = self.system.model.config
         if (c.levels, c.codes) != (tokenizer.levels, tokenizer.codes):
             raise UserError(
                 f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
@@ -116,7 +124,8 @@ class HiCoDiTTask(Task):
     def _start_from(self, init: str, new_tokens: bool) -> None:
         """Take over the weights of a release."""
         start = HiCoDiTSystem.from_pretrained(init)
-        state, before = start.state_dict(), start.release.get("features") or {}
+        state = start.state_dict()
+        before = start.release.get("features") or {}
         for name, made in self.features.items():
             if name != FACE and before.get(name, made) != made:
                 raise UserError(
@@ -167,7 +176,10 @@ class HiCoDiTTask(Task):
         do not learn, no encoder runs.
         """
         conditions, voice = self.conditions(batch)
-        lip, encoders, model, tokens = conditions.lip, self.system.encoders, self.system.model, batch["tokens"]
+        lip = conditions.lip
+        encoders = self.system.encoders
+        model = self.system.model
+        tokens = batch["tokens"]
         t, noisy, where = self.mask(tokens, conditions.frames)
         conditioning = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
         log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0]
@@ -188,11 +200,14 @@ class HiCoDiTTask(Task):
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Conditions, Tensor]:
         """Return the conditions in training, and the voice (B, 256) that is predicted from the face."""
-        frames, encoders = batch["frames"], self.system.encoders
+        frames = batch["frames"]
+        encoders = self.system.encoders
         if "lip" in batch:
-            lip, face = batch["lip"].float(), batch["face_identity"].float()
+            lip = batch["lip"].float()
+            face = batch["face_identity"].float()
         else:
-            lip, face = encoders.lip(batch["mouth"], frames), encoders.identity(batch["face"][:, None])
+            lip = encoders.lip(batch["mouth"], frames)
+            face = encoders.identity(batch["face"][:, None])
         voice = self.system.model.adapt_identity(face).float()
         identity = batch["ge2e"] if self.identity_input == "voice" else voice
         return Conditions(lip, identity, batch["expression"], frames), voice
@@ -231,7 +246,8 @@ class HiCoDiTTask(Task):
         from hicodit.pipeline import HiCoDiTPipeline
 
         results: dict[str, float | ByClip] = {}
-        kind, device = self.system.encoders.config.kind, self.system.model.null_lip.device
+        kind = self.system.encoders.config.kind
+        device = self.system.model.null_lip.device
         sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
         pipeline = HiCoDiTPipeline(self.system, load_codec(self.codec, CODECS), sampler, self.guidance, device)
         for split in self.validate_splits:
@@ -245,11 +261,14 @@ class HiCoDiTTask(Task):
 
     def held_out_losses(self, split: str) -> dict[str, float]:
         """Return `loss`, and its part `dse`, of the clips that are synthesised."""
-        source, encoders = join(self.shards, split), self.system.encoders
+        source = join(self.shards, split)
+        encoders = self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
-        chosen, device, sums = spread(len(data), self.validate_clips), self.system.model.null_lip.device, Counter()
+        chosen = spread(len(data), self.validate_clips)
+        device = self.system.model.null_lip.device
+        sums = Counter()
         for start in range(0, len(chosen), VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])

@@ -30,7 +30,8 @@ class _Block(nn.Module):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, out, 3, 1, 1, bias=False)
-        self.bn2, self.prelu = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.prelu = nn.PReLU(out)
         self.conv2 = nn.Conv2d(out, out, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample = None
@@ -53,7 +54,8 @@ class ArcFace(nn.Module):
         super().__init__()
         self.blocks = tuple(blocks)
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1, self.prelu = nn.BatchNorm2d(WIDTHS[0]), nn.PReLU(WIDTHS[0])
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.prelu = nn.PReLU(WIDTHS[0])
         channels = WIDTHS[0]
         for number, (width, count) in enumerate(zip(WIDTHS, self.blocks), 1):
             stage = [_Block(channels if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
@@ -66,7 +68,8 @@ class ArcFace(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """Return the output of each stage for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
-        x, out = self.prelu(self.bn1(self.conv1(pictures))), []
+        x = self.prelu(self.bn1(self.conv1(pictures)))
+        out = []
         for number in range(1, 5):
             x = getattr(self, f"layer{number}")(x)
             out.append(x)

@@ -54,9 +54,11 @@ class _Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1, self.relu1 = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.relu1 = nn.PReLU(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.relu2 = nn.PReLU(out)
         self.downsample = None
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
@@ -77,7 +79,8 @@ class VideoFrontEnd(nn.Module):
             nn.PReLU(64),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
         )
-        stages, channels = [], 64
+        stages = []
+        channels = 64
         for out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
             stages.append(nn.Sequential(_Block(channels, out, stride), _Block(out, out, 1)))
             channels = out
@@ -93,10 +96,13 @@ class _Layer(nn.Module):
 
     def __init__(self, c: AVHubertConfig) -> None:
         super().__init__()
-        self.heads, self.norm_first = c.heads, c.norm_first
+        self.heads = c.heads
+        self.norm_first = c.norm_first
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
-        self.attention_norm, self.final_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.fc1, self.fc2 = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
+        self.attention_norm = nn.LayerNorm(c.width)
+        self.final_norm = nn.LayerNorm(c.width)
+        self.fc1 = nn.Linear(c.width, c.hidden)
+        self.fc2 = nn.Linear(c.hidden, c.width)
 
     def attention(self, x: Tensor, attend: Tensor | None) -> Tensor:
         q, k, v = (
@@ -130,7 +136,8 @@ class AVHubert(nn.Module):
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E), the last hidden states."""
         valid = torch.arange(mouth.shape[1], device=frames.device) < frames[:, None]
-        whole, valid = bool(valid.all()), to_device(valid, mouth.device)  # the former on the host
+        whole = bool(valid.all())
+        valid = to_device(valid, mouth.device)  # the former on the host
         video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
         return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if whole else valid)
 
@@ -148,7 +155,8 @@ class AVHubert(nn.Module):
         """
         attend = None
         if valid is not None:
-            x, attend = x * valid[..., None], valid[:, None, None]
+            x = x * valid[..., None]
+            attend = valid[:, None, None]
         position = self.position(x.transpose(1, 2)).transpose(1, 2)
         x = x + F.gelu(position[:, : x.shape[1]])  # an even kernel gives one frame too many
         if not self.config.norm_first:
@@ -199,7 +207,8 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the video path's tensors of `state` under our names; the position kernel is multiplied out."""
     out = rename_all(state, RULES)
     if "position.weight_v" in out and "position.weight_g" in out:
-        direction, gain = out.pop("position.weight_v").float(), out.pop("position.weight_g").float()
+        direction = out.pop("position.weight_v").float()
+        gain = out.pop("position.weight_g").float()
         out["position.weight"] = gain * direction / direction.norm(dim=(0, 1), keepdim=True)  # one gain a kernel tap
     return out
 

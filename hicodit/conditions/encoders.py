@@ -49,7 +49,8 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
         out[short, :most] = encoded
         out[long] = encode_in_windows(encoder, mouth[long], frames[~whole], window, context)
         return out
-    parts, keep = [], window - 2 * context
+    parts = []
+    keep = window - 2 * context
     for start in range(0, mouth.shape[1], keep):
         first = max(start - context, 0)
         part = mouth[:, first : start + keep + context]
@@ -95,7 +96,8 @@ CONTEXT_FRAMES = 20
 
 def _trunk(channels: int, *widths: int) -> list[nn.Module]:
     """Return the strided convolutions of a picture (n, C, H, W) to values (n, C' * H / 16 * W / 16)."""
-    layers, sizes = [], ((6, 4), (4, 2), (4, 2))  # kernel and stride
+    layers = []
+    sizes = ((6, 4), (4, 2), (4, 2))  # kernel and stride
     for width, (kernel, stride) in zip(widths, sizes, strict=True):
         layers += [nn.Conv2d(channels, width, kernel, stride, padding=1), nn.GELU()]
         channels = width
@@ -111,7 +113,8 @@ class TinyLipEncoder(nn.Module):
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()
         c = config
-        w, side = c.lip_width, c.mouth_size // 16
+        w = c.lip_width
+        side = c.mouth_size // 16
         self.frame = nn.Sequential(*_trunk(1, w, 2 * w, 4 * w))
         self.project = nn.Linear(4 * w * side * side, c.lip_dim)
         self.norm = nn.LayerNorm(c.lip_dim)
@@ -150,7 +153,8 @@ class TinyFaceEncoder(nn.Module):
 
     def __init__(self, config: TinyEncoderConfig, out: int) -> None:
         super().__init__()
-        w, side = config.face_width, config.face_size // 16
+        w = config.face_width
+        side = config.face_size // 16
         self.layers = nn.Sequential(*_trunk(3, w, 2 * w, 2 * w), nn.Linear(2 * w * side * side, out))
 
     def forward(self, faces: Tensor) -> Tensor:

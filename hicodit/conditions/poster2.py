@@ -155,7 +155,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, side: int):
         super().__init__()
-        self.heads, self.side = width // HEAD_WIDTH, side
+        self.heads = width // HEAD_WIDTH
+        self.side = side
         self.qkv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, self.heads))
@@ -181,7 +182,8 @@ class _GatedMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((width,), 1e-5)) for _ in range(2))
-        self.mlp, self.norm = _mlp(width), nn.LayerNorm(width)
+        self.mlp = _mlp(width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attention: Tensor) -> Tensor:
         x = x + self.gamma1 * attention
@@ -193,7 +195,8 @@ class _Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)
+        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH), "proj": nn.Linear(WIDTH, WIDTH)})
         self.mlp = _mlp(WIDTH)
 
@@ -232,7 +235,8 @@ class POSTER2(nn.Module):
     def __init__(self, classes: tuple[str, ...] = EXPRESSIONS):
         super().__init__()
         self.classes = classes
-        self.face_landback, self.ir_back = LandmarkBackbone(), ImageBackbone()
+        self.face_landback = LandmarkBackbone()
+        self.ir_back = ImageBackbone()
         self.last_face_conv = nn.Conv2d(512, 256, 3, padding=1)
         self.conv1, self.conv2, self.conv3 = (nn.Conv2d(c, c, 3, 2, 1) for c in (64, 128, 256))
         self.window1, self.window2, self.window3 = (_named(norm=nn.LayerNorm(c)) for c in (64, 128, 256))

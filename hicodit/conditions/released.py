@@ -106,7 +106,8 @@ class ReleasedEncoders:
         return self._networks[name].to(device)
 
     def _read(self, name: str) -> nn.Module:
-        c, file = self.config, getattr(self.config, f"{name}_file")
+        c = self.config
+        file = getattr(self.config, f"{name}_file")
         if c.folder is None:
             made = {"lip": lambda: AVHubert(AVHubertConfig(**c.lip)), "identity": lambda: ArcFace(c.identity_blocks)}
             return made.get(name, POSTER2)()
