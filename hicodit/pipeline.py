@@ -301,7 +301,7 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
-        """Decode tokens (K, L) to waves (N,): clips of equal length in batches, long ones in parts that join exactly."""
+        """Decode tokens (K, L) to waves (N,): clips of equal length in batches, long ones in parts that join."""
         waves: dict[int, np.ndarray] = {}
         clips_of: dict[int, list[int]] = {}  # clips by length
         for clip, each in enumerate(tokens):
