@@ -17,13 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
+from torch import Tensor
 
 from benchmarks import common, serving, training
 from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, random_conditions, random_request
@@ -39,10 +40,12 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED as HICODIT
 from hicodit.settings import SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
+from lia_x.codec import LiaX, LiaXConfig
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Rows
+from talker_t2av.generation import Result, Rows
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
+from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST, MOST, STARTED = 1.5, 6.0, 3.0  # a loop at batch 1: times the roofline; at most, times what its kernels take
@@ -323,6 +326,55 @@ def talker(machine: Machine) -> Iterator[Line]:
     yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
 
 
+# Frames a second that Talker-T2AV's paper states for one H20 (arXiv 2604.23586, version 2, Table 2).
+PAPER_SPEED = {"t2av": 24.0, "a2v": 30.0}
+
+
+@torch.inference_mode()
+def clip(machine: Machine) -> Iterator[Line]:
+    """The paper's speed protocol: frames a second of one clip of 5 s, T2AV and A2V, without and with the codecs.
+
+    The paper does not say whether codecs count. Without them, patches are generated from a prompt and, in A2V, given
+    latents. With them, A2V also encodes the given sound; both modes encode the portrait and draw every frame, and T2AV
+    decodes the speech. Weights are random; 32 patches of 4 frames make the clip (at the tiny size, 3).
+    """
+    patches = 32 if machine.size == "base" else 3
+    model = build_talker(machine.size).to_precision(torch.bfloat16)
+    fuse_layers(model)
+    model.to(machine.device)
+    speech = WhisperXVAE(WhisperXVAEConfig(**common.read_config(f"codec/whisperx_vae_{machine.size}")))
+    portrait = LiaX(LiaXConfig(**common.read_config(f"codec/lia_x_{machine.size}")))
+    speech.to(machine.device).eval()
+    portrait.to(machine.device, memory_format=torch.channels_last).eval()
+    portrait.dtype = model.dtype
+
+    frames = patches * model.config.patch_size
+    wave = torch.randn(1, 1, frames * speech.hop, device=machine.device) / 10
+    latents = torch.randn(frames, speech.channels)
+    picture = torch.zeros(3, portrait.size, portrait.size, device=machine.device)
+    request = random_request(model, patches, 0)
+
+    def generate_patches(mode: str, rows: Rows, given: Tensor) -> Result:
+        (result,) = rows.generate([replace(request, speech=given) if mode == "a2v" else request])
+        return result
+
+    def generate_clip(mode: str, rows: Rows) -> None:
+        result = generate_patches(mode, rows, speech.encode(wave)[0] if mode == "a2v" else latents)
+        identity = portrait.identity(picture)
+        for part in result.motion.split(64):
+            portrait.decode(part, identity)
+        if mode == "t2av":
+            speech.decode(result.speech[None])
+
+    for mode, stated in PAPER_SPEED.items():
+        rows = Rows(model, MODES[mode], Sampling(), use_stop=False, backend=machine.backend)
+        took = machine.time(f"clip {mode}", partial(generate_patches, mode, rows, latents))
+        note = f"the paper, on an H20: {stated:g}"
+        yield line(f"clip {mode}, without codecs", frames / took, "frames/s", stated, None, note)
+        took = machine.time(f"clip {mode} with codecs", partial(generate_clip, mode, rows))
+        yield line(f"clip {mode}, with codecs", frames / took, "frames/s", None, None, f"{note}, codecs perhaps")
+
+
 def _speed(
     machine: Machine, name: str, model: torch.nn.Module, speak: Callable[[Any, bool], None], whole: Any, first: Any,
     seconds: float,
@@ -389,7 +441,7 @@ def service(machine: Machine) -> Iterator[Line]:
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
     "driver": versions, "rates": rates, "tests": card_tests, "graphs": graphs, "posteriors": posteriors,
-    "flash": flash, "hicodit": hicodit, "talker": talker, "training": train_steps, "service": service,
+    "flash": flash, "hicodit": hicodit, "talker": talker, "clip": clip, "training": train_steps, "service": service,
     "two_cards": two_cards,
 }  # fmt: skip
 

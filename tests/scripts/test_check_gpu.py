@@ -13,6 +13,8 @@ from tests.gpu.dying_graphs import DyingOutputs
 READINGS = {
     "hicodit seconds": 0.01, "hicodit first sound seconds": 0.01, "hicodit MiB": 200,
     "talker seconds": 0.01, "talker first sound seconds": 0.004, "talker MiB": 200,
+    "clip t2av seconds": 0.3, "clip t2av with codecs seconds": 0.6,
+    "clip a2v seconds": 0.3, "clip a2v with codecs seconds": 0.6,
     "hicodit_paper step seconds": 0.011, "hicodit_paper GiB": 0.13,
     "talker_paper step seconds": 0.011, "talker_paper GiB": 0.13,
     "service 1 clients": 9, "service 4 clients": 20, "service 16 clients": 40,
@@ -73,7 +75,8 @@ def not_passed(lines):
 def test_a_card_that_is_right_passes_all_checks(check, tmp_path):
     code, lines, record = check(Processor(tmp_path / "tests"))
     assert not_passed(lines) == {} and code == 0
-    assert len(lines) == 22
+    assert len(lines) == 26
+    assert lines["clip a2v, without codecs"]["value"] == pytest.approx(12 / 0.3)  # frames a second
     assert record["card"] == Processor.name and record["results"][0]["name"] == "driver"
     assert all(line["note"] for line in record["results"])
     (path,) = (tmp_path / "out").iterdir()
