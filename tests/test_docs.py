@@ -65,6 +65,43 @@ def test_what_a_page_names_exists(page):
     assert [name for name in records if not (RESULTS / name).exists()] == []
 
 
+def value_of(record: str, where: str):
+    """Return a value of a record: keys by dots, or of a list the row that has the values of `key=value`."""
+    value = json.loads((RESULTS / record).read_text())["results"]
+    for part in where.split("/"):
+        if isinstance(value, list):
+            wanted = dict(pair.split("=") for pair in part.split(","))
+            (value,) = [row for row in value if all(str(row.get(k)) == v for k, v in wanted.items())]
+        else:
+            value = value[part]
+    return value
+
+
+SPEED = "size={},batch=1,seconds={},sampler={},precision={}/rtf"
+README_VALUES = {  # in the order of the first bullets: as printed, the record, and the place in it
+    "WER 1.9 %": ("2026-11-25-hicodit-seen.json", "hicodit/wer/value"),
+    "32 %": ("2026-11-25-hicodit-seen.json", "hicodit/wer_free/value"),
+    "WER 28 %": ("2026-11-24-talker_t2av.json", "t2av/wer_free/value"),
+    "23 %": ("2026-11-24-talker_t2av.json", "true speech/wer_free/value"),
+    "RTF 0.10": ("2026-11-23-inference-cpu.json", "model=hicodit," + SPEED.format("tiny", 10.0, "fast", "bf16")),
+    "RTF 0.22": ("2026-11-24-inference-talker-tiny-cpu.json", SPEED.format("tiny", 0.64, "10 steps", "bf16")),
+    "RTF 0.69": (
+        "2026-11-24-inference-talker-int8-two-threads-cpu.json",
+        SPEED.format("base", 4.0, "4 steps", "int8"),
+    ),
+}
+
+
+def test_every_measured_value_of_the_readme_is_that_of_a_record():
+    begin = README[: README.index("```bash")]
+    printed = re.findall(r"(?:WER )?[\d.]+ %|RTF [\d.]+", begin)
+    assert printed == [*README_VALUES]
+    for text, (record, where) in README_VALUES.items():
+        (number,) = re.findall(r"[\d.]+", text)
+        decimals = len(number.partition(".")[2])
+        assert f"{value_of(record, where):.{decimals}f}" == number, (text, record, where)
+
+
 def test_every_record_is_named_by_a_page():
     pages = " ".join(path.read_text() for path in PAGES)
     parts = re.findall(r"-[\w.-]+\.(?:json|png)", pages)
