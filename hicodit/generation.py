@@ -1,11 +1,11 @@
-"""Tokens of clips of any length: model, guidance and sampler, window by window.
+"""Sample the tokens of clips of any length: model, guidance and sampler, window by window.
 
-Axes: B clips, T video frames (25 a second), L = 2 T token frames, K token levels, M requested frames of a level, N
-codes.
+A clip longer than the sampler's window is sampled in several windows. Each starts from the last tokens of the previous
+one, which the sampler keeps, so that no seam is audible. The last tokens of a window were sampled without the pictures
+that follow, and are sampled again. Windows start at whole seconds, so that expression windows stay aligned.
 
-A clip longer than the sampler's window is done in several. A window starts from the last tokens of the one before it,
-which the sampler keeps, so there is no seam to hide. The very last tokens of a window were drawn without a view of what
-follows and are drawn again. Starts are whole seconds, so that expression windows stay aligned.
+Axes: B clips, T video frames (25 per second), L = 2 T token frames, K token levels, M requested frames of a level,
+N codes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
 from hicodit.samplers import Posterior, sample
 from hicodit.settings import GuidanceScales, SamplerConfig
 
-OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
+OVERLAP = 25  # video frames that two windows share
+REDO = 5  # those of them whose tokens are sampled again
 
 
 @dataclass(frozen=True)
 class GuidedPosterior:
-    """The posterior that a sampler asks for: all guidance branches in one forward.
+    """The guided posterior of a batch of clips: all guidance branches in one forward pass.
 
     Attributes:
-        conditioning: tensors of the clips; a graph of a step copies them, so that it serves other clips, too.
+        model: the score network.
+        conditioning: what does not depend on time. A CUDA graph of a step copies it, and so serves other clips, too.
+        scales: guidance scales.
     """
 
     model: HiCoDiT
@@ -98,39 +101,29 @@ def generate(
             "guidance.guidance_form=literal changes the unmasking schedule: use sampler.method=euler, or "
             "guidance.guidance_form=normalised"
         )
-    levels = model.config.levels
     mask_id = model.mask_id
     device = conditions.lip.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
-    tokens = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
+    tokens = [torch.full((model.config.levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
     windows_by_clip = [windows(n, sampler) for n in frames]
-    for turn in range(max(map(len, windows_by_clip))):
-        clips = [b for b, spans in enumerate(windows_by_clip) if turn < len(spans)]
-        spans = [windows_by_clip[b][turn] for b in clips]
-        lips = []
-        classes = []
-        prompts = []
-        for b, (start, end) in zip(clips, spans):  # a start is a whole second, so that its window is exact
-            lips.append(conditions.lip[b, start:end])
-            classes.append(conditions.expression[b, windows_of(start) : windows_of(end)])
-            prompts.append(tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end].T)
+    for number in range(max(map(len, windows_by_clip))):
+        clips = [b for b, spans in enumerate(windows_by_clip) if number < len(spans)]
+        spans = [windows_by_clip[b][number] for b in clips]
+        token_spans = [slice(TOKENS_PER_FRAME * start, TOKENS_PER_FRAME * end) for start, end in spans]
+        window = window_conditions(conditions, clips, spans)
+        prompts = [tokens[b][:, span].T for b, span in zip(clips, token_spans)]
 
         def count(clips: Sequence[int] = clips) -> None:
             on_step()
-            for b in clips if evaluations is not None else ():
-                evaluations[b] += len(scales.branches)
+            if evaluations is not None:
+                for b in clips:
+                    evaluations[b] += len(scales.branches)
 
-        part = Conditions(
-            pad_sequence(lips, batch_first=True),
-            conditions.identity[to_device(torch.tensor(clips), device)],
-            pad_sequence(classes, batch_first=True),
-            torch.tensor([end - start for start, end in spans]),
-        )
         samples = sample(
-            posterior_of(model, part, scales),
+            posterior_of(model, window, scales),
             pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2),
-            TOKENS_PER_FRAME * part.frames,
+            TOKENS_PER_FRAME * window.frames,
             mask_id,
             sampler,
             [generators[b] for b in clips],
@@ -139,15 +132,35 @@ def generate(
             device=device,
             graphs=graphs,
         ).cpu()
-        for row, b, (start, end) in zip(samples, clips, spans):
-            tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]
+        for row, b, (_, end), span in zip(samples, clips, spans, token_spans):
+            tokens[b][:, span] = row[:, : span.stop - span.start]
             if end < frames[b]:
                 tokens[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
     return tokens
 
 
+def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Sequence[tuple[int, int]]) -> Conditions:
+    """Return the conditions of one window of each of the chosen clips, padded to the longest of them.
+
+    Args:
+        conditions: of B clips.
+        clips: indices of the clips that have such a window.
+        spans: [start, end) of their windows, in video frames; a start is a whole second, as expression windows are
+            half seconds.
+    """
+    lips = [conditions.lip[b, start:end] for b, (start, end) in zip(clips, spans)]
+    classes = [conditions.expression[b, windows_of(start) : windows_of(end)] for b, (start, end) in zip(clips, spans)]
+    chosen = to_device(torch.tensor(clips), conditions.lip.device)
+    return Conditions(
+        pad_sequence(lips, batch_first=True),
+        conditions.identity[chosen],
+        pad_sequence(classes, batch_first=True),
+        torch.tensor([end - start for start, end in spans]),
+    )
+
+
 def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
     """Return the overlapping windows [start, end), in video frames, of a clip of so many frames."""
-    most = int(FPS) * sampler.window
-    starts = range(0, max(1, frames - OVERLAP), most - OVERLAP)
-    return [(start, min(start + most, frames)) for start in starts]
+    length = int(FPS) * sampler.window
+    starts = range(0, max(1, frames - OVERLAP), length - OVERLAP)
+    return [(start, min(start + length, frames)) for start in starts]
