@@ -55,7 +55,9 @@ class _Process:
     """
 
     def __init__(self, number: int, build: Callable[[int], Work]) -> None:
-        self.number, self.build, self.starts = number, build, 0
+        self.number = number
+        self.build = build
+        self.starts = 0
         self.task: tuple[Any, int] | None = None
         self.start()
 

@@ -123,7 +123,8 @@ class VoxLingua107:
     """
 
     def __init__(self, name: str = "speechbrain/lang-id-voxlingua107-ecapa", device: str = "auto") -> None:
-        self.name, self.model = name, _speechbrain("classifiers", "EncoderClassifier", name, device)
+        self.name = name
+        self.model = _speechbrain("classifiers", "EncoderClassifier", name, device)
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> Transcript:
@@ -150,8 +151,8 @@ class VoiceWindows:
             raise UserError("no speech was found in its sound")
         windows = self.encoder.network.embed_utterance(speech, return_partials=True, rate=4)[1]  # (W, 256)
         likeness = windows @ windows.T / np.outer(*2 * [np.linalg.norm(windows, axis=1)])
-        own = (likeness[likeness.mean(0).argmax()] >= self.least).mean()
-        return [float(own * seconds), float((1 - own) * seconds)]
+        fraction = (likeness[likeness.mean(0).argmax()] >= self.least).mean()  # of windows with the main voice
+        return [float(fraction * seconds), float((1 - fraction) * seconds)]
 
 
 class Pyannote:

@@ -44,7 +44,9 @@ class Language(Step):
     facts = ("language",)
 
     def __init__(self, recogniser: Any, languages: list[str], least: float = 0.5) -> None:
-        self.recogniser, self.languages, self.least = recogniser, languages, least
+        self.recogniser = recogniser
+        self.languages = languages
+        self.least = least
 
     def __call__(self, clip: WorkItem) -> None:
         transcript = transcribe(clip, self.recogniser)
@@ -66,7 +68,8 @@ class SingleSpeaker(Step):
     """
 
     def __init__(self, counter: Callable[[np.ndarray], list[float]], others: float = 0.5) -> None:
-        self.counter, self.others = counter, others
+        self.counter = counter
+        self.others = others
 
     def __call__(self, clip: WorkItem) -> None:
         seconds = self.counter(clip.wave16)
@@ -89,10 +92,12 @@ class Enhance(Step):
         self.enhancer = enhancer
 
     def __call__(self, clip: WorkItem) -> None:
-        own = resample_wave(clip.wave, RATE, self.enhancer.rate)
-        clean = np.asarray(self.enhancer(own), np.float32)
-        if clean.shape != own.shape or not np.isfinite(clean).all():
-            raise UserError(f"the enhancer made {clean.shape} finite samples of {own.shape}: it cannot take this clip")
+        noisy = resample_wave(clip.wave, RATE, self.enhancer.rate)
+        clean = np.asarray(self.enhancer(noisy), np.float32)
+        if clean.shape != noisy.shape or not np.isfinite(clean).all():
+            raise UserError(
+                f"the enhancer made {clean.shape} finite samples of {noisy.shape}: it cannot take this clip"
+            )
         clean = clean.clip(-1, 1)
         clip.wave = resample_wave(clean, self.enhancer.rate, RATE)[: len(clip.wave)]
         clip.wave16 = resample_wave(clean, self.enhancer.rate, RATE16)[: len(clip.wave16)]
@@ -111,7 +116,9 @@ class Transcription(Step):
     facts = ("text",)
 
     def __init__(self, recogniser: Any, second: Any = None, most: float = 0.3) -> None:
-        self.recogniser, self.second, self.most = recogniser, second, most
+        self.recogniser = recogniser
+        self.second = second
+        self.most = most
 
     def __call__(self, clip: WorkItem) -> None:
         found = transcribe(clip, self.recogniser).text

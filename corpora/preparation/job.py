@@ -41,7 +41,9 @@ def prepare(config: DictConfig) -> None:
     for stage in settings.values():
         del stage["_target_"]
     output, reuse = Path(config.output), Path(config.reuse) if config.reuse else None
-    clips, frames, steps = Counter[tuple[Path, bool]](), 0, defaultdict(lambda: np.zeros(3))
+    clips = Counter[tuple[Path, bool]]()  # by folder of the split, and whether they were rejected
+    frames = 0
+    steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # clips, seconds on the clock and of the processor
     with writable(output), _executor(config, partial(Steps, stages, config.device, source.symbols)) as executor:
         digests, fingerprints = executor.details
         features = {"digests": digests, "symbols": source.symbols}

@@ -47,7 +47,9 @@ class Decode(Step):
         require_range("stages.decode.max_seconds", max_seconds, min_seconds, 3600.0)
         require_range("stages.decode.max_mismatch", max_mismatch, 0.0, 3600.0)
         require_range("stages.decode.max_side", max_side, 16, 16384)
-        self.min_seconds, self.max_seconds, self.max_side = min_seconds, max_seconds, max_side
+        self.min_seconds = min_seconds
+        self.max_seconds = max_seconds
+        self.max_side = max_side
         self.max_mismatch = max_mismatch
 
     def __call__(self, clip: WorkItem) -> None:
@@ -86,7 +88,8 @@ class Decode(Step):
 
     def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
         """Read all frames; reading stops, and memory with it, where a clip gets too long."""
-        frames, count, most = None, 0, int((self.max_seconds + self.max_mismatch) * FPS)
+        frames, count = None, 0
+        most = int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
             if frames is None:  # takes memory as it is filled
                 frames = np.empty((most, *block.shape[1:]), np.uint8)

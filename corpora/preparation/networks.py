@@ -171,7 +171,8 @@ class HeardExpression(Step):
 
     def __init__(self, recogniser: Any = None, seconds: float = 2.0) -> None:
         require_range("stages.heard_expression.seconds", seconds, 0.5, 30.0)
-        self.recogniser, self.seconds = recogniser, seconds
+        self.recogniser = recogniser
+        self.seconds = seconds
 
     def digests(self) -> dict[str, str]:
         return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
@@ -279,7 +280,9 @@ class Portraits(Step):
         require_choice("stages.portraits.crop", crop, CROPS)
         require_range("stages.portraits.size", size, 16, 4096)
         require_range("stages.portraits.pictures", pictures, 2, 1000)
-        self.size, self.pictures, self.crop = size, pictures, crop
+        self.size = size
+        self.pictures = pictures
+        self.crop = crop
 
     def digests(self) -> dict[str, str]:
         return {"portraits": f"{self.pictures} of {self.size} px"}

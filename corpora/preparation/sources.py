@@ -92,14 +92,14 @@ def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
         validation: share of dev's speakers that make the split `val`; the official test speakers stay untouched.
     """
     root = existing(root)
-    own = held_out(_folders(root / "dev" / "mp4"), {"val": validation})
+    split_of = held_out(_folders(root / "dev" / "mp4"), {"val": validation})
 
     def read(split: str) -> Iterator[SourceClip]:
         folder = "test" if split == "test" else "dev"
         has_sounds = (root / folder / "aac").is_dir()  # spares a million looks where it is not
         for name in _walk(root / folder / "mp4", 2, ".mp4"):
             speaker, sound = name.partition("/")[0], f"{folder}/aac/{name}.m4a"
-            if folder == "test" or own.get(speaker, "dev") == split:
+            if folder == "test" or split_of.get(speaker, "dev") == split:
                 yield SourceClip(
                     key=make_key(name),
                     video=f"{folder}/mp4/{name}.mp4",
@@ -107,7 +107,11 @@ def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
                     speaker=speaker,
                 )
 
-    has = {"dev": (root / "dev" / "mp4").is_dir(), "val": bool(own), "test": (root / "test" / "mp4").is_dir()}
+    has = {
+        "dev": (root / "dev" / "mp4").is_dir(),
+        "val": bool(split_of),
+        "test": (root / "test" / "mp4").is_dir(),
+    }
     return Source(root, [name for name in has if has[name]], read)
 
 
@@ -142,16 +146,16 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
         validation: share of trainval's videos that make the split `val`; they are left out of pretrain, too.
     """
     root = existing(root)
-    own = held_out(_folders(root / "trainval"), {"val": validation})
+    split_of = held_out(_folders(root / "trainval"), {"val": validation})
 
     def read(split: str) -> Iterator[SourceClip]:
         folder = "trainval" if split == "val" else split
         for name in _walk(root / folder, 1, ".mp4"):
-            if split == "test" or (name.partition("/")[0] in own) == (split == "val"):
+            if split == "test" or (name.partition("/")[0] in split_of) == (split == "val"):
                 yield _with_text(folder, name)
 
     splits = [name for name in ("pretrain", "trainval", "test") if (root / name).is_dir()]
-    return Source(root, [*splits, "val"] if own else splits, read)
+    return Source(root, [*splits, "val"] if split_of else splits, read)
 
 
 def folder(root: str | Path, table: str = "clips.csv") -> Source:
@@ -180,18 +184,18 @@ def existing(root: str | Path) -> Path:
 
 
 def divided(
-    root: Path, clips: list[tuple[str, SourceClip]], own: Mapping[str, str] | None = None, **shares: float
+    root: Path, clips: list[tuple[str, SourceClip]], split_of: Mapping[str, str] | None = None, **shares: float
 ) -> Source:
     """Make a source of a data set without splits of its own: groups of clips are held out for `val` and `test`.
 
     Args:
         clips: all, in a fixed order, each with its group: a speaker, a video, or a file where speakers are not named.
-        own: the split of each group that does not train. None: by `held_out` with these `shares`.
+        split_of: the split of each group that does not train. None: by `held_out` with these `shares`.
     """
-    own = held_out((group for group, _ in clips), shares) if own is None else own
+    split_of = held_out((group for group, _ in clips), shares) if split_of is None else split_of
     splits: dict[str, list[SourceClip]] = {"train": [], "val": [], "test": []}
     for group, clip in clips:
-        splits[own.get(group, "train")].append(clip)
+        splits[split_of.get(group, "train")].append(clip)
     return Source(root, [name for name, of_split in splits.items() if of_split], splits.__getitem__)
 
 

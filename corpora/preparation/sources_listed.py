@@ -65,8 +65,8 @@ def listed(
         text_file = f"{stem}.json"
         has_text = text is None and (text_file in members or (root / text_file).is_file())
         packed = {path: members[path] for path in (wav, motion, text_file) if path in members}
-        about = {"text": text, "text_file": text_file if has_text else None, "motion": motion, "packed": packed}
-        clips.append((wav, SourceClip(make_key(stem), audio=wav, **about)))
+        facts = {"text": text, "text_file": text_file if has_text else None, "motion": motion, "packed": packed}
+        clips.append((wav, SourceClip(make_key(stem), audio=wav, **facts)))
     return replace(divided(root, clips, val=validation), frames=False)
 
 
@@ -88,8 +88,8 @@ def emilia(root: str | Path, languages: list[str] | None = None, validation: flo
         if name is None or (wanted is not None and name[1].lower() not in wanted):
             continue
         packed = {path: members[path] for path in (sound, text) if path in members}
-        about = {"text_file": text, "speaker": name[0], "language": name[1].lower(), "packed": packed}
-        clips.append((name[0], SourceClip(make_key(Path(sound).stem), None, sound, **about)))
+        facts = {"text_file": text, "speaker": name[0], "language": name[1].lower(), "packed": packed}
+        clips.append((name[0], SourceClip(make_key(Path(sound).stem), None, sound, **facts)))
     return replace(divided(root, clips, val=validation), frames=False)
 
 
@@ -126,7 +126,8 @@ def youtube_ids(
         test, validation: shares of the videos that make the splits `test` and `val`.
     """
     root = existing(root)
-    path, folder = root / listing, root / videos
+    path = root / listing
+    folder = root / videos
     if not folder.is_dir():
         raise UserError(f"source.videos: {folder} is not a folder")
     found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)

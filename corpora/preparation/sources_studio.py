@@ -59,18 +59,18 @@ def grid(
     for path in find_files(root, ".mpg", ".mp4"):
         speaker, text = _speaker(path), grid_sentence(path.stem)
         if speaker and text and (speakers is None or speaker in speakers):
-            about = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
-            clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **about))
+            facts = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
+            clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **facts))
     names = {clip.speaker for clip in clips}
     tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
-    own = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
+    split_of = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
     if protocol == "unseen":
-        own = UNSEEN
+        split_of = UNSEEN
     if protocol == "seen":
-        own = {}
+        split_of = {}
         for name in names:
-            own |= held_out((clip.key for clip in clips if clip.speaker == name), {"test": 0.05, "val": 0.05})
-    source = divided(root, [(clip.key if protocol == "seen" else clip.speaker, clip) for clip in clips], own)
+            split_of |= held_out((clip.key for clip in clips if clip.speaker == name), {"test": 0.05, "val": 0.05})
+    source = divided(root, [(clip.key if protocol == "seen" else clip.speaker, clip) for clip in clips], split_of)
     times = {(_speaker(path), path.stem): path for path in find_files(root, ".align") if grid_sentence(path.stem)}
     if not times:
         return source

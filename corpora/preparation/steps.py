@@ -133,11 +133,11 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
     """
     tar, sidecar = (folder / f"{shard:06d}{suffix}" for suffix in (".tar", ".json"))
     try:
-        about = parse_json(sidecar.read_bytes(), sidecar)
-        if about["version"] != VERSION or checksum(tar) != about["crc32"]:
+        listing = parse_json(sidecar.read_bytes(), sidecar)
+        if listing["version"] != VERSION or checksum(tar) != listing["crc32"]:
             return {}
-        unchanged = frozenset(name for name, value in fingerprints.items() if about["stages"].get(name) == value)
-        samples = {each["key"]: each["members"] for each in about["samples"]}
+        unchanged = frozenset(name for name, value in fingerprints.items() if listing["stages"].get(name) == value)
+        samples = {each["key"]: each["members"] for each in listing["samples"]}
         return {
             key: {"shard": tar, "places": (members["json"], members["safetensors"]), "unchanged": unchanged}
             for key, members in samples.items()

@@ -58,7 +58,8 @@ def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int,
     side = min(most, round(SQUARE_SIDE * max(w, h)))
     if height == width and side >= CROPPED * most:
         return 0, 0, most
-    left, top = x + w / 2 - side / 2, y + h / 2 - RAISE * max(w, h) - side / 2
+    left = x + w / 2 - side / 2
+    top = y + h / 2 - RAISE * max(w, h) - side / 2
     return int(np.clip(round(left), 0, width - side)), int(np.clip(round(top), 0, height - side)), side
 
 

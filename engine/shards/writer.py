@@ -210,9 +210,10 @@ class SplitWriter:
                     continue
                 data = (work / f"{key}.tar").read_bytes()
                 members = {suffix: (size + offset, member) for suffix, offset, member in read_members(data)}
-                about, tensors = json.loads(members["json"][1]), load(members["safetensors"][1])
+                facts = json.loads(members["json"][1])
+                tensors = load(members["safetensors"][1])
                 places = {suffix: [offset, len(member)] for suffix, (offset, member) in members.items()}
-                sample = {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
+                sample = {"key": key, "frames": facts["frames"], "seconds": facts["seconds"], "members": places}
                 samples.append(sample | {"tensors": list(tensors)})
                 if (rows := tensors.get("motion")) is not None:
                     sums.append((len(rows), torch.stack([rows.double().sum(0), rows.double().square().sum(0)])))
