@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
-# HiCoDiT on GRID with one card, all weights made here: GRID=/data/grid bash scripts/recipes/grid.sh [STEP ...]
-# Steps, in this order: prepare tokenizer tokens train evaluate; without any, all of them. Each goes on where it stopped.
+# HiCoDiT on GRID, all weights trained here: GRID=/data/grid bash scripts/recipes/grid.sh [STEP ...]
+# Steps, in this order: prepare tokenizer tokens train evaluate; without any, all of them. Each continues where it stopped.
+# SIZE=card: the full recipe, for one GPU. SIZE=cpu: the bundled assets/hicodit_grid, in some hours of two cores.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
 
+SIZE="${SIZE:-card}"
 GRID="${GRID:-/data/grid}"                # s1.zip to s34.zip and alignments.zip of GRID, unpacked
 PROTOCOL="${PROTOCOL:-seen}"              # splits: seen, unseen or lipnet (configs/source/grid.yaml)
-SPEAKERS="${SPEAKERS:-null}"              # as in [s1,s2,s4,s29]; null: all
-SHARDS="${SHARDS:-data/shards/grid}"      # prepared clips, about 32 GB
-TOKENIZER="${TOKENIZER:-runs/rvq_grid}"   # run of the tokenizer
-RUN="${RUN:-runs/hicodit_grid}"           # run of the model
+case "$SIZE" in
+    card) name=hicodit_grid tokenizer=rvq_grid speakers=null pictures=() ;;
+    cpu)
+        name=hicodit_grid_cpu tokenizer=rvq_speech speakers='[s1,s3,s5]'
+        pictures=(stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64)
+        ;;
+    *) echo "error: SIZE=$SIZE: give card or cpu" >&2; exit 2 ;;
+esac
+SPEAKERS="${SPEAKERS:-$speakers}"         # as in [s1,s2,s4,s29]; null: all
+SHARDS="${SHARDS:-data/shards/$name}"     # prepared clips, about 32 GB (SIZE=cpu: 0.5 GB)
+TOKENIZER="${TOKENIZER:-runs/$tokenizer}" # run of the tokenizer
+RUN="${RUN:-runs/$name}"                  # run of the model
+SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer trains on
+PROMPTS="${PROMPTS:-/usr/share/asterisk/sounds}"   # SIZE=cpu: of apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-g722
 REPORT="${REPORT:-outputs/grid}"          # report of the evaluation
 WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scripts/download_checkpoints.py metrics
 PYTHON="${PYTHON:-python}"
@@ -23,13 +35,21 @@ fi
 
 shards() {
     $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.protocol=$PROTOCOL" \
-        "source.speakers=$SPEAKERS" features=grid "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-} "$@"
+        "source.speakers=$SPEAKERS" features=grid "${pictures[@]}" "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-} "$@"
 }
 
 prepare() { if ! [ -d "$TOKENIZER/release" ]; then shards stages.rvq.use=false; fi; }
 
 tokenizer() {
     if [ -d "$TOKENIZER/release" ]; then echo "$TOKENIZER/release is there"; return; fi
+    if [ "$SIZE" = cpu ]; then
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --out "$SPEECH/synthetic" --version 3 --speech 1500 --test-clips 60
+        known="${SPEAKERS//[\[\]]/}" # without brackets
+        $PYTHON "$here/scripts/make_speech_corpus.py" --out "$SPEECH" --grid "$GRID" --speakers "$known" \
+            --prompts "$PROMPTS" --synthetic "$SPEECH/synthetic" --synthetic-clips 1500
+        $PYTHON "$here/train.py" experiment=rvq_speech "data.corpus=$SPEECH" "run=$TOKENIZER" ${TOKENIZE:-}
+        return
+    fi
     $PYTHON "$here/train.py" experiment=rvq_grid "data.root=$SHARDS" "data.held_out=[val]" "run=$TOKENIZER" ${TOKENIZE:-}
 }
 
@@ -37,7 +57,7 @@ tokens() { shards "stages.rvq.codec=$TOKENIZER/release"; }
 
 train() {
     if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi
-    $PYTHON "$here/train.py" experiment=hicodit_grid "data.root=$SHARDS" "task.codec=$TOKENIZER/release" "run=$RUN" ${TRAIN:-}
+    $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "task.codec=$TOKENIZER/release" "run=$RUN" ${TRAIN:-}
 }
 
 evaluate() {
