@@ -1,0 +1,36 @@
+"""The choice between the two bundled releases, by the face."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_faces import talking_head
+
+from hicodit.bundled import DRAWN, FILMED, FLAT_FRACTION, bundled_weights, flat_fraction
+
+DEMO = Path(__file__).parents[2] / "assets/demo"
+GRID = Path(__file__).parents[3] / "shared/grid"
+
+
+@pytest.mark.parametrize("clip", sorted(DEMO.glob("*.mp4")), ids=lambda path: path.stem)
+def test_drawn_faces_get_the_release_for_drawn_faces(clip):
+    assert bundled_weights(clip) == DRAWN
+
+
+def test_camera_noise_tells_a_filmed_face():
+    drawn = np.stack(talking_head(12))
+    noise = np.random.default_rng(0).normal(0, 4, drawn.shape)
+    filmed = np.clip(drawn + noise, 0, 255).astype(np.uint8)
+    assert flat_fraction(drawn) > FLAT_FRACTION > flat_fraction(filmed)
+    assert bundled_weights(drawn) == DRAWN
+    assert bundled_weights(filmed) == FILMED
+
+
+def test_clip_without_a_face_gets_the_release_for_filmed_faces():
+    assert bundled_weights(np.zeros((30, 96, 96, 3), np.uint8)) == FILMED
+
+
+@pytest.mark.skipif(not GRID.is_dir(), reason="needs ../shared/grid, real clips that are not in the repository")
+def test_faces_of_grid_get_the_release_for_filmed_faces():
+    clips = [next(iter(sorted(folder.glob("*.mp4")))) for folder in sorted(GRID.glob("s*"))]
+    assert clips and all(bundled_weights(clip) == FILMED for clip in clips)
