@@ -27,7 +27,7 @@ FLAT_FRACTION = 0.4  # drawn faces have 0.46 or more, those of GRID at most 0.35
 
 
 def flat_fraction(faces: np.ndarray) -> float:
-    """Return the fraction of horizontally neighbouring pixels of faces (n, S, S, 3) uint8 that have the same brightness.
+    """Return the fraction of horizontal neighbours in pictures (n, S, S, 3) uint8 that are equally bright.
 
     A drawn face has areas of one colour; skin, and the noise of a camera, have hardly any.
     """

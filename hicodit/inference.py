@@ -23,9 +23,10 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
 from engine.word_times import WordTimes, write_words
+from hicodit.bundled import bundled_weights
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
-from hicodit.settings import BUNDLED, FACE, InferConfig, stem_of
+from hicodit.settings import FACE, InferConfig, stem_of
 from hicodit.streaming import SpeechChunk
 
 
@@ -48,40 +49,64 @@ class ClipJobs(Jobs):
         self.output = Path(c.output)
         self.identity = None
         self.box = read_boxes(c.face_box) if c.face_box else None
-        face_source = None
+        self.face_source = None
         if c.detector or c.face_landmarks:
-            face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
-        weights = c.weights or BUNDLED
+            self.face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
         self.device = pick_device(c.device)
         if c.reference_audio is not None:
             with stage("reading"):
                 voice = read_voice(c.reference_audio, 16_000)
             with stage("conditions"):
                 self.identity = GE2EEncoder().embed(voice, 16_000)
-        with stage("loading"):
-            pipeline = self.pipeline = HiCoDiTPipeline.from_pretrained(
-                weights, self.device, c.codec, c.encoders, face_source, c.precision, c.compile
-            )
-        pipeline.sampler = override(pipeline.sampler, c.sampler)
-        pipeline.guidance = override(pipeline.guidance, c.guidance)
+        self.pipelines: dict[str | Path, HiCoDiTPipeline] = {}
+        if c.weights is not None:
+            self.pipeline(c.weights)
         self.scratch = tempfile.TemporaryDirectory()
         self.times = WordTimes() if c.timestamps else None
 
-    def prepare(self, clip: Path) -> list[Crops]:
-        """Find the face, or all, and cut out mouth and face."""
+    def pipeline(self, weights: str | Path) -> HiCoDiTPipeline:
+        """Return the pipeline of a release, which is loaded once."""
+        if weights not in self.pipelines:
+            c = self.config
+            with stage("loading"):
+                pipeline = HiCoDiTPipeline.from_pretrained(
+                    weights, self.device, c.codec, c.encoders, self.face_source, c.precision, c.compile
+                )
+            pipeline.sampler = override(pipeline.sampler, c.sampler)
+            pipeline.guidance = override(pipeline.guidance, c.guidance)
+            self.pipelines[weights] = pipeline
+        return self.pipelines[weights]
+
+    def pipeline_for(self, clip: Path) -> HiCoDiTPipeline:
+        """Return the pipeline of `weights=`, or of the bundled release that suits the face of a clip."""
+        return self.pipeline(self.config.weights or bundled_weights(clip))
+
+    def prepare(self, clip: Path) -> tuple[HiCoDiTPipeline, list[Crops]]:
+        """Choose the pipeline, find the face, or all, and cut out mouth and face."""
         c = self.config
         folder = Path(self.scratch.name)
+        pipeline = self.pipeline_for(clip)
         strips = [folder / f"{stem_of(clip, number, c)}{FACE[0]}" for number in range(1, MOST_FACES + 1)]
-        return list(self.pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
+        return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
-    def generate(self, batch: list[list[Crops]]) -> list[list[Speech]]:
-        """Generate the speech of a batch."""
-        faces = [crops for clip in batch for crops in clip]
-        speeches = iter(self.pipeline.run(faces, [self.config.seed] * len(faces), self.identity))
-        return [[next(speeches) for _ in clip] for clip in batch]
+    def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
+        """Generate the speech of a batch, the clips of each pipeline together."""
+        spoken: dict[int, list[Speech]] = {}
+        for pipeline in self.pipelines.values():
+            chosen = [number for number, (its, _) in enumerate(batch) if its is pipeline]
+            faces = [crops for number in chosen for crops in batch[number][1]]
+            if not faces:
+                continue
+            speeches = iter(pipeline.run(faces, [self.config.seed] * len(faces), self.identity))
+            for number in chosen:
+                spoken[number] = [next(speeches) for _ in batch[number][1]]
+        return [spoken[number] for number in range(len(batch))]
 
-    def write(self, name: str, faces: list[Crops], speeches: list[Speech]) -> tuple[str, float]:
+    def write(
+        self, name: str, prepared: tuple[HiCoDiTPipeline, list[Crops]], speeches: list[Speech]
+    ) -> tuple[str, float]:
         """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
+        _, faces = prepared
         clip = Path(name)
         unseen = []
         total = 0.0
@@ -112,7 +137,7 @@ class StreamJobs(ClipJobs):
         settings = {"lookahead": self.config.lookahead}
         if c.sampler.get("steps") is not None:
             settings["steps"] = c.sampler["steps"]
-        return [list(self.pipeline.stream(clip, c.seed, self.identity, **settings)) for clip in batch]
+        return [list(self.pipeline_for(clip).stream(clip, c.seed, self.identity, **settings)) for clip in batch]
 
     def write(self, name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
         wave = np.concatenate([chunk.wave for chunk in chunks])

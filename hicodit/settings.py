@@ -95,7 +95,8 @@ class ClipConfig:
 
     model: str = setting("hicodit", about="hicodit or talker_t2av")
     weights: str | None = setting(
-        None, about="release folder, or OWNER/NAME on the Hugging Face hub; null: the bundled tiny model"
+        None,
+        about="release folder, or OWNER/NAME on the hub; null: the bundled one for filmed or drawn faces",
     )
     codec: str | None = setting(None, about="release folder of the tokenizer; null: the one that the weights name")
     input: str | None = setting(None, about="a clip, or a folder of clips; null: the bundled silent clip")
