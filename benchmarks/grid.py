@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         )  # fmt: skip
         yield took(f"recipe, {start}", begin)
         yield from curve(args.work / start / "log.jsonl", start)
-        for system, cells in headline(read_json(args.work / f"{start}_report" / "results.json")).items():
+        for system, cells in headline(read_json(args.work / f"{start}_report" / "test" / "results.json")).items():
             yield {"start": start, "test": system, **cells}, f"{start}, test, {system}: {cells}"
 
 

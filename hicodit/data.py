@@ -6,6 +6,7 @@ E lip feature width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,31 @@ FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made
 FACE = "face"  # entry of the digests that says what found the faces, see `engine.faces.source`
 REQUIRED = ("tokens", "ge2e", "expression")
 HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condition in training -> its tensor
-SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
+SHIFT = 4  # pixels by which a mouth crop is moved in training: the tracker's own jitter and more
+MAX_TURN = 0.12  # radians by which it is turned
+MAX_SCALE = 0.12  # largest change of its size
 
 
 def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, mirror and relight mouth pictures (T, S, S) in [0, 1], the same way through the clip.
+    """Move, turn, scale, mirror, relight and partly cover mouth pictures (T, S, S) in [0, 1], the same way in a clip.
 
     Brightness and contrast need no change: the lip encoder takes them out of every picture.
     """
-    dx, dy = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
     side = mouth.shape[-1]
-    padded = F.pad(mouth[:, None], (SHIFT,) * 4, mode="replicate")[:, 0]
-    mouth = padded[:, SHIFT + dy : SHIFT + dy + side, SHIFT + dx : SHIFT + dx + side]
-    flip, gamma = torch.rand(2, generator=generator).tolist()
-    if flip < 0.5:
+    x, y, turn, scale, cover, gamma = (2 * torch.rand(6, generator=generator) - 1).tolist()
+    angle, factor = MAX_TURN * turn, 1 + MAX_SCALE * scale
+    cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+    shift_x, shift_y = 2 * SHIFT * x / side, 2 * SHIFT * y / side
+    matrix = torch.tensor([[cos, -sin, shift_x], [sin, cos, shift_y]]).expand(1, 2, 3)
+    grid = F.affine_grid(matrix, [1, 1, side, side], align_corners=False)
+    mouth = F.grid_sample(mouth[None], grid, padding_mode="border", align_corners=False)[0]
+    if float(torch.rand(1, generator=generator)) < 0.5:
         mouth = mouth.flip(-1)
-    return mouth ** (0.7 + 0.6 * gamma)
+    if cover > 0:
+        size = int(side * (0.15 + 0.25 * cover))
+        left, top = torch.randint(0, side - size, (2,), generator=generator).tolist()
+        mouth[:, top : top + size, left : left + size] = mouth.mean()
+    return mouth.clamp(0, 1) ** (1 + 0.3 * gamma)
 
 
 def picture_frames(length: int, count: int) -> np.ndarray:

@@ -10,9 +10,9 @@ SIZE="${SIZE:-card}"
 GRID="${GRID:-/data/grid}"                # s1.zip to s34.zip and alignments.zip of GRID, unpacked
 PROTOCOL="${PROTOCOL:-seen}"              # splits: seen, unseen or lipnet (configs/source/grid.yaml)
 case "$SIZE" in
-    card) name=hicodit_grid tokenizer=rvq_grid speakers=null pictures=() ;;
+    card) name=hicodit_grid tokenizer=rvq_grid speakers=null new='' pictures=() ;;
     cpu)
-        name=hicodit_grid_cpu tokenizer=rvq_speech speakers='[s1,s3,s5]'
+        name=hicodit_grid_cpu tokenizer=rvq_speech speakers='[s1,s3,s5]' new='[s31,s32,s33,s34]'
         pictures=(stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64)
         ;;
     *) echo "error: SIZE=$SIZE: give card or cpu" >&2; exit 2 ;;
@@ -23,7 +23,8 @@ TOKENIZER="${TOKENIZER:-runs/$tokenizer}" # run of the tokenizer
 RUN="${RUN:-runs/$name}"                  # run of the model
 SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer trains on
 PROMPTS="${PROMPTS:-/usr/share/asterisk/sounds}"   # SIZE=cpu: of apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-g722
-REPORT="${REPORT:-outputs/grid}"          # report of the evaluation
+REPORT="${REPORT:-outputs/grid}"          # reports of the evaluation: test, and new
+NEW_SPEAKERS="${NEW_SPEAKERS:-$new}"      # speakers that do not train, all of whose sentences are the report `new`; empty: none
 WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scripts/download_checkpoints.py metrics
 PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
@@ -60,23 +61,38 @@ train() {
     $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "task.codec=$TOKENIZER/release" "run=$RUN" ${TRAIN:-}
 }
 
-evaluate() {
-    mkdir -p "$REPORT"
-    $PYTHON - "$GRID" "$PROTOCOL" "$SPEAKERS" >"$REPORT/test.jsonl" <<'EOF'
+# Write a manifest of the test split of the speakers $1, or of all their sentences if $2 is "all".
+manifest() {
+    $PYTHON - "$GRID" "$PROTOCOL" "$1" "$2" <<'EOF'
 import json
 import sys
 from pathlib import Path
 
 from corpora.preparation.sources_studio import grid
 
-root, protocol, speakers = sys.argv[1:]
+root, protocol, speakers, wanted = sys.argv[1:]
 chosen = None if speakers == "null" else [name.strip() for name in speakers.strip("[]").split(",")]
-for clip in grid(root, protocol=protocol, speakers=chosen).clips("test"):
+source = grid(root, protocol=protocol, speakers=chosen)
+splits = source.splits if wanted == "all" else ["test"]
+for clip in (clip for split in splits for clip in source.clips(split)):
     path = str((Path(root) / clip.video).resolve())
     print(json.dumps({"id": clip.key, "text": clip.text, "speaker": clip.speaker, "reference": path, "video": path}))
 EOF
+}
+
+score() { # $1: name of the manifest and of the report's folder
     $PYTHON "$here/scripts/evaluate.py" table=grid model=hicodit "generate.weights=$RUN/release" \
-        "generate.codec=$TOKENIZER/release" "manifest=$REPORT/test.jsonl" "weights=$WEIGHTS" "output=$REPORT" ${EVALUATE:-}
+        "generate.codec=$TOKENIZER/release" "manifest=$REPORT/$1.jsonl" "weights=$WEIGHTS" "output=$REPORT/$1" ${EVALUATE:-}
+}
+
+evaluate() {
+    mkdir -p "$REPORT"
+    manifest "$SPEAKERS" test >"$REPORT/test.jsonl"
+    score test
+    if [ -n "$NEW_SPEAKERS" ]; then
+        manifest "$NEW_SPEAKERS" all >"$REPORT/new.jsonl"
+        score new
+    fi
 }
 
 if [ $# = 0 ]; then set -- prepare tokenizer tokens train evaluate; fi

@@ -57,7 +57,7 @@ def test_grid_from_its_files_to_a_report(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     index = json.loads((tmp_path / "shards" / "train" / "index.json").read_text())
     assert index["clips"] == 2 and len(index["symbols"]) == 51 and {"rvq", "ge2e"} <= set(index["digests"])
-    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    results = json.loads((tmp_path / "report" / "test" / "results.json").read_text())
     assert {f: cell["clips"] for f, cell in results["systems"]["hicodit"].items()} == dict.fromkeys(
         ("stoi", "estoi", "pesq_narrow"), 1
     )
