@@ -65,25 +65,39 @@ def read_index(source: str | Path) -> dict[str, Any]:
 
 
 def verify_once(path: Path, crc32: int) -> None:
-    """Compare a file's checksum, unless a process of this machine did so since the file was last written.
+    """Compare a file's checksum, unless that was done since the file was last written.
 
-    What was verified is noted in an empty file in the machine's folder of temporary files; one process reads, the
+    What was verified is noted in an empty file in the folder `.verified` beside the file, for all machines that share
+    the disk; if that cannot be written, in the machine's folder of temporary files. One process of a machine reads, the
     others that ask for the same file wait.
     """
     about = path.stat()
-    key = repr((str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino, crc32)).encode()
+    key = repr((path.name, about.st_size, about.st_mtime_ns, crc32)).encode()
+    name = f"verified-{hashlib.blake2b(key, digest_size=16).hexdigest()}"
+    beside = path.parent / ".verified" / name
+    if beside.exists():
+        return
+    place = repr((str(path.resolve()), about.st_ino)).encode()
+    note = _scratch() / f"{name}-{hashlib.blake2b(place, digest_size=16).hexdigest()}"
+    with FileLock(note.with_suffix(".lock")):
+        if note.exists() or beside.exists():
+            return
+        if checksum(path) != crc32:
+            raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
+        try:
+            beside.parent.mkdir(exist_ok=True)
+            beside.touch()
+        except OSError:  # such as a disk that cannot be written
+            note.touch()
+
+
+def _scratch() -> Path:
+    """Return this user's folder in the machine's folder of temporary files."""
     folder = Path(tempfile.gettempdir()) / f"speaking-faces-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user: remove it, or set TMPDIR to another folder")
-    note = folder / f"verified-{hashlib.blake2b(key, digest_size=16).hexdigest()}"
-    if note.exists():
-        return
-    with FileLock(note.with_suffix(".lock")):
-        if not note.exists():
-            if checksum(path) != crc32:
-                raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
-            note.touch()
+    return folder
 
 
 class SplitFiles:

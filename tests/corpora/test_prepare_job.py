@@ -74,7 +74,11 @@ def settings(root, output, **changes):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != ".verified"
+    }
 
 
 @pytest.fixture(scope="module")

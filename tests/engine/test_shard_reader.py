@@ -221,8 +221,10 @@ def test_a_store_without_its_package_names_the_extra(tmp_path, monkeypatch):
         ShardSplit("s3://bucket/train", Reading(cache=str(tmp_path)))
 
 
-def test_all_processes_of_a_machine_verify_a_shard_once(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_machines_that_share_a_disk_verify_a_shard_once(copy, tmp_path, monkeypatch):
+    for machine in ("one", "two", "three"):
+        (tmp_path / machine).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
     counted, plain = tmp_path / "reads", source.checksum
 
     def counting(path):
@@ -234,11 +236,22 @@ def test_all_processes_of_a_machine_verify_a_shard_once(copy, tmp_path, monkeypa
     split = ShardSplit(copy)
     with get_context("fork").Pool(4) as pool:
         pool.starmap(_sum, [(split, range(COUNT))] * 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "two"))
     check_all(ShardSplit(copy))
     assert sorted(counted.read_text().split()) == [f"{i:06d}.tar" for i in range(5)]
     zeros(copy, "000002.tar")  # written again: verified again
     with pytest.raises(UserError, match=r"000002.tar is damaged .its checksum"):
         ShardSplit(copy)[12]
+
+
+def test_a_disk_that_cannot_be_written_is_verified_once_per_machine(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    reads, plain = [], source.checksum
+    monkeypatch.setattr(source, "checksum", lambda path: reads.append(path.name) or plain(path))
+    (copy / ".verified").touch()  # a file where the folder of notes would be
+    for _ in range(2):
+        ShardSplit(copy)[0]
+    assert reads == ["000000.tar"]
 
 
 def test_the_reader_of_webdataset_opens_the_shards(folder):

@@ -41,7 +41,11 @@ def make(folder, plan=PLAN):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != ".verified"
+    }
 
 
 @pytest.fixture(scope="module")
