@@ -6,11 +6,14 @@
 #
 # BASE: an image with Python 3.11 to 3.13. EXTRAS: as of scripts/setup.sh. PyTorch as PyPI serves it brings CUDA's libraries;
 # for a smaller image without them, give the address of PyTorch's CPU wheels as PIP_EXTRA_INDEX_URL.
+# A C compiler is there for Triton, which `compile=true` uses. Give loader workers and NCCL the memory of the host with
+# `docker run --ipc=host` (or --shm-size=16g): /dev/shm has 64 MB otherwise, and workers die with a bus error.
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 ARG EXTRAS=serve
 ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HOME=/home/app
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 app && mkdir /app /weights /voices /data && chown app /app /weights /voices /data
 USER 10001
 WORKDIR /app

@@ -41,8 +41,14 @@ def main(machine: Machine | None = None) -> int:
         raise UserError(f"{args.cards} CUDA cards are needed, {there} here: run this on a machine with a GPU")
     machine = machine or Machine(torch.device("cuda", 0), args.cards, args.size)
     begin, lines = time.monotonic(), []
-    with writable(args.out, "--out"):
+    try:
         print(machine.name, flush=True)
+    except (RuntimeError, AssertionError) as error:  # CUDA cannot be initialised
+        reason = " ".join(str(error).split())
+        built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        print(f"FAIL  driver: {reason}; {built}: install a driver for it, or PyTorch for an older CUDA")
+        return 1
+    with writable(args.out, "--out"):
         for line in run_checks(machine, args.only):
             lines.append(line)
             print(line, flush=True)

@@ -104,3 +104,14 @@ def test_a_wrong_value_and_an_error_fail(check, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_verdict_follows_the_range_of_its_value(value, low, high, verdict):
     assert judge(value, low, high) == verdict
+
+
+def test_a_driver_that_is_too_old_is_a_line(monkeypatch, capsys, tmp_path):
+    def too_old(device):
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", too_old)
+    monkeypatch.setattr("sys.argv", ["check_gpu.py", "--out", str(tmp_path)])
+    assert check_gpu.main(Machine(torch.device("cuda", 0))) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("FAIL  driver: The NVIDIA driver on your system is too old") and "built for CUDA" in said
