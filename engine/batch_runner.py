@@ -63,7 +63,7 @@ class RunConfig(Group):
 
     def __post_init__(self) -> None:
         Group.__post_init__(self)  # not that of a job, which is for the jobs made of it
-        check_place(self.executor, self.devices)
+        check_place(self.executor, self.devices, self.device, self.ray.gpus)
 
     def begin(self, releases: Mapping[str, str | None]) -> None:
         """Apply the limits; check that the release folders, by setting, and the packages that are needed are there."""
@@ -172,9 +172,14 @@ class Jobs(Work[Batch, Summary]):
         return summary
 
 
-def _on_device(start: Callable[[], Jobs], number: int) -> Jobs:
-    """Make the `Jobs` of another process, whose number is that of its device."""
+def _on_device(start: Callable[[], Jobs], threads: int | None, number: int) -> Jobs:
+    """Make the `Jobs` of another process, whose number is that of its device, with so many threads (None: all)."""
     os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+    if threads:
+        import torch  # slow to import
+
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     return start()
 
 
@@ -200,7 +205,8 @@ def run_batches(
         for batch in batches:
             summary.add(work.run(batch))
     else:
-        build = partial(_on_device, start)
+        threads = None if ray else max(1, len(os.sched_getaffinity(0)) // count)  # Ray divides them itself
+        build = partial(_on_device, start, threads)
         executor = Cluster(ray, build) if ray else Processes(count, build)
         with executor, stage("in other processes", len(batches), "batches") as step:
             summary.device = f"{count} processes, {executor.details}"

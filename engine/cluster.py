@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
@@ -22,6 +23,8 @@ from engine.processes import Lost, Work
 from engine.settings import LIMITS, ClusterConfig, Limits, set_limits
 
 RETRIES = 2  # of a task whose process died
+PATIENCE = 600.0  # seconds that a named cluster has to start a machine with enough GPUs
+LOOK_EVERY = 5.0  # seconds between looks at the machines of the cluster
 EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs is sent
 
 
@@ -62,13 +65,26 @@ class Cluster:
         self.task = ray.remote(**resources)(_run)
         self.recipe = ray.put((os.urandom(8), self.build, os.getcwd(), LIMITS))
         try:
-            self.details = ray.get(ray.remote(**resources)(_details).remote(self.recipe))
+            first = ray.remote(**resources)(_details).remote(self.recipe)
+            self._wait_for_place(first)
+            self.details = ray.get(first)
         except BaseException as error:
             self.__exit__()
             if isinstance(cause := self._cause(error), UserError):
                 raise UserError(str(cause)) from error
             raise
         return self
+
+    def _wait_for_place(self, first: Any) -> None:
+        """Wait until the first task has ended; refuse to wait for a GPU that the cluster does not get."""
+        deadline = time.monotonic() + (0 if self.started_ray and not self.config.address else PATIENCE)
+        while not self.ray.wait([first], timeout=LOOK_EVERY)[0]:
+            most = max((node["Resources"].get("GPU", 0) for node in self.ray.nodes() if node["Alive"]), default=0)
+            if self.config.gpus > most and time.monotonic() > deadline:
+                raise UserError(
+                    f"ray.gpus={self.config.gpus:g}, but no machine of the cluster has more than {most:g} GPUs: "
+                    "lower it, or start Ray there with --num-gpus"
+                )
 
     def __exit__(self, *_: object) -> None:
         if self.started_ray:

@@ -32,8 +32,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def count_devices(devices: str, device: str) -> int:
-    """Return how many processes, each with a device of its own, the setting `devices` (a number, or all) asks for."""
+def count_devices(devices: str, device: str, executor: str = "processes") -> int:
+    """Return how many processes, each with a device of its own, the setting `devices` (a number, or all) asks for.
+
+    With another executor it is 1: the devices are those of other machines, and this one may have none.
+    """
+    if executor != "processes":
+        return 1
     kind = pick_device(device).type
     there = torch.cuda.device_count() if kind == "cuda" else 1
     count = there if devices == "all" else int(devices)

@@ -193,11 +193,16 @@ class ClusterConfig(Group, prefix="ray."):
     gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each worker: 1, a part such as 0.25 to share one, or 0")
 
 
-def check_place(executor: str, devices: str = "1") -> None:
-    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`."""
+def check_place(executor: str, devices: str = "1", device: str = "cpu", gpus: float = 0.0) -> None:
+    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`.
+
+    A Ray worker that has no GPU of its own must not look for one: all workers of a machine would use its first.
+    """
     if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
         raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
     if executor == "ray" and devices != "1":
         raise UserError(f"devices={devices} with executor=ray: set ray.workers and ray.gpus instead")
+    if executor == "ray" and device != "cpu" and not gpus:
+        raise UserError(f"ray.gpus=0 with device={device}: set ray.gpus=1 (0.5: two workers share one), or device=cpu")
     if executor == "ray" and find_spec("ray") is None:
         raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")

@@ -35,7 +35,7 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     start = partial(StreamJobs if c.stream else ClipJobs, c)
     jobs = [(str(clip), clip) for clip in clips]
     with writable(c.output):
-        devices = count_devices(c.devices, c.device)
+        devices = count_devices(c.devices, c.device, c.executor)
         ray = c.ray if c.executor == "ray" else None
         summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
     return summary.report("clips", Path(c.output), f" of input={c.input}")

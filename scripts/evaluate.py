@@ -107,8 +107,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if config[name] is not None:
             require_range(name, config[name], 1, 10**7)
     systems = systems_of(config)
-    check_place(config.executor, str(config.devices))
-    devices = count_devices(str(config.devices), config.device)
+    check_place(config.executor, str(config.devices), config.device, config.ray.gpus)
+    devices = count_devices(str(config.devices), config.device, config.executor)
     ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
     outputs = output_folders(config, systems)
     references = Path(config.references) if config.references else None

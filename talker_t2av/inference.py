@@ -34,7 +34,8 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]], finder: Callabl
         finder: makes, in each process, what completes jobs with the text `auto`; can be pickled.
     """
     with writable(c.output):
-        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        devices = count_devices(c.devices, c.device, c.executor)
+        ray = c.ray if c.executor == "ray" else None
         summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c, finder), devices, ray)
     return summary.report("jobs", Path(c.output))
 

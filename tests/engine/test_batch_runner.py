@@ -6,11 +6,13 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from engine import batch_runner
 from engine.batch_runner import Jobs, run_batches
+from engine.device import count_devices
 from engine.errors import UserError
-from engine.settings import ClusterConfig
+from engine.settings import ClusterConfig, check_place
 
 
 class Numbers(Jobs):
@@ -90,6 +92,50 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
     assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
     assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
     assert summary.report("jobs", tmp_path) == 1
+
+
+class Threads(Jobs):
+    """Tells the threads of its process."""
+
+    device = "cpu"
+
+    def prepare(self, job):
+        return job
+
+    def generate(self, batch):
+        return [torch.get_num_threads()] * len(batch)
+
+    def write(self, name, job, result):
+        return f"{name}: {result} threads", 0.0
+
+
+def test_processes_divide_the_cores(capsys):
+    run_batches([("a", 1), ("b", 2)], 1, Threads, devices=2)
+    threads = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(threads) == 2 and sum(threads) <= max(2, len(os.sched_getaffinity(0)))
+
+
+def test_a_head_node_without_a_card_can_use_those_of_a_cluster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert count_devices("1", "cuda", "ray") == 1
+    with pytest.raises(UserError, match="device=cuda"):
+        count_devices("1", "cuda")
+
+
+def test_a_ray_worker_without_a_gpu_must_use_the_processor():
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError, match=f"ray.gpus=0 with device={device}: set ray.gpus=1"):
+            check_place("ray", "1", device, 0.0)
+
+
+@pytest.mark.slow
+def test_gpus_that_no_machine_has_are_not_waited_for():
+    ray = pytest.importorskip("ray")
+    try:
+        with pytest.raises(UserError, match=r"ray\.gpus=4, but no machine of the cluster has more than"):
+            run([1, 3], ray=ClusterConfig(workers=1, gpus=4.0))
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
