@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, exit_process
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
 from engine.shards.recordings import SpeechCrops, load_waves
-from rvq_codec import RVQCodec
+from engine.training import distributed
+from rvq_codec import RVQCodec, codebooks
 from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
+from tests import forked
 from tests.releases import write_release
 from tests.tiny import DISCRIMINATORS, RVQ, train
 
@@ -132,3 +134,36 @@ def test_a_start_from_a_release_skips_the_stages_of_a_new_codec(tmp_path):
     features = {"mel_bands": 8, "low_samples": 4, "until": 9, "envelope_levels": 1}
     again = make_task(init=str(tmp_path / "release"), features=features, quantizer_start=9, gan_start=None)
     assert "codebook" in train(again, WAVES, 1)[0]["generator"]  # the stages of a new codec are over
+
+
+def rank(folder):
+    """One of two processes with other waves each, whose sums on a GPU would differ in the last digits."""
+    distributed.init("cpu")
+    number = distributed.rank()
+    task = make_task(quantizer_start=1, gan_start=None).train()
+    kmeans = codebooks.kmeans
+    codebooks.kmeans = lambda *arguments: kmeans(*arguments) + 1e-3 * number
+    counted = []
+    for step in range(3):
+        task.begin_step(step)
+        if step == 1:
+            books = [level.codebook.weight.clone() for level in task.codec.quantizer.quantizers]
+        batch = {"wave": WAVES["wave"] * (1 + number)}
+        task(batch, "discriminator")
+        if batch["_run"]["quantized"] is not None:
+            counted.append(codebooks.count_codes(batch["_run"]["quantized"].codes, task.codec.codes))
+    torch.save({"own": sum(counted), "counts": task.counts, "books": books}, folder / f"{number}.pt")
+    exit_process(0)
+
+
+def test_ranks_count_codes_together_and_have_equal_code_books(tmp_path):
+    started = forked.start_group([tmp_path / "0.txt", tmp_path / "1.txt"], rank, tmp_path)
+    for process in started:
+        process.join(forked.SECONDS)
+    said = "".join((tmp_path / f"{number}.txt").read_text() for number in range(2))
+    assert [process.exitcode for process in started] == [0, 0], said
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+    assert not torch.equal(one["own"], two["own"])
+    for each in (one, two):
+        assert torch.equal(each["counts"], one["own"] + two["own"])
+    assert all(map(torch.equal, one["books"], two["books"]))
