@@ -1,0 +1,222 @@
+"""Three steps of the trainer as one rank of many, without cards and data: `python train.py ... dry_run=32`.
+
+The trainer and FSDP2 run in a fake process group, whose collectives move nothing. Weights, gradients and activations
+are fake tensors (shapes without data, see `benchmarks.fake_step`); lengths of clips are drawn from a log-normal
+distribution.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from benchmarks.common import Operators, nbytes
+from benchmarks.fake_step import HostOrFake
+from benchmarks.plan import read_recipe
+from benchmarks.training import MODELS, build_task, random_batch
+from engine.errors import UserError
+from engine.training import distributed, parallel
+from engine.training.parallel import without_weights
+from engine.training.task import Task
+from engine.training.tracking import Window
+from engine.training.trainer import Trainer
+
+STEPS = 3
+CLIPS = 20_000
+MEDIAN, SPREAD, LONGEST = 5.0, 0.5, 10.0  # of the clips' seconds: median, standard deviation of the logarithm, crop
+FPS = 25
+COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+
+
+class MadeUpClips:
+    """A training set of clips that have lengths and nothing else; a batch is random."""
+
+    def __init__(self, task: Task, rows: int) -> None:
+        self.task = task
+        self.rows = rows  # of a sample: two for pairs of T2AV and TTS
+        spread = torch.randn(CLIPS, generator=torch.Generator().manual_seed(0)) * SPREAD
+        self.lengths = (FPS * MEDIAN * spread.exp()).round().clamp(FPS, FPS * LONGEST).long()
+
+    def __len__(self) -> int:
+        return CLIPS
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> int:
+        return int(self.lengths[index])
+
+    def collate(self, items: list[int]) -> dict[str, Tensor]:
+        frames = torch.tensor(items * self.rows)
+        with _disable_current_modes():
+            batch = random_batch(self.task, len(frames), int(frames.max()) / FPS)
+        if "frames" in batch:
+            return batch | {"frames": frames}
+        words = batch["speech_span"][0, 0]
+        ends = words + -(-frames // self.task.model.config.patch_size)
+        batch["speech_span"][:, 1] = ends
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < ends[:, None]).long()
+        motion = frames * (batch["motion_frames"] > 0)
+        return batch | {"speech_frames": frames, "motion_frames": motion}
+
+
+class Collectives(Operators):
+    """Counts memory as `Operators` does, and the collectives by kind, type and size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._opname, args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _count(self, name: str, args: tuple) -> None:
+        tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        if tensors and name in COLLECTIVES:
+            largest = max(tensors, key=lambda x: nbytes([x]))
+            self.calls[COLLECTIVES[name], str(largest.dtype).removeprefix("torch."), nbytes([largest])] += 1
+
+    def hold(self, x: Tensor) -> None:
+        super().hold(x.to_local() if isinstance(x, DTensor) else x)
+
+
+@contextmanager
+def fake_group(ranks: int) -> Iterator[None]:
+    """Be rank 0 of `ranks` in a process group whose collectives move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        with mock.patch.object(distributed, "patient_group", lambda: dist.group.WORLD):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Let `ParallelTask` make shards without data, and copy a task without counting the copy."""
+
+    def copied(task: Task) -> Task:
+        with _disable_current_modes():
+            return without_weights(task)
+
+    def empty(task: Task, state: dict[str, Tensor], device: torch.device) -> None:
+        task.to_empty(device=device)
+
+    with mock.patch.object(parallel, "_fill", empty), mock.patch.object(parallel, "without_weights", copied):
+        yield
+
+
+def fake_task(model: str, sizes: dict[str, Any], mode: HostOrFake) -> Task:
+    """Return a task whose parameters and buffers have no data."""
+    with mode, nullcontext() if model == "talker" else _disable_current_modes():
+        task = build_task(f"{MODELS[model]}_base", **sizes)
+    with mode:
+        empty: dict[int, Any] = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in task.parameters()}
+        empty |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in task.buffers()}
+    return copy.deepcopy(task, empty)
+
+
+def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
+    """Run three steps of a recipe as rank 0 of `ranks`; return bytes by part, collectives, and padding efficiency.
+
+    Raises:
+        UserError: the recipe does not use shards, or its batch cannot be divided.
+    """
+    model, sizes, settings, rows, _ = read_recipe(name, list(words))
+    if settings.parallel == "ddp":
+        raise UserError(f"dry_run={ranks} with trainer.parallel=ddp: use trainer=fsdp, or scripts/plan_run.py")
+    sizes.pop("lora", None)
+    settings = replace(settings, workers=0, wandb="off", tensorboard=False, sanity_validation=False)
+    with fake_group(ranks), TemporaryDirectory() as folder:
+        mode = HostOrFake(allow_non_fake_inputs=True)
+        task = fake_task(model, sizes, mode)
+        data = MadeUpClips(task, rows)
+        with mode, Collectives() as seen, mock.patch.object(Trainer, "_stop_unless_finite"):
+            with without_data():
+                trainer = Trainer(task, data, vars(settings), Path(folder))
+            trainer.task.train()
+            numbers = trainer._numbers(STEPS * trainer.config.accumulate)
+            batches = iter([trainer.batches[number] for number in numbers])
+            for _ in range(STEPS):
+                seen.begin()
+                seen.calls.clear()
+                trainer._train_step(batches, Window())
+        states = [state for optimiser in trainer.optimisers.values() for state in optimiser.state.values()]
+        memory = {
+            "weights": local_bytes(trainer.task.parameters()),
+            "optimiser": local_bytes(value for state in states for value in state.values()),
+            "average": local_bytes(trainer.ema.averages.values()),
+        }
+        memory["peak of gathered weights, gradients and activations"] = seen.peak - sum(memory.values())
+        batch = trainer.config
+        return {
+            "recipe": name, "parallel": settings.parallel, "ranks": ranks,
+            "batch": f"{ranks} x {batch.accumulate} x {batch.batch_size}", "memory": memory,
+            "collectives": [[*key, count] for key, count in sorted(seen.calls.items(), key=lambda each: -each[0][2])],
+            "padding": padding_efficiency(trainer, ranks),
+        }  # fmt: skip
+
+
+def local_bytes(tensors: Any) -> int:
+    """Return the bytes of this rank's shards."""
+    return nbytes(map(distributed.local, tensors))
+
+
+def padding_efficiency(trainer: Trainer, ranks: int, steps: int = 200) -> float:
+    """Return the mean over the maximum of the ranks' padded tokens, averaged over micro-batches of the ranks."""
+    lengths = trainer.batches.dataset.lengths
+    factors = []
+    for step in range(min(steps, CLIPS // (ranks * trainer.config.batch_size))):
+        padded = [lengths[trainer.batches.samples(step * ranks + rank)].max() for rank in range(ranks)]
+        padded = torch.stack(padded).double()
+        factors.append(float(padded.mean() / padded.max()))
+    return sum(factors) / len(factors)
+
+
+def report(found: dict[str, Any]) -> str:
+    """Say what `dry_run` found, in lines for a person."""
+    total = sum(found["memory"].values())
+    lines = [f"{found['recipe']}, {found['parallel']}, {found['ranks']} ranks: {found['batch']} samples per step"]
+    lines += [f"memory per rank: {total / 2**30:.2f} GiB"]
+    lines += [f"  {name}: {size / 2**30:.3f} GiB" for name, size in found["memory"].items()]
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0])
+    for kind, dtype, size, count in found["collectives"]:
+        totals[f"{kind} {dtype}"][0] += count
+        totals[f"{kind} {dtype}"][1] += count * size
+    lines += ["collectives per step:"]
+    for kind, (count, size) in totals.items():
+        largest = max(size for k, d, size, _ in found["collectives"] if f"{k} {d}" == kind)
+        lines += [f"  {kind}: {count} calls, {size / 1e6:,.1f} MB, the largest {largest / 1e6:,.1f} MB"]
+    return "\n".join([*lines, f"padding efficiency: {found['padding']:.2f}"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what `train.py ARGUMENTS` says, of which one is dry_run=RANKS."""
+    stated = dict(word.split("=", 1) for word in arguments if "=" in word)
+    ranks, name = stated["dry_run"], stated.get("experiment")
+    if not ranks.isdecimal() or not 2 <= int(ranks) <= 65_536:
+        raise UserError(f"dry_run={ranks} must be a number of ranks, from 2 to 65536")
+    if name is None:
+        raise UserError(f"dry_run={ranks}: name a recipe with experiment=NAME")
+    words = [word for word in arguments if not word.startswith(("dry_run=", "experiment="))]
+    print(report(dry_run(name, words, int(ranks))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
