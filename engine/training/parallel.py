@@ -81,10 +81,16 @@ class ParallelTask:
             # Weights travel in half precision; autocast decides about everything else, as it does without shards.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = self.task.blocks()
-        for unit in (*blocks, *_large_embeddings(self.task, blocks)):
+        ignored = {p for module in self.task.whole() for p in module.parameters()}
+        for unit in blocks:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-        whole = {p for module in self.task.whole() for p in module.parameters()}
-        fully_shard(self._losses, mesh=mesh, ignored_params=whole)
+        for embedding in _large_embeddings(self.task, blocks):
+            tied = _holders(self.task, embedding.weight)
+            fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+            for module, name in tied:  # sharding has replaced the weight in the embedding alone
+                setattr(module, name, embedding.weight)
+            ignored.add(embedding.weight)
+        fully_shard(self._losses, mesh=mesh, ignored_params=ignored)
 
     def losses(
         self, batch: dict[str, Any], part: str, factors: Mapping[str, Tensor] | None = None
@@ -261,6 +267,12 @@ def _large_embeddings(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Module
     taken = {id(module) for unit in (*blocks, *task.whole()) for module in unit.modules()}
     embeddings = [module for module in task.modules() if isinstance(module, nn.Embedding) and id(module) not in taken]
     return [module for module in embeddings if module.weight.numel() >= LARGE_EMBEDDING]
+
+
+def _holders(task: Task, p: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Return each module that holds `p` itself, and its name there."""
+    modules = [(module, module.named_parameters(recurse=False, remove_duplicate=False)) for module in task.modules()]
+    return [(module, name) for module, named in modules for name, each in named if each is p]
 
 
 @torch.no_grad()
