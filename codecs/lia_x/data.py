@@ -7,6 +7,7 @@ square.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from engine.progress import track
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join
+from lia_x.augment import Augment
+from lia_x.losses import region_weights
 
 PORTRAITS = ("portraits", "portraits_at")  # of a prepared clip, see `pack_portraits`
 QUALITY = 95  # of stored JPEG pictures
@@ -137,6 +140,76 @@ class FramePairs(torch.utils.data.Dataset):
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
 
     collate = staticmethod(default_collate)  # {"frames": (B, 2, S, S, 3) bytes}, with tracks also {"tracks": (B, 2, L)}
+
+    def speakers(self) -> list[str]:
+        """Return who is seen in each clip, (N,); "" where a shard does not tell."""
+        assert self.stored is not None, "recordings do not tell"
+        return [self.stored.read(index, ())[0].get("speaker") or "" for index in range(len(self))]
+
+
+class RealAndDrawn(torch.utils.data.Dataset):
+    """Pairs of drawn faces as they are, and of real people changed at random; no shuffling by blocks.
+
+    Args:
+        drawn: pairs of drawn faces. people: pairs of real ones, from prepared shards.
+        size: S.
+        regions: see `region_weights`; they move with the picture.
+        drawn_repeats: how often an epoch has each drawn clip.
+        people_repeats: how often it has each clip of the person with the most clips. Clips of the others repeat as
+            often more as they are fewer, so that all people are seen alike.
+        augment: fields of `Augment`.
+    """
+
+    def __init__(
+        self,
+        drawn: FramePairs,
+        people: FramePairs,
+        size: int,
+        regions: Sequence[Mapping[str, float]] = (),
+        drawn_repeats: int = 1,
+        people_repeats: int = 1,
+        augment: Mapping[str, float] | None = None,
+    ):
+        self.drawn, self.people, self.size = drawn, people, size
+        self.augment = Augment(**(augment or {}))
+        self.weights = region_weights(size, regions)[0, 0].numpy()
+        names = people.speakers()
+        counts = Counter(names)
+        most = max(counts.values())
+        turns = [people_repeats * round(most / counts[name]) for name in names]
+        self.items = [(drawn, index) for index in range(len(drawn)) for _ in range(drawn_repeats)]
+        self.items += [(people, index) for index, count in enumerate(turns) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """A pair of one clip; a function of (index, generator).
+
+        Returns:
+            frames: (2, S, S, 3) bytes.
+            views: (2, S, S, 3) bytes, the same frames in other colours, of which motion is to be read.
+            weights: (S, S), how much each pixel counts.
+            drawn: whether the face is drawn; then views are the frames.
+        """
+        pairs, index = self.items[index]
+        frames = pairs.__getitem__(index, generator)["frames"]
+        if pairs is self.drawn:
+            weights = torch.from_numpy(self.weights)
+            return {"frames": frames, "views": frames, "weights": weights, "drawn": torch.tensor(True)}
+        seed = int(torch.randint(2**31, (), generator=generator))
+        rng = np.random.default_rng(seed)
+        moved, grid = self.augment.frame(frames.numpy(), self.size, rng)
+        at = (grid * self.size - 0.5).astype(np.float32)
+        weights = cv2.remap(self.weights, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return {
+            "frames": torch.from_numpy(self.augment.recolour(moved, rng)),
+            "views": torch.from_numpy(self.augment.recolour(moved, rng)),
+            "weights": torch.from_numpy(weights),
+            "drawn": torch.tensor(False),
+        }
+
+    collate = staticmethod(default_collate)
 
 
 def held_out_frames(

@@ -42,6 +42,11 @@ def _start(config: LiaXConfig) -> LiaX:
     return codec
 
 
+def _pictures(frames: Tensor) -> Tensor:
+    """Turn pairs of bytes (B, 2, S, S, 3) into pictures (2 B, 3, S, S) in [-1, 1], pairs side by side."""
+    return frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 class LiaXTask(Task):
     """Losses, validation and release of a `LiaX`.
 
@@ -63,9 +68,13 @@ class LiaXTask(Task):
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
         init: release folder to start from instead of random weights; all its levels stay, whatever `growth` says.
         decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
+        keep: `release`, a codec whose motion codes of drawn faces are kept, and the `weight` of the squared distance
+            from them; needs batches that tell which faces are "drawn". Drawn faces are rebuilt from the kept codes, so
+            that a model of those codes can go on with the new decoder. None: nothing is kept.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
-        validation: `root`, `splits` and `clips` (per split); None: no validation.
+        validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
+            None: no validation.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class LiaXTask(Task):
         motion_noise: float = 0.0,
         init: str | None = None,
         decoder_only: bool = False,
+        keep: Mapping[str, Any] | None = None,
         discriminator: Mapping[str, int] | None = None,
         vgg: str | None = None,
         validation: Mapping[str, Any] | None = None,
@@ -96,6 +106,9 @@ class LiaXTask(Task):
             if not init:
                 raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
             self.codec.encoder.requires_grad_(False)
+        self.keep, self.keeper = keep, None
+        if keep:
+            self.keeper = load_like(LiaX, keep["release"], LiaXConfig(**codec)).encoder.requires_grad_(False)
         self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
         self.growth, self.guide, self.validation = growth, guide, validation
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
@@ -126,17 +139,18 @@ class LiaXTask(Task):
         The codec runs once a step, for both parts.
         """
         if "_run" not in batch:
-            frames = batch["frames"].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
-            fake, motion = self._rebuild(frames)
-            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion
-        real, fake, motion = batch["_run"]
+            frames = _pictures(batch["frames"])
+            fake, motion, kept = self._rebuild(frames, batch)
+            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion, kept
+        real, fake, motion, kept = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
             pairs = ((-1, real), (1, fake.detach()))
             of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in pairs)
             return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
         real, fake = real.float(), fake.float()
-        region = F.interpolate(self.region, real.shape[-2:], mode="area")
+        region = batch["weights"].repeat_interleave(2, 0)[:, None] if "weights" in batch else self.region
+        region = F.interpolate(region, real.shape[-2:], mode="area")
         losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
         if self.weights["structural"]:
             losses["structural"] = structural(fake, real, region)
@@ -150,27 +164,44 @@ class LiaXTask(Task):
             known = batch["tracks"].flatten(0, 1)
             losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
             total = total + self.guide["weight"] * losses["guide"]
+        if kept is not None:
+            losses["keep"] = kept
+            total = total + self.keep["weight"] * kept
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner; return them and motion (2 B, M)."""
+    def _rebuild(self, frames: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner.
+
+        Returns:
+            Pictures, motion codes (2 B, M), and their squared distance from kept codes, if some are kept.
+        """
         codec = self.codec
         style, maps = codec.encoder(frames)
-        motion = codec.encoder.to_motion(style)
+        motion = codec.encoder.motion(_pictures(batch["views"])) if "views" in batch else codec.encoder.to_motion(style)
         if self.growth and self.step < self.growth["until"]:
             maps = maps[: -self.growth["levels"]]
         partner = torch.arange(len(frames), device=frames.device) ^ 1
-        noisy = motion + self.motion_noise * torch.randn_like(motion)
+        codes, kept = motion, None
+        if self.keeper is not None:
+            drawn = batch["drawn"].repeat_interleave(2)[:, None]
+            with torch.no_grad():
+                earlier = self.keeper.motion(frames).to(motion.dtype)
+            distance = (motion - earlier).float().square().mean(1, keepdim=True)
+            kept = (distance * drawn).sum() / drawn.sum().clamp(min=1)
+            codes = torch.where(drawn, earlier, motion)
+        noisy = codes + self.motion_noise * torch.randn_like(codes)
         style = codec.decoder.navigate(style[partner], noisy)
-        return codec.decoder(style, [level[partner] for level in maps]), motion
+        return codec.decoder(style, [level[partner] for level in maps]), motion, kept
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""
         if self.validation is None:
             return {}
-        root, count, size = self.validation["root"], self.validation["clips"], self.codec.size
+        count, size = self.validation["clips"], self.codec.size
         results: dict[str, float | ByClip] = {}
-        for split in self.validation["splits"]:
+        places = [(self.validation["root"], split) for split in self.validation["splits"]]
+        places += [(root, split) for split, root in self.validation.get("others", {}).items()]
+        for root, split in places:
             figures: dict[str, dict[int, float]] = defaultdict(dict)
             for number, frames in held_out_frames(root, split, count, size, share):
                 for name, value in reconstruction(fit_frames(frames, size), rebuild(self.codec, frames)).items():

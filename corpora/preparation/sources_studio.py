@@ -10,7 +10,7 @@ from pathlib import Path
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Source, divided, existing, held_out, read_lines
 from engine.errors import UserError
-from engine.settings import require_choice
+from engine.settings import require_choice, require_range
 
 ALIGNMENT_RATE = 25_000  # units of GRID's alignments in a second
 PROTOCOLS = ("lipnet", "unseen", "seen")
@@ -39,6 +39,7 @@ def grid(
     protocol: str = "lipnet",
     speakers: Sequence[str] | None = None,
     expression: str | None = None,
+    clips_each: int | None = None,
 ) -> Source:
     """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
@@ -53,8 +54,11 @@ def grid(
         validation: share of the other speakers of "lipnet" that validate.
         speakers: those that are used; None: all.
         expression: label of all clips; None: none.
+        clips_each: use at most so many clips of a speaker, spread evenly over the names; None: all.
     """
     require_choice("source.protocol", protocol, PROTOCOLS)
+    if clips_each is not None:
+        require_range("source.clips_each", clips_each, 1, 10**6)
     root, clips = existing(root), []
     for path in find_files(root, ".mpg", ".mp4"):
         speaker, text = _speaker(path), grid_sentence(path.stem)
@@ -62,6 +66,8 @@ def grid(
             facts = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
             clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **facts))
     names = {clip.speaker for clip in clips}
+    if clips_each is not None:
+        clips = [clip for name in sorted(names) for clip in _spread(clips, name, clips_each)]
     tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
     split_of = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
     if protocol == "unseen":
@@ -83,6 +89,13 @@ def grid(
     letters = set("abcdefghijklmnopqrstuvxyz")  # no w
     symbols = letters.union(VERBS.values(), COLOURS.values(), PREPOSITIONS.values(), DIGITS.values(), ADVERBS.values())
     return replace(source, read=read, symbols=sorted(symbols))
+
+
+def _spread(clips: Sequence[SourceClip], speaker: str, count: int) -> list[SourceClip]:
+    """Return `count` clips of a speaker, or all that there are, spread evenly over their order."""
+    own = [clip for clip in clips if clip.speaker == speaker]
+    count = min(count, len(own))
+    return [own[k * len(own) // count] for k in range(count)]
 
 
 def _speaker(path: Path) -> str | None:
