@@ -24,7 +24,9 @@ from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 from scripts.arguments import Parser, within
 
-NAMES = ("claims", "faces", "finetune", "grid", "inference", "landmarks", "serving", "speaking", "training")
+NAMES = (
+    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "training",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.settings import Group, setting
 
-KEY_HUE, KEY_SATURATION, KEY_VALUE = (84, 116), 90, 60  # of a studio's blue wall, in OpenCV's HSV
+KEY_HUE, KEY_SATURATION, KEY_VALUE = (82, 118), 70, 50  # of a studio's blue wall, in OpenCV's HSV
 CONTROL = 5  # points along each side of the grid that bends a picture
 
 

@@ -24,6 +24,7 @@ from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
 from engine.progress import track
+from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join
@@ -157,6 +158,9 @@ class RealAndDrawn(torch.utils.data.Dataset):
         drawn_repeats: how often an epoch has each drawn clip.
         people_repeats: how often it has each clip of the person with the most clips. Clips of the others repeat as
             often more as they are fewer, so that all people are seen alike.
+        moving: how much more a pixel of real people counts that changes from one frame of a pair to the other, times
+            its change over the mean change. In a quiet picture a copy is nearly right, so that little else teaches
+            movement.
         augment: fields of `Augment`.
     """
 
@@ -168,9 +172,11 @@ class RealAndDrawn(torch.utils.data.Dataset):
         regions: Sequence[Mapping[str, float]] = (),
         drawn_repeats: int = 1,
         people_repeats: int = 1,
+        moving: float = 0.0,
         augment: Mapping[str, float] | None = None,
     ):
-        self.drawn, self.people, self.size = drawn, people, size
+        require_range("data.train.moving", moving, 0.0, 100.0)
+        self.drawn, self.people, self.size, self.moving = drawn, people, size, moving
         self.augment = Augment(**(augment or {}))
         self.weights = region_weights(size, regions)[0, 0].numpy()
         names = people.speakers()
@@ -202,6 +208,9 @@ class RealAndDrawn(torch.utils.data.Dataset):
         moved, grid = self.augment.frame(frames.numpy(), self.size, rng)
         at = (grid * self.size - 0.5).astype(np.float32)
         weights = cv2.remap(self.weights, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        if self.moving:
+            weights = weights * (1 + self.moving * relative_change(moved))
+            weights = weights / weights.mean()
         return {
             "frames": torch.from_numpy(self.augment.recolour(moved, rng)),
             "views": torch.from_numpy(self.augment.recolour(moved, rng)),
@@ -210,6 +219,13 @@ class RealAndDrawn(torch.utils.data.Dataset):
         }
 
     collate = staticmethod(default_collate)
+
+
+def relative_change(frames: np.ndarray) -> np.ndarray:
+    """Return how much each pixel of two frames (2, S, S, 3) changes, smoothed, over the mean: (S, S), up to 12."""
+    change = np.abs(frames[0].astype(np.float32) - frames[1]).mean(-1)
+    change = cv2.GaussianBlur(change, (0, 0), change.shape[0] / 80)
+    return (change / (change.mean() + 0.1)).clip(0, 12)
 
 
 def held_out_frames(

@@ -140,9 +140,15 @@ class LiaXTask(Task):
         """
         if "_run" not in batch:
             frames = _pictures(batch["frames"])
-            fake, motion, kept = self._rebuild(frames, batch)
-            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion, kept
-        real, fake, motion, kept = batch["_run"]
+            views = _pictures(batch["views"]) if "views" in batch else None
+            kept = None
+            if self.keeper is not None:
+                with torch.no_grad():
+                    kept = self.keeper.motion(frames), batch["drawn"].repeat_interleave(2)[:, None]
+            fake, motion = self._rebuild(frames, views, kept)
+            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion
+            batch["_kept"] = kept
+        real, fake, motion = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
             pairs = ((-1, real), (1, fake.detach()))
@@ -164,34 +170,35 @@ class LiaXTask(Task):
             known = batch["tracks"].flatten(0, 1)
             losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
             total = total + self.guide["weight"] * losses["guide"]
-        if kept is not None:
-            losses["keep"] = kept
-            total = total + self.keep["weight"] * kept
+        if self.keep:
+            earlier, drawn = batch["_kept"]
+            distance = (motion - earlier).float().square().mean(1, keepdim=True)
+            losses["keep"] = (distance * drawn).sum() / drawn.sum().clamp(min=1)
+            total = total + self.keep["weight"] * losses["keep"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def _rebuild(self, frames: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _rebuild(
+        self, frames: Tensor, views: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner.
 
+        Args:
+            views: pictures (2 B, 3, S, S) of which motion is read; None: the frames.
+            kept: codes (2 B, M), and where (2 B, 1) the frame is rebuilt from them.
+
         Returns:
-            Pictures, motion codes (2 B, M), and their squared distance from kept codes, if some are kept.
+            Pictures (2 B, 3, S, S), smaller ones while levels wait, and motion codes (2 B, M) as they were read.
         """
         codec = self.codec
         style, maps = codec.encoder(frames)
-        motion = codec.encoder.motion(_pictures(batch["views"])) if "views" in batch else codec.encoder.to_motion(style)
+        motion = codec.encoder.to_motion(style) if views is None else codec.encoder.motion(views)
         if self.growth and self.step < self.growth["until"]:
             maps = maps[: -self.growth["levels"]]
         partner = torch.arange(len(frames), device=frames.device) ^ 1
-        codes, kept = motion, None
-        if self.keeper is not None:
-            drawn = batch["drawn"].repeat_interleave(2)[:, None]
-            with torch.no_grad():
-                earlier = self.keeper.motion(frames).to(motion.dtype)
-            distance = (motion - earlier).float().square().mean(1, keepdim=True)
-            kept = (distance * drawn).sum() / drawn.sum().clamp(min=1)
-            codes = torch.where(drawn, earlier, motion)
+        codes = motion if kept is None else torch.where(kept[1], kept[0].to(motion.dtype), motion)
         noisy = codes + self.motion_noise * torch.randn_like(codes)
         style = codec.decoder.navigate(style[partner], noisy)
-        return codec.decoder(style, [level[partner] for level in maps]), motion, kept
+        return codec.decoder(style, [level[partner] for level in maps]), motion
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""

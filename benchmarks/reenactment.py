@@ -1,0 +1,215 @@
+"""How well a portrait codec rebuilds real people, and carries the movement of one to the face of another.
+
+Each clip's face is cut as inference cuts it. In self-reenactment, the clip is rebuilt from its first frame and its
+motion codes; in cross-reenactment, the motion codes of one person's clip move the first frame of another's. The opening
+of the mouth is read from dlib's landmarks of the inner lips, in units of the distance of the eyes; `identity` is the
+cosine of embeddings of dlib's face recognition network, on which nothing here was trained (extra `landmarks`). For the
+cosine's scale, `same_person` compares two clips of one person, `other_people` clips of two. The codec `copy` repeats
+the first frame.
+
+With --drawn, it also rebuilds held-out drawn faces of a synthetic corpus, and once more from the motion codes of the
+codec named by --codes, as a model of those codes would have them rebuilt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from corpora.synthetic.mouth_opening import MouthReader
+from engine.errors import UserError, require
+from engine.evaluation.resynthesis import rebuild
+from engine.evaluation.validation import ALONE
+from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
+from engine.metrics.picture import reconstruction
+from lia_x.codec import LiaX
+from lia_x.data import held_out_frames
+from scripts.arguments import within
+from talker_t2av.faces import find_square, read_square
+
+COPY = "copy"
+SEEN_AT = 256  # pixels of the side of the pictures that dlib sees
+EVERY = 10  # frames from one embedding to the next
+LIPS, EYES = ([61, 62, 63], [67, 66, 65]), (slice(36, 42), slice(42, 48))  # of the 68 landmarks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--codecs", nargs="+", default=["assets/lia_x_tiny"], help=f"releases of LIA-X, or {COPY}")
+    parser.add_argument("--people", nargs="*", type=Path, default=[], help="folders of clips, one for each person")
+    parser.add_argument("--clips", type=within(1), default=4, help="of each person, spread over the names")
+    parser.add_argument("--drawn", type=Path, help="synthetic corpus")
+    parser.add_argument("--drawn-clips", type=within(1), default=8, help="of each of its held-out splits")
+    parser.add_argument("--codes", help="release whose motion codes of drawn faces are decoded, too")
+    parser.add_argument("--sheets", type=Path, help="folder for pictures of true and rebuilt frames, to be looked at")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    judge = Judge() if args.people else None
+    people = {folder.name: [judge.read(path) for path in spread(folder, args.clips)] for folder in args.people}
+    if len(people) > 1 and args.clips > 1:
+        result = {"same_person": _cosine(people, 0, 1), "other_people": _cosine(people, 1, 0)}
+        yield result, "identity, true clips: " + _line(result)
+    for name in args.codecs:
+        codec = Copy() if name == COPY else LiaX.from_pretrained(name)
+        for result in (*_self(codec, people, judge, args), *_cross(codec, people, judge), *_drawn(codec, args)):
+            yield {"codec": name, **result}, f"{name}, {result['what']}: {_line(result)}"
+
+
+def spread(folder: Path, count: int) -> list[Path]:
+    """Return `count` clips of a folder, or all that there are, spread evenly over their names."""
+    files = sorted(folder.glob("*.mp4"))
+    if not files:
+        raise UserError(f"--people {folder}: no *.mp4 in it")
+    count = min(count, len(files))
+    return [files[k * len(files) // count] for k in range(count)]
+
+
+@dataclass
+class Seen:
+    """A clip as the judge sees it: frames (T, 128, 128, 3), opening (T,), embeddings (E, 128) of unit length."""
+
+    name: str
+    frames: np.ndarray
+    box: Any
+    opening: np.ndarray
+    faces: np.ndarray
+
+
+class Copy:
+    """A codec that repeats the first frame."""
+
+    size = 128
+
+
+class Judge:
+    """dlib's landmarks and face recognition."""
+
+    def __init__(self) -> None:
+        self.dlib = require("dlib", "dlib", "landmarks")
+        models = require("face_recognition_models", "face_recognition_models", "landmarks")
+        self.detect = self.dlib.get_frontal_face_detector()
+        self.predict = self.dlib.shape_predictor(models.pose_predictor_model_location())
+        self.embed = self.dlib.face_recognition_model_v1(models.face_recognition_model_location())
+
+    def read(self, path: Path) -> Seen:
+        square = find_square(path, 75)
+        frames = fit_frames(np.concatenate(list(read_square(path, square, 10**6))), Copy.size)
+        boxes = self.detect(_large(frames[0]), 1)
+        if not boxes:
+            raise UserError(f"{path}: dlib finds no face in the first frame")
+        box = max(boxes, key=lambda box: box.area())
+        return Seen(f"{path.parent.name}-{path.stem}", frames, box, *self.look(frames, box))
+
+    def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Read the opening (T,) and embeddings (E, 128) of frames (T, S, S, 3) whose face is in `box`."""
+        opening, faces = [], []
+        for number, frame in enumerate(map(_large, frames)):
+            shape = self.predict(frame, box)
+            points = np.array([(shape.part(k).x, shape.part(k).y) for k in range(68)], float)
+            eyes = np.linalg.norm(np.subtract(*(points[eye].mean(0) for eye in EYES)))
+            opening.append(np.linalg.norm(points[LIPS[0]] - points[LIPS[1]], axis=1).mean() / eyes)
+            if number % EVERY == EVERY // 2:
+                face = np.array(self.embed.compute_face_descriptor(frame, shape))
+                faces.append(face / np.linalg.norm(face))
+        return np.array(opening), np.array(faces)
+
+
+def _large(frame: np.ndarray) -> np.ndarray:
+    return cv2.resize(frame, (SEEN_AT, SEEN_AT), interpolation=cv2.INTER_CUBIC)
+
+
+def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
+    if isinstance(codec, Copy):
+        return np.repeat((frames[0] if face is None else face)[None], len(frames), 0)
+    return rebuild(codec, frames, face)
+
+
+def _self(codec, people, judge, args) -> Iterator[dict[str, Any]]:
+    for person, clips in people.items():
+        found, sheet = defaultdict(list), []
+        for clip in clips:
+            made = _made(codec, clip.frames)
+            opening, faces = judge.look(made, clip.box)
+            figures = reconstruction(clip.frames, made)
+            figures["opening"] = correlation(clip.opening, opening)
+            figures["identity"] = float((clip.faces * faces).sum(1).mean())
+            for name, value in figures.items():
+                found[name].append(value)
+            sheet.append((clip.frames, made))
+        if args.sheets:
+            name = "copy" if isinstance(codec, Copy) else codec.digest()
+            write_sheet(args.sheets / f"{name}-{person}.png", *sheet[0])
+        yield {"what": f"self-reenactment of {person}", **_means(found)}
+
+
+def _cross(codec, people, judge) -> Iterator[dict[str, Any]]:
+    found, names = defaultdict(list), list(people)
+    for driver, other in zip(names, names[1:] + names[:1]):
+        for driving, shown in islice(zip(people[driver], people[other]), 2):
+            if driver == other:
+                continue
+            opening, faces = judge.look(_made(codec, driving.frames, shown.frames[0]), shown.box)
+            found["opening"].append(correlation(driving.opening, opening))
+            found["identity"].append(float((faces @ shown.faces.T).mean()))
+            found["identity_of_driver"].append(float((faces @ driving.faces.T).mean()))
+    if found:
+        yield {"what": "cross-reenactment", **_means(found)}
+
+
+def _drawn(codec, args) -> Iterator[dict[str, Any]]:
+    if not args.drawn:
+        return
+    reader = MouthReader()
+    earlier = LiaX.from_pretrained(args.codes) if args.codes else None
+    for split in ("seen", "unseen"):
+        found = defaultdict(list)
+        for _, frames in held_out_frames(args.drawn, split, args.drawn_clips, codec.size, ALONE):
+            made = _made(codec, frames)
+            for name, value in reconstruction(frames, made).items():
+                found[name].append(value)
+            found["opening"].append(correlation(reader(frames), reader(made)))
+            if earlier is not None and isinstance(codec, LiaX):
+                video = video_to_tensor(frames, codec.size)
+                codes, own = earlier.encode(video), codec.encode(video)
+                shown = to_bytes(codec.decode(codes, identity_to_tensor(frames[0], codec.size)))
+                found["psnr_of_codes"].append(reconstruction(frames, shown)["psnr"])
+                found["opening_of_codes"].append(correlation(reader(frames), reader(shown)))
+                found["code_error"].append(float(((own - codes).square().mean() / codes.var(0).mean()).sqrt()))
+        yield {"what": f"drawn faces, {split}", **_means(found)}
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Pearson's correlation of two (T,); 0 where one of them does not change."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+def _cosine(people: dict[str, list[Seen]], person: int, clip: int) -> float:
+    """Return the mean cosine of each person's first clip and clip number `clip` of the person `person` places on."""
+    clips = list(people.values())
+    pairs = [(own[0], clips[(k + person) % len(clips)][clip]) for k, own in enumerate(clips)]
+    return float(np.mean([(a.faces @ b.faces.T).mean() for a, b in pairs]))
+
+
+def _means(found: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+
+
+def _line(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in result.items() if name != "what")
+
+
+def write_sheet(path: Path, true: np.ndarray, made: np.ndarray, count: int = 32, zoom: int = 3) -> None:
+    """Write `count` pairs of true frames and rebuilt ones below them, `zoom` times as large."""
+    at = np.linspace(0, len(true) - 1, count).round().astype(int)
+    rows = [np.concatenate([np.concatenate(list(f[k]), 1) for f in (true, made)]) for k in at.reshape(-1, 8)]
+    sheet = cv2.resize(np.concatenate(rows), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))

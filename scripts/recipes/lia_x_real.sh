@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
+# Steps, in this order: prepare drawn train measure; without any, all of them. Each goes on where it stopped.
+set -euo pipefail
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+
+GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
+SPEAKERS="${SPEAKERS:-[s1,s3,s5]}"          # who is trained on
+HELD_OUT="${HELD_OUT:-s31 s32 s33 s34}"     # who is measured on
+SHARDS="${SHARDS:-data/shards/people}"      # pictures of the people, 30 MB
+DRAWN="${DRAWN:-data/synthetic_2}"          # drawn faces
+RUN="${RUN:-runs/lia_x_real}"
+PYTHON="${PYTHON:-python}"
+# Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
+
+if ! compgen -G "$GRID/*" >/dev/null; then
+    echo "error: GRID=$GRID is no folder with files: set GRID to the folder that holds s1, s2, ..." >&2
+    exit 2
+fi
+
+prepare() {
+    $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.speakers=$SPEAKERS" \
+        source.clips_each=120 source.protocol=seen features=lia_x_paper stages.portraits.size=144 \
+        stages.portraits.pictures=25 "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-}
+}
+
+drawn() { $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 300 --test-clips 40; }
+
+train() {
+    if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi
+    $PYTHON "$here/train.py" experiment=lia_x_real "data.corpus=$DRAWN" "data.people=$SHARDS" "run=$RUN" ${TRAIN:-}
+}
+
+measure() {
+    $PYTHON "$here/scripts/benchmark.py" reenactment --codecs copy "$here/assets/lia_x_tiny" "$RUN/release" \
+        --people $(printf "$GRID/%s " $HELD_OUT) --drawn "$DRAWN" --codes "$here/assets/lia_x_tiny" \
+        --out "$RUN/measured" ${MEASURE:-}
+}
+
+if [ $# = 0 ]; then set -- prepare drawn train measure; fi
+for step in "$@"; do
+    case "$step" in
+        prepare | drawn | train | measure) echo "--- $step"; "$step" ;;
+        *) echo "error: $step is no step: give prepare, drawn, train or measure" >&2; exit 2 ;;
+    esac
+done
