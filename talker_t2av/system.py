@@ -180,9 +180,15 @@ class TalkerSystem:
         # Whoever asks first: weights made in inference mode are of no use outside of it.
         with stage("loading"), torch.inference_mode(False):
             network = LOADERS[part](path)
-            if self.digests.get(part, None) not in (None, network.digest()):
+            expected = self.digests.get(part)
+            if expected is not None and expected not in (network.digest(), _keeps(network)):
                 raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
             return network.to(self.device)
+
+
+def _keeps(network: Any) -> str | None:
+    """Return the digest of the codec whose codes a codec decodes beside its own; None: it has none."""
+    return getattr(network, "release", {}).get("keeps")
 
 
 def load_model(folder: str | Path) -> tuple[TalkerT2AV, Path]:

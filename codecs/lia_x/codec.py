@@ -7,6 +7,7 @@ Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,14 @@ class LiaX(PortraitCodec):
         style, maps = self.encoder(source)
         motion = self.encoder.motion(target)
         return self.decoder(self.decoder.navigate(style, motion), maps), motion
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> LiaX:
+        """Make a network with random weights. `arguments` are the fields of `LiaXConfig`.
+
+        A release may also have `keeps`, the digest of an earlier codec whose motion codes of drawn faces it decodes.
+        """
+        return cls(LiaXConfig(**{name: value for name, value in arguments.items() if name != "keeps"}))
 
     # Inference ---------------------------------------------------------------------------------------------------
 

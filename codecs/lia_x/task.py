@@ -106,9 +106,11 @@ class LiaXTask(Task):
             if not init:
                 raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
             self.codec.encoder.requires_grad_(False)
-        self.keep, self.keeper = keep, None
+        self.keep, self.keeper, self.keeps = keep, None, None
         if keep:
-            self.keeper = load_like(LiaX, keep["release"], LiaXConfig(**codec)).encoder.requires_grad_(False)
+            earlier = load_like(LiaX, keep["release"], LiaXConfig(**codec))
+            self.keeps = earlier.digest()
+            self.keeper = earlier.encoder.requires_grad_(False)
         self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
         self.growth, self.guide, self.validation = growth, guide, validation
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
@@ -222,4 +224,5 @@ class LiaXTask(Task):
             title="LIA-X",
             about="Portrait video to motion codes, one a frame, and back to video with a source picture.",
             usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',
+            extra={"keeps": self.keeps} if self.keeps else None,
         )

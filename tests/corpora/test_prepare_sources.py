@@ -190,6 +190,14 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     source = grid(tmp_path, protocol="seen", speakers=["s1", "s2"], expression="neutral")
     seen = by_split(source)
     assert {split: len(clips) for split, clips in seen.items()} == {"train": 36, "val": 2, "test": 2}
+    few = by_split(grid(tmp_path, speakers=["s1", "s2"], clips_each=4))
+    verbs = [(clip.speaker, clip.text.split()[0]) for clips in few.values() for clip in clips]
+    assert sorted(verbs) == [("s1", "bin"), ("s1", "bin"), ("s1", "lay"), ("s1", "lay")] + [
+        ("s2", "bin"),
+        ("s2", "bin"),
+        ("s2", "lay"),
+        ("s2", "lay"),
+    ]  # spread over the names
     assert all({clip.speaker for clip in clips} == {"s1", "s2"} for clips in seen.values())
     every = {clip.key: clip for clips in seen.values() for clip in clips}
     assert len(every) == 40 and every["s2-bbbf1n"].expression == "neutral" and every["s2-bbbf1n"].phonemes is None

@@ -46,3 +46,9 @@ def test_pictures_to_and_from_bytes():
     assert identity_to_tensor(frames[0], 24).shape == (3, 24, 24)
     flat = np.full((60, 40, 3), 255, np.uint8)
     assert torch.equal(identity_to_tensor(flat, 24), torch.ones(3, 24, 24))
+
+
+def test_a_release_names_the_codec_whose_codes_it_keeps(model, tmp_path):
+    model.save(tmp_path / "kept", "", {"keeps": "0123abcd"})
+    again = LiaX.from_pretrained(tmp_path / "kept")
+    assert again.release["keeps"] == "0123abcd" and again.config == TINY

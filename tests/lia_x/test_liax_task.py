@@ -10,7 +10,8 @@ from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
 from engine.metrics.picture import Reconstruction, reconstruction, ssim
-from lia_x.data import FramePairs, held_out_frames, sample_frames
+from lia_x.augment import Augment, replace_wall
+from lia_x.data import FramePairs, RealAndDrawn, held_out_frames, relative_change, sample_frames
 from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural
 from lia_x.task import LiaXTask
 from tests.releases import write_release
@@ -191,3 +192,78 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     assert loss(x, x.detach(), levels=2) == 0
     with pytest.raises(UserError, match="no such checkpoint"):
         Perceptual(tmp_path / "missing.pth")
+
+
+def test_kept_codes_of_drawn_faces_pull_and_are_decoded(tmp_path):
+    weights = WEIGHTS | {"adversarial": 0.0}
+    write_release(make_task(weights=weights), tmp_path / "release")
+    release = str(tmp_path / "release")
+    task = make_task(weights=weights, keep={"release": release, "weight": 2.0})
+    with torch.no_grad():
+        task.codec.encoder.to_motion.bias.add_(0.5)  # codes leave those of the release by a half
+    mixed = batch() | {"drawn": torch.tensor([True, False])}
+    losses = task(mixed, "generator")
+    assert losses["keep"] == pytest.approx(0.25, rel=1e-3)
+    for level in task.codec.decoder.levels:  # until it has flow, no code changes the picture
+        torch.nn.init.normal_(level.to_flow.conv.weight)
+    frames = torch.rand(4, 3, 32, 32) * 2 - 1
+    earlier, drawn = torch.full((4, LIA_X["motion_dim"]), 50.0), torch.tensor([[True], [True], [False], [False]])
+    fake, motion = task._rebuild(frames, kept=(earlier, drawn))
+    plain, same = task._rebuild(frames)
+    assert torch.equal(motion, same) and not torch.allclose(fake[:2], plain[:2], atol=1e-3)
+    torch.testing.assert_close(fake[2:], plain[2:])
+    assert not any(name.startswith("keeper") for name, p in task.named_parameters() if p.requires_grad)
+
+
+def test_motion_is_read_from_views():
+    task = make_task().eval()
+    frames, views = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        _, motion = task._rebuild(frames, views)
+        torch.testing.assert_close(motion, task.codec.encoder.motion(views), rtol=1e-4, atol=1e-5)
+
+
+def test_real_faces_are_changed_and_drawn_ones_are_not(corpus, tmp_path, monkeypatch):
+    drawn, people = (FramePairs(corpus, 32, tmp_path, frames=5) for _ in range(2))
+    monkeypatch.setattr(people, "speakers", lambda: ["a", "b"])
+    data = RealAndDrawn(drawn, people, 32, [BOX | {"weight": 5.0}], people_repeats=2, moving=2.0)
+    items = [data.__getitem__(index, torch.Generator().manual_seed(index)) for index in range(len(data))]
+    assert [bool(item["drawn"]) for item in items] == [True, True, False, False, False, False]
+    assert torch.equal(items[0]["frames"], items[0]["views"]) and not torch.equal(items[2]["frames"], items[2]["views"])
+    again = data.__getitem__(2, torch.Generator().manual_seed(2))
+    assert all(torch.equal(items[2][name], again[name]) for name in again)
+    assert all(item["weights"].mean() == pytest.approx(1, abs=1e-3) for item in items[:3])
+    assert data.collate(items)["views"].shape == (6, 2, 32, 32, 3)
+
+
+def test_people_with_few_clips_repeat_as_often_as_those_with_many(corpus, tmp_path, monkeypatch):
+    pairs = FramePairs(corpus, 32, tmp_path, frames=5)
+    people = FramePairs(corpus, 32, tmp_path, frames=5)
+    monkeypatch.setattr(people, "speakers", lambda: ["a", "a", "a", "b"])
+    kept = RealAndDrawn(pairs, people, 32).items
+    assert sorted(index for source, index in kept if source is people) == [0, 1, 2, 3, 3, 3]
+
+
+def test_what_moves_counts_more():
+    change = relative_change(moving_square(10)[[0, 9]])
+    assert change[6, 16] > 3 and change[26, 4] < 0.3
+
+
+def test_a_blue_wall_is_replaced_and_a_face_is_not():
+    frames = np.full((2, 32, 32, 3), (40, 150, 220), np.uint8)  # the wall
+    frames[:, 8:24, 8:24] = (200, 150, 120)
+    changed = replace_wall(frames, np.random.default_rng(0))
+    assert np.abs(changed[:, 12:20, 12:20].astype(int) - (200, 150, 120)).max() <= 1
+    assert np.abs(changed[:, 2:5, 2:5].astype(int) - (40, 150, 220)).mean() > 20
+    assert np.array_equal(changed[0], changed[1])
+
+
+def test_a_pair_is_changed_in_one_way():
+    still = np.repeat(moving_square(1), 2, 0)
+    augment, rng = Augment(), np.random.default_rng(1)
+    moved, _ = augment.frame(still, 32, rng)
+    coloured = augment.recolour(moved, rng)
+    assert np.array_equal(coloured[0], coloured[1]) and not np.array_equal(coloured[0], still[0])
+    nothing = Augment(background=0, zoom=0, aspect=0, shift=0, bend=0, turn=0, flip=0, colour=0)
+    same, _ = nothing.frame(still, 32, rng)
+    assert np.array_equal(nothing.recolour(same, rng), still)

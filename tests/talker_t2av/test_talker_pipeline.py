@@ -187,6 +187,18 @@ def test_folders_are_checked(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_codec_that_keeps_the_codes_serves_the_model(tmp_path):
+    other = TalkerSystem().motion
+    kept = other.digest()
+    with torch.no_grad():
+        other.encoder.stem.weight.mul_(1.1)
+    other.save(tmp_path / "other", "")
+    with pytest.raises(UserError, match="makes other features"):
+        _ = TalkerSystem(codecs={"motion": tmp_path / "other"}).motion
+    other.save(tmp_path / "keeper", "", {"keeps": kept})
+    assert TalkerSystem(codecs={"motion": tmp_path / "keeper"}).motion.digest() != kept
+
+
 def test_a_folder_of_downloaded_files(tmp_path):
     """Everything that download_checkpoints.py fetches in one folder; each part is found by the names of its tensors."""
     folder, voice, face = tmp_path / "all", str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
