@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from rvq_codec.quantizer import ResidualQuantizer
 
 
@@ -88,7 +88,7 @@ def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tenso
     dead = (counts == 0) & (count > 0)
     draws = np.random.RandomState(seed).randint(0, 2**32, counts.numel(), dtype=np.uint32).astype(np.int64)
     nth = (dead.flatten().cumsum(0) - 1).clamp_min(0).view_as(dead)  # of the dead codes
-    chosen, residual = rows[send(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)], pool
+    chosen, residual = rows[to_device(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)], pool
     for i, level in enumerate(quantizer.quantizers):
         e = level.in_project(residual.T[None])[0].T
         level.codebook.weight.copy_(torch.where(dead[i, :, None], e[chosen[i]], level.codebook.weight))

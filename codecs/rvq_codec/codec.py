@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
 from engine.release import load_strict, weights_digest
@@ -88,7 +88,7 @@ class RVQCodec(Codec):
         if low < 0 or high >= self.codes:
             raise UserError(f"codes from {low} to {high}: this codec's codes are 0..{self.codes - 1}")
         device = next(self.quantizer.parameters()).device
-        return self.decoder(self.quantizer.embed(send(codes, device), levels))
+        return self.decoder(self.quantizer.embed(to_device(codes, device), levels))
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.quantizer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
@@ -64,7 +64,7 @@ def write_resynthesis(
 
 def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> np.ndarray:
     """Encode and decode a wave (N,) at the codec's rate; of levels of codes the first `levels`, None: all."""
-    code = codec.encode(send(torch.from_numpy(wave.copy())[None, None], next(codec.parameters()).device))
+    code = codec.encode(to_device(torch.from_numpy(wave.copy())[None, None], next(codec.parameters()).device))
     code = code if levels is None else code[:, :levels]
     return decode_wave(codec, code, len(wave))
 
@@ -80,4 +80,4 @@ def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = 
     device = next(codec.parameters()).device
     motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
-    return to_bytes(codec.decode(motion, codec.identity(send(picture, device))))
+    return to_bytes(codec.decode(motion, codec.identity(to_device(picture, device))))

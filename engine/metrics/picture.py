@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.media.pictures import fit_frames
 from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take
@@ -50,7 +50,7 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """
     batch, channels, height, width = a.shape
     stacked = torch.cat([a, b, a * a, b * b, a * b])
-    rows, columns = (send(_gaussian(size).to(a.dtype), a.device) for size in (height, width))
+    rows, columns = (to_device(_gaussian(size).to(a.dtype), a.device) for size in (height, width))
     blurred = rows @ stacked @ columns.T
     mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2

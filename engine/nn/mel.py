@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from engine.device import send
+from engine.device import to_device
 
 RATE = 16_000
 N_FFT, HOP = 400, 160
@@ -48,4 +48,4 @@ def mel_levels(wave: Tensor, bands: int) -> Tensor:
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)
         power = spectrum[..., :-1].abs().square()
-        return (send(_whisper_filters(bands), wave.device).T @ power).clamp(min=1e-10).log10()
+        return (to_device(_whisper_filters(bands), wave.device).T @ power).clamp(min=1e-10).log10()
