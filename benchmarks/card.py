@@ -42,7 +42,7 @@ from hicodit.settings import SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
 from lia_x.codec import LiaX, LiaXConfig
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Result, Rows
+from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
@@ -248,10 +248,12 @@ def graphs(machine: Machine) -> Iterator[Line]:
     talker = TalkerSystem(BUNDLED, None, machine.device).model
     results = []
     for eager in (True, False):
-        rows = Rows(talker, MODES["t2av"], Sampling(4, guidance=2.0), use_stop=False, backend=machine.backend)
+        decoder = BatchedDecoder(
+            talker, MODES["t2av"], Sampling(4, guidance=2.0), use_stop=False, backend=machine.backend
+        )
         if eager:
-            rows.run_step.backend = None
-        results.append(rows.generate([random_request(talker, machine.patches, 0)])[0])
+            decoder.run_step.backend = None
+        results.append(decoder.generate([random_request(talker, machine.patches, 0)])[0])
     one, two = results
     drift = max(float((getattr(one, s) - getattr(two, s)).abs().max()) for s in ("speech", "motion"))
     yield line("graphs talker", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
@@ -316,12 +318,12 @@ def talker(machine: Machine) -> Iterator[Line]:
     fuse_layers(model)
     machine.forget_peak()
     model.to(machine.device)
-    rows = Rows(model, MODES["t2av"], Sampling(), use_stop=False, backend=machine.backend)
-    graphs = rows.run_step.backend
+    decoder = BatchedDecoder(model, MODES["t2av"], Sampling(), use_stop=False, backend=machine.backend)
+    graphs = decoder.run_step.backend
 
     def speak(patches: int, eager: bool) -> None:
-        rows.run_step.backend = None if eager else graphs
-        rows.generate([random_request(model, patches, 0)])
+        decoder.run_step.backend = None if eager else graphs
+        decoder.generate([random_request(model, patches, 0)])
 
     yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
 
@@ -354,12 +356,12 @@ def clip(machine: Machine) -> Iterator[Line]:
     picture = torch.zeros(3, portrait.size, portrait.size, device=machine.device)
     request = random_request(model, patches, 0)
 
-    def generate_patches(mode: str, rows: Rows, given: Tensor) -> Result:
-        (result,) = rows.generate([replace(request, speech=given) if mode == "a2v" else request])
+    def generate_patches(mode: str, decoder: BatchedDecoder, given: Tensor) -> Result:
+        (result,) = decoder.generate([replace(request, speech=given) if mode == "a2v" else request])
         return result
 
-    def generate_clip(mode: str, rows: Rows) -> None:
-        result = generate_patches(mode, rows, speech.encode(wave)[0] if mode == "a2v" else latents)
+    def generate_clip(mode: str, decoder: BatchedDecoder) -> None:
+        result = generate_patches(mode, decoder, speech.encode(wave)[0] if mode == "a2v" else latents)
         identity = portrait.identity(picture)
         for part in result.motion.split(64):
             portrait.decode(part, identity)
@@ -367,11 +369,11 @@ def clip(machine: Machine) -> Iterator[Line]:
             speech.decode(result.speech[None])
 
     for mode, stated in PAPER_SPEED.items():
-        rows = Rows(model, MODES[mode], Sampling(), use_stop=False, backend=machine.backend)
-        took = machine.time(f"clip {mode}", partial(generate_patches, mode, rows, latents))
+        decoder = BatchedDecoder(model, MODES[mode], Sampling(), use_stop=False, backend=machine.backend)
+        took = machine.time(f"clip {mode}", partial(generate_patches, mode, decoder, latents))
         note = f"the paper, on an H20: {stated:g}"
         yield line(f"clip {mode}, without codecs", frames / took, "frames/s", stated, None, note)
-        took = machine.time(f"clip {mode} with codecs", partial(generate_clip, mode, rows))
+        took = machine.time(f"clip {mode} with codecs", partial(generate_clip, mode, decoder))
         yield line(f"clip {mode}, with codecs", frames / took, "frames/s", None, None, f"{note}, codecs perhaps")
 
 

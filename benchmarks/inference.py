@@ -63,7 +63,7 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
 from scripts.arguments import within
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.settings import with_preset as with_sampling
@@ -235,8 +235,8 @@ def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: t
     def loop(model: TalkerT2AV) -> list[float]:
         """Return the seconds of each patch."""
         times = [clock(device)]
-        rows = Rows(model, MODES["t2av"], sampling, batch, use_stop=False)
-        rows.generate(requests, on_step=lambda _: times.append(clock(device)))
+        decoder = BatchedDecoder(model, MODES["t2av"], sampling, batch, use_stop=False)
+        decoder.generate(requests, on_step=lambda _: times.append(clock(device)))
         return np.diff(times).tolist()
 
     def official() -> list[float]:

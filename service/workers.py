@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import UserError
 from hicodit.pipeline import HiCoDiTPipeline
-from talker_t2av.generation import Row, Rows
+from talker_t2av.generation import BatchedDecoder, Row
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.request import Mode
 
@@ -131,7 +131,7 @@ class TalkerWorker(Worker):
     def __init__(self, pipeline: TalkerPipeline, batch_size: int) -> None:
         super().__init__("talker", batch_size)
         self.pipeline = pipeline
-        self.batches: dict[Mode, Rows] = {}
+        self.batches: dict[Mode, BatchedDecoder] = {}
         self.rows: dict[Row, Ticket] = {}
 
     @property
@@ -148,7 +148,7 @@ class TalkerWorker(Worker):
         job, pipeline = ticket.job, self.pipeline
         try:
             if job.mode not in self.batches:
-                self.batches[job.mode] = Rows(
+                self.batches[job.mode] = BatchedDecoder(
                     pipeline.system.model, job.mode, pipeline.sampling, self.batch_size, check_every=1,
                     compile=pipeline.compile,
                 )  # fmt: skip
@@ -156,11 +156,11 @@ class TalkerWorker(Worker):
         except Exception as error:
             ticket.end(error)
 
-    def step(self, batch: Rows) -> None:
-        for row in [row for row in batch.rows if self.rows[row].cancelled()]:
+    def step(self, batch: BatchedDecoder) -> None:
+        for row in [row for row in batch.active if self.rows[row].cancelled()]:
             batch.leave(row)
             del self.rows[row]
-        if not (rows := [*batch.rows]):
+        if not (rows := [*batch.active]):
             return
         try:
             ended = batch.step()
@@ -169,7 +169,7 @@ class TalkerWorker(Worker):
             for row in ended:
                 self.rows.pop(row).end(batch.result(row))
         except Exception as error:
-            batch.leave(*batch.rows)
+            batch.leave(*batch.active)
             for row in rows:
                 if row in self.rows:
                     self.rows.pop(row).end(error)

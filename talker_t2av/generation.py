@@ -46,7 +46,7 @@ BUCKET = 64  # tokens: lengths of the cache are multiples of it
 
 @dataclass(frozen=True)
 class Patch:
-    """What one step drew for all rows, in the order of `Rows.rows` before the step.
+    """What one step drew for all rows, in the order of `BatchedDecoder.active` before the step.
 
     Attributes:
         speech, motion: (B, P, C) new frames; None for a stream that is not generated, or not yet for any row.
@@ -124,7 +124,7 @@ class Plan:
     stop_hits: Tensor
 
 
-class Rows:
+class BatchedDecoder:
     """Requests of one mode that are generated together: `join`, `step`, `leave`; or `generate`, which does all three.
 
     A row that ends leaves by itself. What shares the batch changes only rounding.
@@ -139,7 +139,7 @@ class Rows:
         backend: see `GraphedStep`.
 
     Attributes:
-        rows: those that run, in the order of their places.
+        active: rows that run, in the order of their places.
         patch: what the last step drew.
         length: N.
     """
@@ -157,8 +157,12 @@ class Rows:
         compile: bool = False,
         backend: CudaGraphs | None = None,
     ) -> None:
-        c, self.device = model.config, model.device
-        self.model, self.mode, self.sampling, self.places = model, mode, sampling, places
+        c = model.config
+        self.model = model
+        self.device = model.device
+        self.mode = mode
+        self.sampling = sampling
+        self.places = places
         self.check_every = check_every or (1 if self.device.type == "cpu" else 4)
         self.asks_stop = use_stop and mode.open_ended
         self.streams: list[Stream] = [s for s in ("speech", "motion") if getattr(mode, s) == "generated"]
@@ -171,7 +175,7 @@ class Rows:
         self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
         self.schedules = {s: self.heads[s].schedule(sampling.steps) for s in self.streams}
         self.run_step = GraphedStep(self._step, self.device, compile, backend)
-        self.rows: list[Row] = []
+        self.active: list[Row] = []
         self.patch: Patch | None = None
         self.steps_taken = 0
         self._allocate(BUCKET)
@@ -179,7 +183,7 @@ class Rows:
     @property
     def free(self) -> int:
         """How many requests may join now."""
-        return (self.places - len(self.rows)) // self.drafts
+        return (self.places - len(self.active)) // self.drafts
 
     def needs(self, request: Request) -> tuple[int, int]:
         """Return the steps after which a request ends at the latest, and its tokens in the cache by then.
@@ -187,7 +191,8 @@ class Rows:
         Raises:
             UserError: there is no patch to generate, or more tokens are needed than the backbone has positions.
         """
-        limit, most = step_limit(self.model, request, self.mode), self.model.llm.config.max_position_embeddings
+        limit = step_limit(self.model, request, self.mode)
+        most = self.model.llm.config.max_position_embeddings
         if limit < 1:
             raise UserError(f"nothing to generate: {limit} patches are left after the prefix")
         prompt = len(request.prompt) + request.task_first + self.per_patch * request.prefix
@@ -206,8 +211,10 @@ class Rows:
         Raises:
             UserError: as `needs` does.
         """
-        assert len(self.rows) < self.places, "no place is free"
-        c, size, place = self.model.config, self.model.config.patch_size, len(self.rows)
+        assert len(self.active) < self.places, "no place is free"
+        c = self.model.config
+        size = c.patch_size
+        place = len(self.active)
         limit, tokens = self.needs(request)
         request = map_tensors(lambda x: send(x, self.device), request)
         with half_precision(self.device, self.model.dtype):
@@ -232,7 +239,7 @@ class Rows:
             visible = position[..., None] >= position[:, None]
             self.state.hidden[place] = self.model.continue_cache(cache, prompt[None], visible, position)[0]
         else:
-            other = self.rows.index(like)
+            other = self.active.index(like)
             self.state.hidden[place] = self.state.hidden[other]
             self.cache[place] = self.cache[other]
         first_test = max(request.rules.first_test, request.min_patches + self.delay)
@@ -245,7 +252,7 @@ class Rows:
             (self.plan.stop_hits, request.rules.stop_hits),
         ):
             tensor[place].fill_(number)  # `tensor[place] = number` waits: it copies the number from the host
-        self.rows.append(row)
+        self.active.append(row)
         return row
 
     @torch.no_grad()
@@ -254,7 +261,7 @@ class Rows:
 
         ask: read the stop tests now, whatever `check_every` is.
         """
-        rows = [*self.rows]
+        rows = [*self.active]
         # Where there are graphs, a power of two rows are computed, so that there are few graphs.
         count = len(rows) if self.run_step.backend is None else min(self.places, 1 << (len(rows) - 1).bit_length())
         self.before_step()
@@ -288,13 +295,14 @@ class Rows:
     def leave(self, *rows: Row) -> None:
         """Take rows out; the last ones move to their places."""
         for row in rows:
-            if row not in self.rows:
+            if row not in self.active:
                 continue
-            place, last = self.rows.index(row), self.rows.pop()
+            place = self.active.index(row)
+            last = self.active.pop()
             if last is not row:
-                self.rows[place] = last
+                self.active[place] = last
                 for x in tensors_of((self.state, self.plan, self.cache)):
-                    x[place] = x[len(self.rows)]
+                    x[place] = x[len(self.active)]
 
     def result(self, row: Row) -> Result:
         """Return the new frames of a row that has ended."""
@@ -312,16 +320,17 @@ class Rows:
         """
         for request in requests:
             self.needs(request)
-        waiting, joined = deque(requests), []
+        waiting = deque(requests)
+        joined: list[Row] = []
         try:
-            while waiting or self.rows:
+            while waiting or self.active:
                 for _ in range(min(self.free, len(waiting))):
                     joined.append(self.join(waiting.popleft()))
-                running = sum(row.end is None for row in self.rows) // self.drafts
+                running = sum(row.end is None for row in self.active) // self.drafts
                 self.step()
                 on_step(running)
         finally:
-            self.rows.clear()
+            self.active.clear()
         return [self.result(row) for row in joined]
 
     def stream(self, request: Request) -> Iterator[Patch]:
@@ -350,7 +359,9 @@ class Rows:
         row = torch.arange(len(cache), device=cache.device)
         most = plan.known.shape[1] - 1  # rows beyond the last one, or past their end, stay within bounds
         known = plan.known[row, state.index.clamp(max=most)]
-        hidden, context, patches = state.hidden, dict(state.context), {}
+        hidden = state.hidden
+        context = dict(state.context)
+        patches = {}
         for i, turn in enumerate(self.turns):
             token = known[:, i]
             for s in turn:
@@ -367,12 +378,18 @@ class Rows:
                     after = torch.cat([context[s], patch], 1)[:, patch.shape[1] :]
                 if self.lag[s]:
                     begun = (number >= 0)[:, None]
-                    drawn, after = torch.where(begun, drawn, 0), torch.where(begun[..., None], after, context[s])
-                patches[s], context[s], token = patch, after, token + drawn
+                    drawn = torch.where(begun, drawn, 0)
+                    after = torch.where(begun[..., None], after, context[s])
+                patches[s] = patch
+                context[s] = after
+                token = token + drawn
             position = (state.length + i).clamp(max=cache.shape[-2] - 1)[:, None]
             visible = torch.arange(cache.shape[-2], device=cache.device) <= position[..., None]  # (B, 1, N)
             hidden = self.model.continue_cache(KeyValues(cache, position), token[:, None], visible, position)
-        index, hits, end, stop = state.index + 1, state.hits, state.end, None
+        index = state.index + 1
+        hits = state.hits
+        end = state.end
+        stop = None
         if self.asks_stop:
             stop = self.model.head_stop(hidden).sigmoid()
             hits = torch.where((stop >= 0.5) & (index >= plan.first_test), hits + 1, 0)
@@ -381,10 +398,12 @@ class Rows:
 
     def _allocate(self, tokens: int) -> None:
         """Make room for all places and at least so many tokens, and take over the rows that run."""
-        c, llm, size = self.model.config, self.model.llm.config, self.model.config.patch_size
+        c = self.model.config
+        llm = self.model.llm.config
+        size = c.patch_size
         channels = {"speech": c.speech_dim, "motion": c.motion_dim}
         conditions = {"speech": c.speaker_dim, "motion": c.motion_dim}
-        before = tensors_of((self.state, self.plan, self.cache)) if self.rows else []
+        before = tensors_of((self.state, self.plan, self.cache)) if self.active else []
         length = -(-tokens // BUCKET) * BUCKET
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

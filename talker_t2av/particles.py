@@ -24,7 +24,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
-from talker_t2av.generation import Result, Row, Rows, tensors_of
+from talker_t2av.generation import BatchedDecoder, Result, Row, tensors_of
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import ORDERS, Mode, Request, Sampling
 
@@ -42,8 +42,8 @@ def why_not(model: TalkerT2AV) -> str:
     return f"model.order={order}" if order in ORDERS else ""
 
 
-class Particles(Rows):
-    """`Rows` for V2A, with `sampling.particles` drafts of each request; a request's result is its likeliest draft.
+class Particles(BatchedDecoder):
+    """A `BatchedDecoder` for V2A with `sampling.particles` drafts of each request, whose result is the likeliest one.
 
     The noise of each draft is its own, and is scaled by `sampling.particle_temperature`: drafts that hardly differ
     leave nothing to choose from. All requests join before the first step, and leave after the last one.
@@ -64,13 +64,13 @@ class Particles(Rows):
 
     @property
     def free(self) -> int:
-        return 0 if any(row.index for row in self.rows) else super().free
+        return 0 if any(row.index for row in self.active) else super().free
 
     @torch.no_grad()
     def join(self, request: Request, **how: Any) -> Row:
         """Let the drafts of a request join; return the first of them."""
         assert self.free, "no place is free"
-        if not self.rows:
+        if not self.active:
             self.requests: list[Request] = []
             self.ancestors: list[Tensor] = []  # (B,) of each step: the row that each row continues
             self.log_weights = torch.zeros(0, self.drafts, device=self.device)  # (R, n)
@@ -84,15 +84,15 @@ class Particles(Rows):
 
     def leave(self, *rows: Row) -> None:
         """Take rows out once all have ended; before that they keep their places."""
-        if self.rows and all(row.end is not None for row in self.rows):
+        if self.active and all(row.end is not None for row in self.active):
             self.lines = torch.stack(self.ancestors).cpu().tolist()  # the host reads all of them at once
             self.best = self.log_weights.argmax(1).cpu().tolist()
-            self.ended = [*self.rows]
-            self.rows.clear()
+            self.ended = [*self.active]
+            self.active.clear()
 
     def before_step(self) -> None:
         """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
-        index, count = self.rows[0].index, self.drafts
+        index, count = self.active[0].index, self.drafts
         if index == 0:
             self.given = self.given_motion()
         errors = self.errors(index) * self.given["counts"][index][:, None]
@@ -114,7 +114,7 @@ class Particles(Rows):
             frames before it, zeros before the first; noise (S, R, K, C, P), from each request's seed; first (R, C), the
             first frame.
         """
-        c, size, limits = self.model.config, self.model.config.patch_size, [row.limit for row in self.rows]
+        c, size, limits = self.model.config, self.model.config.patch_size, [row.limit for row in self.active]
         steps, given = torch.arange(max(limits)), []
         for request, limit in zip(self.requests, limits[:: self.drafts]):
             motion = request.motion.cpu()

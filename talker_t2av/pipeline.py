@@ -32,7 +32,7 @@ from engine.precision import pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.publish import publish
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Result, Rows
+from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.prompt import step_limit
@@ -103,7 +103,7 @@ class TalkerPipeline:
     def __init__(self, system: TalkerSystem, sampling: Sampling | None = None, compile: bool = False) -> None:
         self.system, self.compile = system, compile
         self.sampling = sampling or system.sampling
-        self._idle: dict[Any, Rows] = {}
+        self._idle: dict[Any, BatchedDecoder] = {}
 
     @classmethod
     def from_pretrained(
@@ -176,24 +176,24 @@ class TalkerPipeline:
             return prepare_job(job, self.system, self.sampling.text_bytes)
 
     @contextmanager
-    def rows(self, mode: Mode, places: int, single: bool = False) -> Iterator[Rows]:
+    def decoder(self, mode: Mode, places: int, single: bool = False) -> Iterator[BatchedDecoder]:
         """Lend a loop that nobody else uses meanwhile; it serves the next job of the same kind, too.
 
         Args:
             single: draw one draft where `sampling.particles` are more.
         """
-        kind = Rows
+        kind = BatchedDecoder
         if mode.motion == "given" and self.sampling.particles > 1 and not single:
             from talker_t2av.particles import Particles as kind
         key = kind, mode, self.sampling, places, self.system.model
-        rows = self._idle.pop(key, None)
-        if rows is None:
-            rows = kind(self.system.model, mode, self.sampling, places, compile=self.compile)
+        decoder = self._idle.pop(key, None)
+        if decoder is None:
+            decoder = kind(self.system.model, mode, self.sampling, places, compile=self.compile)
         try:
-            yield rows
+            yield decoder
         finally:
-            rows.rows.clear()
-            self._idle[key] = rows
+            decoder.active.clear()
+            self._idle[key] = decoder
             for other in [*self._idle][:-KEPT]:
                 self._idle.pop(other, None)
 
@@ -210,9 +210,9 @@ class TalkerPipeline:
             places = min(len(requests), max(len(jobs), PARTS_AT_ONCE))
             with (
                 stage(f"sampling at most {seconds:.1f} s", most, "patches") as count,
-                self.rows(first.mode, places) as rows,
+                self.decoder(first.mode, places) as decoder,
             ):
-                results = iter(rows.generate(requests, count))
+                results = iter(decoder.generate(requests, count))
             talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
         return [talks[i] for i in range(len(prepared))]
 
@@ -232,10 +232,10 @@ class TalkerPipeline:
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
         done, last = 0, None
-        with self.rows(prepared.mode, 1, single=True) as rows:
+        with self.decoder(prepared.mode, 1, single=True) as decoder:
             for number, request in enumerate(prepared.requests):
                 sound_begins = motion_begins = number > 0  # after a pause
-                for wave in self._waves(rows, prepared, request, fresh):
+                for wave in self._waves(decoder, prepared, request, fresh):
                     wave = wave[: limit - done] if limit is not None else wave
                     if sound_begins and len(wave):
                         wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
@@ -248,10 +248,12 @@ class TalkerPipeline:
                     if len(wave) or frames is not None:
                         yield Chunk(wave, frames)
 
-    def _waves(self, rows: Rows, prepared: PreparedJob, request: Request, fresh: list[Tensor]) -> Iterator[np.ndarray]:
+    def _waves(
+        self, decoder: BatchedDecoder, prepared: PreparedJob, request: Request, fresh: list[Tensor]
+    ) -> Iterator[np.ndarray]:
         """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
-        steps = rows.stream(request)
+        steps = decoder.stream(request)
         if prepared.wave is not None:
             position = 0
             for step in steps:

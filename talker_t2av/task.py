@@ -30,7 +30,7 @@ from talker_t2av import released
 from talker_t2av.alignment import Alignment
 from talker_t2av.data import STAGES, TalkerExamples, collate
 from talker_t2av.faces import find_square, read_square
-from talker_t2av.generation import Result, Rows
+from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.layers import Block
 from talker_t2av.losses import count_elements, phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
@@ -205,7 +205,7 @@ class TalkerTask(Task):
                 )
                 for n, info in zip(own, infos)
             ]
-            spoken = Rows(self.model, MODES[task], self.sampling, len(requests)).generate(requests)
+            spoken = BatchedDecoder(self.model, MODES[task], self.sampling, len(requests)).generate(requests)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
             for _, info, wave in zip(range(WAVES)[own.start :], infos, waves):
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)

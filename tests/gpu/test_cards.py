@@ -20,7 +20,7 @@ import torch
 
 from engine.cuda_graph import GraphedStep
 from engine.training.trainer import Trainer
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import Job
 from tests.golden.golden_runs import RUNS, TRAINER
@@ -171,12 +171,14 @@ def test_replays_of_a_graph_are_the_step(compiled):
 def test_graphs_of_talkers_loop_are_its_steps(compiled):
     model, results = tiny_model().cuda(), []
     for eager in (True, False):
-        rows = Rows(model, MODES["t2av"], Sampling(3, guidance=2.0), 4, use_stop=False, compile=compiled and not eager)
+        decoder = BatchedDecoder(
+            model, MODES["t2av"], Sampling(3, guidance=2.0), 4, use_stop=False, compile=compiled and not eager
+        )
         if eager:
-            rows.run_step.backend = None
+            decoder.run_step.backend = None
         for _ in range(2):
-            results.append(rows.generate([request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]))
-        assert len(rows.run_step.graphs) == (0 if eager else 3)  # four rows, two, one
+            results.append(decoder.generate([request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]))
+        assert len(decoder.run_step.graphs) == (0 if eager else 3)  # four rows, two, one
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a.speech, b.speech, atol=1e-3, rtol=0)

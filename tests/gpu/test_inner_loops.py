@@ -17,7 +17,7 @@ from hicodit.generation import generate
 from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import MODES, Sampling
 from tests.gpu import fakes
@@ -46,10 +46,10 @@ def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
     config, attention, launches = tiny_model().config, [], Operators()
     model = TalkerT2AV(replace(config, llm=config.llm | {"num_hidden_layers": 28}, encoder_layers=4, head_layers=8))
     fuse_layers(model.eval().to_precision(torch.bfloat16))
-    rows = Rows(model, MODES["t2av"], Sampling(10, guidance=2.0), 2)
+    decoder = BatchedDecoder(model, MODES["t2av"], Sampling(10, guidance=2.0), 2)
     for asked in (request(), request(9)):
-        rows.join(asked)
-    shapes = map_tensors(lambda x: x.shape, rows.state)
+        decoder.join(asked)
+    shapes = map_tensors(lambda x: x.shape, decoder.state)
 
     def attend(q, k, v, **_):  # one kernel on CUDA; fake tensors would show the operators that compute it elsewhere
         attention.append(1)
@@ -62,20 +62,20 @@ def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
         fake_cuda() as operators,
         torch.inference_mode(),
     ):
-        rows.device, rows.model = CUDA, faked(model)
-        rows.heads = {"speech": rows.model.speech_cfm, "motion": rows.model.motion_cfm}
-        rows.encoders = {"speech": rows.model.speech_tokens, "motion": rows.model.motion_tokens}
+        decoder.device, decoder.model = CUDA, faked(model)
+        decoder.heads = {"speech": decoder.model.speech_cfm, "motion": decoder.model.motion_cfm}
+        decoder.encoders = {"speech": decoder.model.speech_tokens, "motion": decoder.model.motion_tokens}
         for name in ("state", "plan", "cache"):
-            setattr(rows, name, faked(getattr(rows, name)))
-        for schedule in rows.schedules.values():
+            setattr(decoder, name, faked(getattr(decoder, name)))
+        for schedule in decoder.schedules.values():
             object.__setattr__(schedule, "shifts", faked(schedule.shifts))
         operators.types.clear()
         with launches:
             for _ in range(3):
-                rows.step()
+                decoder.step()
     assert {dtype for name, dtype in operators.types if name in ("mm", "addmm")} == {torch.bfloat16, torch.float32}
-    assert all(patch.shape[1] == 4 for patch in (rows.patch.speech, rows.patch.motion))
-    assert map_tensors(lambda x: x.shape, rows.state) == shapes
+    assert all(patch.shape[1] == 4 for patch in (decoder.patch.speech, decoder.patch.motion))
+    assert map_tensors(lambda x: x.shape, decoder.state) == shapes
     assert len(attention) == 3 * (28 + 2 * 4 + 2 * 8 * 9)
     total, casts = (launches.kernels + len(attention)) / 3, launches.names["_to_copy"] / 3
     assert total < 3550 and casts < 72

@@ -13,7 +13,7 @@ import torch
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from lia_x import LiaX, LiaXConfig
-from talker_t2av.generation import Result, Rows
+from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
@@ -65,7 +65,7 @@ def request(length: int = 6, seed: int = 0, speech: int = 0, motion: int = 0, **
 
 def generate(model: TalkerT2AV, requests: list[Request], mode: Mode, sampling: Sampling, **how) -> list[Result]:
     """All requests in one batch."""
-    return Rows(model, mode, sampling, len(requests), **how).generate(requests)
+    return BatchedDecoder(model, mode, sampling, len(requests), **how).generate(requests)
 
 
 def utterance(asked: Request, speech: torch.Tensor, motion: torch.Tensor, slots: int) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def run(model, requests, sampling=SAMPLING):
     """The loop after its last step, its rows, and the result of each request."""
     loop = Particles(model, V2A, sampling, len(requests))
     rows = [loop.join(asked) for asked in requests]
-    while loop.rows:
+    while loop.active:
         loop.step()
     return loop, [loop.result(row) for row in rows]
 

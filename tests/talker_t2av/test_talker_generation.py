@@ -11,7 +11,7 @@ from talker_fixtures import all_frames, assert_close, generate, request, tiny_mo
 from engine.errors import UserError
 from talker_t2av.data import SequenceFormat
 from talker_t2av.diffusion_head import FlowHead
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.losses import training_forward
 from talker_t2av.request import MODES, Sampling
 
@@ -75,7 +75,7 @@ def test_eight_rows_that_take_turns_in_five_places_are_eight_rows_alone(mode, de
         speech, motion = (4 * patches for patches in streams.get(mode, (prefix, prefix + 9 - seed)))
         limits = {"prefix": prefix, "max_patches": 4 + seed, "min_patches": 1 + seed % 4}
         rows.append(request(3 + 2 * seed, seed, speech, motion, **limits))
-    together = Rows(model, MODES[mode], SAMPLING, 5).generate(rows)
+    together = BatchedDecoder(model, MODES[mode], SAMPLING, 5).generate(rows)
     lengths = set()
     for row, result in zip(rows, together):
         alone = generate(model, [row], MODES[mode], SAMPLING)[0]
@@ -138,7 +138,7 @@ def test_a_stop_between_two_reads_is_not_lost_at_the_limit_nor_late_in_a_stream(
     assert one.stopped and len(one.speech) == 4 * 5
     assert not other.stopped and len(other.speech) == 4 * 3
     model.head_stop = Verdicts("....x..")
-    assert len(list(Rows(model, MODES["tts"], SAMPLING, check_every=check_every).stream(rows[0]))) == 5
+    assert len(list(BatchedDecoder(model, MODES["tts"], SAMPLING, check_every=check_every).stream(rows[0]))) == 5
 
 
 def test_limits():

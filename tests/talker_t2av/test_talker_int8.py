@@ -13,7 +13,7 @@ from benchmarks.common import Operators
 from engine.errors import UserError
 from engine.precision import Int8Linear, PackedLinear, can_int8, prepare_inference
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.request import MODES, Sampling
@@ -50,10 +50,10 @@ def test_operators_of_a_patch_in_int8():
     model = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval()
     fuse_layers(model)
     prepare_inference(model, int8=True)
-    rows = Rows(model, MODES["t2av"], with_preset("fast", Sampling()))
-    rows.join(request())
+    decoder = BatchedDecoder(model, MODES["t2av"], with_preset("fast", Sampling()))
+    decoder.join(request())
     with Operators() as counted:
-        rows.step()
+        decoder.step()
     assert counted.names["linear_with_input_q_dq_qweight_dq_output_fp32"] == 4 * (28 + 2 * 4 + 2 * 8 * 3)
     assert sum(counted.names.values()) < 4400
 

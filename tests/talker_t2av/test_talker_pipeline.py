@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
 from engine.precision import PackedLinear, can_pack
 from talker_t2av.faces import find_square, read_square
-from talker_t2av.generation import Rows
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.jobs import encode_motion, prepare_job
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 from talker_t2av.request import Sampling
@@ -131,7 +131,7 @@ def test_a_long_text_is_spoken_in_parts(pipeline, mode):
 def test_a_stream_speaks_before_it_knows_the_end(pipeline):
     """The first sound comes when the decoder has heard its look-ahead, not at the end."""
     job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
-    with mock.patch.object(Rows, "step", autospec=True, side_effect=Rows.step) as step:
+    with mock.patch.object(BatchedDecoder, "step", autospec=True, side_effect=BatchedDecoder.step) as step:
         first = next(chunk for chunk in pipeline.stream(job) if len(chunk.wave))
     reach = pipeline.system.speech.decoder.reach[1]
     assert len(first.wave) and step.call_count == reach // 4 + 1 < 19

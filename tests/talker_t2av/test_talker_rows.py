@@ -9,7 +9,7 @@ import pytest
 import torch
 from talker_fixtures import assert_close, generate, request, tiny_model
 
-from talker_t2av.generation import BUCKET, Rows, tensors_of
+from talker_t2av.generation import BUCKET, BatchedDecoder, tensors_of
 from talker_t2av.particles import Particles
 from talker_t2av.request import MODES, LoopRules, Sampling
 from tests.gpu.dying_graphs import DyingOutputs
@@ -18,15 +18,15 @@ SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 GIVEN = {"a2v": {"speech": 20}, "v2a": {"motion": 20}}
 
 
-def come_and_go(rows, asked):
+def come_and_go(decoder, asked):
     """Let a request join every second step; return the results in the order of the requests."""
     joined, waiting = [], [*asked]
     for step in range(60):
         if waiting and step % 2 == 0:
-            joined.append(rows.join(waiting.pop(0)))
-        if rows.rows:
-            rows.step()
-    return [rows.result(row) for row in joined]
+            joined.append(decoder.join(waiting.pop(0)))
+        if decoder.active:
+            decoder.step()
+    return [decoder.result(row) for row in joined]
 
 
 @pytest.mark.parametrize("order", ["add", "va"])
@@ -42,7 +42,7 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
         request(length, seed, max_patches=3 + 2 * seed, rules=own)
         for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))
     ]
-    for one, result in zip(asked, come_and_go(Rows(model, MODES[mode], SAMPLING, 5), asked)):
+    for one, result in zip(asked, come_and_go(BatchedDecoder(model, MODES[mode], SAMPLING, 5), asked)):
         assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
@@ -50,44 +50,44 @@ def test_rows_go_on_if_there_is_no_memory_for_another(monkeypatch):
     model = tiny_model()
     asked = request(5, 1, max_patches=6, min_patches=6)
     alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
-    rows = Rows(model, MODES["tts"], SAMPLING, 2)
-    row, length, zeros = rows.join(asked), rows.length, torch.zeros
+    decoder = BatchedDecoder(model, MODES["tts"], SAMPLING, 2)
+    row, length, zeros = decoder.join(asked), decoder.length, torch.zeros
 
     def without_memory(*shape, **how):
         if len(shape) == 6:  # the cache
             raise torch.OutOfMemoryError
         return zeros(*shape, **how)
 
-    rows.step()
+    decoder.step()
     monkeypatch.setattr("torch.zeros", without_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        rows.join(request(3 * BUCKET, 2, max_patches=6))
+        decoder.join(request(3 * BUCKET, 2, max_patches=6))
     monkeypatch.undo()
-    assert rows.length == length
-    while rows.rows:
-        rows.step()
-    assert_close(alone, rows.result(row), 1e-4)
+    assert decoder.length == length
+    while decoder.active:
+        decoder.step()
+    assert_close(alone, decoder.result(row), 1e-4)
 
 
 def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
     model = tiny_model()
     model.head_stop.head.weight.data.zero_()  # sigmoid(0) = 0.5 would stop at once
     model.head_stop.head.weight.data -= 1e-3
-    rows, asked = Rows(model, MODES["tts"], SAMPLING, 3), request(5, 1, max_patches=6, min_patches=6)
+    decoder, asked = BatchedDecoder(model, MODES["tts"], SAMPLING, 3), request(5, 1, max_patches=6, min_patches=6)
     alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
-    given_up = rows.join(request(12, 7, max_patches=30, min_patches=30))
-    row = rows.join(asked)
-    rows.step()
-    rows.leave(given_up)
-    while rows.rows:
-        rows.step()
-    assert_close(rows.result(row), alone, 1e-4)
-    cache = rows.cache
+    given_up = decoder.join(request(12, 7, max_patches=30, min_patches=30))
+    row = decoder.join(asked)
+    decoder.step()
+    decoder.leave(given_up)
+    while decoder.active:
+        decoder.step()
+    assert_close(decoder.result(row), alone, 1e-4)
+    cache = decoder.cache
     for seed in range(20):  # always two rows, of which one ends every few steps
-        rows.join(request(5, seed, max_patches=6, min_patches=6))
+        decoder.join(request(5, seed, max_patches=6, min_patches=6))
         for _ in range(3):
-            rows.step()
-    assert rows.cache is cache and rows.length == BUCKET
+            decoder.step()
+    assert decoder.cache is cache and decoder.length == BUCKET
 
 
 class TestOutputsThatDie:
@@ -106,7 +106,7 @@ class TestOutputsThatDie:
     def test_stream(self):
         model, asked = tiny_model(delay=1), request(max_patches=5, min_patches=5)
         ways = [
-            list(Rows(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
+            list(BatchedDecoder(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
             for backend in (None, DyingOutputs())
         ]
         assert len(ways[0]) == len(ways[1]) == 6
@@ -116,7 +116,7 @@ class TestOutputsThatDie:
     def test_rows_that_come_and_go(self):
         """Of four places, so that a step of three rows computes a fourth that nobody has."""
         model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
-        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs()), asked)
+        results = come_and_go(BatchedDecoder(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs()), asked)
         for one, result in zip(asked, results):
             assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
@@ -134,28 +134,28 @@ class TestOutputsThatDie:
 def test_a_graph_serves_steps_and_utterances_of_a_bucket():
     """Its inputs, the cache among them, keep their addresses and shapes; another bucket has a graph of its own."""
     backend = DyingOutputs()
-    rows, seen = Rows(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend), []
-    step = rows.run_step.step
-    rows.run_step.step = lambda *values: (
+    decoder, seen = BatchedDecoder(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend), []
+    step = decoder.run_step.step
+    decoder.run_step.step = lambda *values: (
         seen.append([(x.data_ptr(), x.shape) for x in tensors_of(values)]) or step(*values)
     )
     for length, patches in ((6, 5), (20, 9), (3, 12)):
-        rows.generate([request(length, max_patches=patches), request(length + 4, 1, max_patches=patches)])
+        decoder.generate([request(length, max_patches=patches), request(length + 4, 1, max_patches=patches)])
     pairs = [shapes for shapes in seen if shapes[-1][1][0] == 2]
     assert backend.captures == 2  # two rows, and one where the other has ended
     assert len(pairs) > 6 and all(shapes == pairs[0] for shapes in pairs)
-    rows.generate([request(80, max_patches=3)])
-    assert backend.captures == 3 and rows.length == 2 * BUCKET
+    decoder.generate([request(80, max_patches=3)])
+    assert backend.captures == 3 and decoder.length == 2 * BUCKET
 
 
 def test_a_whole_step_can_be_compiled():
     """Without a compiler behind it: what is tested is that a step can be traced whole, and twice at most."""
     model, asked, graphs = tiny_model(), [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)], []
     torch._dynamo.reset()
-    rows = Rows(model, MODES["t2av"], SAMPLING, 2)
-    rows.run_step.step = torch.compile(
-        rows._step, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
+    decoder = BatchedDecoder(model, MODES["t2av"], SAMPLING, 2)
+    decoder.run_step.step = torch.compile(
+        decoder._step, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
     )
-    for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), rows.generate(asked)):
+    for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), decoder.generate(asked)):
         assert_close(a, b, 1e-5)
     assert 1 <= len(graphs) <= 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from engine.nn.mel import RATE, log_mel, pad_or_trim
 from talker_t2av import official
 from talker_t2av.data import SequenceFormat, collate, window_range
-from talker_t2av.generation import Result, Rows
+from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import MODES, Mode, Request, Sampling
@@ -90,24 +90,24 @@ def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tup
         stream: F.pad(z, (0, 0) * 3 + (0, count - len(z))) for stream, z in noise.items() if z is not None
     }
     noise = {stream: z[:, 0] for stream, z in noise.items()}
-    rows = Rows(model, mode, sampling, use_stop=use_stop)
-    row, hidden, steps = rows.join(request, noise), [], []
-    while rows.rows:
-        hidden.append(rows.state.hidden.clone())
-        rows.step()
-        steps.append(rows.patch)
+    decoder = BatchedDecoder(model, mode, sampling, use_stop=use_stop)
+    row, hidden, steps = decoder.join(request, noise), [], []
+    while decoder.active:
+        hidden.append(decoder.state.hidden.clone())
+        decoder.step()
+        steps.append(decoder.patch)
     stops = [step.stop for step in steps[request.rules.first_test - 1 : -1] if step.stop is not None]
     if row.end < row.limit:
         stops.append(steps[-1].stop)
     out = {
         "prefill_embeds": row.prompt[None],
         "step_tokens": torch.cat([step.token for step in steps]),
-        "h": torch.cat([*hidden, rows.state.hidden]),
+        "h": torch.cat([*hidden, decoder.state.hidden]),
         "stop_prob": torch.cat(stops) if stops else torch.zeros(0),
         "n_steps": torch.tensor(len(steps)),
         "n_motion_steps": torch.tensor(sum(step.motion is not None for step in steps)),
     }
-    return out, rows.result(row)
+    return out, decoder.result(row)
 
 
 @runner("gen_speech", "gen_speech_motion")
