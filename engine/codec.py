@@ -16,10 +16,10 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.hub import release_folder
-from engine.release import Released, release_kind
+from engine.release import Pretrained, release_kind
 
 
-class Codec(Released):
+class Codec(Pretrained):
     """A signal to a code and back.
 
     A codec of tokens has `levels` and `codes`; its codes are (B, Q, L) int64. A codec of latents has `channels`; its

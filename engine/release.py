@@ -35,22 +35,25 @@ from engine.untrusted import check_numbers, read_yaml
 N = TypeVar("N", bound=nn.Module)
 
 
-class Released(nn.Module):
+class Pretrained(nn.Module):
     """A network with release folders: `save`, `from_pretrained`, `digest`.
 
-    A subclass names its `kind` and `Config` and takes a `Config` as its one argument. One that is made from more than a
-    dataclass, or that stores less than its state dict, overrides `arguments`, `from_arguments`, `stored` or `take`.
+    A subclass sets `kind` and `Config`, and its constructor takes one `Config`. A class that is built from more than a
+    dataclass, or that stores less than its state dict, overrides `arguments`, `from_arguments`, `stored` or
+    `load_tensors`.
 
     Attributes:
         kind: names the class in config.yaml.
         Config: dataclass of the constructor's argument, which is `config`.
-        beyond: tensors and numbers that the network may have beyond those of its release, such as tables.
+        max_extra_tensors, max_extra_params: how many tensors, and elements of them, the network may have that its
+            release does not store, such as tables.
         release: the whole config.yaml of the folder that the network was loaded from, but for the kind; else {}.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type]
-    beyond: ClassVar[tuple[int, int]] = 500, 2**24
+    max_extra_tensors: ClassVar[int] = 500
+    max_extra_params: ClassVar[int] = 2**24
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Released(nn.Module):
         """Return the tensors that a release holds."""
         return self.state_dict()
 
-    def take(self, state: dict[str, Tensor], source: str | Path) -> None:
+    def load_tensors(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Load the tensors of a release."""
         load_strict(self, state, source)
 
@@ -93,13 +96,13 @@ class Released(nn.Module):
             return cls.from_tensors(*official, folder)
         config, state = read_release(folder, cls.kind)
         try:
-            with _no_larger_than(state, *cls.beyond):
+            with _no_larger_than(state, cls.max_extra_tensors, cls.max_extra_params):
                 network = cls.from_arguments(config, **options)
         except UserError as error:
             raise UserError(f"{folder / 'config.yaml'}: {error}") from error
         except Exception as error:  # sizes that do not go together raise whatever the layers raise
             raise UserError(f"{folder / 'config.yaml'} does not describe a {cls.__name__}: {error}") from error
-        network.take(state, folder)
+        network.load_tensors(state, folder)
         network.release = config
         return network.eval()
 
@@ -121,18 +124,23 @@ class Released(nn.Module):
 
 
 @contextmanager
-def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: int) -> Iterator[None]:
-    """Limit networks made in the block to twice the size of `state` and `more_tensors`, `more_numbers` beyond it.
+def _no_larger_than(state: dict[str, Tensor], extra_tensors: int, extra_params: int) -> Iterator[None]:
+    """Refuse networks built in the block that are far larger than the tensors of their release.
 
-    Twice, because weight normalisation registers a weight again in place of the first one.
+    The limit is twice the size of `state`, as weight normalisation registers a weight again in place of the first one,
+    and `extra_tensors` with `extra_params` elements more.
+
+    Raises:
+        UserError: a module registers a tensor over the limit.
     """
-    tensors = 2 * len(state) + more_tensors
-    numbers = 2 * sum(value.numel() for value in state.values()) + more_numbers
+    tensors_left = 2 * len(state) + extra_tensors
+    params_left = 2 * sum(value.numel() for value in state.values()) + extra_params
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
-        nonlocal tensors, numbers
-        tensors, numbers = tensors - 1, numbers - (0 if value is None else value.numel())
-        if min(tensors, numbers) < 0:
+        nonlocal tensors_left, params_left
+        tensors_left -= 1
+        params_left -= 0 if value is None else value.numel()
+        if min(tensors_left, params_left) < 0:
             raise UserError("its sizes make a far larger model than model.safetensors holds")
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]

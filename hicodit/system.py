@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.codec import Codec
 from engine.device import to_device
 from engine.errors import UserError
-from engine.release import Released, without_retired
+from engine.release import Pretrained, without_retired
 from engine.settings import make
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit
@@ -28,14 +28,15 @@ CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers tha
 PICTURES = 512  # face pictures whose expression is read at once
 
 
-class HiCoDiTSystem(Released):
+class HiCoDiTSystem(Pretrained):
     """The score network and the three condition encoders.
 
     Released encoders are used, but they are not part of the state that is trained, saved and loaded.
     """
 
     kind = "hicodit"
-    beyond = 4000, 2**29  # official encoders have so much
+    max_extra_tensors = 4000  # official encoders have so much
+    max_extra_params = 2**29
 
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
         super().__init__(model)

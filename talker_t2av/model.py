@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from engine.errors import UserError
 from engine.precision import convert_matrices
-from engine.release import Released, load_strict, without_retired
+from engine.release import Pretrained, load_strict, without_retired
 from engine.settings import Group, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
@@ -109,7 +109,7 @@ class StopPredictor(nn.Module):
         return self.head(F.silu(self.proj(h)))[..., 0]
 
 
-class TalkerT2AV(Released):
+class TalkerT2AV(Pretrained):
     """Text and patches of speech and motion in, hidden states out; heads that draw the next patches from them."""
 
     kind = "talker_t2av"
@@ -201,10 +201,10 @@ class TalkerT2AV(Released):
         config = config or TalkerConfig(**released.released_fields(state))
         with torch.device("meta"):
             model = cls(config)
-        model.take(state, "the state dict" if isinstance(source, dict) else source)
+        model.load_tensors(state, "the state dict" if isinstance(source, dict) else source)
         return model.eval()
 
-    def take(self, state: dict[str, Tensor], source: str | Path) -> None:
+    def load_tensors(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Make the tensors of `state` (released names) the model's own, in float32."""
         state = released.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)

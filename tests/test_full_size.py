@@ -87,5 +87,5 @@ def test_a_codec_is_no_larger_than_its_own_release(codec, name):
     arguments = OmegaConf.to_container(OmegaConf.load(CONFIGS / "codec" / f"{name}.yaml"))
     with torch.device("meta"):
         state = codec.from_arguments(arguments).stored()
-        with _no_larger_than(state, *codec.beyond):
+        with _no_larger_than(state, codec.max_extra_tensors, codec.max_extra_params):
             codec.from_arguments(arguments)

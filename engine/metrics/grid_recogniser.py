@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.media.audio import resample_wave
 from engine.nn.mel import RATE, log_mel
-from engine.release import Released
+from engine.release import Pretrained
 from engine.settings import Group, setting
 
 PLACES = (
@@ -75,7 +75,7 @@ class ResidualConv(nn.Module):
         return F.relu(x + y)
 
 
-class GridRecogniser(Released):
+class GridRecogniser(Pretrained):
     """Log-mel bands to logarithms of the words' probabilities, by convolutions and a bidirectional GRU."""
 
     kind = "grid_recogniser"

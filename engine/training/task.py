@@ -20,7 +20,7 @@ class Release:
     """What a release holds beside its weights.
 
     Attributes:
-        kind: of the model; see `engine.release.Released`.
+        kind: of the model; see `engine.release.Pretrained`.
         config: its constructor arguments, and what else inference needs; JSON can hold it.
         module: name of the task's submodule that is released.
         title: of the card. about: what the model is, a sentence or two. usage: Python lines that load "FOLDER".
@@ -108,7 +108,7 @@ class Task(nn.Module):
     def release_of(
         self, module: str, title: str, about: str, usage: str, extra: dict[str, Any] | None = None
     ) -> Release:
-        """Describe a release of the `Released` submodule `module`; `extra` joins its config."""
+        """Describe a release of the `Pretrained` submodule `module`; `extra` joins its config."""
         network = self.get_submodule(module)
         left_out = tuple(sorted(network.state_dict().keys() - network.stored().keys()))
         config = network.arguments() | (extra or {})

@@ -24,7 +24,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.official import numbered, rename_all, sizes_of
-from engine.release import Released, build_with, weights_digest
+from engine.release import Pretrained, build_with, weights_digest
 from engine.settings import Group, setting
 from engine.torch_files import read_state
 
@@ -321,7 +321,7 @@ def level_mel(wave: Tensor, bands: int) -> Tensor:
     return mel - mel.amax((-2, -1), keepdim=True) + 1
 
 
-class VoiceEncoder(Released):
+class VoiceEncoder(Pretrained):
     """Wave to speaker embedding, small: ECAPA-TDNN on log-mel bands."""
 
     kind = "voice_encoder"
