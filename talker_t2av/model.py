@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.precision import convert_matrices
 from engine.release import Pretrained, load_strict, without_retired
 from engine.settings import Group, require_range, setting
-from talker_t2av import released
+from talker_t2av import upstream
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import DROP_COND, DROP_MU
 from talker_t2av.layers import PatchEncoder, QwenNorm
@@ -197,8 +197,8 @@ class TalkerT2AV(Pretrained):
         Raises:
             UserError: a file or tensor is missing, or a shape does not fit `config`.
         """
-        state = source if isinstance(source, dict) else released.read_safetensors(source)
-        config = config or TalkerConfig(**released.released_fields(state))
+        state = source if isinstance(source, dict) else upstream.read_safetensors(source)
+        config = config or TalkerConfig(**upstream.released_fields(state))
         with torch.device("meta"):
             model = cls(config)
         model.load_tensors(state, "the state dict" if isinstance(source, dict) else source)
@@ -206,7 +206,7 @@ class TalkerT2AV(Pretrained):
 
     def load_tensors(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Make the tensors of `state` (released names) the model's own, in float32."""
-        state = released.complete({k: v.float() for k, v in state.items()}, self)
+        state = upstream.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)
         self.llm.tie_weights()
         # Rotary frequencies are not in the state dict, so that a model made on the meta device lacks them.
@@ -221,7 +221,7 @@ class TalkerT2AV(Pretrained):
             return cls(TalkerConfig(**without_retired(arguments["model"], {"guidance_limit": None}, "model.")))
 
     def stored(self) -> dict[str, Tensor]:
-        return released.stored(self)
+        return upstream.stored(self)
 
 
 class KeyValues:

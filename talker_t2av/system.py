@@ -23,11 +23,11 @@ from engine.release import find_codec
 from engine.shards.source import read_json
 from lia_x.codec import LiaX
 from talker_t2av.model import FPS, RATE, TalkerT2AV
-from talker_t2av.released import MOTION_MEAN, MOTION_STD, find_released
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import ASSETS
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from talker_t2av.text import TalkerTokenizer
+from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_released
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_tiny"

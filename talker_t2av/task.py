@@ -26,7 +26,7 @@ from engine.settings import require_range
 from engine.shards.source import join, read_json
 from engine.training import distributed
 from engine.training.task import Release, Task
-from talker_t2av import released
+from talker_t2av import upstream
 from talker_t2av.alignment import Alignment
 from talker_t2av.data import STAGES, TalkerExamples, collate
 from talker_t2av.faces import find_square, read_square
@@ -63,7 +63,7 @@ class TalkerTask(Task):
         head_share: share of the patches that the diffusion heads train on in a step. They cost most of a step, while
             the backbone learns from every patch through the auxiliary losses.
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
-            `released.warm_start`.
+            `upstream.warm_start`.
         freeze_embeddings: do not train the word embeddings.
         sampling: fields of `Sampling`: defaults that are saved with the release, but for `particles` of a model that
             cannot weigh drafts.
@@ -121,7 +121,7 @@ class TalkerTask(Task):
         for kind, folder in sorted((warm_start or {}).items(), key=lambda item: item[0] != "qwen"):
             if folder is None:
                 continue
-            found = released.warm_start(self.model, folder, kind)
+            found = upstream.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
@@ -133,7 +133,7 @@ class TalkerTask(Task):
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
-        state = released.complete(start.state_dict(), self.model)
+        state = upstream.complete(start.state_dict(), self.model)
         if not self.model.config.phonemes:
             state = {key: value for key, value in state.items() if not key.startswith("head_phoneme.")}
         state |= {key: value for key, value in own.items() if key not in state and NEW_WEIGHTS.search(key)}

@@ -19,7 +19,7 @@ from engine.nn.dac import DACDecoder, DACEncoder
 from engine.release import load_strict, weights_digest
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
-from rvq_codec.released import read_official
+from rvq_codec.upstream import read_official
 from rvq_codec.vocos import VocosDecoder
 
 

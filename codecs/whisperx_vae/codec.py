@@ -24,7 +24,7 @@ from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
 from engine.release import weights_digest
 from engine.settings import Group, setting
-from whisperx_vae.released import read_official
+from whisperx_vae.upstream import read_official
 
 POSITIONS = "whisper.embed_positions.weight"
 

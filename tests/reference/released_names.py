@@ -15,7 +15,7 @@ from engine.official import Rules, rename
 from lia_x import LiaX
 from lia_x.released import RULES as LIA_X
 from talker_t2av.speaker.encoder import RULES as SPEAKER
-from whisperx_vae.released import RULES as WHISPERX_VAE
+from whisperx_vae.upstream import RULES as WHISPERX_VAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -19,8 +19,8 @@ from hicodit.conditions.arcface import ArcFace
 from lia_x import LiaX, LiaXConfig
 from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.released import LM_HEAD
 from talker_t2av.speaker.encoder import LARGE, WavLMEncoder
+from talker_t2av.upstream import LM_HEAD
 from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from talker_t2av.fused import FusedAttention, FusedMLP, fuse_layers
 from talker_t2av.layers import MLP
 from talker_t2av.model import KeyValues, TalkerT2AV
-from talker_t2av.released import LM_HEAD, read_safetensors, stored, warm_start
+from talker_t2av.upstream import LM_HEAD, read_safetensors, stored, warm_start
 
 DROPPED = ("llm.lm_head.weight", "rope.w")
 

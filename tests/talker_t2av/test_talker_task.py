@@ -16,10 +16,10 @@ from engine.shards.reader import ShardSplit
 from talker_t2av.data import TalkerPairs
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.phonemes import SYMBOLS
-from talker_t2av.released import EMBEDDINGS, LM_HEAD
 from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import TalkerTokenizer, byte_tokenizer
+from talker_t2av.upstream import EMBEDDINGS, LM_HEAD
 from tests.releases import write_release
 from tests.tiny import batch_of
 

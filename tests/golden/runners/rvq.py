@@ -22,7 +22,7 @@ from engine.release import load_strict
 from rvq_codec.codec import build_decoder
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.quantizer import ResidualQuantizer
-from rvq_codec.released import RULES
+from rvq_codec.upstream import RULES
 from tests.golden.runners import Case, runner
 
 ENCODER = {

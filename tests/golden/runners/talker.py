@@ -16,7 +16,7 @@ from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_fe
 from talker_t2av.layers import Block, PatchEncoder, Rotary, rotate
 from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
 from talker_t2av.model import POSITIVE_SHARE, StopPredictor, TalkerConfig, TalkerT2AV
-from talker_t2av.released import LM_HEAD, complete
+from talker_t2av.upstream import LM_HEAD, complete
 from tests.golden.runners import Case, runner
 
 TRAINED_APART = "encoders run before training; its batches hold what they returned"

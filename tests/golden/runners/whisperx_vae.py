@@ -19,7 +19,7 @@ from engine.official import rename_all
 from engine.release import load_strict
 from tests.golden.runners import Case, runner
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.released import RULES
+from whisperx_vae.upstream import RULES
 
 WINDOW = 30 * RATE
 
