@@ -92,19 +92,20 @@ class Particles(BatchedDecoder):
 
     def before_step(self) -> None:
         """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
-        index, count = self.active[0].index, self.drafts
+        index = self.active[0].index
+        count = self.drafts
         if index == 0:
             self.given = self.given_motion()
         errors = self.errors(index) * self.given["counts"][index][:, None]
         log_weights = self.log_weights - SHARPNESS * errors
-        share = log_weights.softmax(-1)  # (R, n)
-        unequal = share.square().sum(-1, keepdim=True) * count > 2  # the effective number is under half of n
-        own = torch.arange(count, device=share.device)
-        evenly = ((own + 0.5) / count).expand_as(share).contiguous()
-        drawn = torch.searchsorted(share.cumsum(-1), evenly).clamp(max=count - 1)
+        weights = log_weights.softmax(-1)  # (R, n)
+        unequal = weights.square().sum(-1, keepdim=True) * count > 2  # the effective number is under half of n
+        order = torch.arange(count, device=weights.device)
+        thresholds = ((order + 0.5) / count).expand_as(weights).contiguous()
+        chosen = torch.searchsorted(weights.cumsum(-1), thresholds).clamp(max=count - 1)
         self.log_weights = torch.where(unequal, 0, log_weights)
-        first = count * torch.arange(len(share), device=share.device)[:, None]
-        self.take((first + torch.where(unequal, drawn, own)).flatten())
+        first = count * torch.arange(len(weights), device=weights.device)[:, None]
+        self.resample((first + torch.where(unequal, chosen, order)).flatten())
 
     def given_motion(self) -> dict[str, Tensor]:
         """Lay out the motion of all requests as what the motion head is asked for in each step.
@@ -149,8 +150,8 @@ class Particles(BatchedDecoder):
         errors = (velocity.float() - for_drafts(noise - patch)).square().mean((1, 2))
         return errors.reshape(requests, n, TIMES).mean(-1)
 
-    def take(self, rows: Tensor) -> None:
-        """Let row i continue what row `rows[i]` (B,) has been so far. Its noise stays its own."""
+    def resample(self, rows: Tensor) -> None:
+        """Let row i continue from the state of row `rows[i]` (B,), with the noise of row i."""
         for x in tensors_of((self.state, self.cache)):
             x[: len(rows)] = x[rows]
         self.ancestors.append(rows)
