@@ -13,8 +13,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from engine.config import load
+import hydra
+from omegaconf import DictConfig
+
+from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
+from engine.program import run_program, runs
 from engine.progress import showing, stage
 
 HICODIT = """
@@ -60,26 +64,33 @@ python infer.py model=talker_t2av jobs=many.jsonl batch_size=16 sampling.steps=6
 python infer.py model=talker_t2av weights=DOWNLOADED text="hello" reference_audio=V.wav reference_video=F.mp4
 """
 
-JOBS = {  # model and package: its config, its help
+PROGRAMS = {  # by model: the configuration, the help
     "hicodit": ("infer", HICODIT),
     "talker_t2av": ("infer_talker", TALKER),
 }
 
 
-def main() -> int:
-    models = [word for word in sys.argv[1:] if word.startswith("model=")]  # Hydra would look for a group of that name
-    words = [word for word in sys.argv[1:] if word not in models]
-    model = models[-1].removeprefix("model=") if models else "hicodit"
-    if model not in JOBS:
-        raise UserError(f"model={model} is unknown; choose {', '.join(JOBS)}")
-    name, help_text = JOBS[model]
-    settings = import_module(f"{model}.settings").read_settings(load(name, words, help_text))
+@hydra.main(config_path=str(CONFIGS), config_name="infer", version_base="1.3")
+@runs(output="output")
+def infer(config: DictConfig) -> int:
+    settings = import_module(f"{config.model}.settings").read_settings(config)
     with showing():
         with stage("loading"):  # importing PyTorch takes seconds
-            inference = import_module(f"{model}.inference")
-            if model == "talker_t2av" and any(getattr(job, "is_auto", False) for _, job in settings[1]):
+            inference = import_module(f"{config.model}.inference")
+            if config.model == "talker_t2av" and any(getattr(job, "is_auto", False) for _, job in settings[1]):
                 settings = *settings, import_module("corpora.clip_words").finder(*settings)
         return inference.run(*settings)
+
+
+def main() -> int:
+    """Run the model that `model=` names; each has a configuration of its own."""
+    models = [word for word in sys.argv[1:] if word.startswith("model=")]
+    model = models[-1].removeprefix("model=") if models else "hicodit"
+    if model not in PROGRAMS:
+        raise UserError(f"model={model} is unknown; choose {', '.join(PROGRAMS)}")
+    config_name, help_text = PROGRAMS[model]
+    words = [word for word in sys.argv[1:] if word not in models]
+    return run_program(infer, config_name, help_text, words)
 
 
 def command() -> None:

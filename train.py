@@ -8,8 +8,13 @@ if __name__ == "__main__":
 import shlex
 import sys
 
-from engine.config import load
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from engine.config import CONFIGS
 from engine.errors import run_cli
+from engine.program import run_program, runs
 
 HELP = """
 Train a model. A recipe (experiment=NAME) sets the task, the data and the trainer's settings, which can all be changed
@@ -25,8 +30,18 @@ python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 r
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
 python train.py experiment=talker_synthetic_3 data.tasks=[t2av] init=assets/talker_t2av_tiny lora.rank=8 run=runs/new
 python train.py experiment=hicodit_paper trainer=fsdp dry_run=32    # three steps of one of 32 ranks, without cards
+python train.py -m experiment=hicodit_synthetic trainer.lr=3e-4,6e-4
 python train.py experiment=hicodit_synthetic --help
 """
+
+
+@hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+@runs(output="run")
+def train(config: DictConfig) -> int:
+    command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+    from engine.training.run import run  # importing PyTorch takes seconds
+
+    return run(config, command)
 
 
 def main() -> int:
@@ -34,10 +49,7 @@ def main() -> int:
         from benchmarks.dry_run import main as dry_run
 
         return dry_run(sys.argv[1:])
-    config = load("train", sys.argv[1:], HELP)
-    from engine.training.run import run  # importing PyTorch takes seconds
-
-    return run(config, shlex.join(["python", "train.py", *sys.argv[1:]]))
+    return run_program(train, "train", HELP, sys.argv[1:])
 
 
 if __name__ == "__main__":

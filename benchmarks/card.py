@@ -402,7 +402,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if machine.size == "tiny":
-            sizes = common.read_config(f"model/{training.MODELS[model]}_tiny")
+            sizes = common.read_config(f"task/model/{training.MODELS[model]}_tiny")
         most = min(trainer.batch_size, machine.samples)
         pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, machine.stated, 1, total).largest_batch))

@@ -89,7 +89,7 @@ def measure(
     if "model" in variant:
         settings["model"] = variant["model"]
     words = [*claim["evaluate"], f"corpus={args.corpus}", "media=false", f"output={folder}", *args.evaluate]
-    config = load("evaluate", [*words, f"device={args.device}"], "")
+    config = load("evaluate", [*words, f"device={args.device}"])
     OmegaConf.set_struct(config, False)
     config.systems, config.compare = {name: settings}, False
     summary = evaluate(config, config.split[0], folder / "evaluation")

@@ -67,7 +67,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
     pipeline = None
     if part in ENCODERS:  # with the bundled model's sizes and tokenizer, and random weights
         encoders = ENCODERS[part]()
-        sizes = read_config("model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
+        sizes = read_config("task/model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
         system = HiCoDiTSystem(ModelConfig(**sizes), encoders)
         codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)
         pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(), GuidanceScales())

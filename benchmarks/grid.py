@@ -47,7 +47,7 @@ TRIALS, MOST_WRONG = 25, 1  # sentences by which a voice is tried, and words tha
 SIDE, WIDTH = 288, 360  # of GRID's pictures
 BUNDLED = ROOT / "assets" / "hicodit_tiny"
 STARTS = "untrained", "bundled", "nothing"  # the bundled weights as they are; trained from them; from random weights
-TRAIN = """model@task.model=hicodit_tiny encoders@task.encoders=tiny task.encoders.phonemes=52 trainer=cpu
+TRAIN = """task/model=hicodit_tiny task/encoders=tiny task.encoders.phonemes=52 trainer=cpu
 trainer.global_batch_size=null trainer.batch_size=16 trainer.warmup=10 trainer.ema_decay=0.9
 trainer.log_every=10 trainer.checkpoint_every=20 task.validate_clips=100 task.validate_metrics=[wer]
 task.sampler.method=confidence task.sampler.steps=5 task.sampler.temperature=0.7 task.sampler.choice_noise=1.0

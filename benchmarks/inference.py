@@ -136,9 +136,9 @@ def paper_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScal
 
 
 def build_hicodit(size: str) -> HiCoDiT:
-    """Return the network of configs/model/hicodit_SIZE.yaml with random weights."""
+    """Return the network of configs/task/model/hicodit_SIZE.yaml with random weights."""
     torch.manual_seed(0)
-    sizes = read_config(f"model/hicodit_{size}")
+    sizes = read_config(f"task/model/hicodit_{size}")
     encoders = TinyEncoderConfig(**tiny_encoders(sizes)) if size == "tiny" else ReleasedEncoderConfig()
     model = HiCoDiTSystem(ModelConfig(**sizes), encoders).model
     for parameter in model.parameters():
@@ -199,9 +199,9 @@ def hicodit(
 
 
 def build_talker(size: str) -> TalkerT2AV:
-    """Return the network of configs/model/talker_t2av_SIZE.yaml with random weights."""
+    """Return the network of configs/task/model/talker_t2av_SIZE.yaml with random weights."""
     torch.manual_seed(0)
-    return TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{size}"))).eval()
+    return TalkerT2AV(TalkerConfig(**read_config(f"task/model/talker_t2av_{size}"))).eval()
 
 
 def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:

@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def build_task(
     name: str, freeze_embeddings: bool = True, encoders: dict[str, Any] | None = None, **changes: Any
 ) -> Task:
-    """Return the training task of configs/model/NAME.yaml with random weights.
+    """Return the training task of configs/task/model/NAME.yaml with random weights.
 
     HiCoDiT has the given encoders, else tiny ones; Talker's word embeddings are frozen or not, by default frozen as in
     the released recipe.
     """
-    model = read_config(f"model/{name}") | changes
+    model = read_config(f"task/model/{name}") | changes
     if name.startswith("talker"):
         return TalkerTask(model, {}, freeze_embeddings=freeze_embeddings)
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes

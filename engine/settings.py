@@ -151,10 +151,13 @@ def nearest(wrong: str, names: Collection[str]) -> str:
         words = (".".join(key.split(".")[parts]) for key in (wrong, name))
         return difflib.SequenceMatcher(None, *words).ratio()
 
+    initials = "".join(part[:1] for part in wrong.split(".")[-1].split("_"))  # learning_rate: lr
     last = slice(-1, None)
     close = [name for name in dict.fromkeys(names) if likeness(name) >= 0.6 or likeness(name, last) >= 0.7]
-    if close:
-        return f"did you mean {' or '.join(sorted(close, key=likeness, reverse=True)[:3])}?"
+    close.sort(key=likeness, reverse=True)
+    abbreviated = [name for name in names if len(initials) > 1 and name.split(".")[-1] == initials]
+    if close or abbreviated:
+        return f"did you mean {' or '.join(dict.fromkeys([*abbreviated, *close][:3]))}?"
     return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
 
 

@@ -25,8 +25,7 @@ from engine.settings import DEVICES
 from scripts.arguments import Parser, within
 
 NAMES = (
-    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "synchrony",
-    "training",
+    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "training",
 )  # fmt: skip
 
 

@@ -17,10 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from engine.codec import load_codec
-from engine.config import compose, load, plain, target
+from engine.config import CONFIGS, compose, plain, target
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
@@ -33,8 +35,9 @@ from engine.evaluation.summary import comparison_lines, headline, summarise, tab
 from engine.files import writable, write_json
 from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
+from engine.program import run_program, runs
 from engine.record import origin, portable, write_record
-from engine.settings import ClusterConfig, Limits, check_place, make, require_choice, require_range, set_limits
+from engine.settings import ClusterConfig, Limits, make, require_choice, set_limits
 from talker_t2av.settings import AutoConfig
 
 HELP = """
@@ -74,12 +77,9 @@ ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
 }
 
 
-def main() -> int:
-    words = sys.argv[1:]
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        require_choice("model", words[0], SHORT)
-        words = [*SHORT[words[0]], *words[1:]]
-    config = load("evaluate", words, HELP)
+@hydra.main(config_path=str(CONFIGS), config_name="evaluate", version_base="1.3")
+@runs(output="output")
+def evaluate_splits(config: DictConfig) -> int:
     splits = list(config.split) or [None]
     if config.corpus and splits == [None]:
         raise UserError(f"corpus={config.corpus} needs split=[NAME], such as [seen]")
@@ -96,6 +96,14 @@ def main() -> int:
     return max(codes)
 
 
+def main() -> int:
+    words = sys.argv[1:]
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        require_choice("model", words[0], SHORT)
+        words = [*SHORT[words[0]], *words[1:]]
+    return run_program(evaluate_splits, "evaluate", HELP, words)
+
+
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
     """Generate what is to be generated, measure, and write report and results of one set of clips to `output`."""
     set_limits(Limits(**config.limits))
@@ -103,12 +111,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
     device = str(pick_device(config.device))
     metrics = choose_metrics(config, figures, split, device)
-    for name in ("clips", "workers", "resamples"):
-        if config[name] is not None:
-            require_range(name, config[name], 1, 10**7)
     systems = systems_of(config)
-    check_place(config.executor, str(config.devices), config.device, config.ray.gpus)
-    devices = count_devices(str(config.devices), config.device, config.executor)
+    devices = count_devices(config.devices, config.device, config.executor)
     ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
     outputs = output_folders(config, systems)
     references = Path(config.references) if config.references else None
@@ -256,7 +260,9 @@ def protocol_notes(
     stated = stated.union(*(table.stated for table in tables))
     if not stated:
         return []
-    defaults, notes = compose("evaluate", [word for word in sys.argv[1:] if word.startswith("table=")]).protocol, []
+    table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
+    defaults = compose("evaluate", table).protocol
+    notes = []
     for metric, names in metrics_of([*figures]).items():
         own, here = protocol_of(metric, defaults), metrics[names[0]].kind
         titles = ", ".join(metric.figures[f].title for f in names if f in stated)

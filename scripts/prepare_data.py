@@ -7,9 +7,13 @@ if __name__ == "__main__":
 
 import sys
 
+import hydra
+from omegaconf import DictConfig
+
 from corpora.preparation.job import prepare
-from engine.config import load
+from engine.config import CONFIGS
 from engine.errors import run_cli
+from engine.program import run_program, runs
 
 HELP = """
 Turn raw recordings into training shards. OUTPUT/SPLIT gets tar files with the features that both models train on, a
@@ -25,8 +29,14 @@ python scripts/prepare_data.py source=voxceleb2 --help
 """
 
 
-def main() -> None:
-    prepare(load("prepare", sys.argv[1:], HELP))
+@hydra.main(config_path=str(CONFIGS), config_name="prepare", version_base="1.3")
+@runs(output="output")
+def prepare_data(config: DictConfig) -> None:
+    prepare(config)
+
+
+def main() -> int:
+    return run_program(prepare_data, "prepare", HELP, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_every_release_has_a_card_with_command_seed_and_results(folder):
 
 def test_the_default_sampler_takes_thirty_evaluations_and_the_papers_is_an_override_away():
     pipeline = HiCoDiTPipeline.from_pretrained()
-    paper = make(InferConfig, plain(load("infer", ["sampler=paper"], "")))
+    paper = make(InferConfig, plain(load("infer", ["sampler=paper"])))
     counts = []
     for changes in (InferConfig(), paper):
         sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)

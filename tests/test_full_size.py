@@ -29,7 +29,7 @@ from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae import released as wxvae
 
 GOLDEN = Path(__file__).parent / "golden"
-BASE = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "talker_t2av_base.yaml"))
+BASE = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/model" / "talker_t2av_base.yaml"))
 
 
 # Lists of the released tensors, how they become ours, the configuration read off them and the expected one, and what
@@ -84,7 +84,7 @@ def test_the_released_network_has_the_released_names_and_shapes(lists, ours, rea
     ("codec", "name"), [(RVQCodec, "rvq_maskgct"), (WhisperXVAE, "whisperx_vae_base"), (LiaX, "lia_x_base")]
 )
 def test_a_codec_is_no_larger_than_its_own_release(codec, name):
-    arguments = OmegaConf.to_container(OmegaConf.load(CONFIGS / "codec" / f"{name}.yaml"))
+    arguments = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/codec" / f"{name}.yaml"))
     with torch.device("meta"):
         state = codec.from_arguments(arguments).stored()
         with _no_larger_than(state, codec.max_extra_tensors, codec.max_extra_params):

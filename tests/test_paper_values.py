@@ -16,7 +16,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def composed():
     """Return each recipe, composed once."""
-    return {recipe: load("train", [f"experiment={recipe}", *about["words"]], "") for recipe, about in TABLE.items()}
+    return {recipe: load("train", [f"experiment={recipe}", *about["words"]]) for recipe, about in TABLE.items()}
 
 
 @pytest.mark.parametrize(("recipe", "row"), CASES)

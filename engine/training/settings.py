@@ -111,5 +111,5 @@ class TrainConfig(Group):
     lora: LoRAConfig = group(LoRAConfig)
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
     trainer: TrainerConfig = group(TrainerConfig)
-    task: dict[str, Any] = setting(NEEDED)
-    data: dict[str, Any] = setting(NEEDED)
+    task: Any = setting(NEEDED)
+    data: Any = setting(NEEDED)

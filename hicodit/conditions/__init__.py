@@ -13,7 +13,7 @@ __all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "Encoders", "e
 
 EncoderConfig = TinyEncoderConfig | ReleasedEncoderConfig
 Encoders = ConditionEncoders | ReleasedEncoders
-KINDS = {  # `kind` of configs/encoders/*.yaml -> its configuration, the encoders that it configures
+KINDS = {  # `kind` of configs/task/encoders/*.yaml -> its configuration, the encoders that it configures
     "tiny": (TinyEncoderConfig, ConditionEncoders),
     "released": (ReleasedEncoderConfig, ReleasedEncoders),
 }

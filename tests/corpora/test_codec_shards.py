@@ -39,15 +39,15 @@ def shards(footage, tmp_path_factory):
     """Of both recipes in one folder: the second is added to the first."""
     root = tmp_path_factory.mktemp("shards")
     common = ["source=folder", f"source.root={footage}", f"output={root}", "stages.decode.min_seconds=0", "workers=0"]
-    prepare(load_config("prepare", [*common, "features=speech_codecs", "device=cpu"], ""))
+    prepare(load_config("prepare", [*common, "features=speech_codecs", "device=cpu"]))
     more = ["features=lia_x_paper", "stages.wave.use=true", "stages.portraits.size=64", "stages.portraits.pictures=5"]
-    prepare(load_config("prepare", [*common, *more, f"reuse={root}", "device=cpu"], ""))
+    prepare(load_config("prepare", [*common, *more, f"reuse={root}", "device=cpu"]))
     return root
 
 
 def recipe(name, shards, *more):
     words = [f"experiment={name}", "data=shards", f"data.root={shards}", "data.held_out=[train]", *more]
-    return load_config("train", words, "")
+    return load_config("train", words)
 
 
 @pytest.mark.parametrize("name", ["rvq_paper", "whisperx_vae_paper"])
@@ -88,7 +88,7 @@ def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, caps
     (tmp_path / "clips.csv").write_text("\n".join(rows))
     words = ["source=folder", f"source.root={tmp_path}", f"output={tmp_path}", "features=lia_x_paper", "device=cpu"]
     words += ["workers=0", "stages.wave.use=true", "stages.portraits.size=64"]
-    prepare(load_config("prepare", words, ""))
+    prepare(load_config("prepare", words))
     assert len(SpeechCrops(tmp_path, samples=960)) == 2
     pairs = FramePairs(tmp_path, 32)
     assert len(pairs) == 1 and pairs[0]["frames"].shape == (2, 32, 32, 3)

@@ -66,7 +66,7 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
 def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pytest.importorskip("resemblyzer")
     source = synthetic(corpus)
-    config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"], "help")
+    config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"])
     pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
     outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
@@ -131,7 +131,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words += ["stages.lip.use=true", "stages.face_identity.use=true", "stages.lip.encoders.folder=null"]
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
     source = synthetic(corpus)
-    pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
+    pipeline = Steps(chosen_stages(load_config("prepare", words), source), "cpu", None)
     outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
     _, made = read_sample(tmp_path)
@@ -148,13 +148,13 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     torch.testing.assert_close(made["face_identity"].float().mean(0), together, rtol=1e-3, atol=2e-3)
     assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
     assert {"lip", "face_identity"} <= set(pipeline.digests)
-    config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"], "help")
+    config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"])
     with pytest.raises(UserError, match=r"no folder of encoder checkpoints: encoders\.folder=nowhere"):
         Steps(chosen_stages(config, source), "cpu", None)
 
 
 def test_stages_that_need_the_face_are_refused_without_it(corpus):
-    config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"], "help")
+    config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"])
     OmegaConf.update(config, "stages.lip.use", True)
     for name in ("crops", "lip", "expression", "motion"):
         with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):

@@ -1,167 +1,169 @@
+"""Configurations of the programs: what composes, what one line says of a mistake, what Hydra's own options do."""
+
+import dataclasses
 import re
+import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from shard_files import write_split
+from test_trainer import records, train_arguments
 
-from engine.config import _compose, build, load
+import infer
+import train
+from engine.config import build, compose, load
 from engine.errors import UserError
-from engine.settings import check_value, kind_of
+from engine.schema import find_field, find_schema
+from engine.settings import check_value, hints_of, kind_of
 from engine.training import run
+from engine.training.settings import TrainerConfig
 
-FILES = {
-    "main.yaml": """
-defaults:
-  - _self_
-  - trainer: cpu
-  - experiment: null
-name: ???
-input: clips/a.mp4   # a clip
-reference: null      # a voice
-count: 3             # how many
-ratio: 0.5
-flag: false
-sizes: [1, 2]
-splits: ${sizes}
-sampler:
-  steps: 64          # evaluations
-  kind: euler
-""",
-    "trainer/cpu.yaml": "# plain processor\nlr: 1.0e-3   # learning rate\nsteps: 10\n",
-    "trainer/gpu.yaml": "# a CUDA device\ndefaults:\n  - cpu\n  - _self_\nsteps: 20\n",
-    "experiment/tiny_talker.yaml": """# @package _global_
-# the small one
-defaults:
-  - /model@task.model: small
-  - override /trainer: gpu
-task:
-  _target_: engine.media.video.read_video
-""",
-    "model/small.yaml": "width: 8   # channels\n",
-    "model/large.yaml": "width: 64   # channels\n",
-    "sampler/other.yaml": "steps: 1\n",
-    "reference/loud.yaml": "# no choice of main.yaml\nx: 1\n",
-}
-EXPERIMENT = "experiment=tiny_talker"
+RECIPE = "experiment=hicodit_minute"
 
 
-@pytest.fixture
-def compose(tmp_path, monkeypatch):
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr("engine.config.CONFIGS", tmp_path)
-    return lambda *words: load("main", words, "Does a thing.\n\nExamples:\nrun it")
-
-
-def test_composition(compose):
-    config = compose(EXPERIMENT, "count=5", "task.model.width=9", "trainer.lr=1", "model@task.model=large")
-    assert (config.name, config.count, config.trainer.steps, config.trainer.lr) == ("tiny_talker", 5, 20, 1)
-    assert config.task.model.width == 9 and "hydra" not in config
-    assert compose(EXPERIMENT, "trainer=cpu").trainer.steps == 10
-    assert compose(EXPERIMENT, "name=mine").name == "mine"
+def test_composition():
+    words = ["trainer=gpu", "trainer.lr=1", "task.model.width=9", "task/encoders=small", "+task.new=3"]
+    config = load("train", [RECIPE, *words, "name=mine"])
+    assert (config.name, config.run) == ("mine", "runs/mine") and "hydra" not in config
+    assert (config.trainer.precision, config.trainer.lr, config.trainer.device) == ("bf16", 1.0, "cuda")
+    assert (config.task.model.width, config.task.encoders.kind, config.task.new) == (9, "tiny", 3)
+    assert isinstance(OmegaConf.to_object(config).trainer, TrainerConfig)
+    assert OmegaConf.to_object(load("train", [RECIPE])).trainer.betas == (0.9, 0.98)
+    assert "make" not in compose("train", [RECIPE, "~data.make"]).data
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cuont=1"], "unknown setting 'cuont'; did you mean count"),
-        ([EXPERIMENT, "trainer.stepps=1"], "unknown setting 'trainer.stepps'; did you mean trainer.steps"),
-        ([EXPERIMENT, "width=1"], "did you mean task.model.width"),
-        (["trianer=gpu"], "did you mean trainer"),
-        (["trainer=gpuu"], "trainer=gpuu does not exist; did you mean gpu?"),
-        ([EXPERIMENT, "model@task.model=lrage"], "did you mean large?"),
-        (["experiment=zzz"], "there are: tiny_talker"),
-        (["count=many"], r"count=many must be a whole number \(default: 3\)"),
-        (["count=1.5"], "must be a whole number"),
-        (["ratio=half"], "ratio=half must be a number"),
-        (["flag=3"], "flag=3 must be true or false"),
-        (["sizes=3"], "sizes=3 must be a list"),
-        (["splits=3"], "splits=3 must be a list"),
-        (["sampler=3"], "sampler=3 must be a group of settings"),
-        (["input"], "unknown argument 'input'"),
-        (["--count=3"], "unknown setting '--count'; did you mean count"),
-        ([], "choose a recipe with experiment=NAME; there are: tiny_talker"),
-        ([EXPERIMENT, "reference=${nowhere}"], "nowhere"),
+        (["cofig=1"], "unknown setting 'cofig'"),
+        ([RECIPE, "trainer.stepps=1"], "unknown setting 'trainer.stepps'; did you mean trainer.steps"),
+        ([RECIPE, "trainer.learning_rate=1"], "did you mean trainer.lr"),
+        ([RECIPE, "width=1"], "did you mean task.model.width"),
+        ([RECIPE, "trianer=gpu"], "did you mean trainer"),
+        ([RECIPE, "trainer=gpuu"], "trainer=gpuu does not exist; did you mean gpu"),
+        ([RECIPE, "trainer=3"], "trainer=3 does not exist"),
+        ([RECIPE, "task/model=hicodit_tinny"], "did you mean hicodit_tiny"),
+        (["experiment=zzz"], "experiment=zzz does not exist"),
+        ([RECIPE, "trainer.steps=many"], "trainer.steps=many must be a whole number"),
+        ([RECIPE, "trainer.steps=1.5"], "must be a whole number"),
+        ([RECIPE, "trainer.steps=0"], "trainer.steps=0 must be a whole number from 1"),
+        ([RECIPE, "trainer.lr=half"], "trainer.lr=half must be a number"),
+        ([RECIPE, "trainer.betas=3"], "trainer.betas=3 must be a list"),
+        ([RECIPE, "lora=3"], "lora=3 must be a group of settings"),
+        ([RECIPE, "~trainer"], "trainer is a setting with a default and cannot be removed"),
+        ([RECIPE, "+trainer.momentum=1"], "unknown setting 'trainer.momentum'"),
+        ([RECIPE, "trainer.lr=1,2"], "add --multirun"),
+        ([RECIPE, "name"], "unknown argument 'name'"),
+        ([RECIPE, "run="], "run= is empty"),
+        ([RECIPE, "run=${nowhere}"], "nowhere"),
+        ([], "choose a recipe with experiment=NAME; there are: .*hicodit_minute"),
+        (["experiment=hicodit_paper"], "this recipe needs data=NAME; there are: .*lrs2"),
+        (["experiment=hicodit_paper", "data=lrs2"], r"missing: task\.codec=\.\.\."),
     ],
 )
-def test_mistakes_are_one_line_that_names_what_is_valid(compose, words, message):
+def test_mistakes_are_one_line_that_names_what_is_valid(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        compose(*words)
+        load("train", words)
     assert "\n" not in str(caught.value)
 
 
-NAMES = ["My clip (1).mp4", "a,b.mp4", "it's=x.mp4", "x[1", "{a}.mp4", "~/x.mp4", "é.mp4"]
-NAMES += ["end\\", "a\\'b", "$HOME", "a b"]
+NAMES = ["My clip (1).mp4", "a,b.mp4", "it's=x.mp4", "x[1", "{a}.mp4", "~/x.mp4", "é.mp4", "2024", "1e5", "true"]
+NAMES += ["end\\", "a\\'b", "$HOME", "a b", "a, b.wav"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_any_file_name_can_be_given(compose, name):
-    config = compose(EXPERIMENT, f"input={name}", f"reference={name}")
-    assert config.input == config.reference == name
-
-
-@pytest.mark.parametrize(
-    ("setting", "word", "value"),
-    [
-        ("reference", "a, b.wav", "a, b.wav"),  # also the name of a folder with choices
-        ("reference", "null", None),
-        ("input", "2024", "2024"),  # a text
-        ("input", "null", None),
-        ("splits", "[3]", [3]),  # its default is an interpolation
-    ],
-)
-def test_a_word_becomes_a_value_of_the_settings_kind(compose, setting, word, value):
-    assert compose(EXPERIMENT, f"{setting}={word}")[setting] == value
+def test_any_file_name_can_be_given():
+    for name in NAMES:
+        config = compose("infer", [f"input={name}", f"reference_audio={name}"])
+        assert config.input == config.reference_audio == name
+    assert compose("infer", ["input=null"]).input is None
+    config = compose("prepare", ["source.root=My clips (1)", "splits=[3]"])
+    assert config.source.root == "My clips (1)" and config.splits == ["3"]
 
 
 @pytest.mark.parametrize("name", ["infer", "infer_talker"])
 def test_every_text_setting_of_inference_can_be_set(name):
-    words = {
-        key: field.metadata["choices"][-1] if field.metadata["choices"] else "x"
-        for key, (field, hint) in _compose(name, []).described.items()
-        if kind_of(hint)[0] is str
-    } | {"devices": "1", "executor": "processes"}  # a number, or all; Ray may not be installed
-    config = load(name, [f"{key}={word}" for key, word in words.items()], "")
-    assert {key: OmegaConf.select(config, key) for key in words} == words
+    schema = find_schema(name)
+    words = {"devices": "1", "executor": "processes", "mode": "tts", "compat": "paper"}
+    for field in dataclasses.fields(schema):
+        if "choices" in field.metadata and kind_of(hints_of(schema)[field.name])[0] is str:
+            choices = field.metadata["choices"]
+            words[field.name] = words.get(field.name) or (choices[-1] if choices else "x")
+    words = {key: word for key, word in words.items() if find_field(name, key) and key != "model"}
+    config = load(name, [f"{key}={word}" for key, word in words.items()])
+    assert {key: config[key] for key in words} == words
 
 
-def test_a_missing_value_is_named(compose, tmp_path):
-    with (tmp_path / "experiment/tiny_talker.yaml").open("a") as file:
-        file.write("corpus: ???\n")
-    with pytest.raises(UserError, match=r"missing: corpus=\.\.\."):
-        compose(EXPERIMENT)
+def command(monkeypatch, program, *words):
+    """Run a program's command line in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, words)])
+    try:
+        return program.main()
+    except SystemExit as end:
+        return end.code
 
 
-def test_help_reads_like_help(compose, capsys):
-    with pytest.raises(SystemExit) as ended:
-        compose("--help")
+def test_help_lists_settings_with_defaults_and_sentences(monkeypatch, capsys):
+    assert command(monkeypatch, infer, "--help") == 0
     text = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert text.startswith("Does a thing.") and text.rstrip().endswith("run it")
-    for row in (
-        r"count +3 +how many",
-        r"input +clips/a.mp4 +a clip",
-        r"sampler.steps +64 +evaluations",
-        r"trainer.lr +0.001 +learning rate",
-        r"gpu +a CUDA device",
-        r"tiny_talker +the small one",
-    ):
-        assert re.search(rf"^  {row}$", text, re.MULTILINE), row
-    with pytest.raises(SystemExit):
-        compose(EXPERIMENT, "-h")
-    assert re.search(r"task.model.width +8 +channels", capsys.readouterr().out)
+    assert text.startswith("Generate the speech of a silent clip")
+    assert re.search(r"^  batch_size +8 +number of clips", text, re.MULTILINE)
+    assert re.search(r"^  fast +Eight steps", text, re.MULTILINE) and "python infer.py input=clip.mp4" in text
+    assert max(map(len, text.splitlines())) <= 140
+    assert command(monkeypatch, train, RECIPE, "--help") == 0
+    assert re.search(r"^  task\.phoneme_weight +0\.2 +weight of", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_build_shows_user_errors_as_they_are(compose):
-    config = compose(EXPERIMENT)
-    config.task = {"_target_": "engine.media.video.read_video", "path": "nowhere.mp4"}
+def test_options_of_hydra_itself(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, RECIPE, "trainer.lr=1e-3", "--cfg", "job", "--package", "trainer") == 0
+    assert "lr: 0.001\n" in capsys.readouterr().out
+    assert command(monkeypatch, train, "--info", "defaults", RECIPE) == 0
+    assert "experiment/hicodit_synthetic" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown option --count"):
+        command(monkeypatch, train, "--count=3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_numbers_its_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in train_arguments("runs/toy", steps=2) if not word.startswith("trainer.lr=")]
+    assert command(monkeypatch, train, "-m", *words, "trainer.lr=1e-3,2e-3") == 0
+    assert "run=runs/toy/1:" in capsys.readouterr().out
+    for number, rate in enumerate((1e-3, 2e-3)):
+        folder = tmp_path / "runs/toy" / str(number)
+        assert (folder / "release/model.safetensors").is_file()
+        assert records(folder)
+        config = OmegaConf.load(folder / "checkpoints/step-00000002/info.json").config
+        assert (config.trainer.lr, config.run) == (rate, f"runs/toy/{number}")
+
+
+def test_a_failing_run_leaves_the_others_of_a_sweep(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"trainer\.steps=0 must be"):
+        command(monkeypatch, train, "-m", *train_arguments("toy"), "trainer.steps=0,1")
+    assert not (tmp_path / "toy/0/release").exists() and (tmp_path / "toy/1/release").is_dir()
+
+
+def test_an_output_folder_by_hydras_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, *train_arguments("unused", steps=1), "hydra.run.dir=there") == 0
+    assert (tmp_path / "there/release").is_dir() and not (tmp_path / "unused").exists()
+
+
+class Broken:
+    def __init__(self):
+        len(3)
+
+
+def test_build_shows_user_errors_as_they_are_and_bugs_with_their_traceback():
+    node = {"_target_": "engine.media.video.read_video", "path": "nowhere.mp4"}
     with pytest.raises(UserError, match=r"^no such file: nowhere\.mp4$"):
-        build(config.task)
-    config.task = {"_target_": "engine.media.video.read_video", "path": "a.mp4", "speed": 3}
+        build(node)
     with pytest.raises(UserError, match="unexpected keyword argument 'speed'"):
-        build(config.task)
+        build(node | {"speed": 3})
+    with pytest.raises(TypeError, match="has no len"):
+        build({"_target_": f"tests.engine.test_config.{Broken.__name__}"})
 
 
 def test_a_validation_split_that_is_missing_is_found_before_training(tmp_path):
@@ -192,4 +194,4 @@ def test_whole_bounds_make_no_whole_number():
 def test_a_class_in_a_value_set_whole_is_refused_before_work():
     words = ["source=folder", "source.root=clips", "output=shards"]
     with pytest.raises(UserError, match=r"os\.system"):
-        load("prepare", [*words, "stages.transcription.second={_target_: os.system}"], "")
+        load("prepare", [*words, "stages.transcription.second={_target_: os.system}"])

@@ -42,7 +42,7 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     pipeline = HiCoDiTPipeline.from_pretrained(release)
 
     def settings(*words):
-        c = make(InferConfig, plain(load("infer", words, "")))
+        c = make(InferConfig, plain(load("infer", words)))
         return override(pipeline.sampler, c.sampler), override(pipeline.guidance, c.guidance)
 
     assert settings() == (pipeline.sampler, pipeline.guidance)

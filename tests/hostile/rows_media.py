@@ -133,7 +133,7 @@ def jobs_of(path: Path) -> None:
 
 
 def command(folder: Path, config: str, words: str) -> None:
-    load(config, words.split(), "")
+    load(config, words.split())
 
 
 def released(folder: Path) -> None:

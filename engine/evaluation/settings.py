@@ -1,0 +1,163 @@
+"""Settings of `scripts/evaluate.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.settings import (
+    DEVICES,
+    EXECUTORS,
+    NEEDED,
+    PRECISIONS,
+    SEEDS,
+    ClusterConfig,
+    Group,
+    Limits,
+    check_place,
+    group,
+    setting,
+)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Group, prefix="generate."):
+    """Settings of the systems that generate outputs; each model reads those that it has."""
+
+    weights: str | None = setting(None, about="release folder of the model; null: the bundled one")
+    codec: str | None = setting(
+        None, about="hicodit: release folder of the tokenizer; null: the one that the weights name"
+    )
+    codecs: dict[str, Any] | None = setting(
+        None, about="talker_t2av: release folders of codecs that it does not name, as in {speech: FOLDER}"
+    )
+    detector: str | None = setting(
+        None,
+        about="hicodit: what finds faces: cascade, mtcnn, or the path of YuNet's file; null: as in the training of the "
+        "weights",
+    )
+    face_landmarks: str | None = setting(
+        None,
+        about="hicodit: landmarks in every frame: dlib68, mtcnn, yunet, or a file or folder; null: as in training",
+    )
+    precision: str = setting("fp32", choices=PRECISIONS, about="of the model: fp32, bf16, int8 or auto")
+    sampler: str = setting("release", about="hicodit: release, paper or fast (configs/sampler)")
+    sampling: dict[str, Any] | None = setting(None, about="settings that override the sampler's, as in {steps:5}")
+    guidance: dict[str, Any] | None = setting(
+        None, about="hicodit: guidance scales that override the sampler's, as in {all:2.25}"
+    )
+    voice: bool | None = setting(
+        None,
+        about="true: the voice of another clip of the speaker, or of reference_audio in the manifest; false: the "
+        "face's; null: hicodit false, talker_t2av true",
+    )
+    expressions: str = setting(
+        "own", about="hicodit: own, shuffled (those of another clip) or exchanged (the first and the last of the clip)"
+    )
+    mode: str = setting("t2av", about="talker_t2av: t2av, tts, a2v, v2a, or resynthesis (the codecs alone)")
+    driving: str | None = setting(
+        None,
+        about="talker_t2av, a2v: folder of ID.wav that faces move to, as outputs of t2av; null: the true speech",
+    )
+    compat: str = setting(
+        "paper",
+        about="talker_t2av, t2av and tts: paper, official (as the released command line) or library (as its methods)",
+    )
+    prefix_seconds: float = setting(
+        0.0, 0.0, 30.0, "talker_t2av: seconds of the reference that are continued; the released command line: 0.5"
+    )
+    one_pass: bool = setting(
+        False, about="talker_t2av: long texts at once, up to 30 s, as in the paper; false: in parts"
+    )
+    words: str = setting(
+        "given",
+        about="talker_t2av: given, or heard (v2a): words that a lip reader or a recogniser finds, as with text=auto",
+    )
+    auto: dict[str, Any] | None = setting(
+        None, about="of words=heard, as for text=auto: {heard: FILE, recogniser: FOLDER, hicodit: FOLDER}"
+    )
+    levels: int | None = setting(None, 1, 64, "rvq_codec: number of levels to decode; null: all")
+    seed: int = setting(0, *SEEDS, "clip i is generated with seed + i")
+    batch_size: int = setting(8, 1, 1024, "number of clips generated at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Group):
+    """Settings of `scripts/evaluate.py`; a table (configs/table) sets several of them."""
+
+    outputs: Any = setting(
+        None, about="folder of a system's files ID.wav or ID.mp4; several: {name: folder, other: folder}"
+    )
+    references: str | None = setting(
+        None, about="folder of the true files ID.wav or ID.mp4, or of both; null: the manifest names them"
+    )
+    manifest: str | None = setting(
+        None,
+        about="JSONL, a clip a line: id, text, output, reference, video, speaker, language, heard; null: all of "
+        "references=, texts from ID.txt",
+    )
+    output: str = setting(NEEDED, about="folder of the report: report.html, results.json, the cache")
+    corpus: str | None = setting(None, about="folder of a synthetic corpus, in place of references= and manifest=")
+    split: list[str] = setting([], about="its splits, as in [seen]; several have a report each, in OUTPUT/SPLIT")
+    clips: int | None = setting(None, 1, 10**7, "number of clips, evenly spread over the manifest; null: all")
+    columns: list[str] = setting(NEEDED, about="metrics of the table, in the order of its columns")
+    metrics: Any = setting(None, about="the metrics to measure, such as [wer,stoi]; null: those of the table")
+    weights: str = setting("checkpoints", about="folder of the metrics' networks (download_checkpoints.py metrics)")
+    video: str = setting(
+        "source",
+        choices=("source", "output"),
+        about="of speech without pictures of its own: source, those that it was made for; output: none",
+    )
+    protocol: dict[str, Any] = setting(
+        {}, about="by metric, how it is measured, as in {wer: grammar}; else the metric's first protocol"
+    )
+    grammar: str | None = setting(
+        None, about="JSGF file of the recogniser of protocol.wer=grammar; null: that of corpus="
+    )
+    voices: dict[str, Any] = setting(
+        {}, about="by split, prepared shards whose speakers own voices are looked for among; else those of the clips"
+    )
+    aim: dict[str, Any] = setting({}, about="by split, the values that are aimed at")
+    paper: dict[str, Any] = setting({}, about="rows of the paper, values in the order of the columns")
+    paper_tables: dict[str, Any] = setting(
+        {}, about="whole tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown apart"
+    )
+    true_speech: str | None = setting(
+        None, about="which of the paper's true-speech rows is shown, such as LRS3; null: all"
+    )
+    device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
+    devices: str = setting(
+        "1",
+        about="number of devices that generate outputs, each with a process of its own; all: those of this machine",
+    )
+    executor: str = setting(
+        "processes",
+        choices=EXECUTORS,
+        about="where they run: processes (of this machine), or ray (a cluster, extra `cluster`)",
+    )
+    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
+    workers: int | None = setting(None, 1, 10**7, "number of processes; null: one for each core")
+    cache: str | None = setting(None, about="folder of measurements, to be shared by reports; null: OUTPUT/cache")
+    exchanged: bool = setting(
+        False, about="add a control to each system: its outputs, each measured as if it were another clip's"
+    )
+    compare: bool = setting(True, about="test which of several systems is better")
+    resamples: int = setting(2000, 1, 10**7, "of the bootstrap and of the permutation test")
+    media: bool = setting(True, about="put players and spectrograms of the best and worst clips into the report")
+    title: str | None = setting(None, about="head of the report; null: the name of the table")
+    record: str | None = setting(
+        None, about="FOLDER/NAME of a JSON record FOLDER/DATE-NAME.json of the results, without those of single clips"
+    )
+    model: str | None = setting(
+        None, about="hicodit, talker_t2av, rvq_codec, whisperx_vae or lia_x: generate outputs first"
+    )
+    systems: dict[str, Any] = setting(
+        {}, about="several systems that generate, by name: settings of generate that differ, and model"
+    )
+    only: list[str] | None = setting(None, about="names of those that do; null: all")
+    generate: GenerateConfig = group(GenerateConfig, about="of systems of model=")
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_place(self.executor, self.devices, self.device, self.ray.gpus)

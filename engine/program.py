@@ -1,0 +1,232 @@
+"""Run a `@hydra.main` program from its command line: mistakes in one line, `--help` with sentences, numbered sweeps.
+
+@hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+def train(config: DictConfig) -> None:
+    use_output_dir(config, "run")
+    ...
+
+def main() -> int:
+    return run_program(train, "train", HELP, sys.argv[1:])
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from engine.config import CONFIGS, check, explained, options, prepared, walk
+from engine.errors import UserError
+from engine.schema import find_field, register
+
+
+class Failed(Exception):
+    """A run of a sweep ended with another exit code than 0; the other runs go on."""
+
+
+class Ended(BaseException):
+    """A run ended early. Hydra reports exceptions of other kinds in lines of its own."""
+
+
+def runs(output: str) -> Callable[[Callable[[DictConfig], int | None]], Callable[[DictConfig], None]]:
+    """Decorate what `@hydra.main` calls: check the configuration, choose the output folder, return the exit code.
+
+    Args:
+        output: name of the setting with the output folder. Hydra's output folder replaces it where that was chosen: by
+            `-m`, where each run has a numbered folder, or by `hydra.run.dir=`.
+    """
+
+    def decorate(function: Callable[[DictConfig], int | None]) -> Callable[[DictConfig], None]:
+        @functools.wraps(function)
+        def run(config: DictConfig) -> None:
+            is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+            try:
+                check(config)
+                _use_output_dir(config, output)
+                code = function(config) or 0
+            except UserError as error:
+                if is_sweep:
+                    raise
+                raise Ended from error
+            if code and is_sweep:
+                raise Failed(code)
+            if code:
+                raise Ended(code)
+
+        return run
+
+    return decorate
+
+
+def run_program(program: Callable[[], None], config_name: str, help_text: str, words: Sequence[str]) -> int:
+    """Run a `@hydra.main` function, decorated by `runs`, as a command; return the exit code.
+
+    Args:
+        config_name: its configuration, `configs/{config_name}.yaml`.
+        words: the command line, Hydra's flags and overrides.
+        help_text: what the program does, then a line `Examples:` and examples. `--help` puts the settings in between.
+
+    Raises:
+        UserError: a mistake in the command line or in the configuration. With the environment variable
+            HYDRA_FULL_ERROR=1, errors of Hydra itself are raised instead.
+    """
+    register(config_name)
+    OmegaConf.register_new_resolver("help", partial(_help, config_name, help_text), replace=True)
+    flags, overrides = _split(words)
+    is_sweep = bool({"-m", "--multirun"} & set(flags))
+    wants_full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    arguments = sys.argv
+    sys.argv = [arguments[0], "--config-name", config_name, *prepared(config_name, overrides, is_sweep), *flags]
+    try:
+        one_line = nullcontext() if wants_full_errors else explained(config_name, overrides)
+        with one_line, env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
+            program()
+    except Failed as failure:
+        return failure.args[0]
+    except Ended as end:
+        if isinstance(end.__cause__, UserError):
+            raise end.__cause__ from None
+        return end.args[0]
+    finally:
+        sys.argv = arguments
+    return 0
+
+
+def _use_output_dir(config: DictConfig, key: str) -> None:
+    """Let the setting `key` name Hydra's output folder if that is another one than the working directory."""
+    chosen = Path(HydraConfig.get().runtime.output_dir)
+    if chosen == Path.cwd():
+        return
+    config[key] = str(chosen.relative_to(Path.cwd()) if chosen.is_relative_to(Path.cwd()) else chosen)
+    print(f"{key}={config[key]}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of a command line, with their values, and its overrides."""
+    known = get_args_parser()._option_string_actions
+    flags, overrides, remaining = [], [], deque(words)
+    while remaining:
+        word = remaining.popleft()
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise UserError(f"unknown option {name}: settings are written key=value; --help lists them")
+        flags.append(word)
+        takes_value = known[name].nargs != 0 and not value
+        if takes_value and remaining and "=" not in remaining[0]:
+            flags.append(remaining.popleft())
+    return flags, overrides
+
+
+# --- help ---
+
+
+def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
+    """Return the text of `--help`: the resolver `${help:}`, which configs/program.yaml gives Hydra as its template."""
+    description, _, examples = text.partition("Examples:")
+    choices = {group: choice for group, choice in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
+    config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
+    lines = [description.strip(), "", "Settings, as key=value (default):"]
+    lines += _table(_settings(config_name, config, choices))
+    for group, choice in choices.items():
+        lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
+        folder = CONFIGS / group.partition("@")[0]
+        lines += _table([(option, _headline(folder / f"{option}.yaml")) for option in options(group)])
+    lines += ["", "Hydra's options (all: --hydra-help):"]
+    lines += _table(
+        [
+            ("--help", "this text; after an experiment=NAME with that recipe's defaults"),
+            ("--cfg job", "print the composed configuration"),
+            ("--info defaults", "print the files that it is composed of"),
+            ("-m KEY=A,B", "run once for each value; each run gets a numbered folder"),
+        ]
+    )
+    if examples:
+        lines += ["", "Examples:", *(f"  {line.strip()}" for line in examples.strip().splitlines())]
+    return "\n".join(lines).replace("$", "$$")  # Hydra substitutes $NAME
+
+
+def _settings(config_name: str, config: DictConfig, choices: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Return (key, default, sentence) of each setting that has a sentence: in its dataclass, else in YAML."""
+    comments = {}
+    for group, choice in {"": config_name, **choices}.items():
+        if choice:
+            folder, _, package = group.partition("@")
+            path = CONFIGS / folder / f"{choice}.yaml"
+            package = package or folder.replace("/", ".")
+            prefix = f"{package}." if package and "@package _global_" not in path.read_text() else ""
+            comments |= {f"{prefix}{key}": comment for key, comment in _comments(path)}
+    rows = []
+    for key, value in walk(config):
+        field = find_field(config_name, key)
+        sentence = field[0].metadata.get("about") if field else comments.get(key)
+        if sentence:
+            rows.append((key, _printed(value), sentence))
+    return rows
+
+
+def _comments(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, comment) of a YAML file's lines, after those of the files that it is based on."""
+    text = path.read_text()
+    for base in re.findall(r"^\s*-\s+(\w+)\s*$", text.partition("defaults:")[2], re.MULTILINE):
+        if base != "_self_" and (path.parent / f"{base}.yaml").is_file():
+            yield from _comments(path.parent / f"{base}.yaml")
+    stack: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        match = re.match(r"^(\s*)([A-Za-z_]\w*):(.*)$", line)
+        if not match:
+            continue
+        indent = len(match[1])
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        stack.append((indent, match[2]))
+        comment = re.search(r"\s#\s*(.+)$", match[3])
+        if comment:
+            yield ".".join(name for _, name in stack), comment[1].strip()
+
+
+def _headline(path: Path) -> str:
+    """Return the first comment line of a YAML file that is not an `@package` line."""
+    lines = path.read_text().splitlines()
+    return next((line.lstrip("# ").strip() for line in lines if line[:1] == "#" and "@package" not in line), "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table whose last column is wrapped at the width of the terminal."""
+    width = max(80, min(shutil.get_terminal_size((120, 24)).columns, 140))
+    columns = [min(36, max((len(row[i]) for row in rows), default=0)) for i in range(len(rows[0]) - 1)] if rows else []
+    lines = []
+    for *cells, sentence in rows:
+        start = "  " + "".join(f"{cell:<{column}}  " for cell, column in zip(cells, columns))
+        rest = " " * (2 + sum(column + 2 for column in columns))
+        wrapped = textwrap.wrap(sentence, max(30, width - len(rest)), break_on_hyphens=False) or [""]
+        lines.append((start + wrapped[0]).rstrip())
+        lines += [rest + line for line in wrapped[1:]]
+    return lines
+
+
+def _printed(value: Any) -> str:
+    if value == "???":
+        return "needed"
+    if isinstance(value, dict):
+        return ""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
