@@ -40,7 +40,7 @@ LENGTHS = 0.8, 1.25  # of a clip, as a factor
 FORMANTS = 0.85, 1.35  # frequencies, as a factor
 PITCHES = 80.0, 300.0  # Hz of a pulse train
 COLOUR, NOISE_COLOUR = 8.0, 12.0  # dB up or down, of the clip and of the noise
-NOISE = -65.0, -30.0  # dB of the noise beside the loudest frequency of the clip
+NOISE = -65.0, -30.0  # dB of the noise beside the loudest band of the clip
 ENVELOPE = 24  # cepstral coefficients of a spectral envelope: 1.5 ms
 WINDOW_POWER = 0.375 * N_FFT  # of the Hann window: white noise of unit power has this power at each frequency
 UNKNOWN = -100  # label of a frame without an alignment
@@ -58,7 +58,7 @@ def sound_of(path: Path) -> Tensor:
 class GridSentences:
     """Random parts of recordings, each with a whole sentence.
 
-    Clips of a speaker with fewer than a tenth as many as the one with the most are drawn more often, up to four times.
+    Clips of a speaker with fewer than a fifth as many as the one with the most are drawn more often, up to eight times.
 
     Args:
         root: folder of GRID.
@@ -73,8 +73,8 @@ class GridSentences:
         self.root = Path(root)
         clips = grid(root, protocol="seen", speakers=speakers).clips(split)
         counts = Counter(clip.speaker for clip in clips)
-        wanted = max(counts.values()) // 10
-        self.clips = [clip for clip in clips for _ in range(max(1, min(4, wanted // counts[clip.speaker])))]
+        wanted = max(counts.values()) // 5
+        self.clips = [clip for clip in clips for _ in range(max(1, min(8, wanted // counts[clip.speaker])))]
         self.samples = round(seconds * RATE)
 
     def __len__(self) -> int:
@@ -148,10 +148,10 @@ def excitation(count: int, samples: int) -> Tensor:
     return torch.where(frequencies < voiced_below, power, torch.empty_like(power).exponential_())
 
 
-def colour(count: int, decibels: float) -> Tensor:
-    """Return smooth random curves (B, F, 1) of factors on power, up to `decibels` from 1."""
+def colour(count: int, bands: int, decibels: float) -> Tensor:
+    """Return smooth random curves (B, M, 1) of factors on power, up to `decibels` from 1."""
     knots = uniform((-decibels, decibels), count, 1, 6)
-    curve = F.interpolate(knots, size=N_FFT // 2 + 1, mode="linear", align_corners=True)
+    curve = F.interpolate(knots, size=bands, mode="linear", align_corners=True)
     return 10 ** (curve / 10).transpose(1, 2)
 
 
@@ -181,10 +181,10 @@ def change(waves: Tensor, bands: int) -> tuple[Tensor, Tensor]:
     power = spectra(waves + 1e-4 * torch.randn_like(waves))
     half = (count + 1) // 2  # of the clips get another voice
     power[:half] = envelope(power[:half]) * (excitation(half, waves.shape[1]) + 1e-3)
-    power = power * colour(count, COLOUR)
-    level = power.amax((1, 2), keepdim=True) * 10 ** (uniform(NOISE, count, 1, 1) / 10)
-    power = power + level * colour(count, NOISE_COLOUR) * torch.empty_like(power).exponential_()
     mel = warped_filters(bands, log_uniform(FORMANTS, count)).transpose(1, 2) @ power
+    mel = mel * colour(count, bands, COLOUR)
+    level = mel.amax((1, 2), keepdim=True) * 10 ** (uniform(NOISE, count, 1, 1) / 10)
+    mel = mel + level * colour(count, bands, NOISE_COLOUR) * torch.empty_like(mel).exponential_()
     lengths = uniform(LENGTHS, count)
     mel = stretch(mel.clamp(min=1e-10).log10(), lengths)
     return (torch.maximum(mel, mel.amax((-2, -1), keepdim=True) - 8) + 4) / 4, lengths
@@ -230,7 +230,8 @@ class GridRecogniserTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Return losses; batch: see `GridSentences`."""
-        mel, lengths = change(batch["wave"], self.recogniser.config.bands)
+        with torch.autocast("cpu", enabled=False):
+            mel, lengths = change(batch["wave"], self.recogniser.config.bands)
         scores = self.recogniser(mel)
         count, frames = scores.shape[:2]
         sizes = torch.full((count,), frames), torch.full((count,), batch["words"].shape[1])

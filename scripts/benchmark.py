@@ -25,7 +25,8 @@ from engine.settings import DEVICES
 from scripts.arguments import Parser, within
 
 NAMES = (
-    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "training",
+    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "synchrony",
+    "training",
 )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class GridRecogniser(Pretrained):
         x = self.fine(x)
         x = self.coarse(F.relu(self.second(x)))
         x, _ = self.gru(self.dropout(x.transpose(1, 2)))
-        return self.head(self.dropout(x)).log_softmax(-1)
+        return self.head(self.dropout(x)).float().log_softmax(-1)
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
         """Return the six words that are likeliest in a wave (N,) of samples in [-1, 1] at `rate` Hz."""

@@ -69,7 +69,7 @@ def test_clips_of_speakers_with_few_are_drawn_more_often(corpus):
     (corpus / "s3").mkdir()
     (corpus / "s3" / "bbaf2n.mp4").touch()
     counts = Counter(clip.speaker for clip in GridSentences(corpus).clips)
-    assert counts["s2"] > 50 and counts["s3"] in (0, 4)
+    assert counts["s2"] > 50 and counts["s3"] in (0, 8)
     assert Counter(clip.key for clip in GridSentences(corpus, speakers=["s1"]).clips).most_common(1)[0][1] == 1
 
 

@@ -1,0 +1,26 @@
+"""Clips whose sound and picture are out of step are found by planted lags."""
+
+import torch
+
+from benchmarks.synchrony import LARGEST, features, predict
+
+
+def test_planted_lags_are_found():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(16, 20, generator=generator)
+    movement = torch.randn(24, 75, 16, generator=generator).cumsum(1)
+    mouths = movement - movement.mean(1, keepdim=True)
+    sounds = mouths @ mixing + 0.5 * torch.randn(24, 75, 20, generator=generator)
+    lags = torch.zeros(24, dtype=torch.long)
+    lags[[3, 11, 20]] = torch.tensor([4, -5, 7])
+    sounds = torch.stack([torch.roll(sound, int(lag), 0) for sound, lag in zip(sounds, lags)])
+    _, agreement = predict(mouths, sounds)
+    assert (agreement.argmax(1) - LARGEST).tolist() == lags.tolist()
+
+
+def test_features_are_of_the_frames_that_both_have():
+    mouth = torch.randint(0, 256, (10, 48, 48), dtype=torch.uint8)
+    wave = torch.randn(24_000 * 9 // 25)
+    picture, sound = features(mouth, wave, 24_000)
+    assert picture.shape == (9, 256) and sound.shape == (9, 20)
+    assert picture.mean(0).abs().max() < 1e-5 and sound.mean(0).abs().max() < 1e-5
