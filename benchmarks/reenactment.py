@@ -17,7 +17,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         yield result, "identity, true clips: " + _line(result)
     for name in args.codecs:
         codec = Copy() if name == COPY else LiaX.from_pretrained(name)
-        for result in (*_self(codec, people, judge, args), *_cross(codec, people, judge), *_drawn(codec, args)):
+        for result in chain(_self(codec, people, judge, args), _cross(codec, people, judge), _drawn(codec, args)):
             yield {"codec": name, **result}, f"{name}, {result['what']}: {_line(result)}"
 
 
