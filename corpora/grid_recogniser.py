@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 
 from corpora.preparation.clip import SourceClip
 from corpora.preparation.sources_studio import grid
+from engine.codec import load_like
 from engine.evaluation.validation import Share
 from engine.media.audio import read_audio
 from engine.metrics.grid_recogniser import (
@@ -205,6 +206,7 @@ class GridRecogniserTask(Task):
         speakers: those that are trained on; validation also hears `new_speakers`.
         steps: of training.
         recipe: a sentence for the card.
+        init: release folder of the same sizes to start from instead of random weights.
     """
 
     def __init__(
@@ -215,9 +217,14 @@ class GridRecogniserTask(Task):
         new_speakers: Sequence[str],
         steps: int,
         recipe: str = "",
+        init: str | None = None,
     ) -> None:
         super().__init__()
-        self.recogniser = GridRecogniser(GridRecogniserConfig(**recogniser))
+        config = GridRecogniserConfig(**recogniser)
+        if init:
+            self.recogniser = load_like(GridRecogniser, init, config, key="task.recogniser")
+        else:
+            self.recogniser = GridRecogniser(config)
         self.root, self.speakers, self.new_speakers = Path(root), list(speakers), list(new_speakers)
         self.steps, self.recipe = steps, recipe
 

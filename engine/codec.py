@@ -159,6 +159,7 @@ class PortraitCodec(Codec):
 
 
 C = TypeVar("C", bound=Codec)
+P = TypeVar("P", bound=Pretrained)
 
 
 def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
@@ -177,10 +178,13 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
     return codecs[kind].from_pretrained(folder)
 
 
-def load_like(codec: type[C], folder: str, config: Any, free: Collection[str] = ()) -> C:
-    """Load the release that a training starts from; refuse one whose config differs from `config` but in `free`."""
-    network = codec.from_pretrained(folder)
+def load_like(model: type[P], folder: str, config: Any, free: Collection[str] = (), key: str = "task.codec") -> P:
+    """Load the release that a training starts from; refuse one whose config differs from `config` but in `free`.
+
+    `key` is the setting that `config` is from, for the message.
+    """
+    network = model.from_pretrained(folder)
     for name, value in asdict(network.config).items():
         if name not in free and value != getattr(config, name):
-            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
+            raise UserError(f"task.init={folder} has {name}={value}, but {key} asks for {getattr(config, name)}")
     return network.train()

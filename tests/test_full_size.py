@@ -22,11 +22,11 @@ from hicodit.conditions.types import EXPRESSIONS
 from lia_x import LiaX, LiaXConfig
 from lia_x import released as lia_x
 from rvq_codec import RVQCodec, RVQCodecConfig
-from rvq_codec import released as rvq
+from rvq_codec import upstream as rvq
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.speaker import encoder as speaker
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae import released as wxvae
+from whisperx_vae import upstream as wxvae
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/model" / "talker_t2av_base.yaml"))

@@ -15,10 +15,12 @@ from corpora.grid_recogniser import (
     stretch,
     warped_filters,
 )
+from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.metrics.grid_recogniser import WORDS, GridRecogniser, is_sentence
+from engine.metrics.grid_recogniser import WORDS, GridRecogniser, GridRecogniserConfig, is_sentence
 from engine.nn.mel import N_FFT, RATE, mel_filters
 from tests import forked
+from tests.tiny import same
 
 NAMES = ["bbaf2n", "lbbc1a", "pgwi9s", "prav6s", "sbbt3p"]
 
@@ -119,6 +121,17 @@ def test_changes_differ_and_give_a_loss_that_training_lowers(corpus):
         optimizer.step()
         losses.append(loss.item())
     assert np.isfinite(losses).all() and losses[-1] < 0.6 * losses[0]
+
+
+def test_training_starts_from_a_release_of_the_same_sizes(corpus, tmp_path):
+    GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).save(tmp_path / "release", "card")
+    earlier = GridRecogniser.from_pretrained(tmp_path / "release")
+    speakers = {"speakers": ["s1"], "new_speakers": ["s1"]}
+    settings = {"root": str(corpus), **speakers, "steps": 1, "init": str(tmp_path / "release")}
+    task = GridRecogniserTask({"channels": 8, "hidden": 8}, **settings)
+    assert task.recogniser.training and same(task.recogniser.state_dict(), earlier.state_dict())
+    with pytest.raises(UserError, match=r"channels=8, but task\.recogniser asks for 16"):
+        GridRecogniserTask({"channels": 16, "hidden": 8}, **settings)
 
 
 def test_the_recipe_ends_in_a_release_that_hears_sentences(corpus):

@@ -51,7 +51,8 @@ def test_the_command_prints_a_line_a_case(tmp_path, monkeypatch, capfd):
     right, no_runner, off = lines
     assert off.startswith("FAIL       sedd_dse_n7_f32") and off.count(" off by ") == 1 and "; entropy off by" in off
     assert no_runner == "not built  alien: no runner for this component yet"
-    assert right.startswith("pass       epfg_n7: abs ") and "13 outputs" in right
+    assert right.startswith("pass       epfg_n7: abs ") and "7 outputs" in right
+    assert right.count(" not compared: not offered") == 6  # readings B and C of three sets of scales
 
 
 DAMAGE = {  # what happens to a case and its list of keys, and the line

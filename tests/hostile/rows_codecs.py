@@ -102,8 +102,6 @@ INPUTS = {  # a call of a codec, and the line
     "LIA-X: bytes": (lambda: lia().encode(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), "floats"),
     "LIA-X: motion": (lambda: lia().decode(torch.zeros(2, 5), torch.zeros(3, 32, 32)), r"\(frames, 4\)"),
     "LIA-X: chunk": (lambda: lia().decode(torch.zeros(2, 4), torch.zeros(3, 32, 32), chunk=0), "chunk=0"),
-    "LIA-X: edit": (lambda: lia().edit_image(torch.zeros(3, 32, 32), [4], [0.1]), "edit index 4"),
-    "LIA-X: one control": (lambda: lia().interpolate_image(torch.zeros(3, 32, 32), [0], [0.5]), "takes ten or more"),
 }
 
 

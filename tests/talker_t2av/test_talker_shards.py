@@ -87,7 +87,7 @@ def test_every_pair_comes_once_an_epoch_and_its_shards_are_announced(root):
     data.sets[0].shards.files.prefetch = lambda shards: told.append(("t2av", {s["name"] for s in shards}))
     data.sets[1].shards.files.prefetch = lambda shards: told.append(("tts", {s["name"] for s in shards}))
     batches = MicroBatches(data, 1, 0)
-    seen = Counter(index for number in range(7) for _, index in batches.samples(number))
+    seen = Counter(index for number in range(7) for index in batches.samples(number))
     assert seen == Counter(range(7)) and data.blocks.sizes == [2, 2, 2, 1]
     used = {0: set(), 1: set()}
     for side, each in enumerate(data.sets):
