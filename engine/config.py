@@ -15,7 +15,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -108,6 +108,9 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
         if field is not None:
             raise UserError(f"{word}: {name} is a setting with a default and cannot be removed: change it")
         return word
+    if key == name and config_name == "evaluate" and _is_mapping(config_name, name):
+        key = f"++{name}"  # names of systems, splits and figures are the user's
+        word = f"{key}{equals}{text}"
     is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
     if is_added and field is None and find_schema(config_name, name.rpartition(".")[0]):
         raise UserError(f"unknown setting {name!r}; {nearest(name, _names(config_name, []))}")
@@ -131,6 +134,16 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if is_quoted or value == text:
         return word
     return f"{key}={quoted(text)}"
+
+
+def _is_mapping(config_name: str, name: str) -> bool:
+    """Return whether a setting is a mapping with keys of any name, or a key of one."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        found = find_field(config_name, ".".join(parts[:count]))
+        if found and "group" not in found[0].metadata and kind_of(found[1])[0] is dict:
+            return True
+    return False
 
 
 def quoted(text: str) -> str:
@@ -174,6 +187,8 @@ def explained(config_name: str = "", words: Sequence[str] = ()) -> Iterator[None
 
 def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> str:
     text, cause = str(error), error.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"{error.override[:80]} cannot be read: quote names and values that hold other characters than letters"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group or 'configuration'}={choice} does not exist; {nearest(choice, error.options or [])}"

@@ -28,8 +28,8 @@ class GenerateConfig(Group, prefix="generate."):
     codec: str | None = setting(
         None, about="hicodit: release folder of the tokenizer; null: the one that the weights name"
     )
-    codecs: dict[str, Any] | None = setting(
-        None, about="talker_t2av: release folders of codecs that it does not name, as in {speech: FOLDER}"
+    codecs: dict[str, Any] = setting(
+        {}, about="talker_t2av: release folders of codecs that it does not name, as in {speech: FOLDER}"
     )
     detector: str | None = setting(
         None,
@@ -42,9 +42,9 @@ class GenerateConfig(Group, prefix="generate."):
     )
     precision: str = setting("fp32", choices=PRECISIONS, about="of the model: fp32, bf16, int8 or auto")
     sampler: str = setting("release", about="hicodit: release, paper or fast (configs/sampler)")
-    sampling: dict[str, Any] | None = setting(None, about="settings that override the sampler's, as in {steps:5}")
-    guidance: dict[str, Any] | None = setting(
-        None, about="hicodit: guidance scales that override the sampler's, as in {all:2.25}"
+    sampling: dict[str, Any] = setting({}, about="settings that override the sampler's, as in {steps:5}")
+    guidance: dict[str, Any] = setting(
+        {}, about="hicodit: guidance scales that override the sampler's, as in {all:2.25}"
     )
     voice: bool | None = setting(
         None,
@@ -73,8 +73,8 @@ class GenerateConfig(Group, prefix="generate."):
         "given",
         about="talker_t2av: given, or heard (v2a): words that a lip reader or a recogniser finds, as with text=auto",
     )
-    auto: dict[str, Any] | None = setting(
-        None, about="of words=heard, as for text=auto: {heard: FILE, recogniser: FOLDER, hicodit: FOLDER}"
+    auto: dict[str, Any] = setting(
+        {}, about="of words=heard, as for text=auto: {heard: FILE, recogniser: FOLDER, hicodit: FOLDER}"
     )
     levels: int | None = setting(None, 1, 64, "rvq_codec: number of levels to decode; null: all")
     seed: int = setting(0, *SEEDS, "clip i is generated with seed + i")

@@ -25,7 +25,7 @@ AUTO = "model=talker_t2av mode=v2a text=auto video=clip.mp4"
 SPEAK = "model=talker_t2av mode=tts text=a reference_audio=sounds/voice.wav"
 SHARDS = "source.root=corpus output=shards"
 TRAIN = [
-    (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1 must be a number"),
+    (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1.0 must be a number"),
     (f"{HICODIT} trainer.device=cuda", "no CUDA device is available"),
     (f"{HICODIT} trainer.best=wer", "trainer.best=wer is not"),
     (f"{HICODIT} run=file", "cannot write to run=file"),
@@ -151,7 +151,7 @@ PREPARE = [
     (f"{SHARDS} splits=[nope]", "no split nope"),
     (f"{SHARDS} device=cuda", "no CUDA device is available"),
     (f"{SHARDS} executor=cloud", "executor=cloud is unknown; choose processes, ray"),
-    (f"{SHARDS} limits.gap=-1", "limits.gap=-1 must be"),
+    (f"{SHARDS} limits.gap=-1", "limits.gap=-1.0 must be"),
     (f"{SHARDS} stages.rvq.codec=nowhere", "nowhere"),
     (f"{SHARDS} stages.rvq.codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
     (f"{SHARDS} stages.speech.codec=damaged", "holds a model of kind 'hicodit'"),
