@@ -106,7 +106,7 @@ class ClipJobs(Jobs):
         self, name: str, prepared: tuple[HiCoDiTPipeline, list[Crops]], speeches: list[Speech]
     ) -> tuple[str, float]:
         """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
-        _, faces = prepared
+        pipeline, faces = prepared
         clip = Path(name)
         unseen = []
         total = 0.0
@@ -122,6 +122,8 @@ class ClipJobs(Jobs):
                 total += len(speech.wave) / speech.rate
                 if seconds := crops.track.unseen(FPS):
                     unseen.append(f" (face seen in {crops.track.coverage:.0%}; not at {seconds})")
+                if pipeline.people is not None and (remark := pipeline.people.remark(crops.voices)):
+                    unseen.append(f" ({remark})")
             files = [path.name for path in sorted(staging.iterdir())]
         return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(unseen)}", total
 

@@ -39,6 +39,7 @@ from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
+from hicodit.people import KnownPeople
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
@@ -100,6 +101,7 @@ class HiCoDiTPipeline:
         self.sampler = sampler
         self.guidance = guidance
         self.face_source = face_source or FaceSource()
+        self.people: KnownPeople | None = None  # of the training clips
         self.folder: Path | None = None  # of the release, and of its tokenizer by name
         self.parts: dict[str, str | Path] = {}
         config = system.model.config
@@ -157,6 +159,7 @@ class HiCoDiTPipeline:
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
         pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
         pipeline.folder = folder
+        pipeline.people = KnownPeople.from_release(Path(folder))
         pipeline.parts = {Path(config.get("codec", "rvq_tiny")).name: codec}
         return pipeline
 

@@ -65,3 +65,13 @@ def test_the_default_weights_say_what_held_out_lips_say(held_out, judge):
         speech = pipeline(GRID / clip.video, seed=0)
         wrong += wrong_words(clip.text, judge.transcribe(speech.wave, speech.rate))
     assert wrong <= 0.4 * 6 * CLIPS  # about 80 % are wrong by chance
+
+
+@pytest.mark.skipif(not FILMED.is_dir(), reason=f"needs the release {FILMED.name}")
+def test_new_people_get_a_remark_and_known_ones_none(held_out):
+    pipeline = HiCoDiTPipeline.from_pretrained(FILMED)
+    if pipeline.people is None:
+        pytest.skip(f"{FILMED.name} has no people.json: python scripts/known_people.py SHARDS {FILMED}")
+    assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voices) for clip in held_out[:2]] == ["", ""]
+    for name in ("s31", "s34"):
+        assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voices)

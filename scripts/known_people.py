@@ -1,0 +1,35 @@
+"""Describe the people of prepared shards in a release, so that other faces get a remark:
+
+python scripts/known_people.py SHARDS RELEASE
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+from pathlib import Path
+
+from engine.errors import run_cli
+from engine.shards.reader import ShardSplit
+from hicodit.people import FILE, KnownPeople, face_features
+from scripts.arguments import Parser
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("shards", type=Path, help="folder of prepared splits with faces; train is read")
+    parser.add_argument("release", type=Path, help="release folder that gets people.json")
+    args = parser.parse_args()
+    clips = ShardSplit(args.shards / "train")
+    features, speakers = [], []
+    for number in range(len(clips)):
+        info, tensors = clips.read(number, ("faces",))
+        features.append(face_features(tensors["faces"].numpy()))
+        speakers.append(str(info["speaker"]))
+    KnownPeople.of_clips(features, speakers).save(args.release)
+    print(f"{args.release / FILE}: {len(set(speakers))} people of {len(clips)} clips")
+
+
+if __name__ == "__main__":
+    run_cli(main)
