@@ -1,7 +1,7 @@
 """How unlike the people of the training clips a face is: a remark for whoever reads the result, never a refusal.
 
-A release may hold people.json: means over the clips of each person of random projections of the face picture, their spread
-within a person, and the distance from which a face counts as unlike. No picture can be made from so few numbers.
+A release may hold people.json: means over the clips of each person of random projections of the face picture, their
+spread within a person, and the distance from which a face counts as unlike. No picture can be made from so few numbers.
 
 Axes: n face pictures, S' their side, D = 24 features, P people.
 """
