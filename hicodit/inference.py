@@ -25,7 +25,7 @@ from engine.settings import override
 from engine.word_times import WordTimes, write_words
 from hicodit.bundled import bundled_weights
 from hicodit.figure import draw
-from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
+from hicodit.pipeline import FPS, GENERATED, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import FACE, InferConfig, stem_of
 from hicodit.streaming import SpeechChunk
 
@@ -106,12 +106,11 @@ class ClipJobs(Jobs):
         self, name: str, prepared: tuple[HiCoDiTPipeline, list[Crops]], speeches: list[Speech]
     ) -> tuple[str, float]:
         """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
-        pipeline, faces = prepared
         clip = Path(name)
-        unseen = []
+        remarks = []
         total = 0.0
         with all_or_none(self.output) as staging:
-            for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
+            for number, speech in enumerate(speeches, 1):
                 stem = stem_of(clip, number, self.config)
                 for ending in FACE if self.config.debug else ():
                     shutil.copyfile(Path(self.scratch.name) / f"{stem}{ending}", staging / f"{stem}{ending}")
@@ -120,12 +119,9 @@ class ClipJobs(Jobs):
                     words = self.times.recognise(speech.wave, speech.rate)
                     write_words(staging / stem, words, "recogniser", subtitles=True)
                 total += len(speech.wave) / speech.rate
-                if seconds := crops.track.unseen(FPS):
-                    unseen.append(f" (face seen in {crops.track.coverage:.0%}; not at {seconds})")
-                if pipeline.people is not None and (remark := pipeline.people.remark(crops.voices)):
-                    unseen.append(f" ({remark})")
+                remarks += speech.remarks
             files = [path.name for path in sorted(staging.iterdir())]
-        return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(unseen)}", total
+        return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(f' ({remark})' for remark in remarks)}", total
 
 
 class StreamJobs(ClipJobs):
@@ -145,8 +141,8 @@ class StreamJobs(ClipJobs):
         wave = np.concatenate([chunk.wave for chunk in chunks])
         rate = chunks[0].rate
         with all_or_none(self.output) as staging:
-            write_wav(staging / f"{clip.stem}.wav", wave, rate)
-            mux_audio(clip, wave, rate, staging / f"{clip.stem}.mp4")
+            write_wav(staging / f"{clip.stem}.wav", wave, rate, comment=GENERATED)
+            mux_audio(clip, wave, rate, staging / f"{clip.stem}.mp4", GENERATED)
         seconds = len(wave) / rate
         compute = sum(chunk.compute for chunk in chunks)
         first = chunks[0].needed / FPS + chunks[0].compute
@@ -156,7 +152,7 @@ class StreamJobs(ClipJobs):
 
 def write_speech(clip: Path, speech: Speech, folder: Path, stem: str, figure: bool) -> None:
     """Write the speech of a clip, the clip with this sound and, if asked for, the figure: STEM.wav, .mp4 and .png."""
-    write_wav(folder / f"{stem}.wav", speech.wave, speech.rate)
-    mux_audio(clip, speech.wave, speech.rate, folder / f"{stem}.mp4")
+    speech.save(folder / f"{stem}.wav")
+    mux_audio(clip, speech.wave, speech.rate, folder / f"{stem}.mp4", GENERATED)
     if figure:
         draw(speech, folder / f"{stem}.png")

@@ -29,6 +29,7 @@ from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
+from engine.media.generated import generated_comment
 from engine.media.video import iter_video
 from engine.precision import convert_matrices, pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
@@ -44,6 +45,7 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
 
+GENERATED = generated_comment("HiCoDiT", "speech")  # metadata of files
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
 
@@ -58,6 +60,7 @@ class Speech:
         crops: mouth and face of the clip.
         expression: (J,) class of each half second.
         evaluations: of the network, one per guidance branch, step and window.
+        remarks: one-line notes to the user about the clip, which are shown beside the result.
     """
 
     wave: np.ndarray
@@ -66,6 +69,7 @@ class Speech:
     crops: Crops
     expression: np.ndarray
     evaluations: int = 0
+    remarks: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the speech as 16-bit WAV; the file appears whole or not at all.
@@ -73,7 +77,7 @@ class Speech:
         Raises:
             UserError: the name does not end in .wav, or the file cannot be written.
         """
-        write_wav(path, self.wave, self.rate)
+        write_wav(path, self.wave, self.rate, comment=GENERATED)
 
 
 class HiCoDiTPipeline:
@@ -345,9 +349,18 @@ class HiCoDiTPipeline:
             waves = self.decode(tokens)
         classes = conditions.expression.cpu().numpy()
         return [
-            Speech(wave, self.codec.sample_rate, t.numpy(), clip, e[: windows_of(len(clip))], count)
+            Speech(wave, self.codec.sample_rate, t.numpy(), clip, e[: windows_of(len(clip))], count, self.remarks(clip))
             for wave, t, clip, e, count in zip(waves, tokens, crops, classes, evaluations)
         ]
+
+    def remarks(self, crops: Crops) -> tuple[str, ...]:
+        """Return one-line notes about a clip, which are shown beside its result; none of them is an error."""
+        remarks = []
+        if crops.track is not None and (unseen := crops.track.unseen(FPS)):
+            remarks.append(f"face seen in {crops.track.coverage:.0%}; not at {unseen}")
+        if self.people is not None and (unlike := self.people.remark(crops.voices)):
+            remarks.append(unlike)
+        return tuple(remarks)
 
     def stream(
         self,

@@ -19,7 +19,7 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.seeding import check_seed
 from hicodit.inference import write_speech
-from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
+from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from talker_t2av.faces import is_picture
 from talker_t2av.inference import describe, write_talk
 from talker_t2av.jobs import Job
@@ -80,10 +80,7 @@ class Demo:
         with stage("writing the files"):
             write_speech(Path(clip), speech, folder, stem, figure=True)
         video, figure, sound = (str(folder / f"{stem}.{kind}") for kind in ("mp4", "png", "wav"))
-        unseen = crops.track.unseen(FPS)
-        notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech"]
-        if unseen:
-            notes.append(f"the face was seen in {crops.track.coverage:.0%} of the clip; not at {unseen}")
+        notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech", *speech.remarks]
         return Made(notes, video, sound, figure)
 
     def talk(
@@ -130,9 +127,7 @@ class Demo:
             write_talk(job, mode, talk, folder)
         sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
         video = str(folder / f"{mode}.mp4") if mode != "tts" else None
-        notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]
-        if prepared.mode.open_ended and not talk.stopped:
-            notes.append("it was cut off at the longest length allowed")
+        notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *talk.remarks]
         return Made(notes, video, sound)
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import UserError, require
 from engine.settings import SEEDS
-from service.service import TALKER, Service, request_folder, while_connected
+from service.service import TALKER, Service, request_folder, while_connected, without_folders
 from service.sound import FORMATS, collect, encode, encode_whole, speak
 from service.voices import DEFAULT
 from talker_t2av.pipeline import Job
@@ -102,8 +102,8 @@ def openai_routes(service: Service) -> APIRouter:
         """Say a text.
 
         The answer is a whole file, or with stream_format=audio the file in chunks as it is generated. The header
-        X-Warning has remarks about the input. With timestamp_granularities ["word"] the answer is JSON: `audio`
-        (base64) and `words`, each with its start and end in seconds.
+        X-Remarks has one-line remarks about the input. With timestamp_granularities ["word"] the answer is JSON:
+        `audio` (base64) and `words`, each with its start and end in seconds.
         """
         service.find(body.model)
         timed = bool(body.timestamp_granularities)
@@ -113,8 +113,9 @@ def openai_routes(service: Service) -> APIRouter:
             require("pocketsphinx", "pocketsphinx")
         voice = save_recording(body.reference_audio, folder) or service.voices.find(body.voice_name)
         prepared = await asyncio.to_thread(service.talker.prepare, body.job(service, "tts", body.input, voice))
-        remark = prepared.remark.replace("\n", " ")
-        headers = {"X-Warning": remark.encode("latin-1", "replace").decode("latin-1")} if remark else {}
+        remarks = [without_folders(remark) for remark in prepared.remarks]
+        header = "; ".join(remarks).encode("latin-1", "replace").decode("latin-1")
+        headers = {"X-Remarks": header} if remarks else {}
         media_type = FORMATS[body.response_format][0]
         rate = service.talker.rate
         waves = speak(service, prepared, stream=body.stream_format is not None)
@@ -141,7 +142,7 @@ def openai_routes(service: Service) -> APIRouter:
             "format": body.response_format,
             "duration": round(len(whole) / rate / body.speed, 3),
             "words": await word_times(body.input, whole, body.speed),
-            "warning": prepared.remark or None,
+            "remarks": remarks,
         }
         return JSONResponse(answer, headers=headers)
 

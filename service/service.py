@@ -114,6 +114,12 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
+def without_folders(message: str) -> str:
+    """Return a message in one line, without the paths of request folders."""
+    message = re.sub(rf"{re.escape(tempfile.gettempdir())}/{FOLDER}[^/]*/", "", message)
+    return " ".join(message.split())
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """Return the status and the sentence of an error, without the paths of request folders."""
     cause = error
@@ -129,7 +135,6 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, WorkerEnded):
         return 503, str(error)
     if isinstance(error, UserError):
-        message = re.sub(rf"{re.escape(tempfile.gettempdir())}/{FOLDER}[^/]*/", "", str(error))
-        return 400, " ".join(message.split())
+        return 400, without_folders(str(error))
     print(f"unforeseen {type(error).__name__}: {error}", flush=True)
     return 500, f"internal error: {type(error).__name__}"

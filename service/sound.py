@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -11,11 +10,12 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import soundfile
 import torch
 
 from engine.codec import StreamDecoder
+from engine.media.audio import encode_wav
 from engine.media.ffmpeg import command
+from engine.media.generated import generated_comment
 from service.service import Service
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
@@ -30,6 +30,7 @@ FORMATS = {  # by name: media type, and what ffmpeg is told
     "opus": ("audio/ogg", ["-c:a", "libopus", "-b:a", "48k", "-f", "ogg"]),
     "aac": ("audio/aac", ["-c:a", "aac", "-b:a", "96k", "-f", "adts"]),
 }
+GENERATED = generated_comment("Talker-T2AV", "speech")
 BLOCK = 2**16  # bytes that are read from ffmpeg at once
 
 
@@ -85,7 +86,8 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
     factors = [0.5, speed / 0.5] if speed < 0.5 else [speed]  # ffmpeg's filter takes 0.5 and more at once
     tempo = [] if speed == 1 else ["-af", ",".join(f"atempo={factor:g}" for factor in factors)]
     raw = ["-f", "s16le", "-ar", str(rate), "-ac", "1", "-i", "pipe:0"]
-    call = command("-v", "error", *raw, *tempo, "-flush_packets", "1", *FORMATS[kind][1], "pipe:1")
+    comment = ["-metadata", f"comment={GENERATED}"]
+    call = command("-v", "error", *raw, *tempo, *comment, "-flush_packets", "1", *FORMATS[kind][1], "pipe:1")
     call.remove("-nostdin")
     process = await asyncio.create_subprocess_exec(*call, stdin=PIPE, stdout=PIPE)
 
@@ -123,6 +125,4 @@ async def encode_whole(wave: np.ndarray, rate: int, kind: str, speed: float = 1.
     content = b"".join([part async for part in encode(waves(), rate, "pcm" if kind == "wav" else kind, speed)])
     if kind != "wav":
         return content
-    file = io.BytesIO()
-    soundfile.write(file, np.frombuffer(content, np.int16), rate, subtype="PCM_16", format="WAV")
-    return file.getvalue()
+    return encode_wav(np.frombuffer(content, np.int16), rate, GENERATED)

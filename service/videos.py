@@ -18,10 +18,11 @@ from pydantic import BaseModel, Field, PrivateAttr
 
 from engine.errors import UserError
 from engine.faces.track import read_face
-from engine.media.video import mux_audio, write_video
+from engine.media.video import mux_audio
 from engine.settings import FACE
+from hicodit.pipeline import GENERATED
 from service.openai import OurFields, save_upload
-from service.service import FOLDER, TALKER, Service, explain
+from service.service import FOLDER, TALKER, Service, explain, without_folders
 from service.sound import parts_of
 from service.voices import DEFAULT
 from service.workers import Ticket
@@ -45,6 +46,7 @@ class VideoRequest(OurFields):
 class Video(BaseModel):
     """A video that is being made, or is kept for its client.
 
+    remarks: one-line notes about the input and the result.
     faces: number of videos of a completed job, one a face; the folder has them as video1.mp4, ...
     """
 
@@ -58,7 +60,7 @@ class Video(BaseModel):
     completed_at: int | None = None
     expires_at: int | None = None
     error: dict[str, str] | None = None
-    warning: str | None = None
+    remarks: list[str] = []
     faces: int = 1
     _folder: TemporaryDirectory = PrivateAttr(
         default_factory=lambda: TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True)
@@ -171,7 +173,6 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
     """Make a talking face."""
     talker = service.talker
     prepared = await asyncio.to_thread(talker.prepare, job)
-    video.warning = prepared.remark or None
     most, patches = sum(request.max_patches for request in prepared.requests), 0
 
     def count(_: torch.Tensor) -> None:
@@ -182,7 +183,8 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
     tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
     results = [await service.generate("talker_t2av", ticket) for ticket in tickets]
     talk = await asyncio.to_thread(talker.complete, prepared, *results)
-    await asyncio.to_thread(write_video, video.path("video1.mp4"), talk.frames, talker.fps, talk.wave, talker.rate)
+    video.remarks = [without_folders(remark) for remark in talk.remarks]
+    await asyncio.to_thread(talk.save, video.path("video1.mp4"))
 
 
 async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed: int) -> None:
@@ -191,5 +193,7 @@ async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed
     speeches = await asyncio.gather(*(service.generate("hicodit", Ticket(part, seed)) for part in crops))
     video.progress = 90
     for number, speech in enumerate(speeches, 1):
-        await asyncio.to_thread(mux_audio, clip, speech.wave, speech.rate, video.path(f"video{number}.mp4"))
+        target = video.path(f"video{number}.mp4")
+        await asyncio.to_thread(mux_audio, clip, speech.wave, speech.rate, target, GENERATED)
+        video.remarks += [without_folders(remark) for remark in speech.remarks]
     video.faces = len(speeches)

@@ -18,7 +18,7 @@ from PIL import Image
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
 from engine.faces.crops import centre_square, portrait_square
-from engine.faces.track import FaceError, read_boxes
+from engine.faces.track import FaceError, FaceTrack, read_boxes
 from engine.media.ffmpeg import check_readable, probe
 from engine.media.video import iter_video
 from engine.progress import stage, watched
@@ -26,6 +26,7 @@ from engine.settings import LIMITS
 from talker_t2av.model import FPS
 from talker_t2av.settings import is_picture
 
+TURNS = {90: "90 degrees anticlockwise", 180: "180 degrees", 270: "90 degrees clockwise"}
 SEARCHED = 10 * FPS  # frames of a reference that are searched for the face, even if only one of them is used
 
 
@@ -34,9 +35,10 @@ class Square:
     """Position of the crop, the same in all frames of a file, as LIA-X needs it.
 
     Attributes:
-        left, top, side: in pixels of the picture as it is shown.
+        left, top, side: in pixels of the picture as it is shown, after turning.
         first: number of the first frame that shows the face.
         remark: a note to the user, or "".
+        turn: degrees anticlockwise by which the picture is turned first.
     """
 
     left: int
@@ -44,10 +46,17 @@ class Square:
     side: int
     first: int = 0
     remark: str = ""
+    turn: int = 0
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
         """Cut frames (F, H, W, 3) -> (F, S, S, 3)."""
+        frames = turned(frames, self.turn)
         return frames[:, self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+def turned(frames: np.ndarray, degrees: int) -> np.ndarray:
+    """Turn frames (F, H, W, 3) anticlockwise by a multiple of 90 degrees."""
+    return np.ascontiguousarray(np.rot90(frames, degrees // 90, (1, 2))) if degrees else frames
 
 
 def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
@@ -59,12 +68,14 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         crop: "face", or "centre" for the largest centred square without detection.
         face_box: position of the face in the form of `engine.faces.track.read_boxes`.
     """
-    still, count = is_picture(path), max(count, SEARCHED)
-    clip = ArrayFrames(read_picture(path)) if still else ClipFrames(path, float(FPS), frames=count)
+    if is_picture(path):
+        return find_square_of_picture(path, crop, face_box)
+    count = max(count, SEARCHED)
+    clip = ClipFrames(path, float(FPS), frames=count)
     height, width = clip.display_size
     if crop == "centre" and face_box is None:
         return Square(*centre_square(height, width))
-    frames = 1 if still else min(count, round(probe(path).seconds * FPS)) or None
+    frames = min(count, round(probe(path).seconds * FPS)) or None
     try:
         with stage(f"{Path(path).name}: finding the face", frames, "frames"):
             if face_box is not None:
@@ -77,6 +88,52 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         return Square(*centre_square(height, width), remark=f"{path}: {error}; its middle is used as the face")
     box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(clip.size))
     return Square(*portrait_square(box, height, width), first=int(track.seen.argmax()))
+
+
+def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str | None = None) -> Square:
+    """Find the square round the largest face of a picture; arguments as those of `find_square`.
+
+    A picture whose face lies on its side is turned. The remark says what was done, unless the whole picture is used as
+    it is.
+    """
+    picture = read_picture(path)
+    try:
+        if face_box is not None:
+            tracks, turn = [place_face(ArrayFrames(picture), read_boxes(face_box), float(FPS))], 0
+        elif crop == "centre":
+            return Square(*centre_square(*picture.shape[1:3]))
+        else:
+            with stage(f"{Path(path).name}: finding the face"):
+                tracks, turn = find_upright_faces(picture)
+    except FaceError as error:
+        if face_box is not None:
+            raise UserError(f"{path}: {error}") from error
+        middle = centre_square(*picture.shape[1:3])
+        return Square(*middle, remark=f"{path}: {error}; its middle is used as the face")
+    height, width = turned(picture, turn).shape[1:3]
+    left, top, side = portrait_square(tracks[0].boxes[0], height, width)
+    done = []
+    if turn:
+        done.append(f"turned by {TURNS[turn]}")
+    if len(tracks) > 1:
+        done.append(f"the largest of {len(tracks)} faces is used")
+    if side < max(height, width):
+        done.append(f"the face is cut out as a square of {side} pixels")
+    return Square(left, top, side, remark=f"{path}: {', '.join(done)}" if done else "", turn=turn)
+
+
+def find_upright_faces(picture: np.ndarray) -> tuple[list[FaceTrack], int]:
+    """Find the faces of a picture (1, H, W, 3), the largest first, and the degrees by which it must be turned.
+
+    Raises:
+        FaceError: no face is found.
+    """
+    try:
+        return find_faces(ArrayFrames(picture), float(FPS), "all"), 0
+    except FaceError as error:
+        if not error.turn:
+            raise
+        return find_faces(ArrayFrames(turned(picture, error.turn)), float(FPS), "all"), error.turn
 
 
 def read_square(path: str | Path, square: Square, count: int, start: int = 0) -> Iterator[np.ndarray]:

@@ -15,7 +15,6 @@ from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable, write_json
-from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
@@ -64,7 +63,7 @@ class TalkJobs(Jobs):
             return self.pipeline.prepare(job)
         job, origin = self.find_words(job)
         prepared = self.pipeline.prepare(job)
-        return replace(prepared, origin=origin, remark="; ".join(filter(None, (describe(origin), prepared.remark))))
+        return replace(prepared, origin=origin, remarks=(describe(origin), *prepared.remarks))
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:
         """Generate the results of a batch."""
@@ -84,10 +83,7 @@ class TalkJobs(Jobs):
                 write_json(staging / f"{name}.json", origin)
         files = outputs_of(job, name, c.figure, c.timestamps)
         files += [f"{name}.json"] if origin and not c.timestamps else []
-        remarks = [prepared.remark] if prepared.remark else []
-        if prepared.mode.open_ended and not talk.stopped:
-            remarks.append("cut off at the longest length allowed: see max_seconds")
-        remark, seconds = f" ({'; '.join(remarks)})" if remarks else "", len(talk.wave) / rate
+        remark, seconds = f" ({'; '.join(talk.remarks)})" if talk.remarks else "", len(talk.wave) / rate
         return f"{name}, {seconds:.1f} s -> {', '.join(files)}{remark}", seconds
 
 
@@ -100,15 +96,15 @@ def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
     if job.mode == "a2v":
         for target in outputs_of(job, name)[:-1]:
             shutil.copyfile(job.audio, folder / target)
-        write_video(folder / "silent.mp4", talk.frames, TalkerPipeline.fps)
-        join_audio(folder / "silent.mp4", job.audio, video)
+        write_video(folder / "silent.mp4", talk.pictures(), TalkerPipeline.fps)
+        join_audio(folder / "silent.mp4", job.audio, video, talk.comment)
         (folder / "silent.mp4").unlink()
     else:
-        write_wav(folder / f"{name}.wav", talk.wave, TalkerPipeline.rate)
+        talk.save(folder / f"{name}.wav")
     if job.mode == "t2av":
-        write_video(video, talk.frames, TalkerPipeline.fps, talk.wave, TalkerPipeline.rate)
+        talk.save(video)
     elif job.mode == "v2a":
-        mux_audio(job.video, talk.wave, TalkerPipeline.rate, video)
+        mux_audio(job.video, talk.wave, TalkerPipeline.rate, video, talk.comment)
 
 
 def describe(origin: Mapping[str, str]) -> str:

@@ -28,6 +28,7 @@ from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, Mode, Request
 from talker_t2av.settings import Job, is_voice
 from talker_t2av.speaker.voice import read_voice as read_saved_voice
+from talker_t2av.surroundings import Surroundings, read_surroundings
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
@@ -47,7 +48,8 @@ class PreparedJob:
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
-        remark: a note to the user about the files, or "".
+        remarks: one-line notes to the user about the files.
+        surroundings: what the generated face is pasted into; None: it is not.
         origin: for the text `auto`, the words and where they and the voice come from; see `FindWords`.
     """
 
@@ -57,7 +59,8 @@ class PreparedJob:
     picture: Tensor | None
     wave: np.ndarray | None
     frames: int | None
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -227,8 +230,11 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         for prompt, most, seed in zip(prompts, limits, seeds)
     )
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
-    remark = "; ".join(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, requests, motion[:frames], picture, wave, total, remark)
+    remarks = tuple(dict.fromkeys(reference.remarks))
+    surroundings = None
+    if picture is not None and job.paste_back:
+        surroundings = read_surroundings(job.reference_video, reference.square)
+    return PreparedJob(job, requests, motion[:frames], picture, wave, total, remarks, surroundings)
 
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:

@@ -12,7 +12,7 @@ channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.device import send
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.generated import generated_comment
 from engine.media.pictures import to_bytes
 from engine.media.video import write_video
 from engine.precision import pick_dtype, prepare_inference, uses_int8
@@ -38,11 +39,13 @@ from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.voice import save_voice
+from talker_t2av.surroundings import Surroundings
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
+CUT_OFF = "cut off at the longest length allowed: max_seconds= sets it"  # a remark
 PAUSE = 5  # frames between two parts of a long text
 PARTS_AT_ONCE = 8  # rows of a batch
 KEPT = 2  # loops that are kept for later jobs, with their memory and graphs
@@ -58,6 +61,8 @@ class Talk:
         speech: (F, Ds) new latents, without the pauses between parts of a long text; motion: (F, Dm) new motion, not
             normalised; None where given or absent.
         stopped: the stop head ended it; False: it ran to the limit, or a given stream set its length.
+        remarks: one-line notes to the user about the inputs and the result, which are shown beside it.
+        surroundings: the picture that the face is pasted into when it is saved; None: it is saved alone.
     """
 
     wave: np.ndarray
@@ -65,6 +70,18 @@ class Talk:
     speech: Tensor | None
     motion: Tensor | None
     stopped: bool
+    remarks: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
+
+    @property
+    def comment(self) -> str:
+        """Metadata for files of this result."""
+        made = {"speech": self.speech, "face": self.motion}
+        return generated_comment("Talker-T2AV", " and ".join(name for name in made if made[name] is not None))
+
+    def pictures(self) -> Iterable[np.ndarray]:
+        """Return the frames (H, W, 3) as they are saved: pasted into their surroundings, if there are any."""
+        return self.frames if self.surroundings is None else self.surroundings.paste(self.frames)
 
     def save(self, path: str | Path) -> None:
         """Write the video with its sound (.mp4, .mov or .mkv), or the sound alone (.wav), whole or not at all.
@@ -73,11 +90,11 @@ class Talk:
             UserError: another suffix, a video without pictures (tts, v2a), or the file cannot be written.
         """
         if Path(path).suffix.lower() == ".wav":
-            write_wav(path, self.wave, RATE)
+            write_wav(path, self.wave, RATE, comment="" if self.speech is None else self.comment)
         elif self.frames is None:
             raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the sound as .wav")
         else:
-            write_video(path, self.frames, FPS, self.wave, RATE)
+            write_video(path, self.pictures(), FPS, self.wave, RATE, comment=self.comment)
 
 
 @dataclass(frozen=True)
@@ -245,6 +262,8 @@ class TalkerPipeline:
                     done, last = done + len(wave), fresh[-1][-1] if fresh else last
                     frames = face.show(fresh)
                     fresh.clear()
+                    if frames is not None and prepared.surroundings is not None:
+                        frames = np.stack([*prepared.surroundings.paste(frames)])
                     if len(wave) or frames is not None:
                         yield Chunk(wave, frames)
 
@@ -310,7 +329,11 @@ class TalkerPipeline:
             frames = Face(self.system, prepared).show(moved)
         motion = self.system.stats.restore(torch.cat(moved)).cpu() if moved else None
         speech = None if results[0].speech is None else torch.cat([result.speech for result in results]).cpu()
-        return Talk(np.asarray(wave), frames, speech, motion, all(result.stopped for result in results))
+        stopped = all(result.stopped for result in results)
+        remarks = prepared.remarks
+        if prepared.mode.open_ended and not stopped:
+            remarks += (CUT_OFF,)
+        return Talk(np.asarray(wave), frames, speech, motion, stopped, remarks, prepared.surroundings)
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class Job(Group):
         about="square cut from videos: face (around the face) or centre (the largest in the middle)",
     )
     face_box: str | None = setting(None, about=FACE_BOX)
+    paste_back: bool = setting(
+        True,
+        about="t2av, a2v: paste the generated face back into the picture that its square was cut from; false: the "
+        "square alone",
+    )
     prefix_seconds: float = setting(
         0.0, 0.0, 30.0, "length of the reference's beginning that is continued, to copy its style; multiple of 0.16"
     )

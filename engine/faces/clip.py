@@ -163,7 +163,7 @@ def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrac
     if others[angle] > max(2 * upright, SURE):
         if angle in TURNS:
             words = f"there is a face {TURNS[angle]}: turn the picture by {angle} degrees anticlockwise first"
-            raise FaceError(f"{error}; {words}" if error else words)
+            raise FaceError(f"{error}; {words}" if error else words, turn=angle)
         return track_faces(clip, HaarDetector(angle=angle), fps, face)
     if tracks is not None:
         return tracks

@@ -28,7 +28,16 @@ Face = str | int | tuple[float, float]  # which of several faces is followed; se
 
 
 class FaceError(UserError):
-    """A face that cannot be followed through a clip; the message leaves the clip's name out."""
+    """A face that cannot be followed through a clip; the message leaves the clip's name out.
+
+    Attributes:
+        turn: degrees anticlockwise by which the picture must be turned so that its face stands upright; 0: it is not
+            known that turning would help.
+    """
+
+    def __init__(self, message: str, turn: int = 0) -> None:
+        super().__init__(message)
+        self.turn = turn
 
 
 @dataclass(frozen=True)

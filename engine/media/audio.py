@@ -115,25 +115,39 @@ def read_voice(path: str | Path, rate: int) -> np.ndarray:
     return wave
 
 
-def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: bool = False) -> None:
+def write_wav(
+    path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: bool = False, comment: str = ""
+) -> None:
     """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all.
 
     Args:
         lossless: as 32-bit floats and not clipped, for waves that are measured.
+        comment: metadata, as of `engine.media.generated`; none if empty.
     """
     if Path(path).suffix.lower() != ".wav":
         raise UserError(f"cannot write {path}: its name must end in .wav")
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
-    content, samples = io.BytesIO(), np.empty(len(wave), np.float32 if lossless else np.int16)
+    samples = np.empty(len(wave), np.float32 if lossless else np.int16)
     for start in range(0, len(wave), BLOCK):  # an hour of float64 at once would take gigabytes
         part = wave[start : start + BLOCK].astype(np.float64)
         if not np.isfinite(part).all():
             raise UserError(f"cannot write {path}: its samples are not finite numbers")
         samples[start : start + BLOCK] = part if lossless else np.round(part.clip(-1, 1) * 32767)
-    soundfile.write(content, samples, int(rate), subtype="FLOAT" if lossless else "PCM_16", format="WAV")
+    content = encode_wav(samples, rate, comment)
     with atomic_output(path) as staging:  # libsndfile would call a full disk a "System error"
-        staging.write_bytes(content.getvalue())
+        staging.write_bytes(content)
+
+
+def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
+    """Return the WAV file of mono samples (N,), int16 or float32; `comment` is its INFO metadata ICMT."""
+    content = io.BytesIO()
+    subtype = "PCM_16" if samples.dtype == np.int16 else "FLOAT"
+    with soundfile.SoundFile(content, "w", int(rate), 1, subtype, format="WAV") as file:
+        if comment:
+            file.comment = comment
+        file.write(samples)
+    return content.getvalue()
 
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:

@@ -142,6 +142,7 @@ def write_video(
     audio: np.ndarray | None = None,
     rate: int | None = None,
     lossless: bool = False,
+    comment: str = "",
 ) -> None:
     """Write H.264 (yuv420p), with AAC sound if `audio` is given; the file appears whole or not at all.
 
@@ -152,6 +153,7 @@ def write_video(
         fps: frames a second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
         lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
+        comment: metadata, as of `engine.media.generated`; none if empty.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -162,7 +164,7 @@ def write_video(
     with tempfile.TemporaryDirectory() as scratch, atomic_output(path) as staging, tempfile.TemporaryFile() as log:
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(fps)), "-i", "pipe:0"]
         sound = _sound_arguments(audio, rate, Path(scratch))
-        encode = [*(_LOSSLESS if lossless else _H264), "-f", _container(path), f"file:{staging}"]
+        encode = [*(_LOSSLESS if lossless else _H264), *_comment(comment), "-f", _container(path), f"file:{staging}"]
         call = [word for word in command("-v", "error", *raw, *sound, *encode) if word != "-nostdin"]
         process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
@@ -183,24 +185,25 @@ def write_video(
             raise UserError(f"cannot write {path}: {last_line(log.read().decode(errors='replace'))}")
 
 
-def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path) -> None:
+def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, comment: str = "") -> None:
     """Write the picture of `video_path` with new sound: H.264 is copied, anything else re-encoded; sound is AAC.
 
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
         out_path: .mp4, .mov or .mkv; may be `video_path` itself.
+        comment: metadata, as of `engine.media.generated`; none if empty.
     """
     choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_H264]]
     if stream_codec(video_path, "video") == "h264":  # where a copy fails, as without time stamps, it is encoded
         choices.insert(0, ["-c:v", "copy", *_BITEXACT])
     with tempfile.TemporaryDirectory() as scratch:
-        _join(out_path, [*source(video_path), *_sound_arguments(wave, rate, Path(scratch))], choices)
+        _join(out_path, [*source(video_path), *_sound_arguments(wave, rate, Path(scratch))], choices, comment)
 
 
 COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 takes over as it is
 
 
-def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path) -> None:
+def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path, comment: str = "") -> None:
     """Write the picture of one file with the sound of another, both exactly as they are.
 
     Compressed sound is copied; whole-number PCM, as of WAV files, is packed as FLAC, which decodes to the same samples.
@@ -208,19 +211,21 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
     Args:
         video_path: with a video stream that the container takes, such as H.264.
         out_path: .mp4, .mov or .mkv.
+        comment: metadata, as of `engine.media.generated`; none if empty.
     """
     stream_codec(video_path, "video")
     sound = stream_codec(audio_path, "audio")
     codec = ["-c:a", "copy"] if sound in COPIED else ["-c:a", "flac", "-compression_level", "5"]
-    _join(out_path, [*source(video_path), *source(audio_path)], [["-c:v", "copy", *codec, *_BITEXACT]])
+    _join(out_path, [*source(video_path), *source(audio_path)], [["-c:v", "copy", *codec, *_BITEXACT]], comment)
 
 
-def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]]) -> None:
+def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]], comment: str) -> None:
     """Write picture and sound of two ffmpeg inputs with the first of several encodings that works."""
     with atomic_output(out_path) as staging:
         streams = ["-map", "0:V:0", "-map", "1:a:0"]
         for choice in choices:
-            call = command("-v", "error", *inputs, *streams, *choice, "-f", _container(out_path), f"file:{staging}")
+            encoding = [*choice, *_comment(comment), "-f", _container(out_path)]
+            call = command("-v", "error", *inputs, *streams, *encoding, f"file:{staging}")
             result = subprocess.run(call, capture_output=True, text=True, errors="replace")
             if result.returncode == 0:
                 return
@@ -231,6 +236,10 @@ _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+fasts
 # One thread: x264's output depends on the thread count, and the same input should give the same bytes.
 _LOSSLESS = ["-c:v", "libx264rgb", "-crf", "0", "-pix_fmt", "rgb24", "-threads", "1", *_BITEXACT]
 _H264 = ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "1", "-flags:v", "+bitexact", *_BITEXACT]
+
+
+def _comment(comment: str) -> list[str]:
+    return ["-metadata", f"comment={comment}"] if comment else []
 
 
 def _container(path: str | Path) -> str:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 
 import numpy as np
@@ -11,7 +12,8 @@ from engine.files import atomic_output
 from engine.media import audio
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.ffmpeg import command, probe
-from engine.media.video import iter_video, mux_audio, read_video, write_video
+from engine.media.generated import generated_comment
+from engine.media.video import iter_video, join_audio, mux_audio, read_video, write_video
 
 RATE = 24_000
 
@@ -276,3 +278,26 @@ def test_an_mp3_that_states_too_many_frames_has_only_those_that_it_holds(tmp_pat
         held = len(file.read(2**20))
         assert held < file.frames
     assert len(read_audio(tmp_path / "x.mp3", 24_000)) == held
+
+
+def comment_of(path):
+    """Return the comment that ffmpeg reads in a file."""
+    report = subprocess.run(command("-i", str(path)), capture_output=True, text=True).stderr
+    found = re.search(r"^ +comment +: (.*)$", report, re.MULTILINE)
+    return found and found[1]
+
+
+def test_generated_files_say_so_in_their_comment(tmp_path):
+    comment = generated_comment("HiCoDiT", "speech")
+    wave, frames = 0.1 * np.sin(np.arange(24_000) / 20), np.full((25, 32, 32, 3), 90, np.uint8)
+    write_wav(tmp_path / "speech.wav", wave, 24_000, comment=comment)
+    write_wav(tmp_path / "recorded.wav", wave, 24_000)
+    write_video(tmp_path / "clip.mp4", frames, 25, wave, 24_000, comment=comment)
+    write_video(tmp_path / "filmed.mp4", frames, 25)
+    mux_audio(tmp_path / "filmed.mp4", wave, 24_000, tmp_path / "dubbed.mp4", comment)
+    join_audio(tmp_path / "filmed.mp4", tmp_path / "recorded.wav", tmp_path / "joined.mp4", comment)
+    for name in ("speech.wav", "clip.mp4", "dubbed.mp4", "joined.mp4"):
+        assert comment_of(tmp_path / name) == comment, name
+    assert comment_of(tmp_path / "recorded.wav") is comment_of(tmp_path / "filmed.mp4") is None
+    with soundfile.SoundFile(tmp_path / "speech.wav") as file:
+        assert file.comment == comment

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import re
 import resource
 import socket
+import subprocess
 import threading
 
 import cv2
@@ -23,7 +25,7 @@ from drawn_faces import scene, talking_head
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
-from engine.media.ffmpeg import probe
+from engine.media.ffmpeg import command, probe
 from engine.media.video import mux_audio, read_video, write_video
 from engine.word_times import Word, WordTimes
 from service.app import make_app
@@ -72,6 +74,12 @@ def speak(client, voice="anna", kind="wav", **more):
     )
 
 
+def comment_of(path):
+    """Return the comment that ffmpeg reads in a file."""
+    report = subprocess.run(command("-i", str(path)), capture_output=True, text=True).stderr
+    return re.search(r"^ +comment +: (.*)$", report, re.MULTILINE | re.IGNORECASE)[1]
+
+
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["talker-t2av", "hicodit"]
     assert client.models.retrieve("hicodit").owned_by == "speaking-faces"
@@ -88,6 +96,8 @@ def test_speech_is_the_pipelines_in_each_format(client, true_wave, tmp_path, kin
     if kind in ("wav", "pcm", "flac"):
         np.testing.assert_allclose(wave, true_wave, atol=2e-4)
     assert kind != "wav" or soundfile.info(file).samplerate == 24_000
+    if kind not in ("pcm", "aac"):  # which have no metadata
+        assert comment_of(file).startswith("AI-generated speech: Talker-T2AV")
 
 
 @pytest.mark.parametrize("speed", [0.3, 2.0])
@@ -182,12 +192,14 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(video.id).content)
     talk = models[1](Job("t2av", TEXT, str(models[2]), str(tmp_path / "head.mp4"), seed=3))
     assert probe(tmp_path / "talk.mp4").audio == "aac"
+    assert comment_of(tmp_path / "talk.mp4").startswith("AI-generated speech and face: Talker-T2AV")
     frames = np.stack(list(read_video(tmp_path / "talk.mp4", 25)))
     assert frames.shape == talk.frames.shape
 
     dubbed = finished(client, client.videos.create(model="hicodit", prompt="", input_reference=tmp_path / "head.mp4"))
     assert dubbed.status == "completed", dubbed.error
     (tmp_path / "dubbed.mp4").write_bytes(client.videos.download_content(dubbed.id).content)
+    assert comment_of(tmp_path / "dubbed.mp4").startswith("AI-generated speech: HiCoDiT")
     speech = models[0](tmp_path / "head.mp4")
     mux_audio(tmp_path / "head.mp4", speech.wave, speech.rate, tmp_path / "expected.mp4")
     sounds = [read_audio(tmp_path / name, speech.rate) for name in ("dubbed.mp4", "expected.mp4")]
@@ -212,7 +224,8 @@ def test_a_face_is_a_picture_and_its_voice_a_recording_of_the_request(client, mo
     files = {"input_reference": (tmp_path / "face.png").open("rb"), "reference_audio": models[2].open("rb")}
     data = {"prompt": TEXT, "min_seconds": 0.48, "max_seconds": 0.48}
     answer = client._client.post(f"{client.base_url}videos", data=data, files=files).json()
-    assert finished(client, client.videos.retrieve(answer["id"])).status == "completed"
+    video = finished(client, client.videos.retrieve(answer["id"]))
+    assert video.status == "completed" and video.remarks == []
     (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(answer["id"]).content)
     assert len(list(read_video(tmp_path / "talk.mp4", 25))) == 12
 

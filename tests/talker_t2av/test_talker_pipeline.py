@@ -226,7 +226,7 @@ def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
     write_wav(Path(same), wave[: 30 * 24_000], 24_000)
     jobs = [Job("tts", TEXT, path, max_seconds=0.32, seed=1) for path in (long, same)]
     cut, exact = (pipeline.prepare(job) for job in jobs)
-    assert "lasts 31 s: only its first 30 s are used" in cut.remark and not exact.remark
+    assert "lasts 31 s: only its first 30 s are used" in cut.remarks[0] and not exact.remarks
     torch.testing.assert_close(cut.request.speaker, exact.request.speaker, atol=1e-3, rtol=0)
 
 
