@@ -71,7 +71,8 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     jobs.generate([jobs.prepare(clip)])
     write_outputs([Clip("clip", None, Take(source=clip), {})], folder, "cpu", str(release))
     demo_actions.Demo(folder, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
-    in_service(jobs.pipeline, clip)
+    pipeline = jobs.pipeline_for(clip)
+    in_service(pipeline, clip)
 
     assert len(used) == 4
     prepared = in_preparation(clip)
@@ -80,8 +81,8 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
         assert np.array_equal(crops.mouth[:length], mouth)
         assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
         assert np.array_equal(crops.voices, used[0].voices)
-    config = jobs.pipeline.system.encoders.config
-    at = np.array(jobs.pipeline.system.voice_pictures(len(track))) * config.picture_every
+    config = pipeline.system.encoders.config
+    at = np.array(pipeline.system.voice_pictures(len(track))) * config.picture_every
     assert np.array_equal(prepared.cut_faces(config, at), used[0].voices)
     return prepared
 
