@@ -344,8 +344,8 @@ def clip(machine: Machine) -> Iterator[Line]:
     model = build_talker(machine.size).to_precision(torch.bfloat16)
     fuse_layers(model)
     model.to(machine.device)
-    speech = WhisperXVAE(WhisperXVAEConfig(**common.read_config(f"codec/whisperx_vae_{machine.size}")))
-    portrait = LiaX(LiaXConfig(**common.read_config(f"codec/lia_x_{machine.size}")))
+    speech = WhisperXVAE(WhisperXVAEConfig(**common.read_config(f"task/codec/whisperx_vae_{machine.size}")))
+    portrait = LiaX(LiaXConfig(**common.read_config(f"task/codec/lia_x_{machine.size}")))
     speech.to(machine.device).eval()
     portrait.to(machine.device, memory_format=torch.channels_last).eval()
     portrait.dtype = model.dtype
