@@ -55,6 +55,3 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-send = to_device  # its former name, which some callers still use

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from engine.device import send
+from engine.device import to_device
 
 if TYPE_CHECKING:
     from talker_t2av.model import TalkerT2AV
@@ -96,8 +96,8 @@ class Alignment:
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
         pointer, start = at[row, patch], batch["speech_span"][row, 0]
-        row, query, first, last = send(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
-        mask, place = send(mask, device), torch.arange(mask.shape[1], device=device)
+        row, query, first, last = to_device(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
+        mask, place = to_device(mask, device), torch.arange(mask.shape[1], device=device)
         meant = (place >= first[:, None]) & (place <= last[:, None])
         visible = (place <= query[:, None]) & mask.bool()[row]
         losses = []

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.device import send
+from engine.device import to_device
 from talker_t2av.flow_matching import (
     DROP_COND,
     DROP_MU,
@@ -131,7 +131,7 @@ class FlowHead(nn.Module):
         """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
         net = self.estimator
         times = solver_times(steps, sway)
-        vectors = net.time(send(times[:-1], net.in_proj.weight.device))
+        vectors = net.time(to_device(times[:-1], net.in_proj.weight.device))
         shifts = F.linear(vectors, net.decoder.input_proj.weight.to_dense().float())
         return Schedule(times, (times[:-1] - times[1:]).tolist(), shifts)
 

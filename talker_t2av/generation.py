@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cuda_graph import CudaGraphs, GraphedStep, map_tensors
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
 from talker_t2av.model import KeyValues, TalkerT2AV
@@ -216,7 +216,7 @@ class BatchedDecoder:
         size = c.patch_size
         place = len(self.active)
         limit, tokens = self.needs(request)
-        request = map_tensors(lambda x: send(x, self.device), request)
+        request = map_tensors(lambda x: to_device(x, self.device), request)
         with half_precision(self.device, self.model.dtype):
             prompt, known = known_tokens(self.model, request, self.mode, limit)
         if tokens > self.length:
@@ -228,7 +228,7 @@ class BatchedDecoder:
         condition = {"speech": request.speaker, "motion": request.first_motion}
         self.plan.known[place, :limit] = known
         for s in self.streams:
-            self.plan.noise[s][place, : len(noise[s])] = send(noise[s], self.device)
+            self.plan.noise[s][place, : len(noise[s])] = to_device(noise[s], self.device)
             self.plan.condition[s][place] = condition[s]
             frames = getattr(request, s)  # of the prefix, in whole patches; zeros where there are fewer than needed
             frames = F.pad(frames, (0, 0, c.context * size, -len(frames) % size))

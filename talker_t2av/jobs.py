@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.media.audio import read_audio, read_voice, resample
 from engine.media.pictures import identity_to_tensor, video_to_tensor
@@ -115,7 +115,7 @@ class Reference:
         if is_voice(self.job.voice_file):
             return read_saved_voice(self.job.voice_file, self.system.voice_digest, self.system.model.config.speaker_dim)
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
-        return self.system.speaker.embed(send(wave, self.system.device)).cpu()
+        return self.system.speaker.embed(to_device(wave, self.system.device)).cpu()
 
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
         """Encode the first `count` frames of the face to motion (F, Dm), not normalised.
@@ -171,7 +171,7 @@ class Reference:
             frames = official.prefix_frames(seconds, self.frames, c.patch_size if moving else 1)
             speech = torch.zeros(0, c.speech_dim)
             if frames:
-                wave = send(self.wave[None, None], self.system.device)
+                wave = to_device(self.wave[None, None], self.system.device)
                 speech = self.system.speech.encode_beginning(wave, frames)[0].cpu()
             speaker = self.speaker(official.voice_frames(frames))
             motion = self.motion(max(1, frames)) if moving else torch.zeros(0, c.motion_dim)
@@ -250,7 +250,7 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
-    return system.speech.encode(send(wave[None, None], system.device))[0].cpu()
+    return system.speech.encode(to_device(wave[None, None], system.device))[0].cpu()
 
 
 def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.model import FPS, POSITIVE_SHARE, TalkerConfig, TalkerT2AV
 from talker_t2av.request import ORDERS, T2AV, TTS
@@ -41,7 +41,7 @@ class PatchStream:
     def of(cls, latents: Tensor, frames: Tensor, size: int) -> PatchStream:
         length = latents.shape[1]
         frames = frames.clamp(max=length)
-        real = send(torch.arange(length, device=frames.device) < frames[:, None], latents.device)
+        real = to_device(torch.arange(length, device=frames.device) < frames[:, None], latents.device)
         latents = F.pad(latents * real[..., None], (0, 0, 0, -length % size))
         return cls(latents.unflatten(1, (-1, size)), frames, (frames + size - 1) // size)
 
@@ -53,8 +53,8 @@ class PatchStream:
             return empty, torch.zeros_like(empty[..., 0], dtype=torch.bool)
         frame = patch[:, None] * size + torch.arange(size, device=patch.device)
         real = (frame >= 0) & (frame < self.frames[row][:, None])
-        place = send(torch.stack([row, patch.clamp(0, count - 1)]), self.latents.device)
-        return self.latents[place[0], place[1]], send(real, self.latents.device)
+        place = to_device(torch.stack([row, patch.clamp(0, count - 1)]), self.latents.device)
+        return self.latents[place[0], place[1]], to_device(real, self.latents.device)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
     layout = SpanLayout.of(c, batch)
     with_motion, start, slots, step, turns = layout.with_motion, layout.start, layout.slots, layout.step, layout.turns
     task = torch.where(with_motion, T2AV, TTS)
-    embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch["input_ids"])], 1)
+    embeds = torch.cat(
+        [model.task_embedding(to_device(task, device))[:, None], model.embed_text(batch["input_ids"])], 1
+    )
     mask = F.pad(batch["attention_mask"], (1, 0), value=1)
 
     speech = PatchStream.of(batch["speech"], batch["speech_frames"], c.patch_size)
@@ -179,18 +181,18 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
     row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
     moving = with_motion[row]
     tokens = model.speech_tokens(*speech.gather(row, slot))
-    tokens = tokens + model.motion_pad_emb[0] * send(~moving[:, None], device)
+    tokens = tokens + model.motion_pad_emb[0] * to_device(~moving[:, None], device)
     moves = model.motion_tokens(*motion.gather(row[moving], slot[moving] - c.delay))
     replaced = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
-    embeds = embeds.masked_fill(send(replaced, device)[..., None], 0)
+    embeds = embeds.masked_fill(to_device(replaced, device)[..., None], 0)
     for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
         at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
-        embeds = embeds.index_put(tuple(send(at, device)), value.to(embeds.dtype), accumulate=True)
+        embeds = embeds.index_put(tuple(to_device(at, device)), value.to(embeds.dtype), accumulate=True)
 
     attended = None  # transformers would synchronise with a device to see whether there is padding; this is on the host
     if not bool(mask.all()):
         causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=device).tril()
-        attended = causal & send(mask.bool(), device)[:, None, None]
+        attended = causal & to_device(mask.bool(), device)[:, None, None]
     hidden = model.backbone(embeds, {"full_attention": attended})
     frames = batch["motion"]
     first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(task), c.motion_dim)
@@ -200,7 +202,7 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         hidden,
         _examples(c, hidden, layout, "speech", speech, batch["speaker"], share),
         _examples(c, hidden, layout, "motion", motion, first_motion, share),
-        *(send(x, device) for x in layout.stop_labels(c)),
+        *(to_device(x, device) for x in layout.stop_labels(c)),
     )
 
 
@@ -279,10 +281,10 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     size, count = model.config.patch_size, model.config.phonemes
     labels = batch["phoneme"].long()
     frame = torch.arange(labels.shape[1], device=labels.device)
-    labels = labels.masked_fill(send(frame >= batch["speech_frames"][:, None], labels.device), -100)
+    labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
-    position = send(batch["speech_span"][:, :1], hidden.device) + patch  # one task token before, one place earlier
+    position = to_device(batch["speech_span"][:, :1], hidden.device) + patch  # one task token before, one place earlier
     position = position.clamp(0, hidden.shape[1] - 1)
     states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()
@@ -306,7 +308,7 @@ def _examples(
 
     padded = F.pad(stream.latents, (0, 0, 0, 0, c.context, 0))  # patches before the first are zeros
     places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])
-    row, patch, before = send(places, hidden.device)
+    row, patch, before = to_device(places, hidden.device)
     window = patch[:, None] + torch.arange(c.context, device=patch.device)
     return Examples(
         x1=stream.latents[row, patch].transpose(1, 2),

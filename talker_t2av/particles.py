@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
@@ -130,7 +130,7 @@ class Particles(BatchedDecoder):
         *by_step, first = zip(*given)
         tensors = [*(torch.stack(parts, 1) for parts in by_step), torch.stack(first)]
         names = ("counts", "patch", "context", "noise", "first")
-        return {name: send(tensor, self.device) for name, tensor in zip(names, tensors)}
+        return {name: to_device(tensor, self.device) for name, tensor in zip(names, tensors)}
 
     def errors(self, index: int) -> Tensor:
         """Mean squared error (R, n) of the motion head's velocities of the given patch, at `TIMES` times."""

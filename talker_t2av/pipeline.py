@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.generated import generated_comment
@@ -285,7 +285,7 @@ class TalkerPipeline:
 
         def latents() -> Iterator[Tensor]:
             if len(request.speech):
-                yield send(request.speech[None], self.system.device)
+                yield to_device(request.speech[None], self.system.device)
             for step in steps:
                 waiting.append(step.speech)
                 if step.motion is not None:
@@ -317,7 +317,7 @@ class TalkerPipeline:
                 moved.append(result.motion)
         with stage("decoding"):
             if wave is None:
-                before = send(prepared.request.speech, self.system.device)  # the decoder needs the prefix
+                before = to_device(prepared.request.speech, self.system.device)  # the decoder needs the prefix
                 begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
                 end = begin + prepared.frames * HOP if prepared.frames else None
                 pause, waves = torch.zeros(PAUSE * HOP, device=self.system.device), []
@@ -350,7 +350,7 @@ class Face:
         self.remaining = prepared.frames  # to be rendered, if the length is known
         self.identity = None
         if prepared.picture is not None:
-            self.identity = system.motion.identity(send(prepared.picture, system.device))
+            self.identity = system.motion.identity(to_device(prepared.picture, system.device))
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
@@ -362,7 +362,7 @@ class Face:
         if self.identity is None or not patches:
             return None
         new = self.system.stats.restore(torch.cat(patches))
-        motion = torch.cat([send(self.before, new.device), new])
+        motion = torch.cat([to_device(self.before, new.device), new])
         self.before = self.before[:0]
         if self.remaining is not None:
             motion = motion[: self.remaining]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av.model import TalkerT2AV
@@ -41,7 +41,7 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
         motion = patch_tokens(model.motion_tokens, request.motion, slots - c.delay, c.patch_size) * filled[:, None]
     streams = {"speech": speech, "motion": motion}
     tokens = torch.stack([streams[s] for s in ORDERS[c.order]] if in_turn else [speech + motion], 1)  # (slots, n, D)
-    text = model.embed_text(send(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
+    text = model.embed_text(to_device(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
     start, later = tokens.split([request.prefix, steps])
     start, embedding = start.flatten(0, 1), model.task_embedding.weight[mode.task : mode.task + 1]
     if request.task_first:

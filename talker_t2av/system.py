@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec, load_codec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.hub import CHECKOUT, release_folder
 from engine.progress import stage
@@ -56,7 +56,7 @@ class MotionStats:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
 
     def restore(self, motion: Tensor) -> Tensor:
-        std, mean = (send(x, motion.device) for x in (self.std.clamp_min(1e-6), self.mean))
+        std, mean = (to_device(x, motion.device) for x in (self.std.clamp_min(1e-6), self.mean))
         return motion * std + mean
 
     @classmethod

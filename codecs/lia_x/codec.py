@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import PortraitCodec
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
 from engine.release import weights_digest
@@ -126,14 +126,14 @@ class LiaX(PortraitCodec):
         """(3, S, S) -> what every frame of this face is rendered from."""
         picture = picture[None] if picture.ndim == 3 else picture
         self._check(picture, "picture", one=True)
-        return Identity(*self.encoder(send(picture, self._device())))
+        return Identity(*self.encoder(to_device(picture, self._device())))
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """(T, 3, S, S) -> absolute motion codes (T, M)."""
         self._check(video, "video")
         require_range("chunk", chunk, 1, 2**20)
-        return torch.cat([self.encoder.motion(send(part, self._device())) for part in video.split(chunk)])
+        return torch.cat([self.encoder.motion(to_device(part, self._device())) for part in video.split(chunk)])
 
     @torch.no_grad()
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
@@ -142,7 +142,7 @@ class LiaX(PortraitCodec):
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
             raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
         require_range("chunk", chunk, 1, 2**20)
-        codes = send(motion.float(), self._device())
+        codes = to_device(motion.float(), self._device())
         styles = [self.decoder.navigate(identity.style, part) for part in codes.split(chunk)]
         with half_precision(self._device(), self.dtype):
             return torch.cat([self.decoder(style, identity.maps) for style in styles])

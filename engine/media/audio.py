@@ -17,7 +17,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.ffmpeg import (
@@ -47,7 +47,7 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
         return wave
     if wave.device.type == "cuda":  # torchaudio would copy numbers there, and the host would wait
         resampler = _resampler(int(source_rate), int(target_rate), wave.dtype)
-        kernel = {name: send(of, wave.device) for name, of in resampler.named_buffers()}  # none for equal rates
+        kernel = {name: to_device(of, wave.device) for name, of in resampler.named_buffers()}  # none for equal rates
         return torch.func.functional_call(resampler, kernel, (wave,))
     return torchaudio.functional.resample(wave, int(source_rate), int(target_rate))
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WavLMConfig, WavLMModel
 
-from engine.device import send
+from engine.device import to_device
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.official import numbered, rename_all, sizes_of
@@ -219,7 +219,7 @@ class WavLMEncoder(nn.Module):
             # whole block is. WavLMModel counts frames from samples: the mask has just enough samples for the frames.
             block = batch.shape[1] // frames
             valid = [min(frames, -(-length // block)) for length in lengths]
-            needed = send(torch.tensor([self._samples_of(count) for count in valid]), batch.device)
+            needed = to_device(torch.tensor([self._samples_of(count) for count in valid]), batch.device)
             mask = torch.arange(batch.shape[1], device=batch.device) < needed[:, None]
         out = self.wavlm(batch, attention_mask=mask, output_hidden_states=True)
         # The last of `hidden_states` is normalised in transformers 4 but not in 5; `last_hidden_state` is in both.

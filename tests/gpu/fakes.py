@@ -124,7 +124,7 @@ class Audit(FakeDevice):
 
 
 def _place() -> str:
-    """Return FILE:FUNCTION of the innermost frame of the product; those of `send` are its callers'."""
+    """Return FILE:FUNCTION of the innermost frame of the product; those of `to_device` are its callers'."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
