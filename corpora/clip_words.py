@@ -29,7 +29,8 @@ from engine.metrics.metric import Sound, Take
 from engine.metrics.recogniser import Recogniser
 from engine.metrics.words import WordErrors
 from engine.untrusted import read_text
-from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
+from hicodit.bundled import PipelineChooser
+from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.jobs import check_given
 from talker_t2av.model import FPS
 from talker_t2av.settings import AutoConfig, InferConfig, Job
@@ -51,7 +52,7 @@ class ClipWords:
         config: where words come from; see there.
         device, precision: of HiCoDiT and of Whisper.
         transcripts: whether a file NAME.txt beside the clip gives its words.
-        hicodit: a pipeline that is loaded already.
+        pipelines: of HiCoDiT, if they are loaded already.
     """
 
     def __init__(
@@ -60,12 +61,11 @@ class ClipWords:
         device: str = "auto",
         precision: str = "auto",
         transcripts: bool = True,
-        hicodit: HiCoDiTPipeline | None = None,
+        pipelines: PipelineChooser | None = None,
     ) -> None:
         self.config, self.device, self.precision, self.transcripts = config, device, precision, transcripts
         self.folder, self.voices = tempfile.TemporaryDirectory(prefix="clip-words-"), 0
-        if hicodit is not None:
-            self.hicodit = hicodit
+        self.pipelines = pipelines or PipelineChooser(self.load, config.hicodit)
         self.heard: dict[str, str] | None = None
         if config.heard and Path(config.heard).suffix == ".jsonl":
             rows = read_rows(Path(config.heard))
@@ -78,8 +78,9 @@ class ClipWords:
         words, voice = self.written(job.video), job.find_voice()
         if words is None or voice is None:
             check_given(int(probe(job.video).seconds * FPS), f"video={job.video}")
-            crops = self.hicodit.crops(job.video, face_box=read_boxes(job.face_box) if job.face_box else None)
-            speech = self.hicodit.run([crops], [job.seed])[0]
+            hicodit = self.pipelines.for_clip(job.video)
+            crops = hicodit.crops(job.video, face_box=read_boxes(job.face_box) if job.face_box else None)
+            speech = hicodit.run([crops], [job.seed])[0]
         if words is None:
             name = Path(self.config.recogniser).name if self.config.recogniser else "the corpus's recogniser"
             words = self.transcribe(speech.wave, speech.rate).strip(), f"{name}, on HiCoDiT's speech"
@@ -142,11 +143,9 @@ class ClipWords:
             return lambda wave, rate: whisper.transcribe(Take(Sound(wave, rate)))
         return corpus_recogniser(Path(self.folder.name)) if source is None else Recogniser(Path(source)).transcribe
 
-    @cached_property
-    def hicodit(self) -> HiCoDiTPipeline:
-        return HiCoDiTPipeline.from_pretrained(
-            self.config.hicodit or BUNDLED, pick_device(self.device), precision=self.precision
-        )
+    def load(self, weights: str | Path) -> HiCoDiTPipeline:
+        """Load HiCoDiT's pipeline of a release."""
+        return HiCoDiTPipeline.from_pretrained(weights, pick_device(self.device), precision=self.precision)
 
 
 def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:

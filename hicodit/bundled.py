@@ -1,10 +1,12 @@
-"""The two bundled releases: one for drawn faces, one for filmed ones.
+"""The two bundled releases, one for drawn faces and one for filmed ones, and the choice between them.
 
 Axes: T frames, H height, W width, n pictures, S picture side.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from engine.faces.crops import crop_face
 from engine.faces.track import FaceError
 from engine.media.video import iter_video
 from hicodit.conditions.types import FPS
+from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED
 
 DRAWN = BUNDLED
@@ -54,3 +57,40 @@ def bundled_weights(video: str | Path | np.ndarray) -> Path:
     index = np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).round().astype(int)
     drawn = flat_fraction(crop_face(frames[index], track[index], SIDE)) >= FLAT_FRACTION
     return DRAWN if drawn else FILMED
+
+
+class PipelineChooser:
+    """Pipelines of releases, each loaded once, and the choice of the one for a clip.
+
+    Args:
+        load: makes the pipeline of a release folder.
+        weights: the release for all clips; None: for each clip, the bundled one that suits its face.
+    """
+
+    def __init__(self, load: Callable[[str | Path], HiCoDiTPipeline], weights: str | Path | None = None) -> None:
+        self.load = load
+        self.weights = weights
+        self.loaded: dict[str | Path, HiCoDiTPipeline] = {}
+        self._lock = threading.Lock()  # requests of a server choose at once
+
+    @classmethod
+    def of(cls, pipeline: HiCoDiTPipeline) -> PipelineChooser:
+        """Return a chooser that has this pipeline for all clips."""
+        chooser = cls(lambda _: pipeline, "given")
+        chooser.load_all()
+        return chooser
+
+    def pipeline(self, weights: str | Path) -> HiCoDiTPipeline:
+        """Return the pipeline of a release."""
+        with self._lock:
+            if weights not in self.loaded:
+                self.loaded[weights] = self.load(weights)
+            return self.loaded[weights]
+
+    def for_clip(self, video: str | Path | np.ndarray) -> HiCoDiTPipeline:
+        """Return the pipeline for a clip: a file, or frames (T, H, W, 3) uint8."""
+        return self.pipeline(self.weights or bundled_weights(video))
+
+    def load_all(self) -> list[HiCoDiTPipeline]:
+        """Load and return all pipelines that may be chosen."""
+        return [self.pipeline(weights) for weights in ([self.weights] if self.weights else [DRAWN, FILMED])]

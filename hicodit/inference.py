@@ -23,7 +23,7 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
 from engine.word_times import WordTimes, write_words
-from hicodit.bundled import bundled_weights
+from hicodit.bundled import PipelineChooser
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, GENERATED, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import FACE, InferConfig, stem_of
@@ -58,28 +58,26 @@ class ClipJobs(Jobs):
                 voice = read_voice(c.reference_audio, 16_000)
             with stage("conditions"):
                 self.identity = GE2EEncoder().embed(voice, 16_000)
-        self.pipelines: dict[str | Path, HiCoDiTPipeline] = {}
+        self.pipelines = PipelineChooser(self.load, c.weights)
         if c.weights is not None:
-            self.pipeline(c.weights)
+            self.pipelines.load_all()
         self.scratch = tempfile.TemporaryDirectory()
         self.times = WordTimes() if c.timestamps else None
 
-    def pipeline(self, weights: str | Path) -> HiCoDiTPipeline:
-        """Return the pipeline of a release, which is loaded once."""
-        if weights not in self.pipelines:
-            c = self.config
-            with stage("loading"):
-                pipeline = HiCoDiTPipeline.from_pretrained(
-                    weights, self.device, c.codec, c.encoders, self.face_source, c.precision, c.compile
-                )
-            pipeline.sampler = override(pipeline.sampler, c.sampler)
-            pipeline.guidance = override(pipeline.guidance, c.guidance)
-            self.pipelines[weights] = pipeline
-        return self.pipelines[weights]
+    def load(self, weights: str | Path) -> HiCoDiTPipeline:
+        """Load the pipeline of a release, with the settings of the job."""
+        c = self.config
+        with stage("loading"):
+            pipeline = HiCoDiTPipeline.from_pretrained(
+                weights, self.device, c.codec, c.encoders, self.face_source, c.precision, c.compile
+            )
+        pipeline.sampler = override(pipeline.sampler, c.sampler)
+        pipeline.guidance = override(pipeline.guidance, c.guidance)
+        return pipeline
 
     def pipeline_for(self, clip: Path) -> HiCoDiTPipeline:
         """Return the pipeline of `weights=`, or of the bundled release that suits the face of a clip."""
-        return self.pipeline(self.config.weights or bundled_weights(clip))
+        return self.pipelines.for_clip(clip)
 
     def prepare(self, clip: Path) -> tuple[HiCoDiTPipeline, list[Crops]]:
         """Choose the pipeline, find the face, or all, and cut out mouth and face."""
@@ -92,7 +90,7 @@ class ClipJobs(Jobs):
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
         """Generate the speech of a batch, the clips of each pipeline together."""
         spoken: dict[int, list[Speech]] = {}
-        for pipeline in self.pipelines.values():
+        for pipeline in self.pipelines.loaded.values():
             chosen = [number for number, (its, _) in enumerate(batch) if its is pipeline]
             faces = [crops for number in chosen for crops in batch[number][1]]
             if not faces:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, Limits, set_limits
-from hicodit.pipeline import BUNDLED
 from scripts.arguments import Parser, within
 from service.demo_actions import Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
@@ -29,7 +28,7 @@ LONGEST = 60.0  # seconds of a clip or a sound
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--weights", default=BUNDLED, help="HiCoDiT's release folder (default: the bundled one)")
+    add("--weights", help="HiCoDiT's release folder (default: of the bundled ones, that for the face of each clip)")
     add("--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)")
     add("--device", choices=DEVICES, default="auto", help="where the models run")
     add("--host", default="127.0.0.1", help="address to listen on")

@@ -14,6 +14,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from engine.device import pick_device
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, PRECISIONS, Limits, set_limits
 from scripts.arguments import Parser, within
-from service.limits import MAX_PICTURE, ServeLimits
+from service.limits import ServeLimits
 
 
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
-    add("--weights", help="HiCoDiT's release folder (default: the bundled one)")
+    add("--weights", help="HiCoDiT's release folder (default: of the bundled ones, that for the face of each clip)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
     add("--voices", type=Path, help="folder of recordings, each a voice: NAME.wav is voice=NAME")
     add("--device", choices=DEVICES, default="auto", help="where the models run")
@@ -37,6 +38,7 @@ def main() -> None:
     add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=within(1, 65_535), default=8000, help="port to listen on")
+    add("--strict_names", action="store_true", help="refuse OpenAI's names of models (tts-1) and voices (alloy)")
     for limit in fields(ServeLimits):
         add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["about"])
     args = parser.parse_args()
@@ -45,30 +47,34 @@ def main() -> None:
         raise UserError(f"--voices {args.voices} is no folder: make it, or leave the option out")
     for package in ("fastapi", "uvicorn", "websockets", "python_multipart"):
         require(package, package, "serve")
-    import uvicorn
-
+    from hicodit.bundled import PipelineChooser
     from hicodit.pipeline import HiCoDiTPipeline
-    from hicodit.settings import BUNDLED, with_preset
-    from service.app import make_app
+    from hicodit.settings import with_preset
+    from service.server import Server
     from service.service import Service
     from talker_t2av.pipeline import TalkerPipeline
     from talker_t2av.settings import with_preset as with_sampling
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
     set_limits(Limits(seconds=limits.seconds))
-    device, hicodit, talker = pick_device(args.device), None, None
+    device = pick_device(args.device)
+    hicodit = talker = None
+
+    def load_hicodit(weights: str | Path) -> HiCoDiTPipeline:
+        pipeline = HiCoDiTPipeline.from_pretrained(weights, device, precision=args.precision)
+        pipeline.sampler, pipeline.guidance = with_preset(args.sampler, pipeline.sampler, pipeline.guidance)
+        return pipeline
+
     if "hicodit" in args.models:
-        hicodit = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
-        hicodit.sampler, hicodit.guidance = with_preset(args.sampler, hicodit.sampler, hicodit.guidance)
+        hicodit = PipelineChooser(load_hicodit, args.weights)
+        hicodit.load_all()
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
         talker.sampling = with_sampling(args.sampling, talker.sampling)
-    service = Service(hicodit, talker, limits, demo=args.talker is None, voices=args.voices)
+    service = Service(hicodit, talker, limits, args.talker is None, args.voices, aliases=not args.strict_names)
     print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
-    uvicorn.run(
-        make_app(service), host=args.host, port=args.port, log_level="warning", ws="websockets-sansio",
-        ws_max_size=MAX_PICTURE, timeout_graceful_shutdown=5,
-    )  # fmt: skip
+    with suppress(KeyboardInterrupt):
+        Server(service, args.host, args.port).run()
 
 
 if __name__ == "__main__":

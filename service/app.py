@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
 from engine.seeding import check_seed
 from engine.settings import LIMITS
 from engine.untrusted import parse_object
+from hicodit.bundled import PipelineChooser
 from hicodit.conditions.types import FPS
-from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
+from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from service.limits import MAX_PICTURE
 from service.openai import openai_error, openai_routes
 from service.service import HICODIT, Service, explain
@@ -41,9 +41,7 @@ def make_app(service: Service) -> FastAPI:
         for worker in service.workers.values():
             worker.start()
         yield
-        service.closing = True
-        for worker in service.workers.values():
-            worker.stop()
+        service.stop()
 
     app = FastAPI(title="speaking-faces", lifespan=lifespan)
     app.state.service = service
@@ -52,6 +50,10 @@ def make_app(service: Service) -> FastAPI:
         app.exception_handler(kind)(_answer_error)
     app.include_router(openai_routes(service))
     app.include_router(video_routes(service))
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -84,33 +86,72 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
 
-async def _follow(socket: WebSocket, model: HiCoDiTPipeline) -> None:
+class LiveFace:
+    """The speech of one WebSocket's pictures; the release that suits them is chosen by the first of them.
+
+    Args:
+        chooser: of HiCoDiT's pipelines.
+        fields: settings of the stream; those of `StreamSettings`, and `seed`.
+    """
+
+    def __init__(self, chooser: PipelineChooser, fields: dict[str, Any]) -> None:
+        self.chooser = chooser
+        self.seed = fields.pop("seed", 0)
+        check_seed(self.seed)
+        self.settings = StreamSettings(**fields)
+        self.rate = chooser.load_all()[0].codec.sample_rate
+        self.count = 0  # pictures so far
+        self.first: list[np.ndarray] = []  # pictures before the choice; a hop of them, from which no sound is due yet
+        self.stream: SpeechStream | None = None
+
+    def push(self, data: bytes) -> bytes:
+        """Add a picture (JPEG or PNG). Return the 16-bit samples that are due, often none."""
+        self.count += 1
+        if self.count > FPS * LIMITS.seconds:
+            raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
+        picture = read_picture(data)
+        if self.stream is not None:
+            return _samples(self.stream.push(picture))
+        self.first.append(picture)
+        return self._begin() if len(self.first) == HOP else b""
+
+    def finish(self) -> bytes:
+        """Return the rest of the samples."""
+        if not self.count:
+            raise UserError("no picture came before the end")
+        begin = b"" if self.stream is not None else self._begin()
+        return begin + _samples(self.stream.finish())
+
+    def _begin(self) -> bytes:
+        """Choose the pipeline, and start the stream with the pictures so far."""
+        if len({picture.shape for picture in self.first}) > 1:
+            raise UserError("the pictures differ in size: keep one size")
+        pipeline = self.chooser.for_clip(np.stack(self.first))
+        self.stream = SpeechStream(pipeline, self.settings, self.seed)
+        return b"".join([_samples(self.stream.push(picture)) for picture in self.first])
+
+
+async def _follow(socket: WebSocket, chooser: PipelineChooser) -> None:
     """Receive {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 a second, then a text.
 
     Send the rate, then sound (16-bit samples) in hops of 160 ms.
     """
-    first, example = await _receive(socket), '{"lookahead": 0.4, "seed": 0}'
-    fields = parse_object(first.get("text") or "", "the first message", ("lookahead", "seed"), example)
-    check_seed(seed := fields.pop("seed", 0))
-    stream, sent, frames = SpeechStream(model, StreamSettings(**fields), seed), 0, 0
-    await socket.send_json({"rate": model.codec.sample_rate, "format": "s16le"})
-    while True:
+    first = await _receive(socket)
+    example = '{"lookahead": 0.4, "seed": 0}'
+    face = LiveFace(chooser, parse_object(first.get("text") or "", "the first message", ("lookahead", "seed"), example))
+    await socket.send_json({"rate": face.rate, "format": "s16le"})
+    sent = 0
+    picture = b""
+    while picture is not None:
         picture = (await _receive(socket)).get("bytes")
-        if picture is not None:
-            frames += 1
-            if frames > FPS * LIMITS.seconds:
-                raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
-            chunk = await asyncio.to_thread(_push, stream, picture)
-        elif frames:
-            chunk = await asyncio.to_thread(stream.finish)
-        else:
-            raise UserError("no picture came before the end")
-        if chunk is not None and len(chunk.wave):
-            await socket.send_bytes(samples(torch.from_numpy(chunk.wave)[None, None]))
-            sent += len(chunk.wave)
         if picture is None:
-            await socket.send_json({"done": True, "seconds": sent / model.codec.sample_rate})
-            return
+            sound = await asyncio.to_thread(face.finish)
+        else:
+            sound = await asyncio.to_thread(face.push, picture)
+        if sound:
+            await socket.send_bytes(sound)
+            sent += len(sound) // 2
+    await socket.send_json({"done": True, "seconds": sent / face.rate})
 
 
 async def _receive(socket: WebSocket) -> dict[str, Any]:
@@ -121,7 +162,12 @@ async def _receive(socket: WebSocket) -> dict[str, Any]:
     return message
 
 
-def _push(stream: SpeechStream, data: bytes) -> SpeechChunk | None:
+def _samples(chunk: SpeechChunk | None) -> bytes:
+    return b"" if chunk is None else samples(torch.from_numpy(chunk.wave)[None, None])
+
+
+def read_picture(data: bytes) -> np.ndarray:
+    """Return a JPEG or PNG picture as (H, W, 3) uint8 RGB."""
     if len(data) > MAX_PICTURE:
         raise UserError(f"a picture of {len(data):,} bytes: {MAX_PICTURE:,} at most")
     if not data.startswith(PICTURES):
@@ -131,7 +177,7 @@ def _push(stream: SpeechStream, data: bytes) -> SpeechChunk | None:
         raise UserError("a damaged picture")
     if picture.shape[0] * picture.shape[1] > LIMITS.pixels:
         raise UserError(f"a picture of {picture.shape[1]} x {picture.shape[0]} pixels: {LIMITS.pixels:,} at most")
-    return stream.push(picture)
+    return picture
 
 
 def limit_bodies(app: Callable, service: Service) -> Callable:

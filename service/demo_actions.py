@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from engine.media.ffmpeg import probe
 from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.seeding import check_seed
+from hicodit.bundled import PipelineChooser
 from hicodit.inference import write_speech
-from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
+from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.faces import is_picture
 from talker_t2av.inference import describe, write_talk
 from talker_t2av.jobs import Job
@@ -45,18 +47,26 @@ class Demo:
 
     Args:
         folder: every call writes its files into a new folder in it, which is deleted after an hour.
-        weights, talker: release folders of HiCoDiT and Talker-T2AV.
+        weights: release folder of HiCoDiT; None: for each clip, the bundled one that suits its face.
+        talker: release folder of Talker-T2AV.
     """
 
     def __init__(
-        self, folder: Path, weights: str | Path = BUNDLED, talker: str | Path = BUNDLED_TALKER, device: str = "auto"
+        self,
+        folder: Path,
+        weights: str | Path | None = None,
+        talker: str | Path = BUNDLED_TALKER,
+        device: str = "auto",
     ) -> None:
-        self.folder, self.bundled = folder, (weights, talker) == (BUNDLED, BUNDLED_TALKER)
-        self.hicodit = HiCoDiTPipeline.from_pretrained(weights, pick_device(device))
-        self.talker = TalkerPipeline.from_pretrained(talker, pick_device(device))
+        self.folder = folder
+        self.bundled = weights is None and talker == BUNDLED_TALKER
+        place = pick_device(device)
+        self.pipelines = PipelineChooser(partial(HiCoDiTPipeline.from_pretrained, device=place), weights)
+        self.hicodit = self.pipelines.load_all()[0]  # whose settings the page shows
+        self.talker = TalkerPipeline.from_pretrained(talker, place)
         self.clip_words = None  # what finds the words of a clip, by a recogniser that knows the bundled HiCoDiT's
-        if weights == BUNDLED and find_spec("pocketsphinx"):
-            self.clip_words = ClipWords(AutoConfig(), device, transcripts=False, hicodit=self.hicodit)
+        if weights is None and find_spec("pocketsphinx"):
+            self.clip_words = ClipWords(AutoConfig(), device, transcripts=False, pipelines=self.pipelines)
 
     def _new_folder(self) -> Path:
         for old in self.folder.glob("made-*"):
@@ -71,11 +81,12 @@ class Demo:
         if not clip:
             raise UserError("Give a clip of a talking face.")
         check_seed(seed := int(seed or 0))
-        sampler = replace(self.hicodit.sampler, steps=int(steps), temperature=float(temperature))
-        self.hicodit.guidance = replace(self.hicodit.guidance, all=float(guidance))
+        hicodit = self.pipelines.for_clip(clip)
+        sampler = replace(hicodit.sampler, steps=int(steps), temperature=float(temperature))
+        hicodit.guidance = replace(hicodit.guidance, all=float(guidance))
         identity = GE2EEncoder().embed(read_voice(voice, 16_000), 16_000) if voice else None
-        crops = self.hicodit.crops(clip)
-        speech = self.hicodit.run([crops], [seed], identity, sampler)[0]
+        crops = hicodit.crops(clip)
+        speech = hicodit.run([crops], [seed], identity, sampler)[0]
         folder, stem = self._new_folder(), Path(clip).stem
         with stage("writing the files"):
             write_speech(Path(clip), speech, folder, stem, figure=True)

@@ -18,12 +18,14 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Send
 
 from engine.errors import UserError, require
 from engine.settings import SEEDS
 from service.service import TALKER, Service, request_folder, while_connected, without_folders
 from service.sound import FORMATS, collect, encode, encode_whole, speak
 from service.voices import DEFAULT
+from service.workers import WorkerEnded
 from talker_t2av.pipeline import Job
 
 Folder = Annotated[Path, Depends(request_folder)]
@@ -57,7 +59,7 @@ class SpeechRequest(OurFields):
         json_schema_extra={"example": {"model": TALKER, "voice": DEFAULT, "input": "How was your trip to the lake?"}}
     )
 
-    model: Literal["talker-t2av"]
+    model: str
     input: str
     voice: str | dict[Literal["id"], str] = DEFAULT
     reference_audio: Annotated[str | None, Field(description="recording as base64, in place of `voice`")] = None
@@ -76,6 +78,17 @@ def openai_error(status: int, message: str) -> dict[str, Any]:
     kind = {429: "rate_limit_error", 404: "not_found_error"}.get(status, "invalid_request_error")
     kind = "server_error" if status >= 500 else kind
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+class SoundStream(StreamingResponse):
+    """Sound that is sent while it is generated."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the chunks; if the worker ends meanwhile, the connection is closed, so that the client notices."""
+        try:
+            await super().stream_response(send)
+        except WorkerEnded as error:
+            print(f"a stream was not finished: {error}", flush=True)
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -105,7 +118,8 @@ def openai_routes(service: Service) -> APIRouter:
         X-Remarks has one-line remarks about the input. With timestamp_granularities ["word"] the answer is JSON:
         `audio` (base64) and `words`, each with its start and end in seconds.
         """
-        service.find(body.model)
+        if service.find(body.model) is not service.talker:
+            raise UserError(f"model={body.model} makes no speech from text: give {TALKER}")
         timed = bool(body.timestamp_granularities)
         if timed and body.stream_format is not None:
             raise UserError("timestamp_granularities needs the whole speech: leave stream_format out")
@@ -114,6 +128,8 @@ def openai_routes(service: Service) -> APIRouter:
         voice = save_recording(body.reference_audio, folder) or service.voices.find(body.voice_name)
         prepared = await asyncio.to_thread(service.talker.prepare, body.job(service, "tts", body.input, voice))
         remarks = [without_folders(remark) for remark in prepared.remarks]
+        if body.reference_audio is None and service.voices.is_alias(body.voice_name):
+            remarks.append(f"voice {body.voice_name} is not here: {service.voices.default} speaks")
         header = "; ".join(remarks).encode("latin-1", "replace").decode("latin-1")
         headers = {"X-Remarks": header} if remarks else {}
         media_type = FORMATS[body.response_format][0]
@@ -131,7 +147,7 @@ def openai_routes(service: Service) -> APIRouter:
                 async for part in parts:
                     yield part
 
-            return StreamingResponse(chunks(), media_type=media_type, headers=headers)
+            return SoundStream(chunks(), media_type=media_type, headers=headers)
 
         whole = await while_connected(request, collect(waves))
         content = await encode_whole(whole, rate, body.response_format, body.speed)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import re
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -19,6 +20,7 @@ from starlette.requests import Request
 
 from engine.errors import UserError
 from engine.word_times import WordTimes
+from hicodit.bundled import PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
 from service.limits import ServeLimits
 from service.voices import Voices
@@ -29,6 +31,16 @@ from talker_t2av.settings import DEMO
 T = TypeVar("T")
 WATCH = 0.2  # seconds between two checks whether the client is still connected
 TALKER, HICODIT = "talker-t2av", "hicodit"  # names of the models in requests
+ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's names of models, which stand for Talker-T2AV
+BOUNDS = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}  # of numbers, by pydantic's names
+KINDS = {  # of values, by the beginning of pydantic's names of faults
+    "bool": "true or false",
+    "finite": "a number",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "string": "a text",
+}
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 FOLDER = "serve-"  # begin of the names of folders with a request's files
 
@@ -37,27 +49,36 @@ class Service:
     """Both models with their workers; admits requests up to the limits.
 
     Args:
+        hicodit: a pipeline, or what chooses one for each clip.
         demo: offer the bundled voice.
         voices: folder of others, see `Voices`.
+        aliases: let OpenAI's names of models and voices stand for Talker-T2AV and the default voice.
     """
 
     def __init__(
         self,
-        hicodit: HiCoDiTPipeline | None,
+        hicodit: HiCoDiTPipeline | PipelineChooser | None,
         talker: TalkerPipeline | None,
         limits: ServeLimits,
         demo: bool,
         voices: Path | None = None,
+        aliases: bool = True,
     ) -> None:
-        self.hicodit, self.talker, self.limits, self.voices = hicodit, talker, limits, None
+        if isinstance(hicodit, HiCoDiTPipeline):
+            hicodit = PipelineChooser.of(hicodit)
+        self.hicodit = hicodit
+        self.talker = talker
+        self.limits = limits
+        self.voices: Voices | None = None
+        self.aliases = aliases
         self.served: dict[str, Any] = {}  # pipelines by name in requests
         self.workers: dict[str, Worker] = {}
         if talker is not None:
             talker.system.require("t2av")
             self.served[TALKER], self.workers["talker_t2av"] = talker, TalkerWorker(talker, limits.rows)
-            self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None)
+            self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None, aliases)
         if hicodit is not None:
-            self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(hicodit, limits.rows)
+            self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state
@@ -67,7 +88,9 @@ class Service:
         return WordTimes()
 
     def find(self, name: str) -> Any:
-        """Return the pipeline of a model; answer 404 if it is not served."""
+        """Return the pipeline of a model, or HiCoDiT's chooser; answer 404 if it is not served."""
+        if self.aliases and name in ALIASES:
+            name = TALKER
         if name not in self.served:
             raise HTTPException(404, f"model {name[:80]!r} is not served here; there are: {', '.join(self.served)}")
         return self.served[name]
@@ -84,6 +107,21 @@ class Service:
             yield
         finally:
             self.inside[kind] -= 1
+
+    def close(self) -> None:
+        """Admit no more requests; after `limits.grace` seconds, those that are not finished are answered 503."""
+        if self.closing:
+            return
+        self.closing = True
+        stopping = threading.Timer(self.limits.grace, self.stop)
+        stopping.daemon = True
+        stopping.start()
+
+    def stop(self) -> None:
+        """End the workers; requests that wait for them fail with `WorkerEnded`."""
+        self.closing = True
+        for worker in self.workers.values():
+            worker.stop()
 
     async def place(self) -> AsyncIterator[None]:
         """Hold the place of a request until its answer is sent: a dependency of routes."""
@@ -120,6 +158,31 @@ def without_folders(message: str) -> str:
     return " ".join(message.split())
 
 
+def invalid_field(error: dict[str, Any]) -> str:
+    """Return one sentence about the first fault that pydantic found in a request.
+
+    Args:
+        error: with the keys type, loc (body or query, field, ...), msg, input and ctx.
+    """
+    kind = error["type"]
+    field = str(error["loc"][1])[:80] if len(error["loc"]) > 1 else ""
+    value = f"{field}={str(error.get('input'))[:40]}"
+    limits = error.get("ctx", {})
+    if kind == "json_invalid" or not field:
+        return 'the body must be a JSON object, as in {"model": "talker-t2av", "input": "Hello"}'
+    if kind == "missing":
+        return f"{field} is missing"
+    if kind == "extra_forbidden":
+        return f"{field} is not supported: leave it out"
+    if "expected" in limits:
+        return f"{value} is unknown; choose {limits['expected'].replace(chr(39), '')}"
+    for bound, words in BOUNDS.items():
+        if bound in limits:
+            return f"{value} must be {words} {limits[bound]}"
+    words = KINDS.get(kind.partition("_")[0])
+    return f"{value} must be {words}" if words else f"{value} cannot be used; see /docs"
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """Return the status and the sentence of an error, without the paths of request folders."""
     cause = error
@@ -128,8 +191,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             return 507, f"the server cannot write files: {cause.strerror}"
         cause = cause.__cause__
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        return 400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
+        return 400, invalid_field(error.errors()[0])
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
     if isinstance(error, WorkerEnded):

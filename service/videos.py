@@ -189,8 +189,10 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
 
 async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed: int) -> None:
     """Make speech for a clip, or for each of its faces."""
-    crops = await asyncio.to_thread(lambda: list(service.hicodit.all_crops(clip, face)))
-    speeches = await asyncio.gather(*(service.generate("hicodit", Ticket(part, seed)) for part in crops))
+    pipeline = await asyncio.to_thread(service.hicodit.for_clip, clip)
+    crops = await asyncio.to_thread(lambda: list(pipeline.all_crops(clip, face)))
+    tickets = [Ticket(part, seed, pipeline=pipeline) for part in crops]
+    speeches = await asyncio.gather(*(service.generate("hicodit", ticket) for ticket in tickets))
     video.progress = 90
     for number, speech in enumerate(speeches, 1):
         target = video.path(f"video{number}.mp4")

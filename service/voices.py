@@ -10,6 +10,9 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.settings import SAVED_VOICE, is_voice
 
 DEFAULT = "default"  # the bundled voice
+ALIASES = (  # OpenAI's names of voices
+    "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
+)  # fmt: skip
 
 
 class Voices:
@@ -18,12 +21,16 @@ class Voices:
     Args:
         folder: each recording (NAME.wav, ...) or saved voice (NAME.safetensors) in it is the voice NAME.
         default: recording of the voice `default`; None: there is none.
+        aliases: let OpenAI's names of voices stand for `default`, or the first voice, where no file has the name.
 
     Raises:
         UserError: a file in the folder is not a recording.
     """
 
-    def __init__(self, talker: TalkerPipeline, folder: Path | None = None, default: Path | None = None) -> None:
+    def __init__(
+        self, talker: TalkerPipeline, folder: Path | None = None, default: Path | None = None, aliases: bool = False
+    ) -> None:
+        self.aliases = aliases
         self._embeddings = tempfile.TemporaryDirectory(prefix="voices-")  # deleted with the object
         self.files: dict[str, Path] = {}
         recordings = {} if default is None else {DEFAULT: default}
@@ -37,12 +44,23 @@ class Voices:
                 self.files[name] = Path(self._embeddings.name, f"{name}{SAVED_VOICE}")
                 talker.save_voice(path, self.files[name])
 
+    @property
+    def default(self) -> str:
+        """Name of the voice that OpenAI's names stand for."""
+        return DEFAULT if DEFAULT in self.files else min(self.files, default=DEFAULT)
+
+    def is_alias(self, name: str) -> bool:
+        """Return whether a name is one of OpenAI's that no voice here has, and may stand for the default voice."""
+        return self.aliases and name in ALIASES and name not in self.files
+
     def find(self, name: str) -> Path:
         """Return the file of a voice.
 
         Raises:
             UserError: the name is unknown.
         """
+        if self.is_alias(name):
+            name = self.default
         if name not in self.files:
             some = ", ".join(sorted(self.files)[:20]) or "none; start the service with --voices FOLDER"
             raise UserError(f"voice {name[:80]!r} is unknown; there are: {some}")

@@ -32,13 +32,23 @@ class Ticket(Future):
     """A request and its future result; `cancel` gives it up at the next patch.
 
     Attributes:
-        job: `Crops` of HiCoDiT, `PreparedJob` of Talker-T2AV. seed: of HiCoDiT.
+        job: `Crops` of HiCoDiT, `PreparedJob` of Talker-T2AV.
+        seed, pipeline: of HiCoDiT.
         on_patch: called in the worker's thread with each new patch of speech (1, P, Ds).
     """
 
-    def __init__(self, job: Any, seed: int = 0, on_patch: Callable[[torch.Tensor], Any] = lambda patch: None) -> None:
+    def __init__(
+        self,
+        job: Any,
+        seed: int = 0,
+        on_patch: Callable[[torch.Tensor], Any] = lambda patch: None,
+        pipeline: HiCoDiTPipeline | None = None,
+    ) -> None:
         super().__init__()
-        self.job, self.seed, self.on_patch = job, seed, on_patch
+        self.job = job
+        self.seed = seed
+        self.on_patch = on_patch
+        self.pipeline = pipeline
 
     def end(self, result: Any) -> None:
         """Set the result, or the exception, unless the ticket is cancelled."""
@@ -97,24 +107,29 @@ class Worker(threading.Thread):
 
 
 class HiCoDiTWorker(Worker):
-    """Runs all waiting requests as one batch. If it fails, each request runs alone, to find the one at fault."""
+    """Runs all waiting requests of a pipeline as one batch.
 
-    def __init__(self, pipeline: HiCoDiTPipeline, batch_size: int) -> None:
+    If it fails, each request runs alone, to find the one at fault.
+    """
+
+    def __init__(self, batch_size: int) -> None:
         super().__init__("hicodit", batch_size)
-        self.pipeline, self.running = pipeline, []
+        self.running = []
 
     def work(self) -> None:
         self.running = self.take(1, wait=True)
         if self.running and self.batch_size > 1:
             time.sleep(GATHER)
             self.running += self.take(self.batch_size - 1, wait=False)
-        if self.running:
-            self.generate(self.running)
+        for pipeline in dict.fromkeys(ticket.pipeline for ticket in self.running):
+            self.generate([ticket for ticket in self.running if ticket.pipeline is pipeline])
         self.running = []
 
     def generate(self, tickets: list[Ticket]) -> None:
         try:
-            results = self.pipeline.run([ticket.job for ticket in tickets], [ticket.seed for ticket in tickets])
+            crops = [ticket.job for ticket in tickets]
+            seeds = [ticket.seed for ticket in tickets]
+            results = tickets[0].pipeline.run(crops, seeds)
         except Exception as error:
             if len(tickets) > 1:
                 for ticket in tickets:

@@ -23,6 +23,7 @@ from talker_t2av.request import MODES, Sampling
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEMO = ASSETS / "demo"
 MAX_TEXT = 2000  # bytes: about two minutes of speech, whose pictures take 2.4 GB at 512 pixels
+MAX_SPEECH_TEXT = 16_384  # bytes of a text that is spoken without pictures
 COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
@@ -46,7 +47,9 @@ class Job(Group):
         about="t2av: text to talking face; tts: text to speech; a2v: audio to face; v2a: face to audio",
     )
     text: str = setting(
-        "", about="text to speak, up to 2,000 bytes; a2v, v2a: what the given audio or video says; v2a: auto finds it"
+        "",
+        about="text to speak, up to 2,000 bytes (tts: 16,384); a2v, v2a: what the given audio or video says; v2a: auto "
+        "finds it",
     )
     reference_audio: str | None = setting(
         None,
@@ -96,8 +99,10 @@ class Job(Group):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
             raise UserError(f"mode={self.mode} needs text=... to say")
-        if (size := len(self.text.encode(errors="replace"))) > MAX_TEXT:
-            raise UserError(f"the text has {size:,} bytes, and {MAX_TEXT:,} is the most: make several jobs of it")
+        size = len(self.text.encode(errors="replace"))
+        most = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
+        if size > most:
+            raise UserError(f"the text has {size:,} bytes, and {most:,} is the most: make several jobs of it")
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
                 raise UserError(f"mode={self.mode} needs {name}=FILE")

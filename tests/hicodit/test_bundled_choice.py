@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drawn_faces import talking_head
 
-from hicodit.bundled import DRAWN, FILMED, FLAT_FRACTION, bundled_weights, flat_fraction
+from hicodit.bundled import DRAWN, FILMED, FLAT_FRACTION, PipelineChooser, bundled_weights, flat_fraction
 
 DEMO = Path(__file__).parents[2] / "assets/demo"
 GRID = Path(__file__).parents[3] / "shared/grid"
@@ -34,3 +34,18 @@ def test_clip_without_a_face_gets_the_release_for_filmed_faces():
 def test_faces_of_grid_get_the_release_for_filmed_faces():
     clips = [next(iter(sorted(folder.glob("*.mp4")))) for folder in sorted(GRID.glob("s*"))]
     assert clips and all(bundled_weights(clip) == FILMED for clip in clips)
+
+
+def test_pipelines_are_loaded_once_and_given_weights_are_for_all_clips():
+    loaded = []
+
+    def load(weights):
+        loaded.append(weights)
+        return len(loaded)
+
+    drawn, filmed = np.stack(talking_head(12)), np.zeros((12, 96, 96, 3), np.uint8)
+    chooser = PipelineChooser(load)
+    assert [chooser.for_clip(clip) for clip in (drawn, filmed, drawn)] == [1, 2, 1]
+    assert chooser.load_all() == [1, 2] and loaded == [DRAWN, FILMED]
+    given = PipelineChooser(load, "mine")
+    assert given.for_clip(drawn) == given.for_clip(filmed) == 3 and loaded[2:] == ["mine"]

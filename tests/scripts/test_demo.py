@@ -85,7 +85,7 @@ def test_a_silent_clip_alone_gets_words_and_a_voice(demo, monkeypatch):
         ("t2av", " ", VOICE, CLIP, "Write a text to say."),
         ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no sound."),
         ("a2v", "", "long.wav", CLIP, "The sound lasts longer than 30 s: give a part of it."),
-        ("tts", SENTENCE * 200, VOICE, None, "2,000 is the most"),
+        ("tts", SENTENCE * 500, VOICE, None, "16,384 is the most"),
     ],
 )
 def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice, face, shown):

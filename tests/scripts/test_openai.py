@@ -22,6 +22,7 @@ pytest.importorskip("websockets")
 import openai
 import uvicorn
 from drawn_faces import scene, talking_head
+from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
@@ -83,8 +84,8 @@ def comment_of(path):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["talker-t2av", "hicodit"]
     assert client.models.retrieve("hicodit").owned_by == "speaking-faces"
-    with pytest.raises(openai.NotFoundError, match="tts-1"):
-        client.models.retrieve("tts-1")
+    with pytest.raises(openai.NotFoundError, match="sora-2"):
+        client.models.retrieve("sora-2")
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "opus", "aac", "flac", "pcm"])
@@ -118,21 +119,24 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
     ("fields", "message"),
     [
         ({"input": " "}, "the text is empty"),
-        ({"voice": ["anna"]}, "voice"),
+        ({"input": None}, "input=None must be a text"),
+        ({"voice": ["anna"]}, "voice=['anna'] must be a text"),
         ({"reference_audio": "***"}, "reference_audio must be a file encoded as base64"),
         ({"reference_audio": "AAAA"}, "reference_audio is not a video or audio file"),
-        ({"reference_video": "/etc/passwd"}, "reference_video"),
+        ({"reference_video": "/etc/passwd"}, "reference_video is not supported: leave it out"),
         ({"max_seconds": 31}, "max_seconds=31.0 must be a number from 0.16 to 30.0"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
         ({"seed": 10**30}, "seed"),
-        ({"speed": "nan"}, "speed"),
+        ({"speed": "nan"}, "speed=nan must be"),
+        ({"speed": 9}, "speed=9 must be at most 4.0"),
         ({"timestamp_granularities": ["word"], "stream_format": "audio"}, "leave stream_format out"),
         ({"stream_format": "sse"}, "stream_format"),
-        ({"voice": "alloy"}, "voice 'alloy' is unknown; there are: anna"),
-        ({"model": "tts-1"}, "talker-t2av"),
+        ({"voice": "otto"}, "voice 'otto' is unknown; there are: anna"),
+        ({"model": "hicodit"}, "model=hicodit makes no speech from text: give talker-t2av"),
         ({"input": "x" * 51}, "51 characters"),
-        ({"response_format": "exe"}, "response_format"),
-        ({"instructions": "whisper"}, "instructions"),
+        ({"response_format": "exe"}, "response_format=exe is unknown; choose mp3, opus,"),
+        ({"instructions": "whisper"}, "instructions is not supported: leave it out"),
     ],
 )
 def test_wrong_speech_requests_get_one_sentence(client, fields, message):
@@ -141,6 +145,19 @@ def test_wrong_speech_requests_get_one_sentence(client, fields, message):
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and "\n" not in error["message"], answer.text
     assert error["type"] == "invalid_request_error" and "/tmp" not in answer.text
+
+
+def test_names_of_openai_stand_for_the_model_and_the_default_voice(client, models, true_wave):
+    speech = client.audio.speech.with_raw_response.create(
+        model="tts-1", input=TEXT, voice="alloy", response_format="pcm", extra_body={"seed": 3}
+    )
+    assert speech.headers["x-remarks"] == "voice alloy is not here: anna speaks"
+    np.testing.assert_allclose(np.frombuffer(speech.content, np.int16) / 32767, true_wave, atol=2e-4)
+    strict = Service(None, models[1], ServeLimits(), False, models[2].parent, aliases=False)
+    with pytest.raises(HTTPException, match="404"):
+        strict.find("tts-1")
+    with pytest.raises(UserError, match="voice 'alloy' is unknown; there are: anna"):
+        strict.voices.find("alloy")
 
 
 def test_words_come_with_their_times(client, service, monkeypatch):

@@ -18,6 +18,8 @@ from drawn_faces import talking_head
 from fastapi.testclient import TestClient
 
 from engine.media.video import write_video
+from hicodit.bundled import DRAWN, FILMED, PipelineChooser
+from hicodit.pipeline import HiCoDiTPipeline
 from service.app import make_app
 from service.limits import ServeLimits
 from service.service import Service
@@ -107,6 +109,38 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
     assert len(whole) > 2 * 0.48 * 24_000
     streamed = client.post(SPEECH, json=asked | {"response_format": "pcm", "stream_format": "audio"})
     np.testing.assert_allclose(np.frombuffer(streamed.content, np.int16) / 32767, whole, atol=2e-4)
+
+
+def test_the_address_alone_leads_to_the_page_of_the_interface(client):
+    answer = client.get("/", follow_redirects=False)
+    assert answer.status_code == 307 and answer.headers["location"] == "/docs"
+
+
+def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, head, monkeypatch):
+    """Drawn faces and, with the noise of a camera, filmed ones."""
+    pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
+    names = {id(pipeline): weights for weights, pipeline in pipelines.items()}
+    used = []
+    encode = HiCoDiTPipeline.conditions
+
+    def noting(self, *arguments):
+        used.append(names[id(self)])
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(HiCoDiTPipeline, "conditions", noting)
+    service = Service(PipelineChooser(pipelines.get), None, ServeLimits(), demo=False)
+    noise = np.random.default_rng(0).normal(0, 4, (25, 128, 128, 3))
+    with TestClient(make_app(service)) as client, client.websocket_connect(STREAM) as socket:
+        clip = client.post("/v1/videos", data={"model": "hicodit"}, files={"input_reference": head.read_bytes()}).json()
+        wait_until(lambda: client.get(f"/v1/videos/{clip['id']}").json()["status"] == "completed")
+        assert set(used) == {DRAWN}
+        used.clear()
+        socket.send_json({})
+        frames = np.stack(talking_head(25))
+        for frame in np.clip(frames + noise, 0, 255).astype(np.uint8):
+            socket.send_bytes(cv2.imencode(".png", frame[..., ::-1])[1].tobytes())
+        socket.send_text("end")
+        assert len(receive(socket)) and set(used) == {FILMED}
 
 
 @pytest.mark.parametrize(

@@ -36,4 +36,6 @@ def test_a_word_that_is_longer_than_a_part_is_named():
     with pytest.raises(UserError, match=r"'xxxxxxxxxx'\.\.\. has neither space nor stop in 8 bytes"):
         split_text("so xxxxxxxxxx", 8)
     with pytest.raises(UserError, match="the text has 2,001 bytes, and 2,000 is the most: make several jobs"):
-        Job("tts", "x" * 2001, "voice.wav")
+        Job("t2av", "x" * 2001, "voice.wav", "face.mp4")
+    with pytest.raises(UserError, match="the text has 16,385 bytes, and 16,384 is the most"):
+        Job("tts", "x" * 16_385, "voice.wav")

@@ -1,0 +1,103 @@
+"""The end of the web service: requests in work are finished or refused in a sentence, and later ones refused."""
+
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+
+from service.limits import ServeLimits
+from service.server import Server
+from service.service import Service
+from tests.waiting import wait_until
+
+SPEECH = {"model": "talker-t2av", "input": "Hi.", "voice": "anna", "response_format": "pcm"}
+SECONDS = 0.8
+LENGTH = {"min_seconds": SECONDS, "max_seconds": SECONDS}
+LONG = {"min_seconds": 30.0, "max_seconds": 30.0}
+
+
+@pytest.fixture
+def start(models, monkeypatch):
+    """Starts a server whose steps take 50 ms; returns it, its thread, and a client."""
+    _, talker, voice = models
+    running = []
+
+    def start(grace):
+        service = Service(None, talker, ServeLimits(rows=4, grace=grace), False, voice.parent)
+        worker = service.workers["talker_t2av"]
+        step = worker.step
+        monkeypatch.setattr(worker, "step", lambda batch: (time.sleep(0.05), step(batch)))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = Server(service, "127.0.0.1", port)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        running.append((server, thread, client))
+        wait_until(lambda: server.started)
+        return running[-1]
+
+    yield start
+    for server, thread, client in running:
+        client.close()
+        server.should_exit = server.force_exit = True
+        thread.join(20)
+
+
+def in_work(server):
+    return len(server.service.workers["talker_t2av"].rows)
+
+
+def asking(client, **more):
+    """Ask for speech in a thread; return it, and the list that gets the answer."""
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(client.post("/v1/audio/speech", json=SPEECH | more)))
+    thread.start()
+    return thread, answers
+
+
+def test_accepted_requests_are_finished_and_later_ones_refused(start, capfd):
+    server, thread, client = start(grace=60.0)
+    asked = [asking(client, **LENGTH), asking(client, **LENGTH, stream_format="audio")]
+    wait_until(lambda: in_work(server) == 2)
+    server.handle_exit(signal.SIGTERM, None)
+    late = client.post("/v1/audio/speech", json=SPEECH)
+    assert late.status_code == 503 and late.headers["retry-after"] == "1"
+    assert late.json()["error"]["message"] == "the server is shutting down"
+    for request, answers in asked:
+        request.join(20)
+        assert answers[0].status_code == 200
+        assert len(np.frombuffer(answers[0].content, np.int16)) == SECONDS * 24_000
+    thread.join(20)
+    printed = capfd.readouterr()
+    assert not thread.is_alive() and "SIGTERM: finishing 2 requests" in printed.out
+    assert "Traceback" not in printed.out + printed.err
+
+
+def test_what_takes_longer_than_the_grace_is_refused_in_a_sentence(start, capfd):
+    server, thread, client = start(grace=0.0)
+    request, answers = asking(client, **LONG)
+    wait_until(lambda: in_work(server) == 1)
+    with (
+        pytest.raises(httpx.RemoteProtocolError, match="incomplete"),
+        client.stream("POST", "/v1/audio/speech", json=SPEECH | LONG | {"stream_format": "audio"}) as stream,
+    ):
+        chunks = stream.iter_raw()
+        next(chunks)
+        server.handle_exit(signal.SIGTERM, None)
+        list(chunks)
+    request.join(20)
+    thread.join(20)
+    printed = capfd.readouterr()
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["message"] == "the server is shutting down"
+    assert not thread.is_alive() and "Traceback" not in printed.out + printed.err
