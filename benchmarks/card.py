@@ -260,12 +260,12 @@ def graphs(machine: Machine) -> Iterator[Line]:
 
 
 def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
-    """The bundled HiCoDiT in float32, and the conditions of the demo clip."""
+    """The bundled HiCoDiT in float32, and the conditions of whole seconds of the demo clip, as graphs take them."""
     pipeline = HiCoDiTPipeline.from_pretrained(device=machine.device, precision="fp32")
     conditions = pipeline.conditions([pipeline.crops(CLIP)])
-    if machine.size == "tiny":
-        lip, expression = conditions.lip[:, :25], conditions.expression[:, : windows_of(25)]
-        conditions = replace(conditions, lip=lip, expression=expression, frames=torch.tensor([25]))
+    frames = 25 if machine.size == "tiny" else conditions.lip.shape[1] // 25 * 25
+    lip, expression = conditions.lip[:, :frames], conditions.expression[:, : windows_of(frames)]
+    conditions = replace(conditions, lip=lip, expression=expression, frames=torch.tensor([frames]))
     return pipeline.system.model, conditions, pipeline
 
 

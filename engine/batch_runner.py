@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,14 +111,31 @@ class Summary:
         return 1 if self.failed else 0
 
 
+@dataclass
+class _Prepared:
+    """A batch between its two halves. ready: name and what `Jobs.prepare` returned, of the jobs that did not fail."""
+
+    summary: Summary
+    alone: bool
+    ready: list[tuple[str, Any]] = field(default_factory=list)
+
+
 class Jobs(Work[Batch, Summary]):
     """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
+
+    On an accelerator, a thread prepares the next batch while this one is generated and written; on a processor both
+    would share its cores. So `prepare` must not change what `generate` and `write` read.
 
     name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
     """
 
     device: object
     name_errors = False
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are prepared ahead."""
+        return int(not str(self.device).startswith("cpu"))
 
     def prepare(self, job: Any) -> Any:
         """Read the files of a job."""
@@ -137,32 +155,43 @@ class Jobs(Work[Batch, Summary]):
 
     def run(self, item: Batch) -> Summary:
         """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
+        return self._finish(self._prepare(item))
+
+    def run_all(self, items: Iterable[Batch]) -> Iterator[Summary]:
+        if not self.ahead:
+            yield from map(self.run, items)
+            return
+        batches = map(self._prepare, items)
+        prepared = next(batches, None)
+        pool = ThreadPoolExecutor(1, "prepare")
+        try:
+            while prepared is not None:
+                following = pool.submit(next, batches, None)
+                yield self._finish(prepared)
+                prepared = following.result()
+        finally:
+            pool.shutdown(wait=False)  # it may be waiting for a batch that does not come
+
+    def _prepare(self, item: Batch) -> _Prepared:
         jobs, first, total = item
-        summary, alone, ready = Summary(len(jobs)), total == 1, []
-
-        @contextmanager
-        def failing(name: str) -> Iterator[None]:
-            try:
-                yield
-            except Exception as error:
-                if alone:
-                    raise
-                line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
-                summary.failed.append((name if self.name_errors else "", line))
-
+        prepared = _Prepared(Summary(len(jobs)), alone=total == 1)
         for number, (name, job) in enumerate(jobs, first):
-            if not alone and (progress := current()):
+            if total > 1 and (progress := current()):
                 progress.prefix = f"{number}/{total} "
-            with failing(name):
-                ready.append((name, self.prepare(job)))
+            with self._failing(prepared, name):
+                prepared.ready.append((name, self.prepare(job)))
+        return prepared
+
+    def _finish(self, batch: _Prepared) -> Summary:
+        summary, ready = batch.summary, batch.ready
         try:
             results = self.generate([prepared for _, prepared in ready]) if ready else []
         except Exception:
-            if alone:
+            if batch.alone:
                 raise
             results = [None] * len(ready)  # one by one, to find the job that ends its batch
         for (name, prepared), result in zip(ready, results, strict=True):
-            with failing(name):
+            with self._failing(batch, name):
                 if result is None:
                     (result,) = self.generate([prepared])
                 with stage("writing"):
@@ -170,6 +199,17 @@ class Jobs(Work[Batch, Summary]):
                 summary.speech_seconds += seconds
                 summary.lines.append(line)
         return summary
+
+    @contextmanager
+    def _failing(self, batch: _Prepared, name: str) -> Iterator[None]:
+        """Note the error of a job in the summary of its batch."""
+        try:
+            yield
+        except Exception as error:
+            if batch.alone:
+                raise
+            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+            batch.summary.failed.append((name if self.name_errors else "", line))
 
 
 def _on_device(start: Callable[[], Jobs], threads: int | None, number: int) -> Jobs:
@@ -202,8 +242,8 @@ def run_batches(
     if count == 1 and not ray:
         work = start()
         summary.device = work.details
-        for batch in batches:
-            summary.add(work.run(batch))
+        for part in work.run_all(batches):
+            summary.add(part)
     else:
         threads = None if ray else max(1, len(os.sched_getaffinity(0)) // count)  # Ray divides them itself
         build = partial(_on_device, start, threads)

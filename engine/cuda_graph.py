@@ -29,21 +29,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 16  # graphs of a step
+LIMIT = 32  # graphs of a step: those of all lengths and numbers of rows that a service captures when it starts
 WARM_UP = 3  # runs before a capture, in which libraries set themselves up
 
 
 class CudaGraphs:
     """Captures of one device, in one memory pool.
 
-    Replays of graphs of one pool must not overlap: use an object of this class from one stream alone. Tests put in
-    another class, which runs on a CPU and destroys outputs as a card would.
+    Replays of graphs of one pool must not overlap: use an object of this class from one stream alone. Threads may share
+    it, as they share the default stream. Tests put in another class, which runs on a CPU and destroys outputs as a card
+    would.
+
+    Attributes:
+        lock: held from the copies of the inputs to those of the outputs.
     """
 
     _lock = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.lock = threading.Lock()
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -102,6 +107,10 @@ class GraphedStep:
         """
         if self.backend is None:
             return self.step(*inputs, *fixed)
+        with self.backend.lock:
+            return self._replay(inputs, fixed)
+
+    def _replay(self, inputs: tuple[Any, ...], fixed: Any) -> Any:
         given: list[Tensor] = []
         key = _key(inputs, given), _key(fixed, None)
         if key not in self.graphs:

@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,13 +33,19 @@ class Work(Generic[Item, Result]):
 
     Attributes:
         details: what the caller needs to know about it, such as digests of weights.
+        ahead: items that `run_all` takes before the result of the one before them is there.
     """
 
     details: Any = None
+    ahead = 0
 
     def run(self, item: Item) -> Result:
         """Process one item."""
         raise NotImplementedError
+
+    def run_all(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order. Work that prepares an item beside the one before overrides this."""
+        return map(self.run, items)
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,21 @@ class Lost:
 
 
 class _Process:
-    """A process, this end of its pipe, and its task: an item and the number of the attempt.
+    """A process, this end of its pipe, and its tasks: each an item and the number of the attempt.
 
-    since: time at which the task began; infinity while the process loads. starts: how often it was started.
+    Attributes:
+        tasks: the one in work, and those that wait in the process; at most one more than `ahead`.
+        ahead: see `Work`.
+        since: time at which the first task began; infinity while the process loads.
+        starts: how often the process was started.
     """
 
     def __init__(self, number: int, build: Callable[[int], Work]) -> None:
         self.number = number
         self.build = build
         self.starts = 0
-        self.task: tuple[Any, int] | None = None
+        self.ahead = 0
+        self.tasks: deque[tuple[Any, int]] = deque()
         self.start()
 
     def start(self) -> None:
@@ -69,12 +81,25 @@ class _Process:
         theirs.close()
         self.since, self.starts = math.inf, self.starts + 1
 
+    def accepts(self, attempt: int) -> bool:
+        """Return whether a task of this attempt may be given now. One whose process died is given alone."""
+        if not self.tasks:
+            return True
+        alone = attempt > 1 or self.tasks[0][1] > 1
+        return not alone and len(self.tasks) <= self.ahead and self.since < math.inf
+
     def give(self, task: tuple[Any, int]) -> None:
-        self.task = task
-        if self.since < math.inf:
+        if not self.tasks and self.since < math.inf:
             self.since = time.monotonic()
+        self.tasks.append(task)
         with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `receive` will notice
             self.connection.send(task[0])
+
+    def is_ready(self, answer: tuple[Any, int]) -> Any:
+        """Note that the process has loaded; return the details of its work."""
+        details, self.ahead = answer
+        self.since = time.monotonic()
+        return details
 
     def receive(self) -> tuple[str, Any]:
         """Return what `_serve` sends next, or ("died", how)."""
@@ -117,10 +142,10 @@ class Processes(Generic[Item, Result]):
             self.details = self._work.details
         try:
             for each in self.processes:
-                word, self.details = each.receive()
+                word, details = each.receive()
                 if word != "ready":
-                    raise UserError(self.details)
-                each.since = time.monotonic()
+                    raise UserError(details)
+                self.details = each.is_ready(details)
         except BaseException:
             self.__exit__()
             raise
@@ -135,25 +160,22 @@ class Processes(Generic[Item, Result]):
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
         """Yield every item with its result, in the order in which they are done; an item is taken when it can start.
 
-        An item whose process dies is tried again in another one. A process that cannot be started again, as on a card
-        that failed, is done without.
+        An item whose process dies is tried again in another one, alone. A process that cannot be started again, as on a
+        card that failed, is done without.
         """
         if not self.processes:
             for item in items:
                 yield item, self._work.run(item)
             return
-        fresh, again = ((item, 1) for item in items), []
+        fresh, again = ((item, 1) for item in items), deque[tuple[Item, int]]()
         while True:
-            for each in self.processes:
-                if each.task is None and (task := again.pop() if again else next(fresh, None)):
-                    each.give(task)
-            busy = [each for each in self.processes if each.task]
+            self._give_tasks(fresh, again)
+            busy = [each for each in self.processes if each.tasks]
             if not busy:
                 return
             left = min(each.since for each in busy) + self.timeout - time.monotonic()
             wait([each.connection for each in busy], timeout=min(max(0.05, left), 60))
             for each in busy:
-                item, attempt = each.task
                 if each.connection.poll():
                     word, result = each.receive()
                 elif time.monotonic() - each.since > self.timeout:
@@ -161,24 +183,40 @@ class Processes(Generic[Item, Result]):
                 else:
                     continue
                 if word == "ready":
-                    each.since = time.monotonic()
+                    each.is_ready(result)
                     continue
                 if word == "refused" and each.starts > 1 and len(self.processes) > 1:
                     print(f"{result}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
                     self.processes.remove(each)
                     each.end()
-                    again.append(each.task)
+                    again.extend(each.tasks)
                     continue
                 if word in ("refused", "error"):
                     raise UserError(result)
-                each.task = None
+                item, attempt = each.tasks.popleft()
+                each.since = time.monotonic()
                 if word in ("died", "late"):
+                    # Any of its tasks may have ended the process, as later ones are prepared beside the first.
+                    again.extend((later, number + (word == "died")) for later, number in each.tasks)
+                    each.tasks.clear()
                     each.end()
                     each.start()
                 if word == "died" and attempt < ATTEMPTS:
                     again.append((item, attempt + 1))
                     continue
                 yield item, Lost(f"its process died, {ATTEMPTS} times ({result})") if word == "died" else result
+
+    def _give_tasks(self, fresh: Iterator[tuple[Item, int]], again: deque[tuple[Item, int]]) -> None:
+        """Give each process the tasks that it accepts, those without any first; a second attempt goes before others."""
+        given = True
+        while given:
+            given = False
+            for each in sorted(self.processes, key=lambda each: len(each.tasks)):
+                if not each.accepts(again[0][1] if again else 1):
+                    continue
+                if task := again.popleft() if again else next(fresh, None):
+                    each.give(task)
+                    given = True
 
 
 def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:
@@ -192,12 +230,18 @@ def _serve(connection: Connection, build: Callable[[int], Work], number: int, li
         try:
             set_limits(limits)
             work = build(number)
-            connection.send(("ready", work.details))
+            connection.send(("ready", (work.details, work.ahead)))
             word = "error"
-            while True:
-                connection.send(("done", work.run(connection.recv())))
+            for result in work.run_all(_receive_all(connection)):
+                connection.send(("done", result))
         except UserError as error:
             connection.send((word, str(error)))
+
+
+def _receive_all(connection: Connection) -> Iterator[Any]:
+    """Yield what comes; at the end of the pipe EOFError is raised."""
+    while True:
+        yield connection.recv()
 
 
 def end_with_parent() -> None:

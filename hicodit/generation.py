@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -92,7 +93,8 @@ def generate(
         seeds: one per clip.
         posterior_of: prepares the posterior of the clips of a window.
         on_step: called after each step of the sampler.
-        graphs: runs the steps; by default they are called directly.
+        graphs: runs the steps; by default they are called directly. Where it captures CUDA graphs, batches are padded
+            as `pad_for_graphs` does, which changes only rounding.
         evaluations: (B,) counters, to which the evaluations of the network are added for each clip: one per guidance
             branch and step, in each window. They are counted per step, as a replayed CUDA graph runs no Python.
     """
@@ -113,6 +115,12 @@ def generate(
         token_spans = [slice(TOKENS_PER_FRAME * start, TOKENS_PER_FRAME * end) for start, end in spans]
         window = window_conditions(conditions, clips, spans)
         prompts = [tokens[b][:, span].T for b, span in zip(clips, token_spans)]
+        prompts = pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2)
+        draws = [generators[b] for b in clips]
+        if graphs is not None and graphs.backend is not None:
+            window = pad_for_graphs(window)
+            prompts = pad_prompts(prompts, window, mask_id)
+            draws += [torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))]
 
         def count(clips: Sequence[int] = clips) -> None:
             on_step()
@@ -122,11 +130,11 @@ def generate(
 
         samples = sample(
             posterior_of(model, window, scales),
-            pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2),
+            prompts,
             TOKENS_PER_FRAME * window.frames,
             mask_id,
             sampler,
-            [generators[b] for b in clips],
+            draws,
             normalised=scales.guidance_form == "normalised",
             on_step=count,
             device=device,
@@ -157,6 +165,59 @@ def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Seque
         pad_sequence(classes, batch_first=True),
         torch.tensor([end - start for start, end in spans]),
     )
+
+
+def pad_for_graphs(conditions: Conditions) -> Conditions:
+    """Pad a batch to whole seconds and to a power of two of clips, so that few CUDA graphs serve all batches.
+
+    The added clips repeat the last one. `frames` of the other clips stays as it is.
+    """
+    batch, length = conditions.lip.shape[:2]
+    longer = -length % int(FPS)
+    clips = [min(i, batch - 1) for i in range(1 << (batch - 1).bit_length())]
+    chosen = to_device(torch.tensor(clips), conditions.lip.device)
+    more_windows = windows_of(length + longer) - conditions.expression.shape[1]
+    return Conditions(
+        F.pad(conditions.lip, (0, 0, 0, longer))[chosen],
+        conditions.identity[chosen],
+        F.pad(conditions.expression, (0, more_windows))[chosen],
+        conditions.frames[clips],
+    )
+
+
+def pad_prompts(prompts: Tensor, padded: Conditions, mask_id: int) -> Tensor:
+    """Pad tokens (B, K, L), on the CPU, to the clips and the length of conditions that `pad_for_graphs` returns."""
+    longer = TOKENS_PER_FRAME * padded.lip.shape[1] - prompts.shape[2]
+    more_clips = len(padded.frames) - len(prompts)
+    prompts = torch.cat([prompts, prompts[-1:].expand(more_clips, -1, -1)])
+    return F.pad(prompts, (0, longer), value=mask_id)
+
+
+@torch.inference_mode()
+def capture_graphs(
+    model: HiCoDiT, sampler: SamplerConfig, scales: GuidanceScales, graphs: GraphedSteps, batch_size: int
+) -> None:
+    """Capture the sampler's graphs for all batches up to `batch_size`, so that no later clip waits for a capture.
+
+    A graph serves whole seconds, up to the sampler's window, and powers of two of clips; it differs between batches
+    with and without padding. The planned steps of Euler differ in the number of tokens that they reveal, too: those
+    that other clips need are captured when they come.
+    """
+    if graphs.backend is None:
+        return
+    device = next(model.parameters()).device
+    most = 1 << (batch_size - 1).bit_length()
+    for batch in [1 << power for power in range(most.bit_length())]:
+        for seconds in range(1, sampler.window + 1):
+            length = int(FPS) * seconds
+            for frames in (length, length - 1):
+                conditions = Conditions(
+                    torch.zeros(batch, frames, model.config.lip_dim, device=device),
+                    torch.zeros(batch, model.config.identity_dim, device=device),
+                    torch.zeros(batch, windows_of(frames), dtype=torch.long, device=device),
+                    torch.full((batch,), frames),
+                )
+                generate(model, conditions, sampler, scales, range(batch), graphs=graphs)
 
 
 def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:

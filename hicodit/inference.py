@@ -90,7 +90,7 @@ class ClipJobs(Jobs):
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
         """Generate the speech of a batch, the clips of each pipeline together."""
         spoken: dict[int, list[Speech]] = {}
-        for pipeline in self.pipelines.loaded.values():
+        for pipeline in [*self.pipelines.loaded.values()]:  # the next batch may load another meanwhile
             chosen = [number for number, (its, _) in enumerate(batch) if its is pipeline]
             faces = [crops for number in chosen for crops in batch[number][1]]
             if not faces:

@@ -38,7 +38,7 @@ from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
-from hicodit.generation import generate, windows
+from hicodit.generation import capture_graphs, generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
 from hicodit.people import KnownPeople
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
@@ -305,6 +305,10 @@ class HiCoDiTPipeline:
                 graphs=self.graphs,
                 evaluations=evaluations,
             )
+
+    def warm_up(self, batch_size: int) -> None:
+        """Capture the CUDA graphs of batches of up to `batch_size` clips; without a GPU there is nothing to capture."""
+        capture_graphs(self.system.model, self.sampler, self.guidance, self.graphs, batch_size)
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:

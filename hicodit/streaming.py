@@ -26,7 +26,7 @@ from engine.faces.detectors import HaarDetector, with_points
 from engine.faces.landmarks import add_landmarks
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
-from hicodit.generation import guided_posterior
+from hicodit.generation import guided_posterior, pad_for_graphs, pad_prompts
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
 from hicodit.settings import StreamSettings, with_preset
@@ -126,11 +126,14 @@ class SpeechStream:
         model = pipeline.system.model
         before = self.tokens.shape[1]
         prompt = F.pad(self.tokens, (0, length - before), value=model.mask_id)[None]
+        if pipeline.graphs.backend is not None:
+            conditions = pad_for_graphs(conditions)
+            prompt = pad_prompts(prompt, conditions, model.mask_id)
         tokens = sample(
             guided_posterior(model, conditions, self.guidance), prompt, torch.tensor([length]), model.mask_id,
             self.sampler, [self.generator], device=pipeline.device, graphs=pipeline.graphs,
         )  # fmt: skip
-        return tokens[0, :, before:].cpu()
+        return tokens[0, :, before:length].cpu()
 
     def _crops(self) -> Crops:
         """Cut mouth and faces out of the last frames; the face is followed from its last position."""

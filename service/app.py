@@ -38,8 +38,9 @@ def make_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4, "files"))  # of asyncio.to_thread
-        for worker in service.workers.values():
+        for worker in service.workers.values():  # one after the other: nothing else runs during a capture
             worker.start()
+            await asyncio.to_thread(worker.ready.wait)
         yield
         service.stop()
 

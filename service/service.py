@@ -78,7 +78,7 @@ class Service:
             self.served[TALKER], self.workers["talker_t2av"] = talker, TalkerWorker(talker, limits.rows)
             self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None, aliases)
         if hicodit is not None:
-            self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(limits.rows)
+            self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(hicodit, limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
+from hicodit.bundled import PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.generation import BatchedDecoder, Row
 from talker_t2av.pipeline import TalkerPipeline
-from talker_t2av.request import Mode
+from talker_t2av.request import MODES, Mode
 
+SERVED = ("tts", "t2av")  # modes of Talker-T2AV that requests may have
 GATHER = 0.02  # seconds that the first request of a batch waits for others
 
 
@@ -66,6 +68,7 @@ class Worker(threading.Thread):
         self.batch_size, self.stopping = batch_size, False
         self.waiting: deque[Ticket] = deque()
         self.changed = threading.Condition()
+        self.ready = threading.Event()  # set after `warm_up`, or when it failed
 
     def submit(self, ticket: Ticket) -> None:
         with self.changed:
@@ -77,12 +80,19 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """Work until `stop`; whatever ends the thread, none of its tickets waits for ever."""
         try:
+            self.warm_up()
+            self.ready.set()
             while not self.stopping:
                 self.work()
         finally:
             self.stop()
+            self.ready.set()
             for ticket in (*self.waiting, *self.running):
                 ticket.end(WorkerEnded())
+
+    def warm_up(self) -> None:
+        """Capture the model's CUDA graphs, so that no request waits for a capture; nothing to do without a GPU."""
+        raise NotImplementedError
 
     def work(self) -> None:
         """Wait for tickets and work on them for a while."""
@@ -112,9 +122,14 @@ class HiCoDiTWorker(Worker):
     If it fails, each request runs alone, to find the one at fault.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, pipelines: PipelineChooser, batch_size: int) -> None:
         super().__init__("hicodit", batch_size)
+        self.pipelines = pipelines
         self.running = []
+
+    def warm_up(self) -> None:
+        for pipeline in self.pipelines.load_all():
+            pipeline.warm_up(self.batch_size)
 
     def work(self) -> None:
         self.running = self.take(1, wait=True)
@@ -153,6 +168,24 @@ class TalkerWorker(Worker):
     def running(self) -> list[Ticket]:
         return list(self.rows.values())
 
+    def warm_up(self) -> None:
+        for name in SERVED:
+            self.batch(MODES[name]).warm_up(self.pipeline.longest_part)
+
+    def batch(self, mode: Mode) -> BatchedDecoder:
+        """Return the batch of a mode, which is created when it is first needed."""
+        if mode not in self.batches:
+            pipeline = self.pipeline
+            self.batches[mode] = BatchedDecoder(
+                pipeline.system.model,
+                mode,
+                pipeline.sampling,
+                self.batch_size,
+                check_every=1,
+                compile=pipeline.compile,
+            )
+        return self.batches[mode]
+
     def work(self) -> None:
         for ticket in self.take(self.batch_size - len(self.rows), wait=not self.rows):
             self.join_batch(ticket)
@@ -160,14 +193,9 @@ class TalkerWorker(Worker):
             self.step(batch)
 
     def join_batch(self, ticket: Ticket) -> None:
-        job, pipeline = ticket.job, self.pipeline
+        job = ticket.job
         try:
-            if job.mode not in self.batches:
-                self.batches[job.mode] = BatchedDecoder(
-                    pipeline.system.model, job.mode, pipeline.sampling, self.batch_size, check_every=1,
-                    compile=pipeline.compile,
-                )  # fmt: skip
-            self.rows[self.batches[job.mode].join(job.request)] = ticket
+            self.rows[self.batch(job.mode).join(job.request)] = ticket
         except Exception as error:
             ticket.end(error)
 

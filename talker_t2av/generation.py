@@ -267,9 +267,8 @@ class BatchedDecoder:
         self.before_step()
         streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
         tokens = -(-max(row.tokens for row in rows) // BUCKET) * BUCKET
-        state, plan = map_tensors(lambda x: x[:count], (self.state, self.plan))
-        new, patches, token, stop = self.run_step(state, streams, fixed=(plan, self.cache[:count, ..., :tokens, :]))
-        torch._foreach_copy_(tensors_of(state), tensors_of(new))
+        new, patches, token, stop = self._run_rows(count, streams, tokens)
+        torch._foreach_copy_(tensors_of(map_tensors(lambda x: x[:count], self.state)), tensors_of(new))
         self.steps_taken += 1
         drawn = {s: patch[: len(rows)] for s, patch in patches.items()}
         stop = None if stop is None else stop[: len(rows)]
@@ -288,6 +287,32 @@ class BatchedDecoder:
             row.end = end
         self.leave(*(row for row, _ in ended))
         return [row for row, _ in ended]
+
+    def _run_rows(
+        self, count: int, streams: tuple[Stream, ...], tokens: int
+    ) -> tuple[State, dict[Stream, Tensor], Tensor, Tensor | None]:
+        """Run `_step` on the first `count` places with so many tokens of the cache, as a graph where there are any."""
+        state, plan = map_tensors(lambda x: x[:count], (self.state, self.plan))
+        return self.run_step(state, streams, fixed=(plan, self.cache[:count, ..., :tokens, :]))
+
+    @torch.no_grad()
+    def warm_up(self, tokens: int) -> None:
+        """Capture the graphs of all numbers of rows and of all lengths of the cache up to `tokens`, before rows join.
+
+        Without CUDA there is nothing to capture.
+        """
+        if self.run_step.backend is None:
+            return
+        assert not self.active, "rows are running"
+        if tokens > self.length:
+            self._allocate(tokens)
+        # With a delay, the first steps draw no motion yet.
+        begin = tuple(s for s in self.streams if not self.lag[s])
+        counts = {min(self.places, 1 << power) for power in range(self.places.bit_length() + 1)}
+        for count in sorted(counts):
+            for length in range(BUCKET, tokens + BUCKET, BUCKET):
+                for streams in dict.fromkeys([begin, tuple(self.streams)]):
+                    self._run_rows(count, streams, length)
 
     def before_step(self) -> None:
         """Nothing here; see `talker_t2av.particles`."""

@@ -35,9 +35,9 @@ from engine.publish import publish
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
-from talker_t2av.model import FPS, HOP, RATE
+from talker_t2av.model import FPS, HOP, MAX_FRAMES, RATE
 from talker_t2av.prompt import step_limit
-from talker_t2av.request import Mode, Request, Sampling
+from talker_t2av.request import Mode, Request, Sampling, tokens_per_patch
 from talker_t2av.speaker.voice import save_voice
 from talker_t2av.surroundings import Surroundings
 from talker_t2av.system import BUNDLED, TalkerSystem
@@ -46,6 +46,7 @@ __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
 CUT_OFF = "cut off at the longest length allowed: max_seconds= sets it"  # a remark
+TEMPLATE = 32  # tokens of a prompt beside its text
 PAUSE = 5  # frames between two parts of a long text
 PARTS_AT_ONCE = 8  # rows of a batch
 KEPT = 2  # loops that are kept for later jobs, with their memory and graphs
@@ -177,6 +178,14 @@ class TalkerPipeline:
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
         """Generate several jobs; those of one mode are one batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
+
+    @property
+    def longest_part(self) -> int:
+        """Tokens in the cache of the longest part of a text that is spoken at once: a byte of it may be a token."""
+        c = self.system.model.config
+        patches = -(-MAX_FRAMES // c.patch_size)
+        tokens = TEMPLATE + self.sampling.text_bytes + tokens_per_patch(c.order, moving=True) * patches
+        return min(tokens, self.system.model.llm.config.max_position_embeddings)
 
     def save_voice(self, recording: str | Path, path: str | Path) -> None:
         """Save the voice of a recording as a file for `reference_audio` (NAME.safetensors).

@@ -13,6 +13,7 @@ from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices
 from engine.errors import UserError
 from engine.settings import ClusterConfig, check_place
+from tests.waiting import wait_until
 
 
 class Numbers(Jobs):
@@ -92,6 +93,37 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
     assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
     assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
     assert summary.report("jobs", tmp_path) == 1
+
+
+class OnDevice(Jobs):
+    """Jobs of an accelerator: one that is generated waits until the next one, if there is one, is being prepared."""
+
+    device = "cuda:0"
+
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+
+    def prepare(self, job):
+        (self.folder / str(job)).touch()
+        return job
+
+    def generate(self, batch):
+        (job,) = batch
+        if job + 1 < self.count:
+            wait_until((self.folder / str(job + 1)).exists)
+        return batch
+
+    def write(self, name, job, result):
+        return f"{name}: {result}", 0.0
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_generated(tmp_path, capsys):
+    for place in ({}, {"devices": 2}):
+        folder = tmp_path / f"{len(place)}"
+        folder.mkdir()
+        summary = run_batches([(str(job), job) for job in range(6)], 1, partial(OnDevice, folder, 6), **place)
+        assert sorted(capsys.readouterr().out.splitlines()) == [f"{job}: {job}" for job in range(6)]
+        assert not summary.failed
 
 
 class Threads(Jobs):

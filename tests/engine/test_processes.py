@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -53,14 +54,29 @@ class Squares(Work):
         return f"by {self.details}" if isinstance(item, str) else item**2
 
 
-def squares(folder, items, count=2, timeout=60.0):
-    with Processes(count, partial(Squares, folder), timeout) as processes:
+class Ahead(Squares):
+    """Takes each item before it returns the result of the one before, as work that prepares ahead does."""
+
+    ahead = 1
+
+    def run_all(self, items):
+        item = next(items)
+        while True:
+            with ThreadPoolExecutor(1) as pool:
+                following = pool.submit(next, items)
+                yield self.run(item)
+                item = following.result()
+
+
+def squares(folder, items, count=2, timeout=60.0, work=Squares):
+    with Processes(count, partial(work, folder), timeout) as processes:
         return list(processes.run(items))
 
 
-def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_doubled(tmp_path):
+@pytest.mark.parametrize("work", [Squares, Ahead])
+def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_doubled(tmp_path, work):
     items = [1, "die once", 2, "die", *range(3, 20)]
-    results = squares(tmp_path, items)
+    results = squares(tmp_path, items, work=work)
     assert sorted(map(str, (item for item, _ in results))) == sorted(map(str, items))
     named = dict(results)
     assert named.pop("die") == Lost("its process died, 2 times (signal 9)") and named.pop("die once").startswith("by ")

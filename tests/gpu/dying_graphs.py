@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ class DyingOutputs:
 
     def __init__(self) -> None:
         self.captures, self.replays = 0, 0
+        self.lock = threading.Lock()
         self.alive: list[weakref.ref[Tensor]] = []
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:

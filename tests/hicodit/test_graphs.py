@@ -7,8 +7,8 @@ import torch
 from drawn_faces import talking_head
 
 from engine.cuda_graph import GraphedSteps
-from hicodit.conditions.types import Conditions
-from hicodit.generation import generate
+from hicodit.conditions.types import Conditions, windows_of
+from hicodit.generation import capture_graphs, generate
 from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
@@ -27,10 +27,11 @@ def model():
     return model
 
 
-def clips(seed):
-    g, frames = torch.Generator().manual_seed(seed), torch.tensor([20, 15])
-    lip, identity = torch.randn(2, 20, 32, generator=g), torch.rand(2, 256, generator=g)
-    return Conditions(lip, identity, torch.randint(0, 7, (2, 2), generator=g), frames)
+def clips(seed, *frames):
+    g, frames = torch.Generator().manual_seed(seed), torch.tensor(frames or (20, 15))
+    batch, length = len(frames), int(frames.max())
+    lip, identity = torch.randn(batch, length, 32, generator=g), torch.rand(batch, 256, generator=g)
+    return Conditions(lip, identity, torch.randint(0, 7, (batch, windows_of(length)), generator=g), frames)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,24 @@ def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, s
     assert backend.replays >= 6
     # Planned steps have as many slots for revealed frames as the fullest step needs.
     assert captures[-1] <= (3 if method == "euler" and scales.guidance_form == "normalised" else 1)
+
+
+def test_graphs_that_are_captured_at_the_start_serve_all_later_batches(model):
+    """Thirty batches of one to four clips, of 0.2 to 3.2 s."""
+    sampler, scales, backend = SamplerConfig("confidence", 2), GuidanceScales(2.0), DyingOutputs()
+    graphs = GraphedSteps(backend=backend)
+    capture_graphs(model, sampler, scales, graphs, 4)
+    captured, draw = backend.captures, torch.Generator().manual_seed(0)
+    assert captured == 3 * 3 * 2  # one, two and four clips; one to three seconds; with and without padding
+    for seed in range(30):
+        size = int(torch.randint(1, 5, (), generator=draw))
+        batch = clips(seed, *torch.randint(5, 81, (size,), generator=draw).tolist())
+        seeds = range(seed, seed + size)
+        tokens = generate(model, batch, sampler, scales, seeds, graphs=graphs)
+        if seed % 10 == 0:
+            expected = generate(model, batch, sampler, scales, seeds)
+            assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+    assert backend.captures == captured and backend.replays
 
 
 def test_a_stream_is_the_same_with_graphs(release):

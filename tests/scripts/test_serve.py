@@ -17,13 +17,19 @@ pytest.importorskip("websockets")
 from drawn_faces import talking_head
 from fastapi.testclient import TestClient
 
+from engine.cuda_graph import GraphedSteps
 from engine.media.video import write_video
 from hicodit.bundled import DRAWN, FILMED, PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import SamplerConfig
 from service.app import make_app
 from service.limits import ServeLimits
 from service.service import Service
+from service.workers import Ticket
+from talker_t2av.generation import BatchedDecoder
 from talker_t2av.pipeline import Job
+from talker_t2av.request import MODES
+from tests.gpu.dying_graphs import DyingOutputs
 from tests.waiting import wait_until
 
 SPEECH = "/v1/audio/speech"
@@ -189,6 +195,37 @@ def test_requests_beyond_the_limits_are_refused(models, job):
         assert client.post(SPEECH, json=job).status_code == 200 and not any(service.inside.values())
         service.closing = True
         assert client.post(SPEECH, json=job).status_code == client.get("/health").status_code == 503
+
+
+def test_no_request_waits_for_the_capture_of_a_graph(models, job, monkeypatch):
+    """Both models as on a GPU: thirty mixed requests, after a start at which all graphs are captured."""
+    hicodit, talker, _ = models
+    backends = {"hicodit": DyingOutputs(), "tts": DyingOutputs(), "t2av": DyingOutputs()}
+
+    def decoder(model, mode, *arguments, **options):
+        (name,) = [name for name, each in MODES.items() if each == mode]
+        return BatchedDecoder(model, mode, *arguments, backend=backends[name], **options)
+
+    monkeypatch.setattr("service.workers.BatchedDecoder", decoder)
+    monkeypatch.setattr(hicodit, "graphs", GraphedSteps(backend=backends["hicodit"]))
+    monkeypatch.setattr(hicodit, "sampler", SamplerConfig("confidence", 2))
+    monkeypatch.setattr(talker, "sampling", replace(talker.sampling, steps=1, text_bytes=40))
+    crops = [hicodit.crops(talking_head(count)) for count in (25, 41)]
+    service = Service(hicodit, talker, ServeLimits(rows=2), demo=False)
+    with TestClient(make_app(service)) as client:
+        captured = {name: backend.captures for name, backend in backends.items()}
+        assert all(captured.values())
+        tickets = [Ticket(crops[number % 2], number, pipeline=hicodit) for number in range(10)]
+        for ticket in tickets:
+            service.workers["hicodit"].submit(ticket)
+        texts = ["set red", "lay blue at f two now", "place white with s eight please"]
+        with ThreadPoolExecutor(5) as pool:
+            bodies = [{k: v for k, v in job.items() if "seconds" not in k} | {"input": texts[n % 3]} for n in range(20)]
+            answers = [*pool.map(lambda body: client.post(SPEECH, json=body | {"max_seconds": 2.0}), bodies)]
+        assert [answer.status_code for answer in answers] == [200] * 20
+        assert all(len(ticket.result(60).wave) for ticket in tickets)
+    assert {name: backend.captures for name, backend in backends.items()} == captured
+    assert backends["hicodit"].replays and backends["tts"].replays
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

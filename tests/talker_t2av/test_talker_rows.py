@@ -159,3 +159,16 @@ def test_a_whole_step_can_be_compiled():
     for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), decoder.generate(asked)):
         assert_close(a, b, 1e-5)
     assert 1 <= len(graphs) <= 2
+
+
+def test_graphs_that_are_captured_at_the_start_serve_all_later_rows():
+    """Thirty requests of several lengths, of which up to four run side by side."""
+    model, backend, sampling = tiny_model(1), DyingOutputs(), Sampling(steps=1)
+    decoder = BatchedDecoder(model, MODES["t2av"], sampling, 4, backend=backend)
+    decoder.warm_up(2 * BUCKET)
+    captured = backend.captures
+    assert captured == 3 * 2 * 2  # one, two and four rows; two lengths; with and without motion
+    asked = [request(4 + 3 * seed, seed, max_patches=1 + seed % 3) for seed in range(30)]
+    results = decoder.generate(asked)
+    assert backend.captures == captured and backend.replays
+    assert_close(generate(model, asked[29:], MODES["t2av"], sampling)[0], results[29], 1e-4)
