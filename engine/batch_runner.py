@@ -1,6 +1,6 @@
-"""Run the named jobs of `infer.py` in batches: in this process, in one for each device, or on a Ray cluster.
+"""Batches of the named jobs of `infer.py`: what a process does with one, and how several processes share them.
 
-A job that fails is reported, and the others go on. Batches are the same wherever they run, and so are their results.
+A job that fails is reported, and the others continue. Batches are the same wherever they run, and so are their results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from engine.settings import (
     setting,
 )
 
-Batch = tuple[Sequence[tuple[str, Any]], int, int]  # named jobs, the number of the first of them, and of all jobs
 WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=true
 
 
@@ -75,18 +74,43 @@ class RunConfig(Group):
             require("pocketsphinx", "pocketsphinx")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Jobs that are processed together.
+
+    Attributes:
+        jobs: (name, job) pairs.
+        first: number of the first of them, from 1.
+        total: number of jobs of the command.
+    """
+
+    jobs: Sequence[tuple[str, Any]]
+    first: int
+    total: int
+
+
+def batched(jobs: Sequence[tuple[str, Any]], size: int) -> list[Batch]:
+    """Divide (name, job) pairs into batches of up to `size` jobs."""
+    return [Batch(jobs[start : start + size], start + 1, len(jobs)) for start in range(0, len(jobs), size)]
+
+
 @dataclass
 class Summary:
-    """Results of all jobs, or of those of a batch.
+    """Results of all jobs of a command, or of those of a batch.
 
-    failed: name and error of each that failed; the name is empty if the error tells it. lines: about the others.
+    Attributes:
+        jobs: their number.
+        device: where they ran.
+        failed: name and error of each job that failed; the name is empty if the error contains it.
+        lines: one about each of the others.
+        speech_seconds: of all results together.
     """
 
     jobs: int
+    device: str = ""
     failed: list[tuple[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     speech_seconds: float = 0.0
-    device: str = ""
 
     def add(self, part: Summary) -> None:
         """Print the lines of a batch, and count its jobs."""
@@ -98,51 +122,58 @@ class Summary:
         self.speech_seconds += part.speech_seconds
 
     def report(self, kind: str, output: Path, origin: str = "") -> int:
-        """Print the figures, and the seconds since the command began. Return the exit code: 1 if a job failed.
+        """Print the totals, and the seconds since the command began. Return the exit code: 1 if a job failed.
 
         Args:
-            kind: plural of the kind of a job. origin: where the jobs came from, such as " of input=FOLDER".
+            kind: plural of the kind of a job.
+            origin: where the jobs came from, such as " of input=FOLDER".
+
+        Raises:
+            UserError: all jobs failed.
         """
         count = self.jobs - len(self.failed)
         if not count:
-            raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0][1]}")
+            raise UserError(f"all {self.jobs} {kind}{origin} failed; first error: {self.failed[0][1]}")
         speech = f"{self.speech_seconds:.1f} s of speech in {time.perf_counter() - STARTED:.1f} s on {self.device}"
         print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
         return 1 if self.failed else 0
 
 
 @dataclass
-class _Prepared:
-    """A batch between its two halves. ready: name and what `Jobs.prepare` returned, of the jobs that did not fail."""
+class PreparedBatch:
+    """A batch whose files are read.
+
+    Attributes:
+        summary: of the batch; it contains the jobs that failed so far.
+        is_only_job: whether the batch is the command's only job, whose error is raised.
+        ready: name and prepared job of each job that did not fail.
+    """
 
     summary: Summary
-    alone: bool
+    is_only_job: bool
     ready: list[tuple[str, Any]] = field(default_factory=list)
 
 
-class Jobs(Work[Batch, Summary]):
-    """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
+class JobRunner(Work[Batch, Summary]):
+    """Runs jobs of one kind, in three steps. The constructor loads the models, once in each process.
 
-    On an accelerator, a thread prepares the next batch while this one is generated and written; on a processor both
+    On an accelerator, a thread prepares the next batch while the current one is generated and written; on a CPU both
     would share its cores. So `prepare` must not change what `generate` and `write` read.
 
-    name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
+    Attributes:
+        device: where the models are.
+        name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
     """
 
     device: object
     name_errors = False
-
-    @property
-    def ahead(self) -> int:
-        """Batches that are prepared ahead."""
-        return int(not str(self.device).startswith("cpu"))
 
     def prepare(self, job: Any) -> Any:
         """Read the files of a job."""
         raise NotImplementedError
 
     def generate(self, batch: list[Any]) -> Sequence[Any]:
-        """Generate the results of a batch."""
+        """Generate the results of prepared jobs."""
         raise NotImplementedError
 
     def write(self, name: str, prepared: Any, result: Any) -> tuple[str, float]:
@@ -153,45 +184,54 @@ class Jobs(Work[Batch, Summary]):
     def details(self) -> str:
         return str(self.device)
 
-    def run(self, item: Batch) -> Summary:
-        """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
-        return self._finish(self._prepare(item))
+    @property
+    def ahead(self) -> int:
+        """Number of batches that are prepared ahead."""
+        return int(not str(self.device).startswith("cpu"))
 
     def run_all(self, items: Iterable[Batch]) -> Iterator[Summary]:
-        if not self.ahead:
-            yield from map(self.run, items)
-            return
-        batches = map(self._prepare, items)
-        prepared = next(batches, None)
+        prepared = map(self.prepare_batch, items)
+        return self._run_ahead(prepared) if self.ahead else map(self.run_prepared, prepared)
+
+    def _run_ahead(self, batches: Iterator[PreparedBatch]) -> Iterator[Summary]:
+        """Run each batch while a thread prepares the next one."""
+        batch = next(batches, None)
         pool = ThreadPoolExecutor(1, "prepare")
         try:
-            while prepared is not None:
+            while batch is not None:
                 following = pool.submit(next, batches, None)
-                yield self._finish(prepared)
-                prepared = following.result()
+                yield self.run_prepared(batch)
+                batch = following.result()
         finally:
             pool.shutdown(wait=False)  # it may be waiting for a batch that does not come
 
-    def _prepare(self, item: Batch) -> _Prepared:
-        jobs, first, total = item
-        prepared = _Prepared(Summary(len(jobs)), alone=total == 1)
-        for number, (name, job) in enumerate(jobs, first):
-            if total > 1 and (progress := current()):
-                progress.prefix = f"{number}/{total} "
-            with self._failing(prepared, name):
+    def run(self, batch: Batch) -> Summary:
+        """Prepare, generate and write the jobs of a batch. The error of a command's only job is raised."""
+        return self.run_prepared(self.prepare_batch(batch))
+
+    def prepare_batch(self, batch: Batch) -> PreparedBatch:
+        """Read the files of a batch."""
+        prepared = PreparedBatch(Summary(len(batch.jobs)), is_only_job=batch.total == 1)
+        for number, (name, job) in enumerate(batch.jobs, batch.first):
+            progress = current()
+            if progress and not prepared.is_only_job:
+                progress.prefix = f"{number}/{batch.total} "
+            with self._record_errors(prepared, name):
                 prepared.ready.append((name, self.prepare(job)))
         return prepared
 
-    def _finish(self, batch: _Prepared) -> Summary:
-        summary, ready = batch.summary, batch.ready
+    def run_prepared(self, batch: PreparedBatch) -> Summary:
+        """Generate the results of a batch and write its files."""
+        summary = batch.summary
+        ready = batch.ready
         try:
             results = self.generate([prepared for _, prepared in ready]) if ready else []
         except Exception:
-            if batch.alone:
+            if batch.is_only_job:
                 raise
             results = [None] * len(ready)  # one by one, to find the job that ends its batch
         for (name, prepared), result in zip(ready, results, strict=True):
-            with self._failing(batch, name):
+            with self._record_errors(batch, name):
                 if result is None:
                     (result,) = self.generate([prepared])
                 with stage("writing"):
@@ -201,58 +241,49 @@ class Jobs(Work[Batch, Summary]):
         return summary
 
     @contextmanager
-    def _failing(self, batch: _Prepared, name: str) -> Iterator[None]:
-        """Note the error of a job in the summary of its batch."""
+    def _record_errors(self, batch: PreparedBatch, name: str) -> Iterator[None]:
+        """Add the error of a job to the summary of its batch."""
         try:
             yield
         except Exception as error:
-            if batch.alone:
+            if batch.is_only_job:
                 raise
             line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
             batch.summary.failed.append((name if self.name_errors else "", line))
 
 
-def _on_device(start: Callable[[], Jobs], threads: int | None, number: int) -> Jobs:
-    """Make the `Jobs` of another process, whose number is that of its device, with so many threads (None: all)."""
-    os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
-    if threads:
-        import torch  # slow to import
-
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    return start()
-
-
-def run_batches(
-    jobs: Sequence[tuple[str, Any]],
-    batch_size: int,
-    start: Callable[[], Jobs],
-    devices: int = 1,
-    ray: ClusterConfig | None = None,
+def run_in_processes(
+    build: Callable[[int], JobRunner], batches: Sequence[Batch], count: int, ray: ClusterConfig | None = None
 ) -> Summary:
-    """Do (name, job) pairs, `batch_size` at a time, and print a line for each; failures go to standard error.
+    """Run batches in other processes and print a line for each job; failures go to standard error.
 
     Args:
-        start: makes the `Jobs`, in this process, or in one for each device or Ray worker, to which it is pickled.
+        build: makes the `JobRunner` of a process from the index of its GPU; it is pickled.
+        batches: of all jobs of the command.
+        count: number of processes of this machine, each with its share of the processor's cores.
+        ray: run the batches on a Ray cluster instead, which divides cores and GPUs itself.
     """
-    firsts = range(0, len(jobs), batch_size)
-    batches = [(jobs[first : first + batch_size], first + 1, len(jobs)) for first in firsts]
-    summary = Summary(len(jobs))
-    count = min(ray.workers if ray else devices, len(batches))
-    if count == 1 and not ray:
-        work = start()
-        summary.device = work.details
-        for part in work.run_all(batches):
-            summary.add(part)
+    if ray:
+        count = min(ray.workers, len(batches))
+        executor = Cluster(ray, build)
     else:
-        threads = None if ray else max(1, len(os.sched_getaffinity(0)) // count)  # Ray divides them itself
-        build = partial(_on_device, start, threads)
-        executor = Cluster(ray, build) if ray else Processes(count, build)
-        with executor, stage("in other processes", len(batches), "batches") as step:
-            summary.device = f"{count} processes, {executor.details}"
-            for batch, part in executor.run(batches):
-                if isinstance(part, Lost):
-                    part = Summary(len(batch[0]), [(name, part.reason) for name, _ in batch[0]])
-                summary.add(part)
-                step()
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        executor = Processes(count, partial(_build_with_threads, build, threads))
+    summary = Summary(batches[0].total)
+    with executor, stage("in other processes", len(batches), "batches") as step:
+        summary.device = f"{count} processes, {executor.details}"
+        for batch, part in executor.run(batches):
+            if isinstance(part, Lost):
+                part = Summary(len(batch.jobs), failed=[(name, part.reason) for name, _ in batch.jobs])
+            summary.add(part)
+            step()
     return summary
+
+
+def _build_with_threads(build: Callable[[int], JobRunner], threads: int, index: int) -> JobRunner:
+    """Build the runner of a process that may use so many threads."""
+    import torch  # slow to import
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of libraries beside PyTorch
+    torch.set_num_threads(threads)
+    return build(index)

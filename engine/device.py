@@ -11,11 +11,16 @@ from engine.errors import UserError
 from engine.settings import DEVICES, require_choice
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn a setting `device` into this process's device; each process of a machine gets a GPU of its own.
+def pick_device(name: str, index: int | None = None) -> torch.device:
+    """Return the device of this process.
 
-    auto is the GPU, else the processor. mps, Apple's GPU, is taken where it is named: few of our networks were tried
-    on it.
+    Args:
+        name: auto (the GPU if there is one, else the processor), cpu, cuda or mps. auto never chooses mps, Apple's GPU,
+            on which few of our networks were tried.
+        index: of the GPU; by default torchrun's LOCAL_RANK, else 0.
+
+    Raises:
+        UserError: there is no such device.
     """
     require_choice("device", name, DEVICES)
     if name == "mps":
@@ -26,24 +31,26 @@ def pick_device(name: str) -> torch.device:
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= count:
-        raise UserError(f"process {local} of this machine has no GPU: {count} present; lower --nproc_per_node")
-    return torch.device("cuda", local)
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"process {index} of this machine has no GPU: {count} present; lower --nproc_per_node")
+    return torch.device("cuda", index)
 
 
 def count_devices(devices: str, device: str, executor: str = "processes") -> int:
-    """Return how many processes, each with a device of its own, the setting `devices` (a number, or all) asks for.
+    """Return the number of processes, each with its own device, that the setting `devices` (a number, or all) requests.
 
     With another executor it is 1: the devices are those of other machines, and this one may have none.
     """
     if executor != "processes":
         return 1
     kind = pick_device(device).type
-    there = torch.cuda.device_count() if kind == "cuda" else 1
-    count = there if devices == "all" else int(devices)
-    if kind != "cpu" and count > there:
-        raise UserError(f"devices={devices}, but {there} {kind} devices are here: use devices=all")
+    available = torch.cuda.device_count() if kind == "cuda" else 1
+    count = available if devices == "all" else int(devices)
+    if kind != "cpu" and count > available:
+        raise UserError(f"devices={devices}, but this machine has {available} {kind} devices: use devices=all")
     return count
 
 

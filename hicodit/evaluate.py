@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
 from engine.evaluation.validation import ALONE, ByClip, Share, measure_outputs, spread
 from engine.faces.source import FaceSource
@@ -51,6 +51,7 @@ def write_outputs(
     expressions: str = "own",
     seed: int = 0,
     batch_size: int = 8,
+    chosen: slice = ALL_BATCHES,
     **other: object,
 ) -> None:
     """Speak the pictures of clips: FOLDER/ID.wav, where it is missing. Clip i is drawn with seed + i.
@@ -58,7 +59,8 @@ def write_outputs(
     Args:
         detector, face_landmarks: see `FaceSource.from_settings`; both None: those of the training of the weights.
         sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
-        voice: speak with the voice of each clip's prompt, not with the face's. other: settings of other models.
+        voice: speak with the voice of each clip's prompt, not with the face's.
+        chosen: which of all batches of clips to write. other: settings of other models.
         expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
@@ -105,7 +107,7 @@ def write_outputs(
     def length(clip: Clip) -> float:
         return probe(clip.truth.source).seconds if clip.truth.source else 0.0
 
-    generate_missing(clips, folder, 1 if voice else batch_size, inputs, write, length)
+    generate_missing(clips, folder, 1 if voice else batch_size, inputs, write, length, chosen)
 
 
 def exchange(classes: np.ndarray) -> np.ndarray:

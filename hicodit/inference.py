@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.batch_runner import Jobs, run_batches
+from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.device import count_devices, pick_device
 from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
@@ -32,19 +32,27 @@ from hicodit.streaming import SpeechChunk
 
 def run(c: InferConfig, clips: list[Path]) -> int:
     """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
-    start = partial(StreamJobs if c.stream else ClipJobs, c)
-    jobs = [(str(clip), clip) for clip in clips]
+    build = partial(StreamRunner if c.stream else ClipRunner, c)
+    batches = batched([(str(clip), clip) for clip in clips], 1 if c.stream else c.batch_size)
     with writable(c.output):
-        devices = count_devices(c.devices, c.device, c.executor)
-        ray = c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
+        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
+        if devices > 1 or c.executor == "ray":
+            summary = run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
+        else:
+            runner = build()
+            summary = Summary(len(clips), runner.details)
+            for part in runner.run_all(batches):
+                summary.add(part)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 
-class ClipJobs(Jobs):
-    """The work on clips: find the face, generate the speech, write the files."""
+class ClipRunner(JobRunner):
+    """Finds the faces in clips, generates the speech and writes the files.
 
-    def __init__(self, c: InferConfig) -> None:
+    index: of the GPU, if several processes share the clips.
+    """
+
+    def __init__(self, c: InferConfig, index: int | None = None) -> None:
         self.config = c
         self.output = Path(c.output)
         self.identity = None
@@ -52,7 +60,7 @@ class ClipJobs(Jobs):
         self.face_source = None
         if c.detector or c.face_landmarks:
             self.face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
-        self.device = pick_device(c.device)
+        self.device = pick_device(c.device, index)
         if c.reference_audio is not None:
             with stage("reading"):
                 voice = read_voice(c.reference_audio, 16_000)
@@ -122,8 +130,8 @@ class ClipJobs(Jobs):
         return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(f' ({remark})' for remark in remarks)}", total
 
 
-class StreamJobs(ClipJobs):
-    """The same for clips that are read as streams."""
+class StreamRunner(ClipRunner):
+    """Reads clips as streams: speech comes in hops, without access to the whole clip."""
 
     def prepare(self, clip: Path) -> Path:
         return clip

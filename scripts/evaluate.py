@@ -26,7 +26,7 @@ from engine.config import CONFIGS, compose, plain, target
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
-from engine.evaluation.generate import generate_shares
+from engine.evaluation.generate import ALL_BATCHES, generate_on_devices
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
@@ -131,7 +131,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     with writable(output), writable(cache, "cache"):
         for name, (model, settings) in systems.items():
             folder = output / "outputs" / (name if config.systems else "")
-            generate_shares(partial(generate, model, clips, folder, settings=settings), config.device, devices, ray)
+            write = partial(generate, model, clips, folder, settings)
+            generate_on_devices(write, config.device, devices, ray)
             outputs = {**outputs, name: folder}
         if systems:
             clips = read()
@@ -191,19 +192,26 @@ def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def generate(model: str, clips: Sequence[Clip], folder: Path, device: str, settings: Mapping[str, Any]) -> None:
-    """Write the outputs of a model for clips to `folder`, where they are missing."""
+def generate(
+    model: str,
+    clips: Sequence[Clip],
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: str,
+    chosen: slice = ALL_BATCHES,
+) -> None:
+    """Write the outputs of a model for clips to `folder`, where they are missing. chosen: which of all batches."""
     if model in MODELS:
         if settings.get("words") == "heard" and model == "talker_t2av":
             from corpora.clip_words import ClipWords  # with the networks of both models
 
             auto = make(AutoConfig, settings["auto"] or {}, "generate.auto.")
             settings = {**settings, "find_words": ClipWords(auto, device, settings["precision"], transcripts=False)}
-        import_module(MODELS[model]).write_outputs(clips, folder, device, **settings)
+        import_module(MODELS[model]).write_outputs(clips, folder, device, chosen=chosen, **settings)
         return
     kind, bundled = CODECS[model]
     codec = load_codec(settings.get("weights") or ROOT / bundled, {model: target(kind)}).to(device)
-    write_resynthesis(codec, clips, folder, settings.get("weights"), settings.get("levels"))
+    write_resynthesis(codec, clips, folder, settings.get("weights"), settings.get("levels"), chosen)
 
 
 def tell(summary: Mapping[str, Any]) -> None:

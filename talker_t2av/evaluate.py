@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import UserError
 from engine.evaluation.clips import Clip, find_take
-from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
 from engine.evaluation.resynthesis import rebuild, rebuild_wave
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
@@ -42,6 +42,7 @@ def write_outputs(
     compat: str = "paper",
     prefix_seconds: float = 0.0,
     one_pass: bool = False,
+    chosen: slice = ALL_BATCHES,
     find_words: FindWords | None = None,
     **other: object,
 ) -> None:
@@ -61,6 +62,7 @@ def write_outputs(
             the reference, as those of the released program do.
         one_pass: generate a text of any length at once, up to 30 s, until the stop predictor ends it, in place of
             splitting long texts.
+        chosen: which of all batches of clips to write.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
     require_choice("generate.words", words, ("given", "heard"))
@@ -125,7 +127,7 @@ def write_outputs(
         picture = clip.truth.source if mode == "v2a" else clip.prompt.video if mode != "tts" else None
         return [clip.truth.text, given, picture]
 
-    generate_missing(clips, folder, batch_size, inputs, write, lambda clip: len(clip.truth.text or ""))
+    generate_missing(clips, folder, batch_size, inputs, write, lambda clip: len(clip.truth.text or ""), chosen)
 
 
 @torch.inference_mode()

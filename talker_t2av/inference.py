@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import Jobs, run_batches
+from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.device import count_devices, pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable, write_json
@@ -32,21 +32,29 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]], finder: Callabl
     Args:
         finder: makes, in each process, what completes jobs with the text `auto`; can be pickled.
     """
+    build = partial(TalkRunner, c, finder)
+    batches = batched(jobs, c.batch_size)
     with writable(c.output):
-        devices = count_devices(c.devices, c.device, c.executor)
-        ray = c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c, finder), devices, ray)
+        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
+        if devices > 1 or c.executor == "ray":
+            summary = run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
+        else:
+            runner = build()
+            summary = Summary(len(jobs), runner.details)
+            for part in runner.run_all(batches):
+                summary.add(part)
     return summary.report("jobs", Path(c.output))
 
 
-class TalkJobs(Jobs):
-    """The work on jobs of all modes."""
+class TalkRunner(JobRunner):
+    """Reads the files of jobs of all modes, generates speech and faces, and writes the files."""
 
     name_errors = True
 
-    def __init__(self, c: InferConfig, finder: Callable[[], FindWords] | None) -> None:
+    def __init__(self, c: InferConfig, finder: Callable[[], FindWords] | None, index: int | None = None) -> None:
         self.find_words = finder() if finder else None
-        self.config, self.device = c, pick_device(c.device)
+        self.config = c
+        self.device = pick_device(c.device, index)
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
         with stage("loading"):
             self.pipeline = TalkerPipeline.from_pretrained(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,43 +26,49 @@ from engine.progress import track
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
 
-SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
+ALL_BATCHES = slice(None)
 
 
-class Shares(Work[list[int], bool]):
-    """Generates a share of the missing outputs.
+class OutputGenerator(Work[slice, bool]):
+    """Generates some batches of the missing outputs in a process with its own device.
 
     Args:
-        generate: writes the missing outputs of this process's share, given the name of a device.
-        device: setting of that name. number: of the process.
+        generate: writes the missing outputs, given the name of a device and which of all batches to write.
+        device: name of the device, as for `pick_device`.
+        index: of the process's GPU.
     """
 
-    def __init__(self, generate: Callable[[str], None], device: str, number: int) -> None:
-        os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
-        self.generate, self.device = generate, str(pick_device(device))
+    def __init__(self, generate: Callable[[str, slice], None], device: str, index: int) -> None:
+        self.generate = generate
+        self.device = str(pick_device(device, index))
 
-    def run(self, item: list[int]) -> bool:
-        SHARE[:] = item
-        self.generate(self.device)
+    def run(self, batches: slice) -> bool:
+        self.generate(self.device, batches)
         return True
 
 
-def generate_shares(
-    generate: Callable[[str], None], device: str, devices: int = 1, ray: ClusterConfig | None = None
+def generate_on_devices(
+    generate: Callable[[str, slice], None], device: str, devices: int = 1, ray: ClusterConfig | None = None
 ) -> None:
-    """Generate missing outputs with a process for each device, or on a cluster; batches are those of one process.
+    """Generate missing outputs, with one process per device or on a Ray cluster. Batches are those of a single process.
 
-    A share whose process dies goes on in another one, from the files that are there.
+    If a process dies, another one continues its batches from the files that exist.
+
+    Args:
+        generate: see `OutputGenerator`.
+        device: name of the device, as for `pick_device`.
+        devices: number of processes.
+        ray: the cluster, in place of processes.
     """
     if devices == 1 and not ray:
-        generate(str(pick_device(device)))
+        generate(str(pick_device(device)), ALL_BATCHES)
         return
-    build = partial(Shares, generate, device)
+    build = partial(OutputGenerator, generate, device)
     count = ray.workers if ray else devices
     with Cluster(ray, build) if ray else Processes(count, build) as executor:
-        for (number, _), result in executor.run([[number, count] for number in range(count)]):
+        for batches, result in executor.run([slice(start, None, count) for start in range(count)]):
             if isinstance(result, Lost):
-                print(f"failed: share {number + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
+                print(f"failed: part {batches.start + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
 
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
@@ -85,16 +90,21 @@ def generate_missing(
     inputs: Callable[[Clip], Sequence[Path | str | None]],
     write: Callable[[Sequence[tuple[int, Clip]]], None],
     length: Callable[[Clip], float] = lambda clip: 0.0,
+    chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
+    """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is reported and skipped.
 
-    Batches are made of all clips, so they are the same for each process and in a run that goes on. FOLDER/inputs.json
-    keeps what each output is made of.
+    All clips are divided into batches, which are therefore the same for each process and in a resumed run.
+    FOLDER/inputs.json stores digests of the inputs of each output.
 
     Args:
-        inputs: of a clip the files and texts that its output depends on.
-        write: makes the files of a batch in `folder`, sound last; see `write_take`.
-        length: of a clip; those of like length share a batch.
+        inputs: returns the files and texts that the output of a clip depends on.
+        write: writes the files of a batch to `folder`, the audio last; see `write_take`.
+        length: of a clip; clips of similar length share a batch.
+        chosen: which of the batches to write.
+
+    Raises:
+        UserError: an output that exists was made from other inputs.
     """
     place, waiting = folder / "inputs.json", set()
     known = read_json(place) if place.is_file() else {}
@@ -109,8 +119,9 @@ def generate_missing(
         known[clip.id] = state
     write_json(place, known)
     order = sorted(enumerate(clips), key=lambda item: length(item[1]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][SHARE[0] :: SHARE[1]]
-    batches = [left for batch in batches if (left := [item for item in batch if item[0] in waiting])]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [[item for item in batch if item[0] in waiting] for batch in batches[chosen]]
+    batches = [batch for batch in batches if batch]
     for batch in track(batches, len(batches), "batches"):
         try:
             write(batch)

@@ -17,7 +17,7 @@ from engine.codec import Codec, PortraitCodec
 from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
@@ -29,14 +29,21 @@ RATE = 24_000  # of the sound beside a drawn face
 
 @torch.inference_mode()
 def write_resynthesis(
-    codec: Codec, clips: Sequence[Clip], folder: Path, weights: str | None, levels: int | None = None
+    codec: Codec,
+    clips: Sequence[Clip],
+    folder: Path,
+    weights: str | None,
+    levels: int | None = None,
+    chosen: slice = ALL_BATCHES,
 ) -> None:
     """Write what a codec makes of the true speech or picture of every clip, where the output is missing.
 
     A portrait codec draws the motion of each clip on its first frame. The sound beside it is the given one.
 
     Args:
-        weights: the codec's release folder; None: the bundled one. levels: how many levels of codes are decoded.
+        weights: the codec's release folder; None: the bundled one.
+        levels: number of levels of codes that are decoded.
+        chosen: which of all batches of clips to write.
     """
     portrait = isinstance(codec, PortraitCodec)
     facts: dict[str, Any] = {"given": "audio"} if portrait else {}
@@ -59,7 +66,10 @@ def write_resynthesis(
                 wave = rebuild_wave(codec, wave, levels)
             write_take(folder, clip.id, wave, rate, frames)
 
-    generate_missing(clips, folder, 1, lambda clip: [clip.truth.source if portrait else clip.truth.audio], write)
+    def inputs(clip: Clip) -> list[Path | None]:
+        return [clip.truth.source if portrait else clip.truth.audio]
+
+    generate_missing(clips, folder, 1, inputs, write, chosen=chosen)
 
 
 def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> np.ndarray:

@@ -9,24 +9,25 @@ import pytest
 import torch
 
 from engine import batch_runner
-from engine.batch_runner import Jobs, run_batches
+from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.device import count_devices
 from engine.errors import UserError
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
 
 
-class Numbers(Jobs):
+class Numbers(JobRunner):
     """Jobs are numbers; a result is a batch. Even jobs cannot be prepared, 7 cannot be written, 9 kills its process, 15
     ends its batch.
 
     Args:
+        index: of the process.
         batches: list that gets each batch, in this process.
     """
 
     device = "cpu"
 
-    def __init__(self, batches=None, name_errors=True):
+    def __init__(self, index, batches=None, name_errors=True):
         self.batches, self.name_errors = [] if batches is None else batches, name_errors
 
     def prepare(self, job):
@@ -49,9 +50,15 @@ class Numbers(Jobs):
 
 
 def run(jobs, batch_size=2, name_errors=True, **place):
-    names, batches = [(f"job{job}", job) for job in jobs], []
-    start = Numbers if place else partial(Numbers, batches, name_errors)
-    return run_batches(names, batch_size, start, **place), batches
+    chosen = batched([(f"job{job}", job) for job in jobs], batch_size)
+    if place:
+        return run_in_processes(Numbers, chosen, **place), []
+    batches = []
+    runner = Numbers(None, batches, name_errors)
+    summary = Summary(len(jobs), runner.details)
+    for part in runner.run_all(chosen):
+        summary.add(part)
+    return summary, batches
 
 
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeypatch):
@@ -73,7 +80,7 @@ def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
     assert run([1, 3, 5])[0].report("clips", tmp_path) == 0
     summary, batches = run([2, 4], name_errors=False)
     assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
-    with pytest.raises(UserError, match="none of the 2 clips of input=x could be done; the first: 2 is even"):
+    with pytest.raises(UserError, match="all 2 clips of input=x failed; first error: 2 is even"):
         summary.report("clips", tmp_path, " of input=x")
 
 
@@ -85,7 +92,7 @@ def test_the_error_of_a_single_job_is_raised(job, message, capsys):
 
 
 def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_alone(tmp_path, capsys):
-    summary, _ = run([1, 3, 5, 9, 11, 4, 13], devices=2)
+    summary, _ = run([1, 3, 5, 9, 11, 4, 13], count=2)
     out, err = capsys.readouterr()
     assert sorted(out.splitlines()) == ["job11: batch [11]", "job13: batch [13]", "job1: batch [1, 3]",
                                         "job3: batch [1, 3]"]  # fmt: skip
@@ -95,12 +102,12 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
     assert summary.report("jobs", tmp_path) == 1
 
 
-class OnDevice(Jobs):
+class OnDevice(JobRunner):
     """Jobs of an accelerator: one that is generated waits until the next one, if there is one, is being prepared."""
 
     device = "cuda:0"
 
-    def __init__(self, folder, count):
+    def __init__(self, folder, count, index):
         self.folder, self.count = folder, count
 
     def prepare(self, job):
@@ -118,33 +125,43 @@ class OnDevice(Jobs):
 
 
 def test_the_next_batch_is_prepared_while_this_one_is_generated(tmp_path, capsys):
-    for place in ({}, {"devices": 2}):
-        folder = tmp_path / f"{len(place)}"
+    batches = batched([(str(job), job) for job in range(6)], 1)
+    for processes in (0, 2):
+        folder = tmp_path / f"{processes}"
         folder.mkdir()
-        summary = run_batches([(str(job), job) for job in range(6)], 1, partial(OnDevice, folder, 6), **place)
-        assert sorted(capsys.readouterr().out.splitlines()) == [f"{job}: {job}" for job in range(6)]
-        assert not summary.failed
+        build = partial(OnDevice, folder, 6)
+        if processes:
+            assert not run_in_processes(build, batches, processes).failed
+            assert sorted(capsys.readouterr().out.splitlines()) == [f"{job}: {job}" for job in range(6)]
+        else:
+            lines = [part.lines for part in build(0).run_all(batches)]
+            assert lines == [[f"{job}: {job}"] for job in range(6)]
 
 
-class Threads(Jobs):
-    """Tells the threads of its process."""
+class Threads(JobRunner):
+    """Reports the index and the number of threads of its process."""
 
     device = "cpu"
+
+    def __init__(self, index):
+        self.index = index
 
     def prepare(self, job):
         return job
 
     def generate(self, batch):
-        return [torch.get_num_threads()] * len(batch)
+        return [(self.index, torch.get_num_threads())] * len(batch)
 
     def write(self, name, job, result):
-        return f"{name}: {result} threads", 0.0
+        return f"{name}: {result[0]} {result[1]}", 0.0
 
 
-def test_processes_divide_the_cores(capsys):
-    run_batches([("a", 1), ("b", 2)], 1, Threads, devices=2)
-    threads = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(threads) == 2 and sum(threads) <= max(2, len(os.sched_getaffinity(0)))
+def test_processes_have_their_own_device_and_divide_the_cores(capsys):
+    run_in_processes(Threads, batched([(str(i), i) for i in range(6)], 1), 2)
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    threads = dict(lines)
+    assert len(lines) == 6 and set(threads) <= {"0", "1"}
+    assert all(int(count) == max(1, len(os.sched_getaffinity(0)) // 2) for count in threads.values())
 
 
 def test_a_head_node_without_a_card_can_use_those_of_a_cluster(monkeypatch):
@@ -165,7 +182,7 @@ def test_gpus_that_no_machine_has_are_not_waited_for():
     ray = pytest.importorskip("ray")
     try:
         with pytest.raises(UserError, match=r"ray\.gpus=4, but no machine of the cluster has more than"):
-            run([1, 3], ray=ClusterConfig(workers=1, gpus=4.0))
+            run([1, 3], count=1, ray=ClusterConfig(workers=1, gpus=4.0))
     finally:
         ray.shutdown()
 
@@ -174,7 +191,7 @@ def test_gpus_that_no_machine_has_are_not_waited_for():
 def test_a_cluster_does_the_batches_of_which_one_kills_its_process(capsys):
     ray = pytest.importorskip("ray")
     try:
-        summary, _ = run([1, 3, 5, 9, 11, 4, 13], ray=ClusterConfig(workers=2))
+        summary, _ = run([1, 3, 5, 9, 11, 4, 13], count=1, ray=ClusterConfig(workers=2))
     finally:
         ray.shutdown()
     out, err = capsys.readouterr()

@@ -17,7 +17,7 @@ from engine.media.audio import read_audio
 from engine.media.video import write_video
 from engine.metrics.metric import Take
 from hicodit.evaluate import write_outputs
-from hicodit.inference import ClipJobs
+from hicodit.inference import ClipRunner
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig
 from service import demo_actions
@@ -67,7 +67,7 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(HiCoDiTPipeline, "run", noting)
     monkeypatch.setattr(demo_actions.TalkerPipeline, "from_pretrained", lambda *_, **__: None)
 
-    jobs = ClipJobs(InferConfig(weights=str(release), input=str(clip), output=str(folder / "infer")))
+    jobs = ClipRunner(InferConfig(weights=str(release), input=str(clip), output=str(folder / "infer")))
     jobs.generate([jobs.prepare(clip)])
     write_outputs([Clip("clip", None, Take(source=clip), {})], folder, "cpu", str(release))
     demo_actions.Demo(folder, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch_runner import Jobs, run_batches
+from engine.batch_runner import JobRunner, Summary, batched
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -93,7 +93,7 @@ def test_a_reader_that_ends_early_is_no_error():
 def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
     names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
 
-    class Names(Jobs):
+    class Names(JobRunner):
         device, name_errors = "cpu", True
 
         def prepare(self, name):
@@ -107,7 +107,9 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
         def write(self, name, *_):
             return f"{name} done", 1.0
 
-    run_batches([(name, name) for name in names], 2, Names)
+    summary = Summary(len(names))
+    for batch in batched([(name, name) for name in names], 2):
+        summary.add(Names().run(batch))
     said = capsys.readouterr()
     assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert said.err == "failed: line break: no such file: line break\n"
