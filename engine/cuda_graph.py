@@ -142,11 +142,13 @@ class GraphedSteps:
     ) -> None:
         self.backend = backend or (CudaGraphs(torch.device(device)) if torch.device(device).type == "cuda" else None)
         self.arguments = device, compile, self.backend
-        self.steps: dict[Callable[..., Any], GraphedStep] = {}
+        self.steps: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def __call__(self, step: Callable[..., Any]) -> GraphedStep:
+    def __call__(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs a step function: a `GraphedStep`, or without a backend the function itself."""
         if step not in self.steps:
-            self.steps[step] = GraphedStep(step, *self.arguments)
+            graphed = GraphedStep(step, *self.arguments)
+            self.steps[step] = graphed if self.backend is not None else graphed.step
         return self.steps[step]
 
 

@@ -27,7 +27,7 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.settings import override, require_choice
 from hicodit.conditions.types import Conditions, Crops
 from hicodit.data import HiCoDiTDataset
-from hicodit.generation import windows
+from hicodit.generation import generate, windows
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from hicodit.settings import with_preset
 
@@ -141,10 +141,12 @@ def evaluate_clips(
     infos, stored = zip(*samples)
     order = sorted(range(len(stored)), key=lambda i: len(stored[i]["phoneme"]))
     spoken: dict[int, np.ndarray] = {}
+    model = pipeline.system.model
     for start in range(0, len(order), 16):
         group = order[start : start + 16]
         conditions = stored_conditions(pipeline, [stored[i] for i in group])
-        tokens = pipeline.generate(conditions, [own.start + i for i in group])
+        seeds = [own.start + i for i in group]
+        tokens = generate(model, conditions, pipeline.sampler, pipeline.guidance, seeds, graphs=pipeline.graphs)
         spoken |= zip(group, pipeline.decode(tokens))
     waves = [spoken[i] for i in range(len(stored))]
     rate = pipeline.codec.sample_rate

@@ -283,29 +283,6 @@ class HiCoDiTPipeline:
             voice = to_device(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         return Conditions(lip, voice, padded("expression"), frames)
 
-    def generate(
-        self,
-        conditions: Conditions,
-        seeds: Sequence[int],
-        sampler: SamplerConfig | None = None,
-        evaluations: list[int] | None = None,
-    ) -> list[Tensor]:
-        """Sample the tokens (K, L) of a batch of encoded clips; arguments as those of `hicodit.generation.generate`."""
-        sampler = sampler or self.sampler
-        frames = conditions.frames.tolist()
-        steps = sampler.steps * max(len(windows(n, sampler)) for n in frames)
-        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
-            return generate(
-                self.system.model,
-                conditions,
-                sampler,
-                self.guidance,
-                seeds,
-                on_step=count,
-                graphs=self.graphs,
-                evaluations=evaluations,
-            )
-
     def warm_up(self, batch_size: int) -> None:
         """Capture the CUDA graphs of batches of up to `batch_size` clips; without a GPU there is nothing to capture."""
         capture_graphs(self.system.model, self.sampler, self.guidance, self.graphs, batch_size)
@@ -345,10 +322,24 @@ class HiCoDiTPipeline:
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
             sampler: settings in place of the pipeline's.
         """
+        sampler = sampler or self.sampler
+        model = self.system.model
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
+        frames = [len(clip) for clip in crops]
         evaluations = [0] * len(crops)
-        tokens = self.generate(conditions, seeds, sampler, evaluations)
+        steps = sampler.steps * max(len(windows(n, sampler)) for n in frames)
+        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as on_step:
+            tokens = generate(
+                model,
+                conditions,
+                sampler,
+                self.guidance,
+                seeds,
+                on_step=on_step,
+                graphs=self.graphs,
+                evaluations=evaluations,
+            )
         with stage("decoding"):
             waves = self.decode(tokens)
         classes = conditions.expression.cpu().numpy()
