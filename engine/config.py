@@ -202,7 +202,10 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
             kind = kind_of(field[1])[0] if field else None
             reason = f"must be {KINDS[kind]}" if kind else " ".join(str(cause).partition("\n")[0].split())
             return f"{key}={value[:40]} {reason}"
-        return f"unknown setting {key!r}; {nearest(key, _names(config_name, words))}"
+        names = _names(config_name, words)
+        if key in names:
+            return f"{key} was given keys that its default lacks: write ++{key}=... to add them"
+        return f"unknown setting {key!r}; {nearest(key, names)}"
     lines = [text.split("\nset HYDRA_FULL_ERROR")[0]]
     if isinstance(cause, OmegaConfBaseException):
         lines.append(str(cause))

@@ -33,6 +33,7 @@ HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condit
 SHIFT = 4  # pixels by which a mouth crop is moved in training: the tracker's own jitter and more
 MAX_TURN = 0.12  # radians by which it is turned
 MAX_SCALE = 0.12  # largest change of its size
+MAX_HIDDEN = 7  # frames that are hidden at once
 
 
 def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,6 +58,19 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
     return mouth.clamp(0, 1) ** (1 + 0.3 * gamma)
 
 
+def hide_span(mouth: Tensor, generator: torch.Generator) -> Tensor:
+    """Replace a random span of mouth pictures (T, S, S) by their mean, so that words are also read from what is around.
+
+    Masking in time, as lip reading trains with it (arXiv 2202.13084, Section 3.3), of up to `MAX_HIDDEN` frames.
+    """
+    frames = len(mouth)
+    length = int(torch.randint(2, MAX_HIDDEN + 1, (), generator=generator))
+    start = int(torch.randint(max(frames - length, 0) + 1, (), generator=generator))
+    hidden = mouth.clone()
+    hidden[start : start + length] = mouth.mean(0)
+    return hidden
+
+
 def picture_frames(length: int, count: int) -> np.ndarray:
     """Return the frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
@@ -75,6 +89,7 @@ class HiCoDiTDataset:
             face's, as at inference.
         seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
         augment: shift, mirror and relight the mouth pictures; features stay as they are.
+        hide: share of the clips in which a short span of mouth pictures is hidden, if they are augmented.
         shards: fields of `engine.shards.reader.Reading`.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
     """
@@ -87,11 +102,14 @@ class HiCoDiTDataset:
         expression: str = "seen",
         seconds: int | None = None,
         augment: bool = True,
+        hide: float = 0.0,
         shards: Mapping[str, Any] | None = None,
         phonemes: int | None = None,
     ) -> None:
         if expression not in HEARD:
             raise UserError(f"data.train.expression={expression!r} must be {' or '.join(HEARD)}")
+        if not 0 <= hide <= 1:
+            raise UserError(f"data.train.hide={hide} must be between 0 and 1")
         if seconds is not None and seconds < 1:
             raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
         tokenizer = load_codec(codec, CODECS)
@@ -116,6 +134,7 @@ class HiCoDiTDataset:
         if phonemes and spoken > phonemes:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
         self.augment = augment
+        self.hide = hide
         self.levels = tokenizer.levels
         self.blocks = self.shards.blocks()
 
@@ -164,6 +183,8 @@ class HiCoDiTDataset:
             count = len(clip["faces"])
             if self.augment:
                 mouth = augment_mouth(mouth, generator)
+                if self.hide and float(torch.rand(1, generator=generator)) < self.hide:
+                    mouth = hide_span(mouth, generator)
             picture = int(torch.randint(count, (1,), generator=generator))
             face = clip["faces"][picture].permute(2, 0, 1).float() / 255
             if self.augment:

@@ -36,8 +36,8 @@ from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_BATCH = 8
-# Tensors that a start may lack: of an auxiliary loss, and of inputs that add nothing at first.
-NEW = re.compile(r"\.phoneme_head\.|\.fuse_expression\.")
+# Tensors that a start may lack: of an auxiliary loss, of another reader of mouths, of inputs that add nothing at first.
+NEW = re.compile(r"\.phoneme_head\.|\.lip\.(frame|project)\.|\.fuse_expression\.")
 TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # those that belong to a tokenizer
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
 
@@ -56,6 +56,7 @@ class HiCoDiTTask(Task):
         identity_input: the identity that the score network is trained with: "voice", the GE2E vector (the paper), or
             "face", the face through the adapter. Without the identity loss (weight 0) these are the two readings of
             that ablation: inference meets an untrained adapter, or one that the score loss has trained.
+        lips_alone: only the lip encoder learns, by its auxiliary loss, at a third of the time of a whole step.
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
             encoders come trained (encoders.kind "released").
         sampler, guidance: defaults that the release carries.
@@ -77,6 +78,7 @@ class HiCoDiTTask(Task):
         grammar: str | None,
         identity_weight: float = 100.0,
         identity_input: str = "voice",
+        lips_alone: bool = False,
         phoneme_weight: float = 0.2,
         expression_weight: float = 0.1,
         sampler: dict[str, Any] | None = None,
@@ -118,6 +120,12 @@ class HiCoDiTTask(Task):
             )
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURES, FACE) if name in made}
+        self.lips_alone = lips_alone
+        if lips_alone:
+            if not self.system.encoders.learns or self.system.encoders.lip.phoneme_head is None:
+                raise UserError("task.lips_alone=true needs task.encoders.kind=tiny and task.encoders.phonemes > 0")
+            self.system.requires_grad_(False)
+            self.system.encoders.lip.requires_grad_(True)
         if init:
             self._start_from(init, new_tokens)
 
@@ -138,7 +146,9 @@ class HiCoDiTTask(Task):
                 f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
                 "or set task.new_tokens=true to reinitialise token embeddings and heads"
             )
-        for key, value in self.system.state_dict().items():
+        ours = self.system.state_dict()
+        state = {key: value for key, value in state.items() if key in ours or not NEW.search(key)}
+        for key, value in ours.items():
             lacks = key not in state or state[key].shape != value.shape
             if (lacks and NEW.search(key)) or (renewed and TABLES.search(key)):
                 state[key] = value
@@ -159,6 +169,8 @@ class HiCoDiTTask(Task):
 
     def loss_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         frames = int(batch["frames"].sum())
+        if self.lips_alone:
+            return {"phoneme": frames}
         clips = len(batch["frames"])
         tokens = TOKENS_PER_FRAME * frames * self.system.model.config.levels
         return {"dse_low": tokens, "dse_high": tokens, "phoneme": frames, "identity": clips, "expression": clips}
@@ -175,8 +187,10 @@ class HiCoDiTTask(Task):
         Identity and expression come from the sound's side, as the paper trains them. With the features of encoders that
         do not learn, no encoder runs.
         """
+        if self.lips_alone:
+            loss = self.phoneme_loss(self.system.encoders.lip(batch["mouth"], batch["frames"]), batch)
+            return {"phoneme": loss, "loss": loss}
         conditions, voice = self.conditions(batch)
-        lip = conditions.lip
         encoders = self.system.encoders
         model = self.system.model
         tokens = batch["tokens"]
@@ -191,12 +205,16 @@ class HiCoDiTTask(Task):
             shown = encoders.expression(batch["face"]).float()
             losses["expression"] = self.expression_weight * F.cross_entropy(shown, batch["face_expression"])
         if encoders.learns and encoders.lip.phoneme_head is not None:
-            valid = torch.arange(lip.shape[1], device=batch["frames"].device) < batch["frames"][:, None]
-            real = to_device(valid.flatten().nonzero()[:, 0], lip.device)
-            logits = encoders.lip.phoneme_head(lip).flatten(0, 1)[real].float()
-            losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"].flatten()[real])
+            losses["phoneme"] = self.phoneme_loss(conditions.lip, batch)
         losses["loss"] = sum(losses.values())
         return losses
+
+    def phoneme_loss(self, lip: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return the weighted cross-entropy of the phoneme of each valid frame, read from lip features (B, T, E)."""
+        valid = torch.arange(lip.shape[1], device=batch["frames"].device) < batch["frames"][:, None]
+        real = to_device(valid.flatten().nonzero()[:, 0], lip.device)
+        logits = self.system.encoders.lip.phoneme_head(lip).flatten(0, 1)[real].float()
+        return self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"].flatten()[real])
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Conditions, Tensor]:
         """Return the conditions in training, and the voice (B, 256) that is predicted from the face."""
@@ -245,6 +263,8 @@ class HiCoDiTTask(Task):
         from hicodit.evaluate import evaluate_clips
         from hicodit.pipeline import HiCoDiTPipeline
 
+        if self.lips_alone:
+            return self.measure_lips() if share.first else {}
         results: dict[str, float | ByClip] = {}
         kind = self.system.encoders.config.kind
         device = self.system.model.null_lip.device
@@ -276,6 +296,24 @@ class HiCoDiTTask(Task):
             sums["loss"] += len(clips) * float(losses["loss"])
             sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])
         return {name: value / len(chosen) for name, value in sums.items()}
+
+    def measure_lips(self) -> dict[str, float]:
+        """Return of each held-out split in how many of the frames with speech (%) the lips' phoneme is wrong."""
+        lip = self.system.encoders.lip
+        device = lip.phoneme_head.weight.device
+        results = {}
+        for split in self.validate_splits:
+            data = HiCoDiTDataset(join(self.shards, split), self.codec)
+            wrong = spoken = 0
+            for index in spread(len(data), self.validate_clips):
+                clip = data.read(index)[1]
+                mouth = clip["mouth"][None].to(device)
+                heads = lip.phoneme_head(lip(mouth, torch.tensor([mouth.shape[1]])))[0]
+                speech = clip["phoneme"] > 0
+                wrong += int((heads.argmax(-1).cpu() != clip["phoneme"])[speech].sum())
+                spoken += int(speech.sum())
+            results[f"phoneme_error_{split}"] = 100 * wrong / max(spoken, 1)
+        return results
 
     def adapted(self) -> nn.Module:
         """Return the score network; the condition encoders stay as they are."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from engine import processes
 
@@ -77,6 +78,7 @@ def program(folder: Path, words: list[str]) -> None:
 def _script(words: list[Any], log: Any = None) -> None:
     if log is not None:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    GlobalHydra.instance().clear()  # a fork of a program begins without that program's Hydra
     sys.argv = [str(word) for word in words]
     if words[0] == "-m":
         sys.argv.pop(0)

@@ -61,7 +61,12 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
 
 @dataclass(frozen=True)
 class TinyEncoderConfig(Group, prefix="encoders."):
-    """Sizes of the tiny encoders. phonemes: classes of the auxiliary frame-wise phoneme loss (0: no such head)."""
+    """Sizes of the tiny encoders.
+
+    lip_front: what reads the mouth pictures: "strided" convolutions of single frames, enough for drawn faces, or
+    "residual" blocks over five frames, for filmed ones. phonemes: classes of the auxiliary frame-wise phoneme loss (0:
+    no such head).
+    """
 
     picture_every: ClassVar[int] = 1  # video frames to a face picture
 
@@ -69,6 +74,7 @@ class TinyEncoderConfig(Group, prefix="encoders."):
     mouth_size: int = setting(48, 8, 2**10)
     face_size: int = setting(64, 8, 2**10)
     lip_dim: int = setting(192, 1, 2**14)
+    lip_front: str = setting("strided", choices=("strided", "residual"))
     lip_width: int = setting(24, 1, 2**12)
     lip_blocks: int = setting(1, 1, 256)
     lip_heads: int = setting(6, 1, 256)
@@ -80,6 +86,11 @@ class TinyEncoderConfig(Group, prefix="encoders."):
         super().__post_init__()
         if self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
+        if self.lip_front == "residual" and self.lip_width % ResidualBlock.GROUPS:
+            raise UserError(
+                f"encoders.lip_width={self.lip_width} must be a multiple of {ResidualBlock.GROUPS} for "
+                "encoders.lip_front=residual"
+            )
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
         """Cut mouth pictures (n, S, S) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
@@ -104,19 +115,82 @@ def _trunk(channels: int, *widths: int) -> list[nn.Module]:
     return [*layers, nn.Flatten()]
 
 
+class StridedFront(nn.Sequential):
+    """Standardised mouth pictures (B, T, S, S) to values (B, T, C): three strided convolutions of each frame."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__(*_trunk(1, width, 2 * width, 4 * width))
+        self.out = 4 * width * (size // 16) ** 2
+
+    def forward(self, mouth: Tensor) -> Tensor:
+        pictures = mouth.flatten(0, 1)[:, None]
+        return super().forward(pictures).unflatten(0, mouth.shape[:2])
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with group norm beside a shortcut (ResNet's basic block): (n, C, H, W) to (n, C', H', W')."""
+
+    GROUPS = 4
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(self.GROUPS, out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(self.GROUPS, out)
+        same = stride == 1 and channels == out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.norm1(self.conv1(x)))
+        h = self.norm2(self.conv2(h))
+        return F.gelu(h + self.shortcut(x))
+
+
+class ResidualFront(nn.Module):
+    """Standardised mouth pictures (B, T, S, S) to values (B, T, C): a convolution over five frames, residual blocks.
+
+    The layout of the visual front ends of lip reading (Stafylakis and Tzimiropoulos, arXiv 1703.04105), small.
+    """
+
+    SPAN = 5  # frames that the first convolution sees
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        # A convolution over time and space, written as one over space with the neighbouring frames as channels.
+        self.stem = nn.Conv2d(self.SPAN, width, 5, stride=2, padding=2, bias=False)
+        self.norm = nn.GroupNorm(ResidualBlock.GROUPS, width)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, width, stride=1),
+            ResidualBlock(width, 2 * width, stride=2),
+            ResidualBlock(2 * width, 4 * width, stride=2),
+        )
+        side = -(-size // 16)  # stem, pooling and two blocks halve it, rounded up
+        self.out = 4 * width * side**2
+
+    def forward(self, mouth: Tensor) -> Tensor:
+        reach = self.SPAN // 2
+        neighbours = F.pad(mouth, (0, 0, 0, 0, reach, reach)).unfold(1, self.SPAN, 1)  # (B, T, S, S, SPAN)
+        x = neighbours.permute(0, 1, 4, 2, 3).flatten(0, 1)
+        x = self.pool(F.gelu(self.norm(self.stem(x))))
+        return self.blocks(x).flatten(1).unflatten(0, mouth.shape[:2])
+
+
+FRONTS = {"strided": StridedFront, "residual": ResidualFront}
+
+
 class TinyLipEncoder(nn.Module):
     """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
 
-    A strided convolution stack a frame, a convolution over five frames, then attention over time.
+    A front end that reads the pictures, a convolution over five frames, then attention over time.
     """
 
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()
         c = config
-        w = c.lip_width
-        side = c.mouth_size // 16
-        self.frame = nn.Sequential(*_trunk(1, w, 2 * w, 4 * w))
-        self.project = nn.Linear(4 * w * side * side, c.lip_dim)
+        self.frame = FRONTS[c.lip_front](c.mouth_size, c.lip_width)
+        self.project = nn.Linear(self.frame.out, c.lip_dim)
         self.norm = nn.LayerNorm(c.lip_dim)
         self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
         self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads) for _ in range(c.lip_blocks))
@@ -137,8 +211,8 @@ class TinyLipEncoder(nn.Module):
         valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
         whole = bool(valid.all())  # on the host
         valid = to_device(valid, mouth.device)
-        h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
-        h = self.norm(h) * valid[..., None]
+        mouth = mouth * valid[..., None, None]
+        h = self.norm(self.project(self.frame(mouth))) * valid[..., None]
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
         rotary = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
         mask = None if whole else valid[:, None, None]

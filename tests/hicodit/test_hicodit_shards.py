@@ -6,7 +6,7 @@ from shard_files import write_split
 
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
-from hicodit.data import HiCoDiTDataset
+from hicodit.data import MAX_HIDDEN, HiCoDiTDataset, hide_span
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 from tests.tiny import ENCODERS, HICODIT, fit, same
@@ -158,3 +158,23 @@ def test_longer_clips_are_cropped_at_whole_seconds(data, longer, codec):
     assert len(clips.__getitem__(0, torch.Generator())["mouth"]) == FRAMES[0]
     with pytest.raises(UserError, match="seconds=0 must be 1 or more"):
         HiCoDiTDataset(data / "train", codec, seconds=0)
+
+
+def test_a_short_span_of_a_mouth_is_hidden():
+    for frames in (3, 40):
+        mouth = torch.rand(frames, 8, 8)
+        for seed in range(20):
+            shown = hide_span(mouth, torch.Generator().manual_seed(seed))
+            changed = (shown != mouth).flatten(1).any(1).nonzero()[:, 0]
+            assert 2 <= len(changed) <= min(MAX_HIDDEN, frames)
+            assert changed[-1] - changed[0] == len(changed) - 1
+            torch.testing.assert_close(shown[changed], mouth.mean(0).expand(len(changed), 8, 8))
+
+
+def test_hiding_is_a_share(data, codec):
+    with pytest.raises(UserError, match=r"data.train.hide=2 must be between 0 and 1"):
+        HiCoDiTDataset(data / "train", codec, hide=2)
+    shown, hidden = (HiCoDiTDataset(data / "train", codec, hide=hide) for hide in (0.0, 1.0))
+    g = torch.Generator().manual_seed(3)
+    before = shown.__getitem__(0, g)["mouth"]
+    assert not torch.equal(before, hidden.__getitem__(0, g.manual_seed(3))["mouth"])

@@ -9,6 +9,7 @@ import torch
 from shard_files import write_split
 
 from engine.errors import UserError
+from engine.evaluation.validation import Share
 from engine.shards.reader import ShardSplit
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import HiCoDiTDataset
@@ -16,6 +17,9 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from tests.tiny import ENCODERS, HICODIT, batch_of
+
+
+RESIDUAL = ENCODERS | {"lip_front": "residual"}
 
 
 def make_task(corpus, release, **changes):
@@ -41,10 +45,11 @@ def batch(data):
         {},
         {"model": {"hierarchical": False}},
         {"model": {"dual_scale": False}},
+        {"encoders": RESIDUAL},
         {"identity_weight": 0.0},
         {"identity_weight": 0.0, "identity_input": "face"},
     ],
-    ids=["full", "flat", "single_scale", "no_identity_loss_voice", "no_identity_loss_face"],
+    ids=["full", "flat", "single_scale", "residual", "no_identity_loss_voice", "no_identity_loss_face"],
 )
 def test_every_parameter_learns_and_the_loss_falls(corpus, release, batch, changes):
     task = make_task(corpus, release, **changes)
@@ -62,17 +67,41 @@ def test_every_parameter_learns_and_the_loss_falls(corpus, release, batch, chang
     assert silent == untrained and bool(untrained) == (changes == {"identity_weight": 0.0})
 
 
-def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release, batch):
+@pytest.mark.parametrize("encoders", [ENCODERS, RESIDUAL], ids=["strided", "residual"])
+def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release, batch, encoders):
     """Padding takes no part: tokens and pictures past a clip's end can be anything."""
-    task = make_task(corpus, release).eval()
+    task = make_task(corpus, release, encoders=encoders).eval()
     torch.manual_seed(3)
     before = task(batch, "model")["loss"]
     for i, n in enumerate(batch["frames"].tolist()):
         batch["tokens"][i, :, 2 * n :] = 7
         batch["phoneme"][i, n:] = 3
-        batch["mouth"][i, n:] = 0.7
+        batch["mouth"][i, n:] = torch.rand(batch["mouth"][i, n:].shape)
     torch.manual_seed(3)
     assert torch.allclose(before, task(batch, "model")["loss"], rtol=1e-5)
+
+
+def test_the_lip_encoder_learns_alone(corpus, release, batch):
+    task = make_task(corpus, release, lips_alone=True, encoders=RESIDUAL, validate_clips=2)
+    open_rows = 8 * (1 + batch["phoneme"])[..., None, None]  # a mouth is open by so many rows
+    batch["mouth"] = (torch.arange(48)[:, None] < open_rows).float().expand(*batch["phoneme"].shape, 48, 48)
+    untouched = {name: value.clone() for name, value in task.state_dict().items() if ".lip." not in name}
+    learning = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(learning, 3e-3)
+    for _ in range(60):
+        losses = task(batch, "model")
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+    assert losses.keys() == {"phoneme", "loss"} and losses["loss"] < 0.1 * task.phoneme_weight
+    assert all(torch.equal(value, untouched[name]) for name, value in task.state_dict().items() if name in untouched)
+    figures = task.eval().measure(None, Share(0, 1))
+    assert figures.keys() == {"phoneme_error_seen", "phoneme_error_unseen"} and 0 <= min(figures.values()) <= max(figures.values()) <= 100
+
+
+def test_lips_alone_need_phonemes(corpus, release):
+    with pytest.raises(UserError, match="lips_alone=true needs"):
+        make_task(corpus, release, lips_alone=True, encoders=ENCODERS | {"phonemes": 0})
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
@@ -100,8 +129,9 @@ def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
         ({"new_tokens": True}, r"\.embeddings\.|\.heads\."),
         ({"encoders": ENCODERS | {"phonemes": 12}}, r"\.phoneme_head\."),
         ({"model": {"expression_context": True}}, r"\.fuse_expression\."),
+        ({"encoders": RESIDUAL}, r"\.lip\.frame\."),
     ],
-    ids=["another tokenizer", "other phonemes", "another input"],
+    ids=["another tokenizer", "other phonemes", "another input", "another reader of mouths"],
 )
 def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, new):
     other = make_task(corpus, release).system
