@@ -18,7 +18,6 @@ from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from tests.tiny import ENCODERS, HICODIT, batch_of
 
-
 RESIDUAL = ENCODERS | {"lip_front": "residual"}
 
 
@@ -96,7 +95,10 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
     assert losses.keys() == {"phoneme", "loss"} and losses["loss"] < 0.1 * task.phoneme_weight
     assert all(torch.equal(value, untouched[name]) for name, value in task.state_dict().items() if name in untouched)
     figures = task.eval().measure(None, Share(0, 1))
-    assert figures.keys() == {"phoneme_error_seen", "phoneme_error_unseen"} and 0 <= min(figures.values()) <= max(figures.values()) <= 100
+    assert (
+        figures.keys() == {"phoneme_error_seen", "phoneme_error_unseen"}
+        and 0 <= min(figures.values()) <= max(figures.values()) <= 100
+    )
 
 
 def test_lips_alone_need_phonemes(corpus, release):
