@@ -128,7 +128,7 @@ class StridedFront(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with group norm beside a shortcut, ResNet's basic block: (n, C, H, W) to (n, C2, H2, W2)."""
+    """Two 3 x 3 convolutions with group norm beside a shortcut, as in ResNet: (n, C, H, W) to (n, C2, H2, W2)."""
 
     GROUPS = 4
 
