@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import math
 import statistics
 import subprocess
@@ -54,6 +55,7 @@ MIB = 2**20
 # Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
 SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
 TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
+LINKED = 0.6  # of the link's rate that collectives reach
 PATIENCE = 900  # seconds for the tests
 DRIFT, DIVERGENCE, DIFFERENCE = 1e-3, 0.004, 0.02  # bounds: latents of graphs, KL of bfloat16, flash-attn
 
@@ -181,6 +183,17 @@ class Machine:
         self.forget_peak()
         return common.in_own_process(measure, *arguments)
 
+    def bandwidths(self) -> dict[str, float]:
+        """Return the bus bandwidth in bytes/s of each collective between the cards."""
+        with tempfile.TemporaryDirectory() as scratch:
+            result = Path(scratch) / "result.json"
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.cards}"]
+            command = [sys.executable, *launch, "-m", "benchmarks.collectives", "--json", str(result)]
+            done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
+            if not result.is_file():
+                raise UserError(f"torchrun ended with exit code {done.returncode}: {done.stderr[-200:]}")
+            return json.loads(result.read_text())
+
     def bounds(self, work: common.Operators) -> tuple[float, float, str]:
         """Return the range of the seconds of work that is replayed as CUDA graphs, and where the range comes from."""
         roofline = work.flops / self.rates.bf16 + work.weights / self.rates.copy
@@ -233,6 +246,20 @@ def two_cards(machine: Machine) -> Iterator[Line]:
     """DDP and FSDP2 over NCCL, and a run that goes on after one of its processes was killed."""
     if machine.cards > 1:
         yield from card_tests(machine, "two cards", TWO_CARDS)
+
+
+def collectives(machine: Machine) -> Iterator[Line]:
+    """Bus bandwidth of all cards that take part, over NCCL."""
+    if machine.cards < 2:
+        return
+    for name, value in machine.bandwidths().items():
+        rate = machine.reading(f"{name} bytes/s", value) / 1e9
+        if machine.card is None:
+            yield Line(name, "WARN", rate, "GB/s", note=f"no data sheet of {machine.name} in benchmarks/plan.py")
+            continue
+        link = machine.card.link / 1e9
+        note = f"bus bandwidth of {machine.cards} cards; {LINKED:.0%} to 120 % of the data sheet's {link:g}"
+        yield line(name, rate, "GB/s", LINKED * link, 1.2 * link, note)  # NVLink's switches add up sums themselves
 
 
 def graphs(machine: Machine) -> Iterator[Line]:
@@ -444,7 +471,7 @@ def service(machine: Machine) -> Iterator[Line]:
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
     "driver": versions, "rates": rates, "tests": card_tests, "graphs": graphs, "posteriors": posteriors,
     "flash": flash, "hicodit": hicodit, "talker": talker, "clip": clip, "training": train_steps, "service": service,
-    "two_cards": two_cards,
+    "two_cards": two_cards, "collectives": collectives,
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.common import Operators, nbytes
 from benchmarks.fake_step import HostOrFake
+from benchmarks.lengths import FPS, MadeUpClips, padding_efficiency
 from benchmarks.plan import read_recipe
 from benchmarks.training import MODELS, build_task, random_batch
 from engine.errors import UserError
@@ -36,26 +37,20 @@ from engine.training.tracking import Window
 from engine.training.trainer import Trainer
 
 STEPS = 3
-CLIPS = 20_000
-MEDIAN, SPREAD, LONGEST = 5.0, 0.5, 10.0  # of the clips' seconds: median, standard deviation of the logarithm, crop
-FPS = 25
 COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
 
 
-class MadeUpClips:
-    """A training set of clips that have lengths and nothing else; a batch is random."""
+class MadeUpBatches(MadeUpClips):
+    """Made-up clips whose batches are random.
+
+    Args:
+        rows: of a sample: two for pairs of T2AV and TTS.
+    """
 
     def __init__(self, task: Task, rows: int) -> None:
+        super().__init__()
         self.task = task
-        self.rows = rows  # of a sample: two for pairs of T2AV and TTS
-        spread = torch.randn(CLIPS, generator=torch.Generator().manual_seed(0)) * SPREAD
-        self.lengths = (FPS * MEDIAN * spread.exp()).round().clamp(FPS, FPS * LONGEST).long()
-
-    def __len__(self) -> int:
-        return CLIPS
-
-    def __getitem__(self, index: int, generator: torch.Generator) -> int:
-        return int(self.lengths[index])
+        self.rows = rows
 
     def collate(self, items: list[int]) -> dict[str, Tensor]:
         frames = torch.tensor(items * self.rows)
@@ -145,7 +140,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
     with fake_group(ranks), TemporaryDirectory() as folder:
         mode = HostOrFake(allow_non_fake_inputs=True)
         task = fake_task(model, sizes, mode)
-        data = MadeUpClips(task, rows)
+        data = MadeUpBatches(task, rows)
         with mode, Collectives() as seen, mock.patch.object(Trainer, "_stop_unless_finite"):
             with without_data():
                 trainer = Trainer(task, data, vars(settings), Path(folder))
@@ -168,24 +163,13 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
             "recipe": name, "parallel": settings.parallel, "ranks": ranks,
             "batch": f"{ranks} x {batch.accumulate} x {batch.batch_size}", "memory": memory,
             "collectives": [[*key, count] for key, count in sorted(seen.calls.items(), key=lambda each: -each[0][2])],
-            "padding": padding_efficiency(trainer, ranks),
+            "padding": padding_efficiency(trainer.batches, ranks),
         }  # fmt: skip
 
 
 def local_bytes(tensors: Any) -> int:
     """Return the bytes of this rank's shards."""
     return nbytes(map(distributed.local, tensors))
-
-
-def padding_efficiency(trainer: Trainer, ranks: int, steps: int = 200) -> float:
-    """Return the mean over the maximum of the ranks' padded tokens, averaged over micro-batches of the ranks."""
-    lengths = trainer.batches.dataset.lengths
-    factors = []
-    for step in range(min(steps, CLIPS // (ranks * trainer.config.batch_size))):
-        padded = [lengths[trainer.batches.samples(step * ranks + rank)].max() for rank in range(ranks)]
-        padded = torch.stack(padded).double()
-        factors.append(float(padded.mean() / padded.max()))
-    return sum(factors) / len(factors)
 
 
 def report(found: dict[str, Any]) -> str:

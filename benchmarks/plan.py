@@ -17,10 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.fake_step import Measured, Size, measure_fake
+from benchmarks.lengths import MadeUpClips, padding_efficiency
 from benchmarks.training import MODELS, build_task, random_batch
 from engine.config import compose, plain
 from engine.errors import UserError
 from engine.evaluation.charts import chart_file
+from engine.training.batches import MicroBatches
 from engine.training.settings import TrainerConfig
 from engine.training.speed import PEAKS
 from engine.training.task import Task
@@ -78,11 +80,15 @@ EFFICIENCY = {  # assumptions, not measurements
 
 @dataclass(frozen=True)
 class Plan:
-    """What one way of spreading a recipe costs. Bytes and seconds of a process and step."""
+    """What one way of spreading a recipe costs. Bytes and seconds of a process and step.
+
+    padding: see `padding_efficiency`; compute_s and memory_s are of the process with the longest batch.
+    """
 
     parallel: str
     gpus: int
     samples: int  # of a process's batch
+    padding: float
     memory: dict[str, float]
     fits: bool
     largest_batch: int
@@ -115,12 +121,14 @@ def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) ->
 
 def plan(
     one: Measured, two: Measured, parallel: str, gpus: int, card: Card, samples: int, total: float, half: bool = False,
+    padding: float = 1.0,
 ) -> Plan:  # fmt: skip
     """Predict what steps of `samples` a process cost, from measurements of one process with one sample and with two:
     activations and operations grow with the batch, what is exchanged does not.
 
     Args:
-        total: samples of the whole run. half: blocks are gathered in half precision.
+        total: samples of the whole run. half: blocks are gathered in half precision. padding: efficiency, by which the
+            operations of the longest batch exceed those of the mean.
     """
     one, two = (spread(measured, parallel, gpus, card.machine, half) for measured in (one, two))
 
@@ -131,18 +139,26 @@ def plan(
     fixed = sum(memory.values()) - memory["activations"]
     room, each = card.memory * EFFICIENCY["full"] - fixed, two.memory["activations"] - one.memory["activations"]
     largest = int((room - one.memory["activations"]) // max(each, 1)) + 1
-    compute = at(one.flops, two.flops) / (card.peak * 1e12 * EFFICIENCY["compute"])
-    moved = (at(one.touched, two.touched) + one.moved) / (card.bandwidth * EFFICIENCY["memory"])
+    compute = at(one.flops, two.flops) / padding / (card.peak * 1e12 * EFFICIENCY["compute"])
+    moved = (at(one.touched, two.touched) / padding + one.moved) / (card.bandwidth * EFFICIENCY["memory"])
     network = network_seconds(one, parallel, gpus, card)
     host = one.kernels * EFFICIENCY["launch"]  # as many for any batch
     busy = max(compute + moved, host)
     step = busy + max(0.0, network - EFFICIENCY["hidden"] * busy)
     steps = total / (samples * gpus)
     return Plan(
-        parallel, gpus, samples, memory, fits=sum(memory.values()) <= card.memory * EFFICIENCY["full"],
+        parallel, gpus, samples, padding, memory, fits=sum(memory.values()) <= card.memory * EFFICIENCY["full"],
         largest_batch=max(0, largest), sent=dict(one.sent), flops=at(one.flops, two.flops), compute_s=compute,
         memory_s=moved, host_s=host, network_s=network, step_s=step, steps=steps, days=steps * step / 86_400,
     )  # fmt: skip
+
+
+def padding_of(trainer: TrainerConfig, gpus: int, samples: int) -> float:
+    """Return the padding efficiency of a recipe on `gpus`, with `samples` of each, for made-up lengths of clips."""
+    if gpus == 1:
+        return 1.0
+    batches = MicroBatches(MadeUpClips(), samples, trainer.seed, trainer.by_length, step=samples * gpus)
+    return padding_efficiency(batches, gpus)
 
 
 def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:

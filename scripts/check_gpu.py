@@ -1,7 +1,7 @@
 """Check a card: whether everything is right on it, and how near it is to its limit.
 
     python scripts/check_gpu.py                    # one card, under ten minutes
-    python scripts/check_gpu.py --cards 2          # also DDP, FSDP2 and a killed process
+    python scripts/check_gpu.py --cards 8          # also DDP, FSDP2 and a killed process on two, collectives of all
     python scripts/check_gpu.py --only rates graphs
 
 Prints a line for each finding. PASS: the value is in its range. WARN: within a factor of two of it, or something is not
@@ -26,12 +26,12 @@ from benchmarks.card import CHECKS, Machine, run_checks
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
-from scripts.arguments import Parser
+from scripts.arguments import Parser, within
 
 
 def main(machine: Machine | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--cards", type=int, choices=(1, 2), default=1, help="cards that take part")
+    parser.add_argument("--cards", type=within(1, 64), default=1, help="cards of this machine that take part")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="checks to run (default: all)")
     parser.add_argument("--size", choices=("tiny", "base"), default="base", help="of the models")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")

@@ -8,7 +8,9 @@
 A training step of one process runs on tensors without data (benchmarks/fake_step.py). What several exchange and share
 follows from the sizes of parameters (benchmarks/plan.py); rates of the cards and their efficiency are stated there.
 
-One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. The samples of a step over all GPUs are
+One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. Clips of a corpus differ in length, and a step
+takes as long as the longest batch of a rank: times are divided by the padding efficiency of log-normal lengths (median
+5 s, cropped at 10 s) in the recipe's order of batches. The samples of a step over all GPUs are
 trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least, so with more GPUs a step takes more
 samples, and the run fewer steps. Takes minutes for the models of the papers. Further words are settings of the recipe,
 as train.py takes them.
@@ -23,7 +25,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, plan, read_recipe
+from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, padding_of, plan, read_recipe
 from engine.errors import UserError, run_cli
 from engine.files import write_json
 from engine.record import portable, record
@@ -37,7 +39,7 @@ def line(p: Plan) -> str:
         f"{p.gpus:>5} GPUs {p.parallel:<6} {p.samples} samples: {sum(p.memory.values()) / 2**30:.1f} GiB ({memory})"
         f"{'' if p.fits else ', does not fit'}; exchanged GB: {sent}; {p.flops / 1e12:.1f} TFLOP; "
         f"step {p.step_s:.3f} s (compute {p.compute_s:.3f}, memory {p.memory_s:.3f}, host {p.host_s:.3f}, "
-        f"network {p.network_s:.3f}); "
+        f"network {p.network_s:.3f}), padding efficiency {p.padding:.2f}; "
         f"{p.steps:,.0f} steps, {p.days:.2f} days ({24 * p.days:.1f} h); at most {p.largest_batch} samples"
     )
 
@@ -62,8 +64,9 @@ def main() -> None:
     most, shards = max(2, *each_gpu.values()), max(args.gpus) > 1
     pair = measure_samples(model, sizes, trainer, rows, args.seconds, most, shards)
     for gpus in args.gpus:
+        samples, padding = each_gpu[gpus], padding_of(trainer, gpus, each_gpu[gpus])
         for way in WAYS if gpus > 1 else WAYS[:1]:
-            plans.append(plan(*pair, way, gpus, card, each_gpu[gpus], total, trainer.precision == "bf16"))
+            plans.append(plan(*pair, way, gpus, card, samples, total, trainer.precision == "bf16", padding))
             print(line(plans[-1]), flush=True)
     if args.json:
         about = {"recipe": args.recipe, "settings": args.settings, "seconds": args.seconds, "card": args.device}

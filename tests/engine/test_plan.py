@@ -9,7 +9,7 @@ import torch
 from toy_task import CONFIG
 
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, EFFICIENCY, plan
+from benchmarks.plan import CARDS, EFFICIENCY, padding_of, plan
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 
@@ -62,6 +62,14 @@ def test_fake_step_takes_the_memory_of_a_real_one():
     assert sum(found.memory.values()) == pytest.approx(allocated(lambda: measure(Tower(), config(), batch())), rel=0.1)
 
 
+@pytest.mark.parametrize(("gpus", "least"), [(8, 0.9), (32, 0.9)])
+def test_ranks_of_a_recipe_wait_for_the_longest_batch(gpus, least):
+    sorted_, mixed = (TrainerConfig(**CONFIG | {"by_length": by_length}) for by_length in (True, False))
+    assert least < padding_of(sorted_, gpus, 4) < 1
+    assert padding_of(mixed, gpus, 4) < padding_of(sorted_, gpus, 4) - 0.05
+    assert padding_of(sorted_, 1, 4) == 1
+
+
 def test_a_plan_adds_up():
     sizes = {"weights": 8, "gradients": 8, "activations": 4}
     one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]], beside=4)
@@ -75,6 +83,8 @@ def test_a_plan_adds_up():
     assert found.largest_batch == (card.memory * rates.full - 16 - 4) // 3 + 1
     alone = plan(one, two, "ddp", 1, card, 1, 10)
     assert alone.network_s == 0 and alone.step_s == alone.host_s == pytest.approx(7 * rates.launch)
+    waiting = plan(one, two, "ddp", 64, card, 3, 1920, padding=0.8)
+    assert (waiting.compute_s, waiting.padding) == (pytest.approx(found.compute_s / 0.8), 0.8)
     large = replace(one, flops=10**18)
     slow = plan(large, large, "ddp", 1, card, 1, 10)
     assert slow.step_s == pytest.approx(slow.compute_s + slow.memory_s)

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import card
+from benchmarks import card, collectives
 from benchmarks.card import Machine, Rates, judge
+from engine.errors import exit_process
+from engine.training import distributed
 from scripts import check_gpu
+from tests import forked
 from tests.gpu.dying_graphs import DyingOutputs
 
 READINGS = {
@@ -17,6 +20,7 @@ READINGS = {
     "clip a2v seconds": 0.3, "clip a2v with codecs seconds": 0.6,
     "hicodit_paper step seconds": 0.011, "hicodit_paper GiB": 0.13,
     "talker_paper step seconds": 0.011, "talker_paper GiB": 0.13,
+    "all-reduce bytes/s": 400e9, "all-gather bytes/s": 350e9,
     "service 1 clients": 9, "service 4 clients": 20, "service 16 clients": 40,
 }  # fmt: skip
 TESTED = "def test_one():\n    pass\n"
@@ -28,14 +32,17 @@ class Processor(Machine):
     name = "NVIDIA H100 80GB HBM3"
     rates = Rates(650e12, 50e12, 2.8e12)
 
-    def __init__(self, tests, **readings):
-        super().__init__(torch.device("cpu"), size="tiny")
+    def __init__(self, tests, cards=1, **readings):
+        super().__init__(torch.device("cpu"), cards, "tiny")
         self.tests, self.readings, self.backend = tests, readings, DyingOutputs()
         tests.mkdir()
         (tests / "test_card.py").write_text(TESTED)
 
     def versions(self):
         return 13.0, 12.8
+
+    def bandwidths(self):
+        return {"all-reduce": 1.0, "all-gather": 1.0}
 
     def time(self, name, call, repeats=1):
         return super().time(name, call, 1)
@@ -93,6 +100,27 @@ def test_a_wrong_value_and_an_error_fail(check, tmp_path, monkeypatch):
     assert code == 1
     assert not_passed(lines) == {"hicodit": "FAIL", "talker real-time factor": "FAIL", "talker memory": "WARN"}
     assert lines["hicodit"]["note"] == "RuntimeError: CUDA error: an illegal memory access"
+
+
+def test_eight_cards_exchange_at_the_rate_of_their_links(check, tmp_path):
+    code, lines, _ = check(Processor(tmp_path / "tests", cards=8, **{"all-gather bytes/s": 30e9}), "collectives")
+    assert code == 1 and lines["all-reduce"]["verdict"] == "PASS"  # 400 of 450 GB/s
+    assert lines["all-gather"]["verdict"] == "FAIL"  # as over PCIe
+
+
+def exchange(folder):
+    found = collectives.bandwidths(distributed.init("cpu"), 2**20, 2)
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(found))
+    exit_process(0)
+
+
+def test_collectives_are_measured_on_all_ranks(tmp_path):
+    started = forked.start_group([tmp_path / "0.txt", tmp_path / "1.txt"], exchange, tmp_path)
+    for process in started:
+        process.join(forked.SECONDS)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and [*first] == ["all-reduce", "all-gather", "reduce-scatter"]
+    assert all(1e5 < rate < 1e12 for rate in first.values())
 
 
 @pytest.mark.parametrize(

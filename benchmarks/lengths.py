@@ -1,0 +1,43 @@
+"""Made-up clips with the lengths of a speech corpus, and how long ranks wait for the one with the longest batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.training.batches import MicroBatches
+
+CLIPS = 20_000
+MEDIAN, SPREAD, LONGEST = 5.0, 0.5, 10.0  # of the clips' seconds: median, standard deviation of the logarithm, crop
+FPS = 25
+
+
+class MadeUpClips:
+    """A training set of clips that have lengths (n,) in frames, from a log-normal distribution, and nothing else."""
+
+    def __init__(self) -> None:
+        spread = torch.randn(CLIPS, generator=torch.Generator().manual_seed(0)) * SPREAD
+        self.lengths = (FPS * MEDIAN * spread.exp()).round().clamp(FPS, FPS * LONGEST).long()
+
+    def __len__(self) -> int:
+        return CLIPS
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> int:
+        return int(self.lengths[index])
+
+    def collate(self, items: list[int]) -> dict[str, Any]:
+        return {"frames": torch.tensor(items)}
+
+
+def padding_efficiency(batches: MicroBatches, ranks: int, steps: int = 200) -> float:
+    """Return the mean over the maximum of the ranks' padded tokens, averaged over micro-batches of the ranks.
+
+    It is the part of the time in which ranks do not wait for the one with the longest batch.
+    """
+    lengths = batches.dataset.lengths
+    factors = []
+    for step in range(max(1, min(steps, len(lengths) // (ranks * batches.size)))):
+        padded = torch.stack([lengths[batches.samples(step * ranks + rank)].max() for rank in range(ranks)]).double()
+        factors.append(float(padded.mean() / padded.max()))
+    return sum(factors) / len(factors)
