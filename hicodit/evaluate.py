@@ -23,7 +23,7 @@ from engine.media.ffmpeg import probe
 from engine.media.video import write_video
 from engine.metrics.metric import wave_of
 from engine.metrics.registry import metrics_of
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from engine.settings import override, require_choice
 from hicodit.conditions.types import Conditions, Crops
 from hicodit.data import HiCoDiTDataset

@@ -19,7 +19,7 @@ from engine.faces.track import MOST_FACES, read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
 from engine.word_times import WordTimes, write_words

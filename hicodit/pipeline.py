@@ -27,9 +27,8 @@ from engine.faces.source import CASCADE, FaceSource
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
-from engine.media.audio import write_wav
+from engine.media.audio import generated_comment, write_wav
 from engine.media.ffmpeg import probe
-from engine.media.generated import generated_comment
 from engine.media.video import iter_video
 from engine.precision import convert_matrices, pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage

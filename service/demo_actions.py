@@ -16,7 +16,7 @@ from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_voice
 from engine.media.ffmpeg import probe
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from engine.progress import stage
 from engine.seeding import check_seed
 from hicodit.bundled import PipelineChooser

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from engine.codec import StreamDecoder
-from engine.media.audio import encode_wav
+from engine.media.audio import encode_wav, generated_comment
 from engine.media.ffmpeg import command
-from engine.media.generated import generated_comment
 from service.service import Service
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob

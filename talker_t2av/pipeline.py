@@ -25,8 +25,7 @@ from torch import Tensor
 
 from engine.device import to_device
 from engine.errors import UserError
-from engine.media.audio import write_wav
-from engine.media.generated import generated_comment
+from engine.media.audio import generated_comment, write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import write_video
 from engine.precision import pick_dtype, prepare_inference, uses_int8

@@ -23,8 +23,8 @@ from corpora.preparation.clip import RATE16
 from engine.device import pick_device
 from engine.errors import UserError, require
 from engine.metrics.emotion import load_emotion2vec
-from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.words import hear_words, load_speech_model
+from engine.nn.ge2e import GE2EEncoder
 
 
 @contextmanager

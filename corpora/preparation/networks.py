@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.faces.crops import centre_square, portrait_square
 from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from engine.settings import require_choice, require_range
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2

@@ -122,7 +122,7 @@ def write_wav(
 
     Args:
         lossless: as 32-bit floats and not clipped, for waves that are measured.
-        comment: metadata, as of `engine.media.generated`; none if empty.
+        comment: metadata, see `generated_comment`; none if empty.
     """
     if Path(path).suffix.lower() != ".wav":
         raise UserError(f"cannot write {path}: its name must end in .wav")
@@ -184,3 +184,15 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
 
 def _too_long(path: Path) -> UserError:
     return UserError(f"{path} has more than {LIMITS.seconds:g} s of sound (limits.seconds): give a part of it")
+
+
+def generated_comment(model: str, what: str) -> str:
+    """Return the metadata of a generated file: the comment of MP4, WAV, MP3, FLAC and Ogg files.
+
+    The last word is the value of IPTC's property `digitalSourceType` for media that a trained model generated.
+
+    Args:
+        model: name of the model, such as "HiCoDiT".
+        what: what it generated, such as "speech and face".
+    """
+    return f"AI-generated {what}: {model}, speaking-faces; digitalSourceType trainedAlgorithmicMedia"

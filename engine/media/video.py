@@ -153,7 +153,7 @@ def write_video(
         fps: frames a second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
         lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
-        comment: metadata, as of `engine.media.generated`; none if empty.
+        comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -191,7 +191,7 @@ def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
         out_path: .mp4, .mov or .mkv; may be `video_path` itself.
-        comment: metadata, as of `engine.media.generated`; none if empty.
+        comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
     choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_H264]]
     if stream_codec(video_path, "video") == "h264":  # where a copy fails, as without time stamps, it is encoded
@@ -211,7 +211,7 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
     Args:
         video_path: with a video stream that the container takes, such as H.264.
         out_path: .mp4, .mov or .mkv.
-        comment: metadata, as of `engine.media.generated`; none if empty.
+        comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
     stream_codec(video_path, "video")
     sound = stream_codec(audio_path, "audio")

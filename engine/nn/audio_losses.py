@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.speaker import RATE, GE2EEncoder
+from engine.nn.ge2e import RATE, GE2EEncoder
 from engine.nn.mel import mel_filters
 
 

@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.faces.clip import find_faces
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.video import read_video, write_video
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from hicodit.conditions import encoder_config
 from hicodit.conditions.align import avhubert_mouth, mouth_poses
 from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION

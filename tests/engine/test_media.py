@@ -10,9 +10,8 @@ import torchaudio
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media import audio
-from engine.media.audio import read_audio, resample, write_wav
+from engine.media.audio import generated_comment, read_audio, resample, write_wav
 from engine.media.ffmpeg import command, probe
-from engine.media.generated import generated_comment
 from engine.media.video import iter_video, join_audio, mux_audio, read_video, write_video
 
 RATE = 24_000

@@ -19,9 +19,9 @@ from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.phonemes import PhonemeErrors
 from engine.metrics.quality import STOI
 from engine.metrics.recogniser import Recogniser
-from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
 from engine.metrics.words import WordErrors
+from engine.nn.ge2e import GE2EEncoder
 from tests.spoken import speak
 
 RATE = 24_000

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.metrics.lip_sync import SyncNet, mfcc, sync_score
-from engine.metrics.speaker import GE2EEncoder
+from engine.nn.ge2e import GE2EEncoder
 from engine.official import rename_all
 from engine.release import build_with
 from hicodit.conditions.poster2 import POSTER2

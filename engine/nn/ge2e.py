@@ -1,0 +1,56 @@
+"""GE2E speaker embeddings (Wan et al. 2018, arXiv:1710.10467), by the package Resemblyzer, which carries its weights.
+
+Axes: N samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import torch
+
+from engine.errors import UserError, require, require_librosa
+from engine.media.audio import resample_wave
+
+RATE = 16_000
+
+
+class GE2EEncoder:
+    """Waveform -> GE2E embedding; the dot product of two embeddings is their cosine similarity.
+
+    Args:
+        device: of the network.
+
+    Attributes:
+        network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old import paths inside webrtcvad and Resemblyzer
+            resemblyzer = require("resemblyzer", "Resemblyzer")
+            require_librosa()  # which Resemblyzer calls
+        self.audio = resemblyzer.audio
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.network = resemblyzer.VoiceEncoder(device, verbose=False)
+
+    def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
+        """Embed (N,) float samples at `rate` Hz: (256,) float32 of unit length, non-negative.
+
+        Volume is raised to -30 dBFS and silences are cut by Resemblyzer's own rules.
+
+        Raises:
+            UserError: no speech is found in the wave.
+        """
+        wave = resample_wave(wave, rate, RATE)
+        if not np.any(wave):
+            raise UserError("no speaker embedding: the audio is silent")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            speech = self.audio.preprocess_wav(wave)
+        if len(speech) == 0:
+            raise UserError("no speaker embedding: no speech was found in the audio")
+        return self.network.embed_utterance(speech)
