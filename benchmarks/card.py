@@ -49,7 +49,10 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST, MOST, STARTED = 1.5, 6.0, 3.0  # a loop at batch 1: times the roofline; at most, times what its kernels take
+# A loop at batch 1 takes LEAST to MOST times what the roofline says, and up to STARTED times what its kernels take.
+LEAST = 1.5
+MOST = 6.0
+STARTED = 3.0
 REPLAYED = 2e-6  # seconds that a small kernel takes in a CUDA graph, at least: an assumption
 MIB = 2**20
 # Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
@@ -57,7 +60,9 @@ SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
 TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
 LINKED = 0.6  # of the link's rate that collectives reach
 PATIENCE = 900  # seconds for the tests
-DRIFT, DIVERGENCE, DIFFERENCE = 1e-3, 0.004, 0.02  # bounds: latents of graphs, KL of bfloat16, flash-attn
+DRIFT = 1e-3  # bound of the latents of graphs
+DIVERGENCE = 0.004  # bound of the KL divergence of bfloat16
+DIFFERENCE = 0.02  # bound of flash-attn
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Line:
 
 def judge(value: float, low: float | None = None, high: float | None = None) -> str:
     """Return PASS for a value in the range, WARN for one within a factor of two of it, FAIL for others."""
-    least, most = -math.inf if low is None else low, math.inf if high is None else high
+    least = -math.inf if low is None else low
+    most = math.inf if high is None else high
     if not math.isfinite(value) or 2 * value < least or value > 2 * most:
         return "FAIL"
     return "PASS" if least <= value <= most else "WARN"
@@ -123,7 +129,9 @@ class Machine:
     tests: Path = ROOT / "tests" / "gpu"
 
     def __init__(self, device: torch.device, cards: int = 1, size: str = "base") -> None:
-        self.device, self.cards, self.size = device, cards, size
+        self.device = device
+        self.cards = cards
+        self.size = size
         self.seconds, self.patches, self.step_seconds, self.samples, self.steps = SCALE[size]
 
     @cached_property
@@ -140,8 +148,10 @@ class Machine:
         """The data sheet; of an unknown card, what was measured, with the efficiency that predictions assume."""
         if self.card is not None:
             return self.card
-        memory, share = torch.cuda.get_device_properties(self.device).total_memory, EFFICIENCY["compute"]
-        peak, single = self.rates.bf16 / 1e12 / share, self.rates.fp32 / 1e12 / share
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        share = EFFICIENCY["compute"]
+        peak = self.rates.bf16 / 1e12 / share
+        single = self.rates.fp32 / 1e12 / share
         return Card(peak, single, memory, self.rates.copy / EFFICIENCY["memory"], math.inf, math.inf)
 
     def versions(self) -> tuple[float, float]:
@@ -213,7 +223,8 @@ def versions(machine: Machine) -> Iterator[Line]:
 
 
 def rates(machine: Machine) -> Iterator[Line]:
-    card, found = machine.card, machine.rates
+    card = machine.card
+    found = machine.rates
     for name, value, stated, unit, share in (
         ("matrix rate bf16", found.bf16 / 1e12, card and card.peak, "TFLOP/s", 0.5),
         ("matrix rate fp32", found.fp32 / 1e12, card and card.single, "TFLOP/s", 0.5),
@@ -291,7 +302,8 @@ def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
     pipeline = HiCoDiTPipeline.from_pretrained(device=machine.device, precision="fp32")
     conditions = pipeline.conditions([pipeline.crops(CLIP)])
     frames = 25 if machine.size == "tiny" else conditions.lip.shape[1] // 25 * 25
-    lip, expression = conditions.lip[:, :frames], conditions.expression[:, : windows_of(frames)]
+    lip = conditions.lip[:, :frames]
+    expression = conditions.expression[:, : windows_of(frames)]
     conditions = replace(conditions, lip=lip, expression=expression, frames=torch.tensor([frames]))
     return pipeline.system.model, conditions, pipeline
 
@@ -302,7 +314,8 @@ def posteriors(machine: Machine) -> Iterator[Line]:
     model, conditions, pipeline = _bundled(machine)
     half = convert_matrices(HiCoDiTSystem.from_pretrained(HICODIT).model, torch.bfloat16, FLOAT32)
     half.to(machine.device).eval()
-    c, frames = model.config, TOKENS_PER_FRAME * conditions.lip.shape[1]
+    c = model.config
+    frames = TOKENS_PER_FRAME * conditions.lip.shape[1]
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(c.codes, (1, c.levels, frames), generator=g)
     tokens = tokens.masked_fill(torch.rand(tokens.shape, generator=g) < 0.5, model.mask_id).to(machine.device)
@@ -446,16 +459,19 @@ def train_steps(machine: Machine) -> Iterator[Line]:
         how = f"{samples} samples of {seconds:g} s"
         how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of a card that is not known")
         yield line(f"{recipe} step", step, "s", expected.step_s / 2, 2 * expected.step_s, f"{how}; half to twice that")
-        memory, gib = sum(expected.memory.values()) / 2**30, machine.reading(f"{recipe} GiB", result["peak_gib"])
+        memory = sum(expected.memory.values()) / 2**30
+        gib = machine.reading(f"{recipe} GiB", result["peak_gib"])
         yield line(f"{recipe} memory", gib, "GiB", memory / 2, LEAST * memory, f"predicted {memory:.3g} GiB")
 
 
 def service(machine: Machine) -> Iterator[Line]:
     """Requests a second of the web service with the bundled models, each for half a second of speech."""
-    requests, parser = 48 if machine.size == "base" else 4, argparse.ArgumentParser()
+    requests = 48 if machine.size == "base" else 4
+    parser = argparse.ArgumentParser()
     serving.add_arguments(parser)
     args = parser.parse_args(["--requests", str(requests), "--mixed", "0"])
-    args.threads, args.device = torch.get_num_threads(), machine.device
+    args.threads = torch.get_num_threads()
+    args.device = machine.device
     least = 1 / serving.SPEECH["max_seconds"]
     for result, _ in serving.run(args):
         name = f"service {result['clients']} clients"

@@ -38,7 +38,8 @@ def bandwidths(device: torch.device, size: int = BYTES, repeats: int = REPEATS) 
     Raises:
         UserError: a sum is wrong.
     """
-    rank, ranks = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
+    ranks = distributed.world_size()
     count = size // 2 // ranks * ranks  # in bfloat16
     whole = torch.full((count,), rank + 1.0, device=device, dtype=torch.bfloat16)
     shard = torch.full((count // ranks,), rank + 1.0, device=device, dtype=torch.bfloat16)

@@ -93,7 +93,10 @@ class Operators(TorchDispatchMode):
 
     def begin(self) -> None:
         """Count from now on; what is alive stays so."""
-        self.peak, self.used, self.touched, self.kernels = self.alive, self.alive - self.reserved, 0, 0
+        self.peak = self.alive
+        self.used = self.alive - self.reserved
+        self.touched = 0
+        self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -119,7 +122,8 @@ class Operators(TorchDispatchMode):
         if storage not in self._sizes:
             self._sizes[storage] = size = storage.nbytes()
             self.alive += size
-            self.peak, self.used = max(self.peak, self.alive), max(self.used, self.alive - self.reserved)
+            self.peak = max(self.peak, self.alive)
+            self.used = max(self.used, self.alive - self.reserved)
             weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
@@ -144,7 +148,8 @@ def matrix_rate(
 
     torch.int8 stands for an `Int8Linear`, with the rounding of its inputs.
     """
-    n, eight = 8192 if device.type == "cuda" else 2048, dtype == torch.int8
+    n = 8192 if device.type == "cuda" else 2048
+    eight = dtype == torch.int8
     kind = {"device": device, "dtype": torch.float32 if eight else dtype}
     a = torch.randn(n, n, **kind)
     plain = nn.Sequential(nn.Linear(n, n, bias=False, **kind))
@@ -161,7 +166,8 @@ def matrix_rate(
 def copy_rate(device: torch.device) -> float:
     """Measure the rate of copies within a device's memory, in bytes/s; a byte is read and written."""
     x = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    y, best = torch.empty_like(x), 0.0
+    y = torch.empty_like(x)
+    best = 0.0
     for _ in range(6):
         start = now(device)
         y.copy_(x)

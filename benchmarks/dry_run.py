@@ -192,7 +192,8 @@ def report(found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Do what `train.py ARGUMENTS` says, of which one is dry_run=RANKS."""
     stated = dict(word.split("=", 1) for word in arguments if "=" in word)
-    ranks, name = stated["dry_run"], stated.get("experiment")
+    ranks = stated["dry_run"]
+    name = stated.get("experiment")
     if not ranks.isdecimal() or not 2 <= int(ranks) <= 65_536:
         raise UserError(f"dry_run={ranks} must be a number of ranks, from 2 to 65536")
     if name is None:

@@ -73,12 +73,15 @@ def measure(clip: str, part: str) -> dict[str, float]:
         pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(), GuidanceScales())
     elif part == "encoded":
         pipeline = HiCoDiTPipeline.from_pretrained()
-    start, before, stored = time.process_time(), peak_memory_mb(), 0
+    start = time.process_time()
+    before = peak_memory_mb()
+    stored = 0
     if pipeline is None:
         track = find_faces(ClipFrames(clip, FPS), FPS)[0]
     else:
         crops = pipeline.crops(clip)
-        track, stored = crops.track, crops.mouth.nbytes + crops.voices.nbytes
+        track = crops.track
+        stored = crops.mouth.nbytes + crops.voices.nbytes
         if part == "encoded":
             pipeline.conditions([crops])
     decoder = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -97,9 +97,11 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
                 loss.backward()
                 for group in clipping_groups(trained[part], task.clipped_apart()):
                     clip_grad_norm_([p for p in group if p.grad is not None], 1.0)
-                touched, kernels = seen.touched, seen.kernels
+                touched = seen.touched
+                kernels = seen.kernels
                 optimiser.step()
-                seen.touched, seen.kernels = touched, kernels + len(optimiser.param_groups)
+                seen.touched = touched
+                seen.kernels = kernels + len(optimiser.param_groups)
         gradients = nbytes(p.grad for ps in trained.values() for p in ps if p.grad is not None)
         ema.update(0)
         memory = {
@@ -113,7 +115,8 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
         beside = max(0, seen.peak - sum(memory.values()))
         memory["activations"] = max(0, seen.used - sum(memory.values()))
     whole = [p for module in task.whole() for p in module.parameters()]
-    groups, grouped = [], {id(p) for p in whole}
+    groups = []
+    grouped = {id(p) for p in whole}
     for module in (*task.blocks(), task):
         groups.append([_size(p) for p in module.parameters() if id(p) not in grouped])
         grouped |= {id(p) for p in module.parameters()}

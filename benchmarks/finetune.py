@@ -33,7 +33,8 @@ from engine.progress import track
 from engine.untrusted import read_json
 from scripts.arguments import within
 
-VOICES, SEED = 40, 1  # voices that the bundled weights never saw; seed of the footage, the corpus has 0
+VOICES = 40  # none of them in the training of the bundled weights
+SEED = 1  # of the footage; the corpus has 0
 BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
 FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
 FACES = 5  # in a row of the picture
@@ -57,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    footage, shards = args.work / "footage", args.work / "shards"
+    footage = args.work / "footage"
+    shards = args.work / "shards"
     run = args.work / f"rank_{args.rank}_lr_{args.lr}_steps_{args.steps}"
     begin = time.monotonic()
     seconds = film(footage, args)
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         settings += [f"trainer.steps={args.steps}", f"trainer.device={args.device}", f"run={run}"]
         run_program(args.threads, "train.py", *TRAIN.split(), *settings)
     yield took("training", begin)
-    begin, report = time.monotonic(), args.work / f"{run.name}_{args.split}"
+    begin = time.monotonic()
+    report = args.work / f"{run.name}_{args.split}"
     systems = f"{{before:{{mode:t2av}},after:{{mode:t2av,weights:{run / 'release'}}},codecs:{{mode:resynthesis}}}}"
     settings = f"""only=[before,after,codecs] clips=null split=[] corpus=null compare=true media=false workers=1
     references={footage / "unseen"} manifest={footage / args.split}.jsonl grammar={footage / "grammar.jsgf"}
@@ -94,7 +97,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 def film(root: Path, args: argparse.Namespace) -> float:
     """Make what is missing of the footage with its lists, of distinct sentences; return its seconds of training."""
-    maker, counts = ClipMaker(root, SEED, 2), {"train": args.clips, "val": args.val_clips, "test": args.test_clips}
+    maker = ClipMaker(root, SEED, 2)
+    counts = {"train": args.clips, "val": args.val_clips, "test": args.test_clips}
     splits = iter([split for split, count in counts.items() for _ in range(count)])
     entries: dict[str, dict[str, Any]] = {}
     index = args.person
@@ -141,7 +145,8 @@ def draw(footage: Path, outputs: Path, path: Path) -> None:
     how = {"figsize": (12, 3.4), "height_ratios": (1, 1.6)}
     with chart_file(path, 6, 3, row["text"], grid=False, dpi=90, **how) as axes:
         for (name, (wav, video)), top, bottom in zip(takes.items(), axes[:3], axes[3:]):
-            wave, frames = read_audio(wav, RATE), read_video(video)
+            wave = read_audio(wav, RATE)
+            frames = read_video(video)
             picks = ((np.arange(FACES) + 0.5) * len(frames) / FACES).astype(int)
             top.imshow(np.concatenate(frames[picks], 1))
             top.axis("off")

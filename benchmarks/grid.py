@@ -43,8 +43,12 @@ from scripts.arguments import within
 
 SPEAKERS = "s1", "s2", "s3", "s4", "s5", "s9", "s6", "s7", "s8", "s10", "s12"  # of GRID, in the order of their voices
 FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller
-TRIALS, MOST_WRONG = 25, 1  # sentences by which a voice is tried, and words that a recogniser may miss in them
-SIDE, WIDTH = 288, 360  # of GRID's pictures
+# sentences by which a voice is tried, and words that a recogniser may miss in them
+TRIALS = 25
+MOST_WRONG = 1
+# of GRID's pictures
+SIDE = 288
+WIDTH = 360
 BUNDLED = ROOT / "assets" / "hicodit_tiny"
 STARTS = "untrained", "bundled", "nothing"  # the bundled weights as they are; trained from them; from random weights
 TRAIN = """task/model=hicodit_tiny task/encoders=tiny task.encoders.phonemes=52 trainer=cpu
@@ -64,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    grammar, begin = write_grammar(args.work), time.monotonic()
+    grammar = write_grammar(args.work)
+    begin = time.monotonic()
     render(args.work / "grid", grammar, args)
     yield took("rendering", begin)
     tokenizer = args.work / "rvq" / "release"  # the bundled one knows such sound, so that none is trained
@@ -93,10 +98,12 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Return the words of each validation, with the time that the steps until then took."""
-    seconds, last = 0.0, 0
+    seconds = 0.0
+    last = 0
     for _, record in read_log(log):
         if "step_s" in record:
-            seconds, last = seconds + record["step_s"] * (record["step"] - last), record["step"]
+            seconds = seconds + record["step_s"] * (record["step"] - last)
+            last = record["step"]
         if "validation/wer_val" in record:
             row = {"start": start, "step": record["step"], "seconds": round(seconds)}
             row["wer"] = round(100 * record["validation/wer_val"], 2)
@@ -129,13 +136,16 @@ def as_grid(text: str) -> tuple[str, str]:
 
 def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
     """Write the clips ROOT/s1/bbaf2n.mpg and alignments that are missing."""
-    synthesizer, recogniser, times = Synthesizer(), Recogniser(grammar), WordTimes()
+    synthesizer = Synthesizer()
+    recogniser = Recogniser(grammar)
+    times = WordTimes()
     seed = FIRST_VOICE
     for speaker in SPEAKERS[: args.speakers + 3]:
         clips = args.test_clips if speaker in UNSEEN else args.clips
         while not understood(seed, synthesizer, recogniser):
             seed += 1
-        rng, names = np.random.default_rng([seed, 0]), {}
+        rng = np.random.default_rng([seed, 0])
+        names = {}
         while len(names) < clips:
             text = draw_sentence(rng, "unseen")
             if "whiskey" not in text:  # GRID has no w
@@ -150,7 +160,9 @@ def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
 
 def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> bool:
     """Return whether a recogniser understands a voice, by sentences of the split `dev`, which no clip says."""
-    rng, wrong, trials = np.random.default_rng([seed, 2]), 0, 0
+    rng = np.random.default_rng([seed, 2])
+    wrong = 0
+    trials = 0
     while trials < TRIALS and wrong <= MOST_WRONG:
         text = draw_sentence(rng, "dev")
         if "whiskey" not in text:
@@ -183,7 +195,8 @@ def write_clip(
             wav.unlink()
     words = times.align(text, speech.wave, RATE)
     spoken = [(word.begin, word.end, name) for word, name in zip(words, as_grid(text)[1].split())]
-    end, lines = len(speech.wave) / RATE, []
+    end = len(speech.wave) / RATE
+    lines = []
     for begin, stop, word in [*spoken, (end, end, "sil")]:
         last = lines[-1][1] if lines else 0.0
         if begin > last:

@@ -124,7 +124,8 @@ def paper_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScal
     """Return HiCoDiT's reference: a forward for each branch, its conditions prepared in it, all heads everywhere."""
 
     def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
-        branches, sigma = [], LogLinearNoise().sigma(t)
+        branches = []
+        sigma = LogLinearNoise().sigma(t)
         for branch in scales.branches:
             log_q = model(tokens, sigma, model.prepare(conditions, (branch,)))[0]
             if where is not None:
@@ -161,9 +162,11 @@ def hicodit(
     args: argparse.Namespace, size: str, batch: int, seconds: float, preset: str, rate: tuple[str, float]
 ) -> dict[str, Any]:
     """Measure one setting of HiCoDiT. rate: a precision, and the machine's rate of matrix products in it."""
-    device, (precision, peak) = args.device, rate
+    device = args.device
+    precision, peak = rate
     sampler, guidance = with_preset(preset, SamplerConfig(), GUIDANCE)
-    plain, clock = build_hicodit(size).to(device), now if args.wall else compute_time
+    plain = build_hicodit(size).to(device)
+    clock = now if args.wall else compute_time
     conditions = random_conditions(plain, batch, min(seconds, sampler.window), device)
 
     def first_window(
@@ -184,7 +187,8 @@ def hicodit(
         convert_matrices(model, torch.bfloat16, FLOAT32)
     prepare_inference(model, precision == "int8", device)
     times = take_turns(args.rounds, lambda: first_window(model), lambda: first_window(plain, posterior=paper_posterior))
-    first, each = times[..., 0], times[..., 1:]  # the first step also prepares the conditions
+    first = times[..., 0]  # it also prepares the conditions
+    each = times[..., 1:]
     once = statistics.median(first[0] - np.median(each[0], 1))
     count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(float, np.median(each, (1, 2)))
     operators = _operators(lambda: first_window(model, 3))
@@ -206,7 +210,8 @@ def build_talker(size: str) -> TalkerT2AV:
 
 def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
     """Return a t2av request of 40 prompt tokens that ends after exactly so many patches."""
-    c, g = model.config, torch.Generator().manual_seed(seed)
+    c = model.config
+    g = torch.Generator().manual_seed(seed)
     return Request(
         prompt=torch.randint(0, c.llm["vocab_size"], (40,), generator=g).tolist(),
         speaker=torch.randn(c.speaker_dim, generator=g),
@@ -222,8 +227,11 @@ def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
 @torch.inference_mode()
 def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: tuple[str, float]) -> dict[str, Any]:
     """Measure one setting of Talker-T2AV. The reference loop has one row alone. rate: as in `hicodit`."""
-    device, patches, (precision, peak) = args.device, args.patches, rate
-    sampling, clock = with_sampling(preset, Sampling()), now if args.wall else compute_time
+    device = args.device
+    patches = args.patches
+    precision, peak = rate
+    sampling = with_sampling(preset, Sampling())
+    clock = now if args.wall else compute_time
     plain = build_talker(size).to(device)
     model = copy.deepcopy(plain)
     if precision == "bf16":
@@ -262,7 +270,9 @@ def stream(args: argparse.Namespace, lookahead: float) -> dict[str, Any]:
     """Measure the bundled HiCoDiT on the demo clip while its pictures come."""
     pipeline = HiCoDiTPipeline.from_pretrained(device=args.device)
     list(pipeline.stream(CLIP, lookahead=lookahead))  # warms up
-    begin, firsts, hops = compute_time(args.device), [], []
+    begin = compute_time(args.device)
+    firsts = []
+    hops = []
     for _ in range(args.rounds):
         chunks = list(pipeline.stream(CLIP, lookahead=lookahead))
         firsts.append(chunks[0].compute)

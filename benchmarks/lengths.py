@@ -9,7 +9,10 @@ import torch
 from engine.training.batches import MicroBatches
 
 CLIPS = 20_000
-MEDIAN, SPREAD, LONGEST = 5.0, 0.5, 10.0  # of the clips' seconds: median, standard deviation of the logarithm, crop
+# of the clips' seconds: median, standard deviation of the logarithm, crop
+MEDIAN = 5.0
+SPREAD = 0.5
+LONGEST = 10.0
 FPS = 25
 
 

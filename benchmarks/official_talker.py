@@ -26,7 +26,8 @@ from talker_t2av.request import T2AV, Request, Sampling
 def official_t2av(model: TalkerT2AV, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Speech (F, Ds) and motion (F, Dm) of a T2AV request without prefix, for a model without delay."""
     assert model.config.delay == 0 and request.prefix == 0
-    size, context = model.config.patch_size, model.config.context
+    size = model.config.patch_size
+    context = model.config.context
     ids = torch.tensor([request.prompt])
     task = model.task_embedding(torch.tensor([[T2AV]]))
     embeds = torch.cat([task, model.embed_text(ids)], 1)
@@ -63,7 +64,8 @@ def _sample(
     times = solver_times(sampling.steps)
     x = sampling.temperature * noise
     mu = torch.cat([mu, torch.zeros_like(mu)])
-    cond, global_cond = cond.repeat(2, 1, 1), global_cond.repeat(2, 1)
+    cond = cond.repeat(2, 1, 1)
+    global_cond = global_cond.repeat(2, 1)
     for i in range(zero_steps(sampling.steps), sampling.steps):
         t = times[i : i + 1].expand(2)
         first = mu + net.time_mlp(t) + net.delta_time_mlp(torch.zeros_like(t))

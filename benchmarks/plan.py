@@ -110,7 +110,8 @@ def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) ->
     seconds = 0.0
     for kind, size in measured.sent.items():
         if parallel == "hybrid" and kind == "allreduce":
-            ranks, rate = max(1, gpus // card.machine), card.network
+            ranks = max(1, gpus // card.machine)
+            rate = card.network
         else:
             ranks = min(gpus, card.machine) if parallel == "hybrid" else gpus
             rate = card.link if ranks <= card.machine else min(card.link, card.machine * card.network)
@@ -137,7 +138,8 @@ def plan(
 
     memory = {name: at(one.memory[name], two.memory[name]) for name in one.memory}
     fixed = sum(memory.values()) - memory["activations"]
-    room, each = card.memory * EFFICIENCY["full"] - fixed, two.memory["activations"] - one.memory["activations"]
+    room = card.memory * EFFICIENCY["full"] - fixed
+    each = two.memory["activations"] - one.memory["activations"]
     largest = int((room - one.memory["activations"]) // max(each, 1)) + 1
     compute = at(one.flops, two.flops) / padding / (card.peak * 1e12 * EFFICIENCY["compute"])
     moved = (at(one.touched, two.touched) / padding + one.moved) / (card.bandwidth * EFFICIENCY["memory"])
@@ -174,7 +176,8 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
     if gpus == 1:
         return one
     if parallel == "ddp":
-        gradients, memory = one.memory["gradients"], one.memory | {"activations": one.beside}
+        gradients = one.memory["gradients"]
+        memory = one.memory | {"activations": one.beside}
         buckets = 1 + math.ceil(max(0, gradients - 2**20) / 25 / 2**20)
         return replace(one, memory=memory, sent={"allreduce": gradients}, calls={"allreduce": buckets})
     shards = gpus if parallel == "fsdp" else min(gpus, machine)
@@ -183,7 +186,8 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
         """Count the numbers of a shard, of `count`."""
         return sum(-(-first // count) * rest for first, rest, learns in sizes if learns or not trained)
 
-    every, grouped = [size for sizes in (*one.groups, one.whole) for size in sizes], [s for g in one.groups for s in g]
+    every = [size for sizes in (*one.groups, one.whole) for size in sizes]
+    grouped = [s for g in one.groups for s in g]
     shares = [
         Fraction(numbers(grouped, shards, trained) + numbers(one.whole, 1, trained), max(1, numbers(every, 1, trained)))
         for trained in (False, True)

@@ -38,7 +38,9 @@ from talker_t2av.faces import find_square, read_square
 COPY = "copy"
 SEEN_AT = 256  # pixels of the side of the pictures that dlib sees
 EVERY = 10  # frames from one embedding to the next
-LIPS, EYES = ([61, 62, 63], [67, 66, 65]), (slice(36, 42), slice(42, 48))  # of the 68 landmarks
+# of the 68 landmarks
+LIPS = ([61, 62, 63], [67, 66, 65])
+EYES = (slice(36, 42), slice(42, 48))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +112,8 @@ class Judge:
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
         """Read the opening (T,) and embeddings (E, 128) of frames (T, S, S, 3) whose face is in `box`."""
-        opening, faces = [], []
+        opening = []
+        faces = []
         for number, frame in enumerate(map(_large, frames)):
             shape = self.predict(frame, box)
             points = np.array([(shape.part(k).x, shape.part(k).y) for k in range(68)], float)
@@ -134,7 +137,8 @@ def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None
 
 def _self(codec, people, judge, args) -> Iterator[dict[str, Any]]:
     for person, clips in people.items():
-        found, sheet = defaultdict(list), []
+        found = defaultdict(list)
+        sheet = []
         for clip in clips:
             made = _made(codec, clip.frames)
             opening, faces = judge.look(made, clip.box)
@@ -151,7 +155,8 @@ def _self(codec, people, judge, args) -> Iterator[dict[str, Any]]:
 
 
 def _cross(codec, people, judge) -> Iterator[dict[str, Any]]:
-    found, names = defaultdict(list), list(people)
+    found = defaultdict(list)
+    names = list(people)
     for driver, other in zip(names, names[1:] + names[:1]):
         for driving, shown in islice(zip(people[driver], people[other]), 2):
             if driver == other:
@@ -178,7 +183,8 @@ def _drawn(codec, args) -> Iterator[dict[str, Any]]:
             found["opening"].append(correlation(reader(frames), reader(made)))
             if earlier is not None and isinstance(codec, LiaX):
                 video = video_to_tensor(frames, codec.size)
-                codes, own = earlier.encode(video), codec.encode(video)
+                codes = earlier.encode(video)
+                own = codec.encode(video)
                 shown = to_bytes(codec.decode(codes, identity_to_tensor(frames[0], codec.size)))
                 found["psnr_of_codes"].append(reconstruction(frames, shown)["psnr"])
                 found["opening_of_codes"].append(correlation(reader(frames), reader(shown)))

@@ -31,7 +31,8 @@ from engine.media.video import read_video, write_video
 from engine.shards.recordings import read_manifest
 from scripts.arguments import within
 
-RATE, HEIGHT = 24_000, 160
+RATE = 24_000
+HEIGHT = 160
 GREY = 150  # of the wall behind them
 SCALES = 0.8, 1.2  # of the two heads
 
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    rows, folder = read_manifest(args.corpus, args.split), args.corpus / args.split
+    rows = read_manifest(args.corpus, args.split)
+    folder = args.corpus / args.split
     if not all("face" in row for row in rows):
         raise UserError(f"--corpus {args.corpus} has no faces")
     faces = {voice.number: voice.face for voice in load_voices()}
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             rng = np.random.default_rng([args.seed, number])
             one, two = (rows[i] for i in rng.choice(len(rows), 2, replace=False))
             speaker, other = (read_video(folder / f"{row['id']}.mp4", FPS) for row in (one, two))
-            wave, length = read_audio(folder / f"{one['id']}.wav", RATE), len(speaker)
+            wave = read_audio(folder / f"{one['id']}.wav", RATE)
+            length = len(speaker)
             looks = pose(str(rng.choice(EXPRESSIONS)), 0.9)
             motion = draw_motion(rng, length, np.zeros(length))
             listener = DrawnFace(faces[two["voice"]]).render(mouth_track([], length), looks, motion)
@@ -84,9 +87,11 @@ def side_by_side(
     sides = [2 * round(speaker.shape[1] * scale / 2) for scale in rng.uniform(*SCALES, 2)]
     order = rng.permutation(2)
     frames = np.full((len(speaker), HEIGHT, sum(sides), 3), GREY, np.uint8)
-    left, columns = 0, (0, 0)
+    left = 0
+    columns = (0, 0)
     for index in order:
-        side, top = sides[index], int(rng.integers(0, HEIGHT - sides[index] + 1))
+        side = sides[index]
+        top = int(rng.integers(0, HEIGHT - sides[index] + 1))
         for frame, head in zip(frames, (speaker, other)[index]):
             frame[top : top + side, left : left + side] = cv2.resize(head, (side, side), interpolation=cv2.INTER_AREA)
         if index == 0:

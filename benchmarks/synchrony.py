@@ -27,9 +27,14 @@ from engine.nn.mel import RATE, log_mel
 from engine.shards.reader import ShardSplit
 from scripts.arguments import within
 
-BANDS, PER_FRAME = 20, 4  # mel frames of a video frame
-COMPONENTS, BESIDE = 16, 3  # of a mouth; frames before and after
-PARTS, ROUNDS, RIDGE = 10, 3, 300.0
+# mel frames of a video frame
+BANDS = 20
+PER_FRAME = 4
+COMPONENTS = 16  # of a mouth
+BESIDE = 3  # frames before and after
+PARTS = 10
+ROUNDS = 3
+RIDGE = 300.0
 LARGEST = 12  # lag that is looked for, in frames
 CLEAR = 0.1  # by which the agreement at the best lag must exceed that without a lag
 SHIFTS = -6, -3, 3, 6
@@ -92,12 +97,14 @@ def predict(mouths: Tensor, sounds: Tensor) -> tuple[Tensor, Tensor]:
     """Return predicted spectrograms (n, T, M) of mouths (n, T, P), and their agreement (n, lags) with the sounds."""
     count = len(mouths)
     inputs = neighbours(components(mouths))
-    parts, good = torch.arange(count) % PARTS, torch.ones(count, dtype=torch.bool)
+    parts = torch.arange(count) % PARTS
+    good = torch.ones(count, dtype=torch.bool)
     predicted = torch.zeros_like(sounds)
     for _ in range(ROUNDS):
         for part in range(PARTS):
             known = (parts != part) & good
-            x, y = inputs[known].flatten(0, 1).double(), sounds[known].flatten(0, 1).double()
+            x = inputs[known].flatten(0, 1).double()
+            y = sounds[known].flatten(0, 1).double()
             weights = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]).double(), x.T @ y)
             predicted[parts == part] = inputs[parts == part] @ weights.float()
         agreement = agreements(predicted, sounds)

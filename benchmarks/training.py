@@ -88,7 +88,8 @@ def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
     """Return a batch of a task. Talker's rows have three words a second; the first half are T2AV, the others TTS."""
     frames = round(25 * seconds)
     if isinstance(task, HiCoDiTTask):
-        model, size = task.system.model.config, task.system.encoders.config
+        model = task.system.model.config
+        size = task.system.encoders.config
         return {
             "mouth": torch.rand(rows, frames, size.mouth_size, size.mouth_size),
             "face": torch.rand(rows, 3, size.face_size, size.face_size),
@@ -99,7 +100,8 @@ def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
             "phoneme": torch.randint(48, (rows, frames)),
             "frames": torch.full((rows,), frames),
         }
-    c, words = task.model.config, max(1, round(3 * seconds))
+    c = task.model.config
+    words = max(1, round(3 * seconds))
     patches = -(-frames // c.patch_size)
     with_motion = torch.arange(rows) < -(-rows // 2)
     return {
@@ -123,9 +125,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser, ema = adamw(parameters, config), ExponentialMovingAverage(task, config.ema_decay)
+    optimiser = adamw(parameters, config)
+    ema = ExponentialMovingAverage(task, config.ema_decay)
     batch = {k: v.to(device) for k, v in random_batch(task, job["batch"], job["seconds"]).items()}
-    tokens, use = task.tokens(batch), Utilisation(job["peak_tflops"])
+    tokens = task.tokens(batch)
+    use = Utilisation(job["peak_tflops"])
     durations: list[np.ndarray] = []
 
     def step() -> int:

@@ -40,7 +40,9 @@ from engine.training.task import Release, Task
 LENGTHS = 0.8, 1.25  # of a clip, as a factor
 FORMANTS = 0.85, 1.35  # frequencies, as a factor
 PITCHES = 80.0, 300.0  # Hz of a pulse train
-COLOUR, NOISE_COLOUR = 8.0, 12.0  # dB up or down, of the clip and of the noise
+# dB up or down, of the clip and of the noise
+COLOUR = 8.0
+NOISE_COLOUR = 12.0
 NOISE = -65.0, -30.0  # dB of the noise beside the loudest band of the clip
 ENVELOPE = 24  # cepstral coefficients of a spectral envelope: 1.5 ms
 WINDOW_POWER = 0.375 * N_FFT  # of the Hann window: white noise of unit power has this power at each frequency
@@ -225,8 +227,11 @@ class GridRecogniserTask(Task):
             self.recogniser = load_like(GridRecogniser, init, config, key="task.recogniser")
         else:
             self.recogniser = GridRecogniser(config)
-        self.root, self.speakers, self.new_speakers = Path(root), list(speakers), list(new_speakers)
-        self.steps, self.recipe = steps, recipe
+        self.root = Path(root)
+        self.speakers = list(speakers)
+        self.new_speakers = list(new_speakers)
+        self.steps = steps
+        self.recipe = recipe
 
     def parts(self) -> dict[str, nn.Module]:
         return {"recogniser": self.recogniser}

@@ -48,7 +48,8 @@ class Cluster:
         self.started_ray = False
 
     def __enter__(self) -> Cluster:
-        ray, config = self.ray, self.config
+        ray = self.ray
+        config = self.config
         path = os.pathsep.join(os.path.abspath(each) for each in sys.path)
         options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
         options |= {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -102,7 +102,9 @@ class StreamDecoder:
     """
 
     def __init__(self, codec: Codec, axis: int = 1, after: int | None = None) -> None:
-        self.codec, self.axis, (self.before, reach) = codec, axis, codec.reach
+        self.codec = codec
+        self.axis = axis
+        self.before, reach = codec.reach
         self.after = reach if after is None else min(after, reach)
         self.fades = self.after < reach
         self.latest: Tensor | None = None  # the last frames, of which the first `returned` were returned
@@ -113,11 +115,13 @@ class StreamDecoder:
     def push(self, chunk: Tensor, last: bool = False) -> Tensor | None:
         """Append code of some frames; return the wave (B, 1, n) of the frames that are complete, or None."""
         self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], self.axis)
-        ready, hop = self.latest.shape[self.axis] - (0 if last else self.after), self.codec.hop
+        ready = self.latest.shape[self.axis] - (0 if last else self.after)
+        hop = self.codec.hop
         if ready <= self.returned:
             return None
         decoded = self.codec.decode(self.latest)
-        wave, tail = decoded[..., self.returned * hop : ready * hop], self.tail
+        wave = decoded[..., self.returned * hop : ready * hop]
+        tail = self.tail
         if self.fades and tail is not None:
             n = min(wave.shape[-1], tail.shape[-1])
             rise = torch.linspace(0, 1, n + 2, device=wave.device)[1:-1]

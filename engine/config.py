@@ -186,7 +186,8 @@ def explained(config_name: str = "", words: Sequence[str] = ()) -> Iterator[None
 
 
 def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> str:
-    text, cause = str(error), error.__cause__
+    text = str(error)
+    cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return f"{error.override[:80]} cannot be read: quote names and values that hold other characters than letters"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -54,7 +54,8 @@ class CudaGraphs:
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Capture `run`; return what replays it and gives its outputs, which die at the next replay."""
         with self._lock, torch.cuda.device(self.device):
-            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            stream = torch.cuda.Stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):

@@ -76,7 +76,8 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
         retry_delay: seconds after a server's first error; doubled after each further one.
         progress: show a progress bar on a terminal.
     """
-    target, part = Path(folder) / file.path, Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
+    target = Path(folder) / file.path
+    part = Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
     if target.is_file():
         with suppress(DamagedError):  # it is replaced after a good one has arrived
             check(target, file)
@@ -141,7 +142,8 @@ class _Limited(io.BufferedWriter):
 
     def __init__(self, path: Path, file: RemoteFile) -> None:
         super().__init__(io.FileIO(path, "a"))
-        self.url, self.most = file.url, file.most if file.size is None else file.size
+        self.url = file.url
+        self.most = file.most if file.size is None else file.size
 
     def write(self, data: bytes) -> int:
         if self.tell() + len(data) > self.most:

@@ -31,7 +31,8 @@ from engine.settings import PRECISIONS, require_choice
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
 VNNI = ("avx512_vnni", "avx_vnni")  # instructions that multiply 8-bit integers
 BLOCKS = ("blocks", "layers")  # lists of transformer blocks: their linear layers are put into 8 bits
-LARGEST, TINY = 127, 1e-30  # the integers that are used lie between -127 and 127; scales of weights are at least 1e-30
+LARGEST = 127  # absolute value of the integers that are used
+TINY = 1e-30  # smallest scale of a weight
 PACKED_FOR = 256  # rows of the input that the layout suits best; products with fewer or more rows are as fast
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,7 +76,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PACKED_FOR)
 
@@ -101,7 +103,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         weight = layer.weight.detach()
         scale = weight.abs().amax(1) / LARGEST + TINY
@@ -152,7 +155,8 @@ def prepare_inference(network: M, int8: bool = False, device: torch.device | str
             torchao: half of the memory of bfloat16, and no speed.
         compiled: whether `torch.compile` is applied, which does not take packed weights.
     """
-    on_cpu, for_torchao = torch.device(device).type == "cpu", set()
+    on_cpu = torch.device(device).type == "cpu"
+    for_torchao = set()
     packs = on_cpu and not compiled and can_pack(torch.float32)
     uses = Counter(p.data_ptr() for m in network.modules() for p in m.parameters(recurse=False))
     for path, module in list(network.named_modules()):

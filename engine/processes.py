@@ -79,7 +79,8 @@ class _Process:
         self.process = context.Process(target=_serve, args=(theirs, self.build, self.number, LIMITS), daemon=True)
         self.process.start()
         theirs.close()
-        self.since, self.starts = math.inf, self.starts + 1
+        self.since = math.inf
+        self.starts = self.starts + 1
 
     def accepts(self, attempt: int) -> bool:
         """Return whether a task of this attempt may be given now. One whose process died is given alone."""
@@ -167,7 +168,8 @@ class Processes(Generic[Item, Result]):
             for item in items:
                 yield item, self._work.run(item)
             return
-        fresh, again = ((item, 1) for item in items), deque[tuple[Item, int]]()
+        fresh = ((item, 1) for item in items)
+        again = deque[tuple[Item, int]]()
         while True:
             self._give_tasks(fresh, again)
             busy = [each for each in self.processes if each.tasks]
@@ -179,7 +181,8 @@ class Processes(Generic[Item, Result]):
                 if each.connection.poll():
                     word, result = each.receive()
                 elif time.monotonic() - each.since > self.timeout:
-                    word, result = "late", Lost(f"it took longer than {self.timeout:g} s")
+                    word = "late"
+                    result = Lost(f"it took longer than {self.timeout:g} s")
                 else:
                     continue
                 if word == "ready":

@@ -74,7 +74,10 @@ class _Reported:
     """In place of a bar: calls `report` when it opens and after each step."""
 
     def __init__(self, report: Report, label: str, total: int | None) -> None:
-        self.report, self.label, self.total, self.done = report, label, total, 0
+        self.report = report
+        self.label = label
+        self.total = total
+        self.done = 0
 
     def __enter__(self) -> _Reported:
         self.update(0)

@@ -322,7 +322,8 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay."""
-    kind, card = release_kind(source), source / "README.md"
+    kind = release_kind(source)
+    card = source / "README.md"
     config, state = read_release(source, kind)
     save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
     for path in source.iterdir():
@@ -352,12 +353,14 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
     `assign` makes the tensors of `state` the module's own: for a module built on the meta device.
     """
     parameters = module.state_dict()
-    lacking, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+    lacking = parameters.keys() - state.keys()
+    unexpected = state.keys() - parameters.keys()
     for what, keys in (("lacks", lacking), ("has an unexpected", unexpected)):
         if keys:
             raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} such): config and weights do not match")
     for key, value in parameters.items():
-        shape, wanted = tuple(state[key].shape), tuple(value.shape)
+        shape = tuple(state[key].shape)
+        wanted = tuple(value.shape)
         if shape != wanted:
             raise UserError(f"{source} has {key!r} with shape {shape}, the config asks for {wanted}")
     module.load_state_dict(state, assign=assign)

@@ -19,7 +19,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from engine.errors import UserError
 
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch.save began with before 1.6
-MAX_PARTS, MAX_DEPTH = 100_000, 50  # of the objects that `plain` follows
+# of the objects that `plain` follows
+MAX_PARTS = 100_000
+MAX_DEPTH = 50
 
 
 class StandIn:
@@ -27,7 +29,8 @@ class StandIn:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = object.__new__(cls)
-        self.arguments, self.state = args, None
+        self.arguments = args
+        self.state = None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

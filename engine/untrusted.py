@@ -22,7 +22,8 @@ MAX_YAML = 2**20  # bytes of a configuration; the largest bundled one has 6,000
 MAX_SIZE = 2**20  # of a whole number in a configuration: a width, a count of layers or words
 MAX_DEPTH = 32  # of lists and mappings in one another
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_OPEN, _CLOSE = (yaml.SequenceStartEvent, yaml.MappingStartEvent), (yaml.SequenceEndEvent, yaml.MappingEndEvent)
+_OPEN = (yaml.SequenceStartEvent, yaml.MappingStartEvent)
+_CLOSE = (yaml.SequenceEndEvent, yaml.MappingEndEvent)
 
 
 def safe_name(name: Any, what: str, folders: bool = False) -> str:
@@ -127,7 +128,8 @@ def read_yaml(path: Path) -> Any:
     Aliases, by which a small file can stand for gigabytes, are refused.
     """
     try:
-        text, depth = read_text(path, "it", MAX_YAML), 0
+        text = read_text(path, "it", MAX_YAML)
+        depth = 0
         for event in yaml.parse(text, _YAML):
             depth += isinstance(event, _OPEN) - isinstance(event, _CLOSE)
             if isinstance(event, yaml.AliasEvent):

@@ -43,9 +43,12 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
     """
     side = mouth.shape[-1]
     x, y, turn, scale, cover, gamma = (2 * torch.rand(6, generator=generator) - 1).tolist()
-    angle, factor = MAX_TURN * turn, 1 + MAX_SCALE * scale
-    cos, sin = factor * math.cos(angle), factor * math.sin(angle)
-    shift_x, shift_y = 2 * SHIFT * x / side, 2 * SHIFT * y / side
+    angle = MAX_TURN * turn
+    factor = 1 + MAX_SCALE * scale
+    cos = factor * math.cos(angle)
+    sin = factor * math.sin(angle)
+    shift_x = 2 * SHIFT * x / side
+    shift_y = 2 * SHIFT * y / side
     matrix = torch.tensor([[cos, -sin, shift_x], [sin, cos, shift_y]]).expand(1, 2, 3)
     grid = F.affine_grid(matrix, [1, 1, side, side], align_corners=False)
     mouth = F.grid_sample(mouth[None], grid, padding_mode="border", align_corners=False)[0]

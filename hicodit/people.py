@@ -50,7 +50,8 @@ class KnownPeople:
     @classmethod
     def of_clips(cls, features: Sequence[np.ndarray], speakers: Sequence[str]) -> KnownPeople:
         """Describe the people of clips with these features (D,)."""
-        rows, names = np.stack(features), np.array(speakers)
+        rows = np.stack(features)
+        names = np.array(speakers)
         people = sorted(set(speakers))
         means = np.stack([rows[names == name].mean(0) for name in people])
         spread = rows - means[np.searchsorted(people, names)]

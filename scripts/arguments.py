@@ -15,7 +15,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of descriptions, and adds defaults to the help of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
+        text = action.help or ""
+        default = action.default
         if default is False or default in (None, "", argparse.SUPPRESS) or "default" in text:
             return text
         return f"{text} (default: %(default)s)"

@@ -40,7 +40,8 @@ def main(machine: Machine | None = None) -> int:
     if machine is None and there < args.cards:
         raise UserError(f"{args.cards} CUDA cards are needed, {there} here: run this on a machine with a GPU")
     machine = machine or Machine(torch.device("cuda", 0), args.cards, args.size)
-    begin, lines = time.monotonic(), []
+    begin = time.monotonic()
+    lines = []
     try:
         print(machine.name, flush=True)
     except (RuntimeError, AssertionError) as error:  # CUDA cannot be initialised

@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("release", type=Path, help="release folder that gets people.json")
     args = parser.parse_args()
     clips = ShardSplit(args.shards / "train")
-    features, speakers = [], []
+    features = []
+    speakers = []
     for number in range(len(clips)):
         info, tensors = clips.read(number, ("faces",))
         features.append(face_features(tensors["faces"].numpy()))

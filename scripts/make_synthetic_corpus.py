@@ -103,7 +103,8 @@ def remove_parts(root: Path) -> None:
 
 def main() -> None:
     args = parse()
-    root, splits = args.out, SPLITS[args.version]
+    root = args.out
+    splits = SPLITS[args.version]
     counts = {split: args.clips if split == "train" else args.test_clips for split in splits}
     if "plain" in counts:
         counts["plain"] = min(args.test_clips, len(plain_sentences()))

@@ -59,12 +59,15 @@ def main() -> None:
             raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
     card = CARDS[args.device]
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
-    whole, plans = total / trainer.steps, []
+    whole = total / trainer.steps
+    plans = []
     each_gpu = {gpus: max(1, min(trainer.batch_size, round(whole / gpus))) for gpus in args.gpus}
-    most, shards = max(2, *each_gpu.values()), max(args.gpus) > 1
+    most = max(2, *each_gpu.values())
+    shards = max(args.gpus) > 1
     pair = measure_samples(model, sizes, trainer, rows, args.seconds, most, shards)
     for gpus in args.gpus:
-        samples, padding = each_gpu[gpus], padding_of(trainer, gpus, each_gpu[gpus])
+        samples = each_gpu[gpus]
+        padding = padding_of(trainer, gpus, each_gpu[gpus])
         for way in WAYS if gpus > 1 else WAYS[:1]:
             plans.append(plan(*pair, way, gpus, card, samples, total, trainer.precision == "bf16", padding))
             print(line(plans[-1]), flush=True)

@@ -33,9 +33,13 @@ from engine.training.export import read_log
 from scripts.arguments import Parser, within
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib")
-COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
+COLUMNS = 4  # of the grid
+WIDTH = 4.2  # of a panel, in inches
+HEIGHT = 2.7
 FEW = 4  # points of a curve that are marked
-WIDER, MOST_WIDER = 1.8, 10.0  # points by which a run is wider than the next one, and at most
+# points by which a run is wider than the next one, and at most
+WIDER = 1.8
+MOST_WIDER = 10.0
 WIDE = 30  # a positive curve whose largest value is this many times its smallest is drawn on a logarithmic scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -156,7 +160,8 @@ def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict
         for logged, curve in curves.items()
         if panel(logged)[0] == name
     ]
-    lowest, highest = min(v.min() for *_, v in lines), max(v.max() for *_, v in lines)
+    lowest = min(v.min() for *_, v in lines)
+    highest = max(v.max() for *_, v in lines)
     logarithmic = lowest > 0 and highest > WIDE * lowest and name != "lr"
     if logarithmic:
         axis.set_yscale("log")

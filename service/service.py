@@ -30,7 +30,9 @@ from talker_t2av.settings import DEMO
 
 T = TypeVar("T")
 WATCH = 0.2  # seconds between two checks whether the client is still connected
-TALKER, HICODIT = "talker-t2av", "hicodit"  # names of the models in requests
+# names of the models in requests
+TALKER = "talker-t2av"
+HICODIT = "hicodit"
 ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's names of models, which stand for Talker-T2AV
 BOUNDS = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}  # of numbers, by pydantic's names
 KINDS = {  # of values, by the beginning of pydantic's names of faults
@@ -75,10 +77,12 @@ class Service:
         self.workers: dict[str, Worker] = {}
         if talker is not None:
             talker.system.require("t2av")
-            self.served[TALKER], self.workers["talker_t2av"] = talker, TalkerWorker(talker, limits.rows)
+            self.served[TALKER] = talker
+            self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
             self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None, aliases)
         if hicodit is not None:
-            self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(hicodit, limits.rows)
+            self.served[HICODIT] = hicodit
+            self.workers["hicodit"] = HiCoDiTWorker(hicodit, limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state

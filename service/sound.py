@@ -49,7 +49,8 @@ async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncI
             yield torch.zeros(1, 1, PAUSE * HOP)
         patches: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()
         put = partial(loop.call_soon_threadsafe, patches.put_nowait)
-        decoder, ticket = StreamDecoder(service.talker.system.speech), Ticket(part)
+        decoder = StreamDecoder(service.talker.system.speech)
+        ticket = Ticket(part)
         if stream:
             ticket.on_patch = put
         service.workers["talker_t2av"].submit(ticket)

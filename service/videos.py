@@ -162,9 +162,11 @@ async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) ->
         try:
             video.status = "in_progress"
             await work
-            video.status, video.progress = "completed", 100
+            video.status = "completed"
+            video.progress = 100
         except Exception as error:
-            video.status, video.error = "failed", {"code": "failed", "message": explain(error)[1]}
+            video.status = "failed"
+            video.error = {"code": "failed", "message": explain(error)[1]}
         video.completed_at = int(time.time())
         video.expires_at = video.completed_at + KEPT_SECONDS
 
@@ -173,7 +175,8 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
     """Make a talking face."""
     talker = service.talker
     prepared = await asyncio.to_thread(talker.prepare, job)
-    most, patches = sum(request.max_patches for request in prepared.requests), 0
+    most = sum(request.max_patches for request in prepared.requests)
+    patches = 0
 
     def count(_: torch.Tensor) -> None:
         nonlocal patches

@@ -65,7 +65,8 @@ class Worker(threading.Thread):
 
     def __init__(self, name: str, batch_size: int) -> None:
         super().__init__(name=name, daemon=True)
-        self.batch_size, self.stopping = batch_size, False
+        self.batch_size = batch_size
+        self.stopping = False
         self.waiting: deque[Ticket] = deque()
         self.changed = threading.Condition()
         self.ready = threading.Event()  # set after `warm_up`, or when it failed

@@ -95,7 +95,8 @@ class Alignment:
         at = torch.where(frames, 1 + batch["pointer"], -1)  # one task token in front
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
-        pointer, start = at[row, patch], batch["speech_span"][row, 0]
+        pointer = at[row, patch]
+        start = batch["speech_span"][row, 0]
         row, query, first, last = to_device(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
         mask, place = to_device(mask, device), torch.arange(mask.shape[1], device=device)
         meant = (place >= first[:, None]) & (place <= last[:, None])

@@ -66,8 +66,10 @@ class SequenceFormat:
         whole = len(motion) // self.patch_size * self.patch_size
         motion_frames = max(whole, self.patch_size) if len(motion) else 0  # one patch at least, if there is motion
         motion = motion[:whole] if whole else motion
-        slots, start = self.slots(speech_frames, motion_frames), len(prompt)
-        ids, end = [*prompt, *[self.speech_id] * slots, *self.tail], min(start + slots, self.limit)
+        slots = self.slots(speech_frames, motion_frames)
+        start = len(prompt)
+        ids = [*prompt, *[self.speech_id] * slots, *self.tail]
+        end = min(start + slots, self.limit)
         return {
             "input_ids": torch.tensor(ids[: self.limit], dtype=torch.int32),
             "speech_span": torch.tensor((start, end) if end > start else (-1, -1)),
@@ -101,7 +103,8 @@ def collate(
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     if classes is not None:
-        prompts, labels = batch["speech_span"][:, 0].numpy(), batch["phoneme"].numpy()
+        prompts = batch["speech_span"][:, 0].numpy()
+        labels = batch["phoneme"].numpy()
         batch["pointer"] = torch.from_numpy(align(classes[batch["input_ids"][:, : prompts.max()]], prompts, labels))
     missing = -batch["motion"].shape[1] % patch_size
     batch["motion"] = torch.nn.functional.pad(batch["motion"], (0, 0, 0, missing))
@@ -137,12 +140,14 @@ class TalkerExamples:
     ) -> None:
         require_range("data.train.delay", delay, 0, 256)
         self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
-        self.task, self.streams = task, ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
+        self.task = task
+        self.streams = ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
         if codecs is not None:
             missing = [stream for stream in self.streams if not codecs.get(stream)]
             if missing:
                 raise UserError(f"task={task}: task.codecs.{missing[0]} is needed: name the codec that made the shards")
-            index, checked = self.shards.index, list(self.streams)
+            index = self.shards.index
+            checked = list(self.streams)
             if "motion" in checked and index.get("motion_mean") and not (index.get("digests") or {}).get("lia_x"):
                 print(f"{source}: its motion codes came with the data and are taken for those of {codecs['motion']}")
                 checked.remove("motion")
@@ -184,7 +189,8 @@ class TalkerExamples:
         A clip whose text holds a control token is left out with a line; the next one takes its place.
         """
         _, latents, prompt = self._usable(index)
-        speech, speaker = latents["speech"].float(), latents["speaker"].float()
+        speech = latents["speech"].float()
+        speaker = latents["speaker"].float()
         start = int(torch.randint(window_range(len(speech)) + 1, (), generator=generator))
         speech = speech[start : start + MAX_FRAMES]
         motion = self.stats.mean.new_zeros(0, len(self.stats.mean))
@@ -221,7 +227,8 @@ class TalkerPairs:
     ) -> None:
         if sorted(tasks) not in (["t2av", "tts"], ["t2av"], ["tts"]):
             raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
-        reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
+        reading = Reading(**(shards or {}))
+        roots = {"tts": tts_root or root}
         self.sets = [
             TalkerExamples(join(roots.get(task, root), split), task, reading=reading, **examples)
             for task in sorted(tasks)
@@ -242,7 +249,8 @@ class TalkerPairs:
 
     def collate(self, items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         """T2AV rows first, then as many TTS rows; see `collate`."""
-        rows, first = [row[side] for side in range(len(self.sets)) for row in items], self.sets[0]
+        rows = [row[side] for side in range(len(self.sets)) for row in items]
+        first = self.sets[0]
         return collate(rows, first.words.pad_id, first.format.patch_size, first.classes)
 
     @property

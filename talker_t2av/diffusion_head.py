@@ -200,5 +200,6 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """Flow-matching loss (scalar) of patches x1 (N, C, P), N may be 0; mask (N, 1, P) marks frames that count."""
         draws = draws or FlowDraws.sample(x1)
-        mu, cond = drop(mu, draws.u_mu, self.drop_mu), drop(cond, draws.u_cond, self.drop_cond)
+        mu = drop(mu, draws.u_mu, self.drop_mu)
+        cond = drop(cond, draws.u_cond, self.drop_cond)
         return flow_loss(self.estimator(noised(x1, draws), mu, draws.t, cond, global_cond), x1, draws.z, mask)

@@ -12,7 +12,9 @@ import sys
 import espeakng_loader
 
 SPACE = ord(" ") << 8  # phonememode: a space between mnemonics
-UTF8, SYNCHRONOUS, DONT_EXIT = 1, 2, 0x8000
+UTF8 = 1
+SYNCHRONOUS = 2
+DONT_EXIT = 0x8000
 
 
 def main(language: str) -> None:
@@ -21,12 +23,14 @@ def main(language: str) -> None:
     if library.espeak_SetVoiceByName(language.encode()):
         sys.exit(f"espeak-ng has no language {language}")
     phonemes = library.espeak_TextToPhonemes
-    phonemes.restype, phonemes.argtypes = ctypes.c_char_p, [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
+    phonemes.restype = ctypes.c_char_p
+    phonemes.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
     for line in sys.stdin:
         text = json.loads(line).encode()
         buffer = ctypes.create_string_buffer(text)
         begin = ctypes.addressof(buffer)
-        place, clauses = ctypes.c_void_p(begin), []
+        place = ctypes.c_void_p(begin)
+        clauses = []
         while place.value:  # a call reads one clause, and a few bytes more
             first = place.value - begin
             mnemonics = phonemes(ctypes.byref(place), UTF8, SPACE).decode()

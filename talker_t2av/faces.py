@@ -99,7 +99,8 @@ def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str |
     picture = read_picture(path)
     try:
         if face_box is not None:
-            tracks, turn = [place_face(ArrayFrames(picture), read_boxes(face_box), float(FPS))], 0
+            tracks = [place_face(ArrayFrames(picture), read_boxes(face_box), float(FPS))]
+            turn = 0
         elif crop == "centre":
             return Square(*centre_square(*picture.shape[1:3]))
         else:

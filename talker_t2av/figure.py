@@ -30,9 +30,12 @@ def movement(frames: np.ndarray) -> np.ndarray:
 
 def draw(talk: Talk, text: str, path: Path) -> None:
     """Write the figure as PNG."""
-    rate, seconds = TalkerPipeline.rate, len(talk.frames) / FPS
+    rate = TalkerPipeline.rate
+    seconds = len(talk.frames) / FPS
     picks = ((np.arange(FACES) + 0.5) * len(talk.frames) / FACES).astype(int)
-    mel, level, change = mel_picture(talk.wave, rate), loudness(talk.wave, rate), movement(talk.frames)
+    mel = mel_picture(talk.wave, rate)
+    level = loudness(talk.wave, rate)
+    change = movement(talk.frames)
     how = {"figsize": (12, 5.4), "height_ratios": (1, 2, 1), "sharex": True, "grid": False, "dpi": 100}
     with (
         warnings.catch_warnings(action="ignore"),  # the font may lack a letter

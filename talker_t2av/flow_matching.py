@@ -16,7 +16,9 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-DROP_MU, DROP_COND = 0.1, 0.05  # published training probabilities of an example without mu, without context frames
+# published training probabilities of an example without mu, without context frames
+DROP_MU = 0.1
+DROP_COND = 0.05
 ZERO_SHARE = 0.04  # of the steps whose velocity CFG-Zero* takes as zero
 TIME_MEAN = -0.4  # of the log-normal training times
 

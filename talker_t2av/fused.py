@@ -46,7 +46,8 @@ class FusedMLP(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
         super().__init__()
-        self.both, self.down = fuse_linear(gate, up), down
+        self.both = fuse_linear(gate, up)
+        self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.both(x).chunk(2, -1)
@@ -61,7 +62,9 @@ class FusedAttention(nn.Module):
 
     def __init__(self, attention: Qwen3Attention) -> None:
         super().__init__()
-        self.index, self.width, self.eps = attention.layer_idx, attention.head_dim, attention.q_norm.eps
+        self.index = attention.layer_idx
+        self.width = attention.head_dim
+        self.eps = attention.q_norm.eps
         self.heads = attention.q_proj.out_features // self.width
         self.key_heads = attention.k_proj.out_features // self.width
         self.qkv = fuse_linear(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -81,13 +84,16 @@ class FusedAttention(nn.Module):
 
         position_embeddings: of `SignedRotary`. attention_mask: (B, 1, T, S) of booleans; None is causal.
         """
-        (cos, sin), length, rotated = position_embeddings, hidden_states.shape[1], self.heads + self.key_heads
+        cos, sin = position_embeddings
+        length = hidden_states.shape[1]
+        rotated = self.heads + self.key_heads
         x = self.qkv(hidden_states).unflatten(-1, (-1, self.width))
         queries_keys, v = x.split([rotated, self.key_heads], 2)
         normed = F.rms_norm(queries_keys, (self.width,), None, self.eps) * self.scale
         turned = torch.addcmul(normed * cos, normed.roll(self.width // 2, -1), sin)
         q, k = turned.split([self.heads, self.key_heads], 2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.index)
         if attention_mask is None:

@@ -447,7 +447,10 @@ class BatchedDecoder:
         for old, new in zip(before, tensors_of((state, plan, cache))):
             new[tuple(slice(0, size) for size in old.shape)] = old
         # Only now: if there is no memory for the above, the rows that run go on as they are.
-        self.state, self.plan, self.cache, self.length = state, plan, cache, length
+        self.state = state
+        self.plan = plan
+        self.cache = cache
+        self.length = length
         self.run_step.graphs.clear()  # they are of the former tensors
 
 

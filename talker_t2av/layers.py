@@ -56,7 +56,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, max_positions: int = 1024, base: float = 10000.0) -> None:
         super().__init__()
-        self.max_positions, self.base, self.pairs = max_positions, base, head_dim // 2
+        self.max_positions = max_positions
+        self.base = base
+        self.pairs = head_dim // 2
         self.register_buffer("w", self.table())
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
@@ -68,7 +70,8 @@ class Rotary(nn.Module):
     def factors(self, length: int) -> tuple[Tensor, Tensor]:
         """Return what `rotate` needs for the first `length` positions: cosines and signed sines (L, 1, h)."""
         cos, sin = self.w[:length].float().unbind(-1)
-        cos, sin = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
+        cos = torch.stack([cos, cos], -1)
+        sin = torch.stack([-sin, sin], -1)
         return cos.flatten(1)[:, None], sin.flatten(1)[:, None]
 
 

@@ -161,9 +161,14 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
             shapes and places are computed.
         share: of the patches that the heads train on, drawn at random.
     """
-    c, device = model.config, batch["speech"].device
+    c = model.config
+    device = batch["speech"].device
     layout = SpanLayout.of(c, batch)
-    with_motion, start, slots, step, turns = layout.with_motion, layout.start, layout.slots, layout.step, layout.turns
+    with_motion = layout.with_motion
+    start = layout.start
+    slots = layout.slots
+    step = layout.step
+    turns = layout.turns
     task = torch.where(with_motion, T2AV, TTS)
     embeds = torch.cat(
         [model.task_embedding(to_device(task, device))[:, None], model.embed_text(batch["input_ids"])], 1
@@ -214,7 +219,8 @@ def training_losses(
     Args:
         speech, motion: given draws of the two heads; by default each draws its own, speech first.
     """
-    s, m = forward.speech, forward.motion
+    s = forward.speech
+    m = forward.motion
     losses = {
         "speech": model.speech_cfm.loss(s.x1, s.mu, s.cond, s.global_cond, speech),
         "motion": model.config.motion_weight * model.motion_cfm.loss(m.x1, m.mu, m.cond, m.global_cond, motion),
@@ -245,13 +251,16 @@ def stop_labels(
         Labels, and the mean number of zeros of the rows that have a 1 (1.0 if none has).
     """
     ignored = max(1, round(ignore_seconds * fps / patch_size))
-    end, step = start + length, step + torch.zeros_like(start)
-    first, stop = start.clamp(min=0), end.clamp(max=tokens)
+    end = start + length
+    step = step + torch.zeros_like(start)
+    first = start.clamp(min=0)
+    stop = end.clamp(max=tokens)
     valid = (length > 0) & (first < stop)
     ends = valid & (end <= tokens) & (length // step <= LONGEST_SPAN)
     count = (stop - first) // step  # of patches
     last = (count - 1 - ignored).clamp(min=0)
-    offset, step = torch.arange(tokens, device=start.device) - first[:, None], step[:, None]
+    offset = torch.arange(tokens, device=start.device) - first[:, None]
+    step = step[:, None]
     patch = torch.where((offset >= 0) & (offset % step == step - 1) & valid[:, None], offset // step, -1)
     zero = (patch >= 0) & (patch < torch.where(ends, last, count)[:, None])
     one = (patch >= 0) & ends[:, None] & (patch == count[:, None] - 1)
@@ -278,7 +287,8 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
 
     hidden: (B, T, D) of `training_forward`.
     """
-    size, count = model.config.patch_size, model.config.phonemes
+    size = model.config.patch_size
+    count = model.config.phonemes
     labels = batch["phoneme"].long()
     frame = torch.arange(labels.shape[1], device=labels.device)
     labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
@@ -298,13 +308,15 @@ def _examples(
 
     Padded frames of the last patch are targets, too, as in the official program.
     """
-    count, tokens = stream.latents.shape[1], hidden.shape[1]
+    count = stream.latents.shape[1]
+    tokens = hidden.shape[1]
     chosen = layout.examples(name, stream.patches, count)
     position = layout.begin[name][:, None] + layout.step[:, None] * torch.arange(count) - 1
     if share < 1:
         chosen &= torch.rand(chosen.shape, device=chosen.device) < share
     row, patch = chosen.nonzero(as_tuple=True)
-    row, patch = row.repeat_interleave(c.repeats), patch.repeat_interleave(c.repeats)
+    row = row.repeat_interleave(c.repeats)
+    patch = patch.repeat_interleave(c.repeats)
 
     padded = F.pad(stream.latents, (0, 0, 0, 0, c.context, 0))  # patches before the first are zeros
     places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])

@@ -39,8 +39,11 @@ LLM_SIZES = {
 }  # fmt: skip
 FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
 FPS = 25  # latent frames a second, speech and motion
-RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
-HOP, HOP16 = RATE // FPS, RATE16 // FPS
+# samples a second of the speech codec, and of Whisper and the speaker encoders
+RATE = 24_000
+RATE16 = 16_000
+HOP = RATE // FPS
+HOP16 = RATE16 // FPS
 MAX_FRAMES = 30 * FPS  # the speech encoder's window
 POSITIVE_SHARE = 0.3  # released weight of positive stop labels, as a share of the ratio of negatives to positives
 
@@ -231,7 +234,8 @@ class KeyValues:
     """
 
     def __init__(self, cache: Tensor, positions: Tensor) -> None:
-        self.cache, self.positions = cache, positions
+        self.cache = cache
+        self.positions = positions
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put new keys and values (B, H, T, h) of a layer into the cache; return all (B, H, N, h)."""

@@ -30,7 +30,9 @@ from talker_t2av.system import MotionStats
 HITS = 3
 WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)  # of the two routines with motion
 MIN_FRAMES = 25  # of `generate_speech`, before its first stop test
-EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
+# patches that may exceed the reference's length
+EXTRA_SPEECH = 25
+EXTRA = 15
 
 
 def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
@@ -62,8 +64,10 @@ def library_method(
         reference: frames of the whole reference.
         first_motion: (Dm,) normalised.
     """
-    size, moving = config.patch_size, first_motion is not None
-    prefix, extra = -(-len(speech) // size), EXTRA - config.delay if moving else EXTRA_SPEECH
+    size = config.patch_size
+    moving = first_motion is not None
+    prefix = -(-len(speech) // size)
+    extra = EXTRA - config.delay if moving else EXTRA_SPEECH
     return Request(
         prompt,
         speaker,
@@ -93,7 +97,8 @@ def inference_script(
         speech: (F, Ds) latents of the whole reference. motion: (F', Dm) of the whole reference, not normalised.
         prefix_seconds: of the reference that the result begins with.
     """
-    size, delay = config.patch_size, config.delay
+    size = config.patch_size
+    delay = config.delay
     frames = min(int(prefix_seconds * FPS), len(motion)) // size * size
     prefix = frames // size + delay
     reference = max(-(-len(speech) // size), len(motion) // size + delay)

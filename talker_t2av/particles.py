@@ -115,15 +115,19 @@ class Particles(BatchedDecoder):
             frames before it, zeros before the first; noise (S, R, K, C, P), from each request's seed; first (R, C), the
             first frame.
         """
-        c, size, limits = self.model.config, self.model.config.patch_size, [row.limit for row in self.active]
-        steps, given = torch.arange(max(limits)), []
+        c = self.model.config
+        size = self.model.config.patch_size
+        limits = [row.limit for row in self.active]
+        steps = torch.arange(max(limits))
+        given = []
         for request, limit in zip(self.requests, limits[:: self.drafts]):
             motion = request.motion.cpu()
             number = request.prefix + steps - c.delay  # of the patch
             frames = F.pad(motion, (0, 0, c.context * size, (len(steps) + 1) * size))
             window = number.clamp(min=0)[:, None] * size + torch.arange((c.context + 1) * size)
             windows = frames[window].transpose(1, 2)  # (S, C, (p + 1) P)
-            shape, seed = (TIMES, motion.shape[1], size), request.seed
+            shape = (TIMES, motion.shape[1], size)
+            seed = request.seed
             noise = [torch.randn(shape, generator=generator_for(seed, "weigh", step)) for step in steps.tolist()]
             counts = ((number >= 0) & (steps < limit)).float()
             given.append((counts, windows[..., -size:], windows[..., :-size], torch.stack(noise), motion[0]))
@@ -134,8 +138,12 @@ class Particles(BatchedDecoder):
 
     def errors(self, index: int) -> Tensor:
         """Mean squared error (R, n) of the motion head's velocities of the given patch, at `TIMES` times."""
-        given, head, n = self.given, self.model.motion_cfm.estimator, self.drafts
-        patch, noise, t = given["patch"][index][:, None], given["noise"][index], self.times[:, None, None]
+        given = self.given
+        head = self.model.motion_cfm.estimator
+        n = self.drafts
+        patch = given["patch"][index][:, None]
+        noise = given["noise"][index]
+        t = self.times[:, None, None]
         requests = len(patch)
         noisy = (1 - t) * patch + t * noise  # (R, K, C, P)
 
@@ -163,7 +171,8 @@ class Particles(BatchedDecoder):
 
     def draft(self, place: int) -> Result:
         """Return the speech of the draft that ended in a place, from its ancestors' patches."""
-        row, patches = self.ended[place], []
+        row = self.ended[place]
+        patches = []
         for index in range(len(self.lines) - 1, -1, -1):
             patches.append(self.ended[place].patches["speech"][index])
             place = self.lines[index][place]

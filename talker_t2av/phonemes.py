@@ -37,8 +37,11 @@ class Phonemizer:
     def __init__(self, language: str) -> None:
         if language not in LANGUAGES:
             raise UserError(f"text.language={language} has no phonemes here; choose {', '.join(LANGUAGES)}")
-        self.language, self.tokens = language, frozenset(LANGUAGES[language])
-        self._lock, self._process, self._owner = threading.Lock(), None, 0
+        self.language = language
+        self.tokens = frozenset(LANGUAGES[language])
+        self._lock = threading.Lock()
+        self._process = None
+        self._owner = 0
 
     def __call__(self, text: str) -> str:
         """Return the phonemes of a text, with a space between tokens."""
@@ -71,7 +74,8 @@ class Phonemizer:
         with self._lock:
             for _ in range(2):
                 if self._process is None or self._owner != os.getpid():  # a fork must not share the pipes
-                    command, pipe = [sys.executable, "-I", str(HELPER), self.language], subprocess.PIPE
+                    command = [sys.executable, "-I", str(HELPER), self.language]
+                    pipe = subprocess.PIPE
                     self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
                     self._owner = os.getpid()
                 try:

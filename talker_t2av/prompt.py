@@ -43,7 +43,8 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
     tokens = torch.stack([streams[s] for s in ORDERS[c.order]] if in_turn else [speech + motion], 1)  # (slots, n, D)
     text = model.embed_text(to_device(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
     start, later = tokens.split([request.prefix, steps])
-    start, embedding = start.flatten(0, 1), model.task_embedding.weight[mode.task : mode.task + 1]
+    start = start.flatten(0, 1)
+    embedding = model.task_embedding.weight[mode.task : mode.task + 1]
     if request.task_first:
         text = torch.cat([embedding, text])
     elif len(start):
@@ -53,7 +54,8 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
     """Steps after which a row ends at the latest. Motion lags by `delay` slots, which come on top."""
-    size, delay = model.config.patch_size, model.config.delay
+    size = model.config.patch_size
+    delay = model.config.delay
     if mode.speech == "given":
         return -(-len(request.speech) // size) + delay - request.prefix
     if mode.motion == "given":

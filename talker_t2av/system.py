@@ -92,7 +92,8 @@ class TalkerSystem:
         codecs: Mapping[str, str | Path] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.folder, self.codecs = release_folder(folder), codecs or {}
+        self.folder = release_folder(folder)
+        self.codecs = codecs or {}
         self.picture_dtype: torch.dtype | None = None
         if not self.folder.is_dir():
             raise UserError(f"weights folder not found: {self.folder}")
@@ -109,9 +110,12 @@ class TalkerSystem:
                 stated = self.folder / "config.yaml"
                 raise UserError(f"{stated} lacks or misspells {error}: make the release again") from error
         else:
-            self.part_names, self.stats, self.sampling = {}, MotionStats.read(None), Sampling()
+            self.part_names = {}
+            self.stats = MotionStats.read(None)
+            self.sampling = Sampling()
         self.digests = config.get("digests") or {}
-        self.tokenizer, self.model = TalkerTokenizer.from_pretrained(words), model.to(device)
+        self.tokenizer = TalkerTokenizer.from_pretrained(words)
+        self.model = model.to(device)
         rows = model.llm.config.vocab_size
         if self.tokenizer.vocab_size > rows:
             raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only {rows}: use its own")

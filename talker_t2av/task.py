@@ -41,7 +41,9 @@ from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
 NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # that `init` may lack: of an auxiliary loss
-WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
+# saved by a validation, of each split
+WAVES = 4
+VIDEOS = 2
 
 
 class TalkerTask(Task):
@@ -90,7 +92,9 @@ class TalkerTask(Task):
     ) -> None:
         super().__init__()
         self.model = TalkerT2AV(TalkerConfig(**model))
-        self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
+        self.sampling = Sampling(**(sampling or {}))
+        self.validation = validation
+        self.recipe = recipe
         if why_not(self.model):
             self.sampling = replace(self.sampling, particles=1)
         if distributed.is_main():
@@ -102,12 +106,15 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
-        self.guided_layers, self.head_share = guided_layers, head_share
+        self.guided_layers = guided_layers
+        self.head_share = head_share
         layers = self.model.llm.config.num_hidden_layers
         if any(not 0 <= layer < layers for layer in guided_layers):
             raise UserError(f"task.guided_layers={list(guided_layers)}: give layers from 0 to {layers - 1}")
         require_range("task.head_share", head_share, 0.0, 1.0)
-        self.codecs, self.tokenizer, self.stats_file = dict(codecs), tokenizer, stats
+        self.codecs = dict(codecs)
+        self.tokenizer = tokenizer
+        self.stats_file = stats
         self.stats = MotionStats.read(stats)
         made = (read_json(stats).get("digests") or {}) if stats else {}
         self.digests = {stream: made[name] for stream, name in STAGES.items() if made.get(name)}
@@ -128,7 +135,8 @@ class TalkerTask(Task):
 
     def _start_from(self, init: str, start: TalkerT2AV, words: Path) -> None:
         """Take over the weights of a model, whose tokenizer is in the folder `words`."""
-        former, own = TalkerTokenizer.from_pretrained(words), self.model.state_dict()
+        former = TalkerTokenizer.from_pretrained(words)
+        own = self.model.state_dict()
         if former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
@@ -177,7 +185,8 @@ class TalkerTask(Task):
         """
         if self.validation is None:
             return {}
-        device, c = self.model.device, self.model.config
+        device = self.model.device
+        c = self.model.config
         codec = load_speech(self.codecs["speech"]).to(device)
         results: dict[str, float | ByClip] = {}
         for split in self.validation["splits"]:
@@ -187,7 +196,8 @@ class TalkerTask(Task):
             sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
             examples = TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
             chosen = spread(len(examples), self.validation["clips"])
-            count, own = len(chosen), share.range(len(chosen))
+            count = len(chosen)
+            own = share.range(len(chosen))
             if not own:
                 continue
             infos = [examples.info(chosen[n]) for n in own]
@@ -225,8 +235,10 @@ class TalkerTask(Task):
                 for name, value in losses.items():
                     name = name if name == "loss" else f"loss_{name}"
                     scores[name] = scores.get(name, 0.0) + len(clips) * float(value) / count
-            texts, rate = [info["text"] for info in infos], codec.sample_rate
-            metrics, grammar = self.validation["metrics"], self.validation["grammar"]
+            texts = [info["text"] for info in infos]
+            rate = codec.sample_rate
+            metrics = self.validation["metrics"]
+            grammar = self.validation["grammar"]
             scores |= measure_outputs(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results

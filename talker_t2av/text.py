@@ -23,15 +23,14 @@ from engine.hub import release_folder
 from engine.untrusted import read_yaml
 from talker_t2av.phonemes import LANGUAGES, phonemizer
 
-SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
+SPEECH = "<SPEECH_FRAME>"
+MOTION = "<MOTION_FRAME>"  # in the released vocabulary, though in no sequence
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
 MARK = "the words that are said"  # stands for them in a rendered chat
 # Places after the end of a sentence, a clause, a word.
-SENTENCE, CLAUSE, WORD = (
-    r"(?<=[.!?…]\s)|(?<=[。！？\n])",
-    r"(?<=[,;:]\s)|(?<=[，、；：])",
-    r"(?<=\s)",
-)
+SENTENCE = r"(?<=[.!?…]\s)|(?<=[。！？\n])"
+CLAUSE = r"(?<=[,;:]\s)|(?<=[，、；：])"
+WORD = r"(?<=\s)"
 RENDER_SECONDS = 20
 RENDER = """
 import json, resource, sys
@@ -58,7 +57,8 @@ class TalkerTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str | None = None) -> None:
-        self.tokenizer, self.language = tokenizer, language
+        self.tokenizer = tokenizer
+        self.language = language
         missing = [token for token in (SPEECH, MOTION) if token not in tokenizer.get_added_vocab()]
         if missing:
             tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -129,7 +129,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": SPEECH}]
     known = {"messages": turns, "add_generation_prompt": False, "enable_thinking": False}
     known |= tokenizer.special_tokens_map
-    call, given = [sys.executable, "-I", "-c", RENDER], json.dumps([tokenizer.chat_template, known])
+    call = [sys.executable, "-I", "-c", RENDER]
+    given = json.dumps([tokenizer.chat_template, known])
     try:
         done = subprocess.run(call, input=given, capture_output=True, text=True, timeout=RENDER_SECONDS)
         if done.returncode == 0 and done.stdout.count(MARK) == done.stdout.count(SPEECH) == 1:

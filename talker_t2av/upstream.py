@@ -18,7 +18,9 @@ from engine.official import numbered, rename_all, sizes_of
 from engine.untrusted import parse_json, safe_name
 from talker_t2av.layers import Rotary
 
-EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
+# two names of one tensor
+EMBEDDINGS = "llm.model.embed_tokens.weight"
+LM_HEAD = "llm.lm_head.weight"
 ROTARY = ".rope.w"
 FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, loaded from other files
 
@@ -183,7 +185,8 @@ def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
     """
     if kind not in WARM_STARTS:
         raise UserError(f"warm start kind {kind!r} is unknown; choose {', '.join(WARM_STARTS)}")
-    state, own = read_safetensors(folder), model.state_dict()
+    state = read_safetensors(folder)
+    own = model.state_dict()
     if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
         raise UserError(f"{folder} is not a speech-only checkpoint: it has a speech head beside the motion head")
     if kind == "qwen":
@@ -209,7 +212,8 @@ def _check_qwen(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> Non
             )
     config = folder / "config.json"
     if config.is_file():
-        said, ours = parse_json(config.read_bytes(), config), model.llm.config.rope_parameters["rope_theta"]
+        said = parse_json(config.read_bytes(), config)
+        ours = model.llm.config.rope_parameters["rope_theta"]
         base = said.get("rope_theta") or (said.get("rope_parameters") or {}).get("rope_theta")
         if base is not None and base != ours:
             raise UserError(

@@ -67,7 +67,8 @@ def low_rank_updates_end_up_in_the_weights(tmp_path) -> Callable[..., set[str]]:
         idle = {key for key, p in task.named_parameters() if "lora_B" in key and not p.any()}
         assert idle == set(), "these layers are used past their module's forward"
         write_release(task, tmp_path / "adapted")
-        new, losses = read(tmp_path / "adapted"), []
+        new = read(tmp_path / "adapted")
+        losses = []
         changed = {key for key, value in new.state_dict().items() if not torch.equal(value, start[f"{name}.{key}"])}
         assert changed == {key.removeprefix(f"{name}.").split(".lora_")[0] + ".weight" for key in learns}
 

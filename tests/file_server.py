@@ -43,10 +43,12 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
-        data, part = self.server.files.get(self.path), self.headers.get("Range")
+        data = self.server.files.get(self.path)
+        part = self.headers.get("Range")
         if data is None:
             return self.send_error(404, "Not Found")
-        faults, fault = self.server.faults[self.path], ""
+        faults = self.server.faults[self.path]
+        fault = ""
         if with_body:
             self.server.requests.append((self.path, part))
             fault = faults.pop(0) if faults else ""

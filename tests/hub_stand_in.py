@@ -30,7 +30,8 @@ def stand_in_hub(monkeypatch, tmp_path):
 
     def commit(api, repository, operations, commit_message):
         for operation in operations:
-            path, content = root / repository / operation.path_in_repo, operation.path_or_fileobj
+            path = root / repository / operation.path_in_repo
+            content = operation.path_or_fileobj
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
 

@@ -72,7 +72,8 @@ def main() -> int:
                 test = plant(Path(name), **fault)
                 result = f"caught by {test}" if test else "NOT CAUGHT"
             except LookupError as error:
-                test, result = "", f"OUTDATED, {error}"
+                test = ""
+                result = f"OUTDATED, {error}"
             print(f"{number:2} {result}: {fault['file']}: {fault['fault'].strip()}", flush=True)
             caught += bool(test)
     print(f"{caught} of {len(chosen)} faults are caught")

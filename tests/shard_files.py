@@ -18,7 +18,9 @@ def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per
     folder.mkdir(parents=True)
     shards = []
     for number in range(-(-len(samples) // per_shard)):
-        part, name, rows = samples[number * per_shard : (number + 1) * per_shard], f"{number:06d}", []
+        part = samples[number * per_shard : (number + 1) * per_shard]
+        name = f"{number:06d}"
+        rows = []
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             for info, tensors in part:
                 members = {}
@@ -29,7 +31,8 @@ def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per
                     tar.addfile(entry, io.BytesIO(data))
                 rows.append({"key": info["key"], "frames": info["frames"], "members": members})
         data = (folder / f"{name}.tar").read_bytes()
-        about, every = {"bytes": len(data), "crc32": zlib.crc32(data)}, {name for _, x in part for name in x}
+        about = {"bytes": len(data), "crc32": zlib.crc32(data)}
+        every = {name for _, x in part for name in x}
         rows = [row | {"lacks": sorted(every - x.keys())} for row, (_, x) in zip(rows, part)]
         sidecar = {"version": 2, "samples": rows, "tensors": sorted(every), **about}
         (folder / f"{name}.json").write_text(json.dumps(sidecar))

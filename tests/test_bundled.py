@@ -31,7 +31,8 @@ def test_the_default_sampler_takes_thirty_evaluations_and_the_papers_is_an_overr
     paper = make(InferConfig, plain(load("infer", ["sampler=paper"])))
     counts = []
     for changes in (InferConfig(), paper):
-        sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)
+        sampler = override(pipeline.sampler, changes.sampler)
+        guidance = override(pipeline.guidance, changes.guidance)
         counts.append(sampler.steps * len(guidance.branches))
     assert counts == [30, 320]
 

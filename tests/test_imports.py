@@ -69,7 +69,8 @@ def test_imports_follow_the_arrows():
 
 
 def test_no_modules_import_each_other():
-    modules, imports = product_modules(), {}
+    modules = product_modules()
+    imports = {}
     for module, file in modules.items():
         places = {name if name in modules else name.rpartition(".")[0] for name in imported_names(file)}
         imports[module] = places & modules.keys() - {module}
@@ -78,7 +79,8 @@ def test_no_modules_import_each_other():
 
 def test_imported_names_exist():
     """Also those that only a program without tests imports, such as one for a card."""
-    modules, known = product_modules(), set()
+    modules = product_modules()
+    known = set()
     for module, file in modules.items():
         table = symtable.symtable(file.read_text(), str(file), "exec")
         names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}

@@ -29,7 +29,9 @@ class ToyConfig:
 class Toy(Codec):
     """Frames are linear projections of their samples."""
 
-    Config, sample_rate, reach = ToyConfig, 24_000, (0, 0)
+    Config = ToyConfig
+    sample_rate = 24_000
+    reach = (0, 0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -48,11 +50,16 @@ class Toy(Codec):
 
 
 class ToyLatents(Toy):
-    kind, width, channels = "toy_latents", DS, DS
+    kind = "toy_latents"
+    width = DS
+    channels = DS
 
 
 class ToyTokens(Toy):
-    kind, width, levels, codes = "toy_tokens", 3, 3, 16
+    kind = "toy_tokens"
+    width = 3
+    levels = 3
+    codes = 16
 
     def encode(self, signal):
         return (super().encode(signal) * 4).round().long().clamp(0, self.codes - 1).transpose(1, 2)
@@ -64,7 +71,11 @@ class ToyTokens(Toy):
 class ToyFace(PortraitCodec):
     """Motion is the brightness of each fifth of the picture."""
 
-    kind, Config, sample_rate, channels, size = "toy_face", ToyConfig, 25, DM, 20
+    kind = "toy_face"
+    Config = ToyConfig
+    sample_rate = 25
+    channels = DM
+    size = 20
 
     def __init__(self, config):
         super().__init__(config)
@@ -111,13 +122,15 @@ def test_talker_speaks_and_draws_by_codecs_of_its_table(tmp_path, monkeypatch):
     monkeypatch.setitem(talker_t2av.system.CODECS["speech"], ToyLatents.kind, ToyLatents)
     monkeypatch.setitem(talker_t2av.system.CODECS["motion"], ToyFace.kind, ToyFace)
     pipeline = TalkerPipeline.from_pretrained(tmp_path / "talker", codecs=folders)
-    voice, face = str(voice_file(tmp_path / "voice.wav")), str(face_file(tmp_path / "face.mp4"))
+    voice = str(voice_file(tmp_path / "voice.wav"))
+    face = str(face_file(tmp_path / "face.mp4"))
     talk = pipeline.t2av("set red", voice, face, crop="centre", min_seconds=0.4, max_seconds=0.4, prefix_seconds=0.2)
     assert talk.frames.shape[1:] == (20, 20, 3) and len(talk.wave) == 960 * len(talk.frames) == 960 * len(talk.motion)
 
 
 def test_a_stream_decodes_to_what_the_whole_decodes_to():
-    codec, code = ToyLatents(ToyConfig()), torch.randn(1, 9, DS)
+    codec = ToyLatents(ToyConfig())
+    code = torch.randn(1, 9, DS)
     for reach in ((0, 0), Codec.reach):  # a codec that says nothing of its reach is decoded at the end
         codec.reach = reach
         pieces = list(codec.decode_stream(code.split([2, 0, 4, 3], 1)))

@@ -16,7 +16,8 @@ from tests.tiny import batch_of
 
 def losses_of(task: Task, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
     """Losses and gradients of a step of a task, by part and name."""
-    found, batch = {}, dict(batch)
+    found = {}
+    batch = dict(batch)
     task.train().begin_step(step)
     for part in task.parts():
         torch.manual_seed(0)

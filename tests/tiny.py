@@ -61,12 +61,14 @@ def train(task: Task, batch: dict[str, Tensor], steps: int, whole: bool = False)
 
     whole: every trained parameter must have a gradient in every step, as distributed training needs it.
     """
-    parts, logs = task.train().parts(), []
+    parts = task.train().parts()
+    logs = []
     trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
     optimisers = {name: torch.optim.AdamW(parameters, lr=5e-3) for name, parameters in trained.items()}
     for step in range(steps):
         task.begin_step(step)
-        shared, losses = dict(batch), {}
+        shared = dict(batch)
+        losses = {}
         for part in parts:
             task.zero_grad(set_to_none=True)
             losses[part] = task(shared, part)

@@ -14,7 +14,10 @@ import numpy as np
 
 from engine.settings import Group, setting
 
-KEY_HUE, KEY_SATURATION, KEY_VALUE = (82, 118), 70, 50  # of a studio's blue wall, in OpenCV's HSV
+# of a studio's blue wall, in OpenCV's HSV
+KEY_HUE = (82, 118)
+KEY_SATURATION = 70
+KEY_VALUE = 50
 CONTROL = 5  # points along each side of the grid that bends a picture
 
 
@@ -73,9 +76,11 @@ class Augment(Group, prefix="data.train.augment."):
         """Where each pixel is taken from, (S, S, 2) as x and y in shares of the sides."""
         line = (np.arange(size) + 0.5) / size - 0.5
         x, y = np.meshgrid(line, line)
-        zoom, aspect = np.exp(rng.uniform(-self.zoom, self.zoom)), np.exp(rng.uniform(-self.aspect, self.aspect) / 2)
+        zoom = np.exp(rng.uniform(-self.zoom, self.zoom))
+        aspect = np.exp(rng.uniform(-self.aspect, self.aspect) / 2)
         angle = np.deg2rad(rng.uniform(-self.turn, self.turn))
-        cos, sin = np.cos(angle), np.sin(angle)
+        cos = np.cos(angle)
+        sin = np.sin(angle)
         x, y = (cos * x - sin * y) * zoom * aspect, (sin * x + cos * y) * zoom / aspect
         if rng.random() < self.flip:
             x = -x
@@ -87,7 +92,8 @@ class Augment(Group, prefix="data.train.augment."):
 def _hue_and_saturation(turn: float, saturation: float) -> np.ndarray:
     """Matrix (3, 3) that turns the hue of RGB by `turn` radians and scales its saturation; grey stays grey."""
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    cos, sin = saturation * np.cos(turn), saturation * np.sin(turn)
+    cos = saturation * np.cos(turn)
+    sin = saturation * np.sin(turn)
     return np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
 
 
@@ -97,7 +103,8 @@ def replace_wall(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = []
     for frame in frames:
         hsv = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)
-        least, most = (KEY_HUE[0], KEY_SATURATION, KEY_VALUE), (KEY_HUE[1], 255, 255)
+        least = (KEY_HUE[0], KEY_SATURATION, KEY_VALUE)
+        most = (KEY_HUE[1], 255, 255)
         share = cv2.GaussianBlur(cv2.inRange(hsv, least, most), (0, 0), 0.8)[..., None] / np.float32(255)
         out.append((share * wall + (1 - share) * frame).round().astype(np.uint8))
     return np.stack(out)

@@ -96,7 +96,8 @@ class LiaX(PortraitCodec):
 
     def __init__(self, config: LiaXConfig):
         super().__init__(config)
-        self.size, self.channels = config.size, config.motion_dim
+        self.size = config.size
+        self.channels = config.motion_dim
         style_dim = config.style_dim * config.scale
         self.encoder = Encoder(config.widths, config.base, style_dim, config.motion_dim)
         self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)

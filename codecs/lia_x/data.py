@@ -33,7 +33,9 @@ from lia_x.losses import region_weights
 
 PORTRAITS = ("portraits", "portraits_at")  # of a prepared clip, see `pack_portraits`
 QUALITY = 95  # of stored JPEG pictures
-MAX_PICTURE, MAX_SIDE = 2**24, 4096  # bytes and pixels of a stored picture
+# bytes and pixels of a stored picture
+MAX_PICTURE = 2**24
+MAX_SIDE = 4096
 
 
 def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -> np.ndarray:
@@ -95,7 +97,9 @@ class FramePairs(torch.utils.data.Dataset):
     ):
         if frames < 2:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
-        self.size, self.stored, self.tracks = size, None, None
+        self.size = size
+        self.stored = None
+        self.tracks = None
         if is_prepared(root, split):
             if tracks:
                 raise UserError("data.train.tracks: prepared shards have no known movements; set it to null")
@@ -176,7 +180,10 @@ class RealAndDrawn(torch.utils.data.Dataset):
         augment: Mapping[str, float] | None = None,
     ):
         require_range("data.train.moving", moving, 0.0, 100.0)
-        self.drawn, self.people, self.size, self.moving = drawn, people, size, moving
+        self.drawn = drawn
+        self.people = people
+        self.size = size
+        self.moving = moving
         self.augment = Augment(**(augment or {}))
         self.weights = region_weights(size, regions)[0, 0].numpy()
         names = people.speakers()
@@ -270,7 +277,8 @@ def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) 
 
 def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np.ndarray, frames: int) -> None:
     """Write the frames of all clips as one array (N, K, S, S, 3), and which can be read: their frames come first."""
-    kept, leave = [], leaving_out(out.parent, len(paths))
+    kept = []
+    leave = leaving_out(out.parent, len(paths))
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)

@@ -84,10 +84,12 @@ class Perceptual(nn.Module):
         total = fake.new_zeros(())
         for level in range(levels):
             if level:
-                fake, real = F.avg_pool2d(fake, 2), F.avg_pool2d(real, 2)
+                fake = F.avg_pool2d(fake, 2)
+                real = F.avg_pool2d(real, 2)
             x, y = (((p.clamp(-1, 1) + 1) / 2 - self.mean) / self.std for p in (fake, real))
             for stage in self.stages:
-                x, y = stage(x), stage(y)
+                x = stage(x)
+                y = stage(y)
                 total = total + (x - y).abs().mean()
         return total
 

@@ -120,7 +120,10 @@ class Decoder(nn.Module):
         Feature maps with a batch of one serve every style. Fewer maps than levels give the picture of that level.
         """
         count = style.shape[0]
-        hidden, refined, flow, picture = self.first(self.constant.expand(count, -1, -1, -1), style), None, None, None
+        hidden = self.first(self.constant.expand(count, -1, -1, -1), style)
+        refined = None
+        flow = None
+        picture = None
         for level, source in zip(self.levels, maps, strict=False):
             source = source.expand(count, -1, -1, -1)
             hidden, refined, flow, picture = level(hidden, refined, flow, picture, style, source)

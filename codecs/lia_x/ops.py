@@ -81,13 +81,15 @@ class ConvLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
         self.scale = 1 / math.sqrt(in_channels * kernel**2)
-        self.kernel, self.resample = kernel, resample
+        self.kernel = kernel
+        self.resample = resample
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W'), times a positive `gain`."""
         if self.bias is not None:
             gain = gain * ACTIVATION_GAIN
-        weight, bias = self.weight * (self.scale * gain), None if self.bias is None else self.bias * gain
+        weight = self.weight * (self.scale * gain)
+        bias = None if self.bias is None else self.bias * gain
         if self.resample == "down" and self.kernel == 1:  # a 1x1 convolution commutes with dropping pixels
             x = F.conv2d(blur(x, (1, 1), stride=2), weight, bias)
         elif self.resample == "down":
@@ -118,7 +120,9 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
         self.modulation = EqualLinear(style_dim, in_channels, bias=1.0)
         self.scale = 1 / math.sqrt(in_channels * kernel**2)
-        self.demodulate, self.up, self.padding = demodulate, up, kernel // 2
+        self.demodulate = demodulate
+        self.up = up
+        self.padding = kernel // 2
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """(B, C, H, W), (B, D) -> (B, O, H, W), or (B, O, 2H, 2W) when up-sampling."""

@@ -83,7 +83,8 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An official `state` under our names, in float32. Kernels may be absent; an unknown name stays."""
-    taps, weights = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8, {}
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    weights = {}
     for key, value in state.items():
         if not key.endswith(".kernel"):
             weights[key] = (value.squeeze(0) if value.ndim == 5 else value).float()

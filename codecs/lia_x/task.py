@@ -106,13 +106,19 @@ class LiaXTask(Task):
             if not init:
                 raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
             self.codec.encoder.requires_grad_(False)
-        self.keep, self.keeper, self.keeps = keep, None, None
+        self.keep = keep
+        self.keeper = None
+        self.keeps = None
         if keep:
             earlier = load_like(LiaX, keep["release"], LiaXConfig(**codec))
             self.keeps = earlier.digest()
             self.keeper = earlier.encoder.requires_grad_(False)
-        self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
-        self.growth, self.guide, self.validation = growth, guide, validation
+        self.weights = dict(weights)
+        self.pyramid = pyramid
+        self.motion_noise = motion_noise
+        self.growth = growth
+        self.guide = guide
+        self.validation = validation
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
         self.discriminator = self.perceptual = None
         if weights["adversarial"]:
@@ -156,7 +162,8 @@ class LiaXTask(Task):
             pairs = ((-1, real), (1, fake.detach()))
             of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in pairs)
             return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
-        real, fake = real.float(), fake.float()
+        real = real.float()
+        fake = fake.float()
         region = batch["weights"].repeat_interleave(2, 0)[:, None] if "weights" in batch else self.region
         region = F.interpolate(region, real.shape[-2:], mode="area")
         losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
@@ -206,7 +213,8 @@ class LiaXTask(Task):
         """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""
         if self.validation is None:
             return {}
-        count, size = self.validation["clips"], self.codec.size
+        count = self.validation["clips"]
+        size = self.codec.size
         results: dict[str, float | ByClip] = {}
         places = [(self.validation["root"], split) for split in self.validation["splits"]]
         places += [(root, split) for split, root in self.validation.get("others", {}).items()]

@@ -48,12 +48,14 @@ def warm_start(
     Args:
         first_levels, first_channels: the first so many levels look at the first so many channels only.
     """
-    residual, scale = latents, None
+    residual = latents
+    scale = None
     for i, level in enumerate(quantizer.quantizers):
         if level.projected:
             dim = level.codebook.embedding_dim
             seen = first_channels if i < first_levels else residual.shape[1]
-            mean, axes = torch.zeros_like(residual[0]), residual.new_zeros(residual.shape[1], dim)
+            mean = torch.zeros_like(residual[0])
+            axes = residual.new_zeros(residual.shape[1], dim)
             mean[:seen] = residual[:, :seen].mean(0)
             centred = (residual - mean)[:, :seen].double()
             values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
@@ -84,11 +86,13 @@ def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tenso
     of the division by the number of rows is taken.
     """
     filled = pool.abs().sum(1) > 0
-    rows, count = (~filled).byte().argsort(stable=True), filled.sum()  # filled ones first
+    rows = (~filled).byte().argsort(stable=True)  # filled ones first
+    count = filled.sum()
     dead = (counts == 0) & (count > 0)
     draws = np.random.RandomState(seed).randint(0, 2**32, counts.numel(), dtype=np.uint32).astype(np.int64)
     nth = (dead.flatten().cumsum(0) - 1).clamp_min(0).view_as(dead)  # of the dead codes
-    chosen, residual = rows[to_device(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)], pool
+    chosen = rows[to_device(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)]
+    residual = pool
     for i, level in enumerate(quantizer.quantizers):
         e = level.in_project(residual.T[None])[0].T
         level.codebook.weight.copy_(torch.where(dead[i, :, None], e[chosen[i]], level.codebook.weight))

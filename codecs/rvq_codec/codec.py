@@ -46,8 +46,10 @@ class RVQCodec(Codec):
         self.encoder = DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh)
         self.quantizer = ResidualQuantizer(config)
         self.decoder = build_decoder(config)
-        self.hop, self.sample_rate = config.decoder_hop, config.sample_rate
-        self.levels, self.codes = config.levels, config.codebook_size
+        self.hop = config.decoder_hop
+        self.sample_rate = config.sample_rate
+        self.levels = config.levels
+        self.codes = config.codebook_size
         if config.decoder == "vocos":
             self.reach = self.decoder.reach, self.decoder.reach
 

@@ -37,8 +37,10 @@ class CodedCrops(SpeechCrops):
         """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""
         if not self.codec:
             return super().__getitem__(index, generator)
-        hop, (wave, codes) = self.codec.hop, self._clip(index)
-        first, count = draw(codes.shape[-1] - self.samples // hop, generator), self.samples // hop
+        hop = self.codec.hop
+        wave, codes = self._clip(index)
+        first = draw(codes.shape[-1] - self.samples // hop, generator)
+        count = self.samples // hop
         crop = wave[first * hop : first * hop + self.samples].float()
         return {"wave": crop[None], "codes": codes[:, first : first + count].long()}
 

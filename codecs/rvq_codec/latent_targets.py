@@ -33,7 +33,8 @@ class CumulativeNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        mean, var = self.running_mean.clone(), self.running_var.clone()
+        mean = self.running_mean.clone()
+        var = self.running_var.clone()
         y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)  # they become the batch's own
         share = self.num_batches_tracked.add_(1).double().reciprocal()
         for average, of_batch in ((self.running_mean, mean), (self.running_var, var)):
@@ -55,7 +56,9 @@ class SpeechFeatures(nn.Module):
     def __init__(self, mel_bands: int, low_samples: int, sample_rate: int, hop: int, cutoff: float = 850.0):
         super().__init__()
         assert hop % low_samples == 0, "low-band samples are evenly spaced"
-        self.mel_bands, self.low_samples, self.hop = mel_bands, low_samples, hop
+        self.mel_bands = mel_bands
+        self.low_samples = low_samples
+        self.hop = hop
         self.stride = hop // low_samples
         half = 20 * self.stride
         t = torch.arange(-half, half) + 0.5
@@ -76,7 +79,8 @@ class SpeechFeatures(nn.Module):
         return (spectrum.abs() @ self.filters).clamp_min(1e-4).log10().transpose(1, 2)
 
     def _low_band(self, wave: Tensor) -> Tensor:
-        frames, half = wave.shape[-1] // self.hop, self.taps.shape[-1] // 2
+        frames = wave.shape[-1] // self.hop
+        half = self.taps.shape[-1] // 2
         # Sample j of a frame is centred at stride * (j + 1/2).
         low = F.conv1d(F.pad(wave, (half - self.stride // 2, half)), self.taps, stride=self.stride)
         low = low[:, 0, : frames * self.low_samples].unflatten(1, (frames, self.low_samples))

@@ -41,7 +41,9 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.normalize, channels, dim = config.normalize, config.latent_channels, config.codebook_dim
+        self.normalize = config.normalize
+        channels = config.latent_channels
+        dim = config.codebook_dim
         self.projected = channels != dim
         self.in_project = WNConv1d(channels, dim, 1) if self.projected else nn.Identity()
         self.out_project = WNConv1d(dim, channels, 1) if self.projected else nn.Identity()
@@ -49,9 +51,11 @@ class VectorQuantizer(nn.Module):
 
     def distances(self, e: Tensor) -> Tensor:
         """Squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the released expanded form."""
-        e, rows = e.transpose(1, 2), self.codebook.weight
+        e = e.transpose(1, 2)
+        rows = self.codebook.weight
         if self.normalize:
-            e, rows = F.normalize(e, dim=-1), F.normalize(rows, dim=-1)
+            e = F.normalize(e, dim=-1)
+            rows = F.normalize(rows, dim=-1)
         return e.square().sum(-1, keepdim=True) - 2 * (e @ rows.T) + rows.square().sum(-1)
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -76,7 +80,9 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.dropout, self.commitment, self.codebook = config.quantizer_dropout, config.commitment, config.codebook
+        self.dropout = config.quantizer_dropout
+        self.commitment = config.commitment
+        self.codebook = config.codebook
         self.quantizers = nn.ModuleList(VectorQuantizer(config) for _ in range(config.levels))
 
     def forward(self, z: Tensor, levels: int | None = None) -> Quantized:
@@ -91,8 +97,11 @@ class ResidualQuantizer(nn.Module):
         if not 1 <= count <= len(self.quantizers):
             raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
         kept = self._levels_kept(z)
-        residual, total = z.float(), torch.zeros_like(z, dtype=torch.float32)
-        codes, commitment, codebook = [], [], []
+        residual = z.float()
+        total = torch.zeros_like(z, dtype=torch.float32)
+        codes = []
+        commitment = []
+        codebook = []
         with torch.autocast(z.device.type, enabled=False):
             for i, quantizer in enumerate(self.quantizers[:count]):
                 q, index, to_encoder, to_codebook = quantizer(residual)
@@ -106,7 +115,8 @@ class ResidualQuantizer(nn.Module):
 
     def _levels_kept(self, batch: Tensor) -> Tensor:
         """How many levels each item of a batch uses: (B,), all of them except for those that dropout chose."""
-        count, size = len(self.quantizers), batch.shape[0]
+        count = len(self.quantizers)
+        size = batch.shape[0]
         kept = torch.full((size,), count, device=batch.device)
         dropped = int(size * self.dropout) if self.training else 0
         kept[:dropped] = torch.randint(1, count + 1, (dropped,), device=batch.device)

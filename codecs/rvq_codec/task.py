@@ -40,7 +40,8 @@ def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
 
     With `decoder_only`, the decoder may be another one; it then starts from random weights.
     """
-    old, codec = load_like(RVQCodec, folder, config, SETTINGS + DECODER * decoder_only), RVQCodec(config)
+    old = load_like(RVQCodec, folder, config, SETTINGS + DECODER * decoder_only)
+    codec = RVQCodec(config)
     codec.encoder.load_state_dict(old.encoder.state_dict())
     codec.quantizer.load_state_dict(old.quantizer.state_dict())
     if all(getattr(old.config, name) == getattr(config, name) for name in DECODER):
@@ -127,20 +128,28 @@ class RVQCodecTask(GANTask):
             self.codec.quantizer.requires_grad_(False)
         self.decoder_only = decoder_only
         if init:
-            features, quantizer_start = None, 0
-        self.features, self.features_until, self.envelope_levels, self.keep = None, 0, 0, 0.0
+            features = None
+            quantizer_start = 0
+        self.features = None
+        self.features_until = 0
+        self.envelope_levels = 0
+        self.keep = 0.0
         if features:
-            bands, low = features["mel_bands"], features["low_samples"]
+            bands = features["mel_bands"]
+            low = features["low_samples"]
             if bands + low != config.latent_channels or config.hop % low:
                 raise UserError(
                     f"features: {bands} mel bands and {low} low-band samples must add up to the "
                     f"{config.latent_channels} latent channels, and {low} must divide the hop of {config.hop}"
                 )
             self.features = SpeechFeatures(bands, low, config.sample_rate, config.hop)
-            self.features_until, self.envelope_levels = features["until"], features["envelope_levels"]
+            self.features_until = features["until"]
+            self.envelope_levels = features["envelope_levels"]
             self.keep = features.get("keep", 0.0)
-        self.quantizer_start, self.gan_start = quantizer_start, gan_start
-        self.restart_every, self.warm_started = restart_every, bool(init)
+        self.quantizer_start = quantizer_start
+        self.gan_start = gan_start
+        self.restart_every = restart_every
+        self.warm_started = bool(init)
         self.validation = validation
         self.register_buffer("pooled", torch.zeros(pool, config.latent_channels))
         self.register_buffer("counts", torch.zeros(config.levels, config.codebook_size, dtype=torch.int64))
@@ -200,7 +209,9 @@ class RVQCodecTask(GANTask):
             warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        wave, codec, features_first = batch["wave"], self.codec, self.step < self.features_until
+        wave = batch["wave"]
+        codec = self.codec
+        features_first = self.step < self.features_until
         if features_first or self.keep:
             with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
                 features = self.features(wave.float())  # (B, C, L)
@@ -212,7 +223,8 @@ class RVQCodecTask(GANTask):
             noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
             fake = codec.decoder(features + noise)
         elif "codes" in batch:
-            z, fake = None, codec.decoder(codec.quantizer.embed(batch["codes"]))
+            z = None
+            fake = codec.decoder(codec.quantizer.embed(batch["codes"]))
         else:
             fake, z, quantized = codec(wave, quantize=self.step >= self.quantizer_start)
             if self.keep:

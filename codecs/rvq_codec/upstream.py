@@ -40,7 +40,8 @@ def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of `RVQCodecConfig` by the shapes of a published state under our names."""
     with sizes_of("MaskGCT's acoustic codec"):
         ratios = strides(state, "encoder.block.{}.block.4.weight_v")
-        book, width = state["quantizer.quantizers.0.codebook.weight"], state["decoder.backbone.embed.weight"]
+        book = state["quantizer.quantizers.0.codebook.weight"]
+        width = state["decoder.backbone.embed.weight"]
         return {
             "encoder_width": len(state["encoder.block.0.weight_v"]),
             "ratios": ratios,

@@ -36,7 +36,8 @@ class VocosBackbone(nn.Module):
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        dim, layers = config.vocos_dim, config.vocos_layers
+        dim = config.vocos_dim
+        layers = config.vocos_layers
         self.embed = nn.Conv1d(config.latent_channels, dim, 7, padding=3)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.convnext = nn.ModuleList(ConvNeXtBlock(dim, config.vocos_intermediate, 1 / layers) for _ in range(layers))
@@ -58,7 +59,8 @@ class ISTFTHead(nn.Module):
 
     def __init__(self, dim: int, n_fft: int, hop: int):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
+        self.n_fft = n_fft
+        self.hop = hop
         self.out = nn.Linear(dim, n_fft + 2)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
@@ -84,7 +86,8 @@ class VocosDecoder(nn.Module):
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        n_fft, hop = config.n_fft, config.hop
+        n_fft = config.n_fft
+        hop = config.hop
         self.backbone = VocosBackbone(config)
         self.head = ISTFTHead(config.vocos_dim, n_fft, hop)
         # Frames on each side that a frame's sound depends on: convolutions over seven frames, and windows that overlap.

@@ -91,7 +91,9 @@ class WhisperXVAE(Codec):
 
     def __init__(self, config: WhisperXVAEConfig):
         super().__init__(config)
-        self.sample_rate, self.hop, self.channels = config.sample_rate, config.hop, config.latent_dim
+        self.sample_rate = config.sample_rate
+        self.hop = config.hop
+        self.channels = config.latent_dim
         self.encoder = DACEncoder(config.encoder_width, config.encoder_ratios, config.hidden)
         whisper = WhisperConfig(
             num_mel_bins=config.mel_bands,
@@ -134,7 +136,8 @@ class WhisperXVAE(Codec):
 
         Nothing is cropped to a multiple of the hop: the samples beyond it reach the last frames.
         """
-        frames, most = self.checked_frames(wave), self.config.max_frames
+        frames = self.checked_frames(wave)
+        most = self.config.max_frames
         if frames > most:
             raise UserError(
                 f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
@@ -162,7 +165,8 @@ class WhisperXVAE(Codec):
             UserError: the wave has another shape or is shorter than one frame.
         """
         self.checked_frames(wave)
-        frames, most = wave.shape[-1] // self.hop, self.config.max_frames
+        frames = wave.shape[-1] // self.hop
+        most = self.config.max_frames
         wave = wave.to(self.in_proj.weight_g.device)
         wave16 = resample(wave[:, 0], self.sample_rate, RATE)
         if frames <= most:

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from engine.nn.mel import mel_filters
 
 SUBFRAMES = 2
-MEL_WINDOW, PITCH_WINDOW = 1024, 1536
-LOWEST, HIGHEST = 60.0, 400.0  # Hz, of the pitch
+MEL_WINDOW = 1024
+PITCH_WINDOW = 1536
+# Hz, of the pitch
+LOWEST = 60.0
+HIGHEST = 400.0
 PITCH_BAND = 1000.0  # Hz: the pitch is sought below this
 
 
@@ -40,8 +43,11 @@ class LatentTargets(nn.Module):
     def __init__(self, channels: int, sample_rate: int, hop: int, mel_bands: int = 64):
         super().__init__()
         assert hop % SUBFRAMES == 0 and channels > 2 * SUBFRAMES
-        self.sample_rate, self.step, self.axes_count = sample_rate, hop // SUBFRAMES, channels - 2 * SUBFRAMES
-        self.shortest, self.longest = round(sample_rate / HIGHEST), round(sample_rate / LOWEST)
+        self.sample_rate = sample_rate
+        self.step = hop // SUBFRAMES
+        self.axes_count = channels - 2 * SUBFRAMES
+        self.shortest = round(sample_rate / HIGHEST)
+        self.longest = round(sample_rate / LOWEST)
         self.register_buffer("filters", mel_filters(sample_rate, MEL_WINDOW, mel_bands), persistent=False)
         self.register_buffer("mel_window", torch.hann_window(MEL_WINDOW), persistent=False)
         self.register_buffer("pitch_window", torch.hann_window(PITCH_WINDOW), persistent=False)
@@ -60,7 +66,8 @@ class LatentTargets(nn.Module):
         self.mel_mean.copy_(mel.mean(0))
         centred = (mel - self.mel_mean).double()
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
-        values, vectors = values.flip(0)[: self.axes_count], vectors.flip(1)[:, : self.axes_count]
+        values = values.flip(0)[: self.axes_count]
+        vectors = vectors.flip(1)[:, : self.axes_count]
         vectors = vectors * vectors.sum(0).sign()  # an eigenvector's sign is arbitrary
         self.mel_axes.copy_((vectors / values.sqrt()).T)
         self.source_mean.copy_(source.mean(0))

@@ -64,7 +64,8 @@ def _deviation(latents: list[Tensor]) -> float:
 
 def _speed(latents: list[Tensor]) -> float:
     """Return the root mean square of a channel's change from frame to frame over its deviation, mean over channels."""
-    steps, deviation = torch.cat([z.diff(dim=0) for z in latents]), torch.cat(latents).std(0)
+    steps = torch.cat([z.diff(dim=0) for z in latents])
+    deviation = torch.cat(latents).std(0)
     return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()
 
 
@@ -117,7 +118,8 @@ class WhisperXVAETask(GANTask):
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
-        self.frozen_whisper, self.decoder_only = whisper is not None, decoder_only
+        self.frozen_whisper = whisper is not None
+        self.decoder_only = decoder_only
         if self.frozen_whisper:
             _load_whisper(self.codec, whisper)
         self.semantic_head = semantic_head(config.hidden)
@@ -128,13 +130,18 @@ class WhisperXVAETask(GANTask):
                 module.requires_grad_(False)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
-        self.weights, self.gan_start, self.validation = dict(weights), gan_start, validation
-        self.targets, self.targets_until, self.noise = None, 0, 0.0
+        self.weights = dict(weights)
+        self.gan_start = gan_start
+        self.validation = validation
+        self.targets = None
+        self.targets_until = 0
+        self.noise = 0.0
         if targets:
             waves = load_waves(targets["root"], targets["split"], targets["clips"], config.sample_rate)
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
             self.targets.fit([torch.from_numpy(wave) for wave in waves])
-            self.targets_until, self.noise = 0 if init else targets["until"], targets["noise"]
+            self.targets_until = 0 if init else targets["until"]
+            self.noise = targets["noise"]
 
     def parts(self) -> dict[str, nn.Module]:
         generator = nn.ModuleDict({"codec": self.codec, "semantic_head": self.semantic_head})
@@ -152,7 +159,8 @@ class WhisperXVAETask(GANTask):
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """As `GANTask.forward`; batch["wave"] is (B, 1, N), at most Whisper's window. `std` is logged, too."""
-        losses, run = super().forward(batch, part), batch["_run"]
+        losses = super().forward(batch, part)
+        run = batch["_run"]
         if part == "generator":
             losses["std"] = run["std"].mean().detach()
             if run["from_targets"]:  # every parameter has a gradient in every step
@@ -160,7 +168,8 @@ class WhisperXVAETask(GANTask):
         return losses
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        codec, frames = self.codec, batch["wave"].shape[-1] // self.codec.hop
+        codec = self.codec
+        frames = batch["wave"].shape[-1] // self.codec.hop
         wave = batch["wave"][..., : frames * codec.hop]
         with torch.autocast(wave.device.type, enabled=False):
             mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))

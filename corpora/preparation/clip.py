@@ -24,8 +24,11 @@ from engine.faces.track import FaceTrack
 from engine.release import weights_digest
 from hicodit.conditions import EncoderConfig
 
-FPS, RATE, RATE16 = 25, 24_000, 16_000
-HOP, HOP16 = RATE // FPS, RATE16 // FPS
+FPS = 25
+RATE = 24_000
+RATE16 = 16_000
+HOP = RATE // FPS
+HOP16 = RATE16 // FPS
 LONGEST_KEY = 80
 
 
@@ -130,7 +133,8 @@ class WorkItem:
 
     def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
         """Cut mouth pictures (T, S, S) uint8 grey, as `encoders` needs them."""
-        pictures, start = [], 0
+        pictures = []
+        start = 0
         for block in self._face_blocks():
             pictures.append(encoders.cut_mouth(block, self.face_track, start))
             start += len(block)
@@ -138,7 +142,9 @@ class WorkItem:
 
     def cut_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
         """Cut face pictures (F, S', S', 3) uint8 RGB of the frames `at`, which are in ascending order."""
-        pictures, start, at = [], 0, np.asarray(at)
+        pictures = []
+        start = 0
+        at = np.asarray(at)
         for block in self._face_blocks():
             chosen = at[(start <= at) & (at < start + len(block))]
             if len(chosen):

@@ -142,7 +142,8 @@ class VoiceWindows:
     """
 
     def __init__(self, least: float = 0.65, device: str = "auto") -> None:
-        self.encoder, self.least = GE2EEncoder(pick_device(device)), least
+        self.encoder = GE2EEncoder(pick_device(device))
+        self.least = least
 
     def __call__(self, wave: np.ndarray) -> list[float]:
         seconds = len(wave) / RATE16

@@ -128,7 +128,8 @@ class Transcription(Step):
                 "it has no text to compare with: set stages.transcription.second, or leave the stage out"
             )
         expected, other = (text, found) if text is not None else (found, transcribe(clip, self.second).text)
-        expected, other = normalise_text(expected), normalise_text(other)
+        expected = normalise_text(expected)
+        other = normalise_text(other)
         if not expected:
             raise UserError("its text is empty" if text is not None else "no words were recognised")
         rate = jiwer.wer(expected, other)

@@ -40,7 +40,8 @@ def prepare(config: DictConfig) -> None:
     settings = {name: without_device(stage) for name, stage in stages.items()}
     for stage in settings.values():
         del stage["_target_"]
-    output, reuse = Path(config.output), Path(config.reuse) if config.reuse else None
+    output = Path(config.output)
+    reuse = Path(config.reuse) if config.reuse else None
     clips = Counter[tuple[Path, bool]]()  # by folder of the split, and whether they were rejected
     frames = 0
     steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # clips, seconds on the clock and of the processor

@@ -88,7 +88,8 @@ class Decode(Step):
 
     def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
         """Read all frames; reading stops, and memory with it, where a clip gets too long."""
-        frames, count = None, 0
+        frames = None
+        count = 0
         most = int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
             if frames is None:  # takes memory as it is filled
@@ -125,7 +126,8 @@ class Face(Step):
         return {FACE: self.source.name}
 
     def __call__(self, clip: WorkItem) -> None:
-        frames, landmarks = self._frames(clip), self.source.landmarks
+        frames = self._frames(clip)
+        landmarks = self.source.landmarks
         if isinstance(landmarks, Path):
             if clip.info.span is not None:
                 raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")

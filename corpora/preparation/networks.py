@@ -49,7 +49,8 @@ class Crops(Step):
     tensors = ("mouth", "faces")
 
     def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
-        self.encoders, self.pictures = encoder_config(encoders or {}), pictures
+        self.encoders = encoder_config(encoders or {})
+        self.pictures = pictures
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
@@ -183,7 +184,8 @@ class HeardExpression(Step):
         if classes is None:
             classes = torch.full((windows,), NO_EXPRESSION)
             if self.recogniser is not None:
-                middles, half = [(window + 0.5) * WINDOW_SECONDS for window in range(windows)], self.seconds / 2
+                middles = [(window + 0.5) * WINDOW_SECONDS for window in range(windows)]
+                half = self.seconds / 2
                 spans = [(max(0, round((m - half) * RATE16)), round((m + half) * RATE16)) for m in middles]
                 heard = self.recogniser([clip.wave16[first:last] for first, last in spans])  # shorter at the ends
                 for window, name in enumerate(heard):
@@ -222,7 +224,9 @@ class CodecEncoder(Encoder):
 class RVQTokens(CodecEncoder):
     """Tokens (2 T, K) of the sound."""
 
-    tensors, name, load = ("tokens",), "rvq", partial(load_codec, codecs=TOKENIZERS)
+    tensors = ("tokens",)
+    name = "rvq"
+    load = partial(load_codec, codecs=TOKENIZERS)
 
     def __call__(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
@@ -235,7 +239,9 @@ class RVQTokens(CodecEncoder):
 class SpeechLatents(CodecEncoder):
     """Latents (T, Ds) of the sound, by WhisperX-VAE."""
 
-    tensors, name, load = ("speech",), "whisperx_vae", load_speech
+    tensors = ("speech",)
+    name = "whisperx_vae"
+    load = load_speech
 
     def __call__(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
@@ -249,7 +255,9 @@ class Motion(CodecEncoder):
     """
 
     needs = "frames"
-    tensors, name, load = ("motion",), "lia_x", load_motion
+    tensors = ("motion",)
+    name = "lia_x"
+    load = load_motion
 
     def __init__(self, codec: str, device: torch.device, crop: str = "face") -> None:
         require_choice("stages.motion.crop", crop, CROPS)
@@ -311,7 +319,9 @@ class Voice(CodecEncoder):
         encoder: release folder, or the file of the released encoder.
     """
 
-    tensors, name, load = ("speaker",), "speaker", load_speaker
+    tensors = ("speaker",)
+    name = "speaker"
+    load = load_speaker
 
     def __init__(self, encoder: str, device: torch.device) -> None:
         super().__init__(encoder, device)

@@ -98,7 +98,8 @@ def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
         folder = "test" if split == "test" else "dev"
         has_sounds = (root / folder / "aac").is_dir()  # spares a million looks where it is not
         for name in _walk(root / folder / "mp4", 2, ".mp4"):
-            speaker, sound = name.partition("/")[0], f"{folder}/aac/{name}.m4a"
+            speaker = name.partition("/")[0]
+            sound = f"{folder}/aac/{name}.m4a"
             if folder == "test" or split_of.get(speaker, "dev") == split:
                 yield SourceClip(
                     key=make_key(name),

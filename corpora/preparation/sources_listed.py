@@ -59,7 +59,8 @@ def listed(
         if sounds is None and any(line.endswith(".pt") for line in lines):
             raise UserError(f"source.listing={listing} lists motion files: give source.sounds=FOLDER, too")
         rows = [(f"{sounds}/{Path(line).stem}.wav", line, None) if sounds else (line, None, None) for line in lines]
-    members, clips = tar_members(root, tars) if tars else {}, []
+    members = tar_members(root, tars) if tars else {}
+    clips = []
     for wav, motion, text in rows:
         stem = os.path.splitext(wav)[0]
         text_file = f"{stem}.json"
@@ -79,12 +80,14 @@ def emilia(root: str | Path, languages: list[str] | None = None, validation: flo
         languages: two letters each, of the clips that are taken, such as [en]; None: all.
         validation: share of the speakers that make the split `val`.
     """
-    root, clips = existing(root), []
+    root = existing(root)
+    clips = []
     wanted = None if languages is None else {language.lower() for language in languages}
     members = tar_members(root, "**/*.tar") if next(root.glob("**/*.tar"), None) else {}
     unpacked = (path.relative_to(root).as_posix() for path in root.glob("**/*.mp3"))
     for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
-        name, text = EMILIA_NAME.match(Path(sound).stem), f"{sound.removesuffix('.mp3')}.json"
+        name = EMILIA_NAME.match(Path(sound).stem)
+        text = f"{sound.removesuffix('.mp3')}.json"
         if name is None or (wanted is not None and name[1].lower() not in wanted):
             continue
         packed = {path: members[path] for path in (sound, text) if path in members}
@@ -133,7 +136,9 @@ def youtube_ids(
     found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
     files = {f.stem: f.relative_to(root).as_posix() for f in found}
     files = {re.sub("^(RD|WDA|WRA)_", "", name): video for name, video in files.items()} | files  # of HDTF's program
-    clips, absent, bad = [], 0, []
+    clips = []
+    absent = 0
+    bad = []
     read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
     for number, row in enumerate(read(path), 1):
         try:
@@ -169,7 +174,8 @@ def _json(path: Path) -> Iterator[Row]:
     try:
         if isinstance(content, dict):
             for clip in content["clips"].values():
-                box, times = clip["bbox"], clip["duration"]
+                box = clip["bbox"]
+                times = clip["duration"]
                 middle = {"x": (box["left"] + box["right"]) / 2, "y": (box["top"] + box["bottom"]) / 2}
                 yield {"id": clip["ytb_id"], "start": times["start_sec"], "end": times["end_sec"], **middle}
             return
@@ -223,7 +229,9 @@ def _number(value: Any) -> float:
 
 def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | None]:
     """Return id, start, end and the place of the face of a row, if it makes sense."""
-    start, end, face = _number(row["start"]), _number(row["end"]), None
+    start = _number(row["start"])
+    end = _number(row["end"])
+    face = None
     if not 0 <= start < end < 1e6:
         raise UserError(f"start={row['start']} and end={row['end']} are not two times in seconds, one after the other")
     if row.get("x") not in (None, "") and row.get("y") not in (None, ""):

@@ -59,9 +59,11 @@ def grid(
     require_choice("source.protocol", protocol, PROTOCOLS)
     if clips_each is not None:
         require_range("source.clips_each", clips_each, 1, 10**6)
-    root, clips = existing(root), []
+    root = existing(root)
+    clips = []
     for path in find_files(root, ".mpg", ".mp4"):
-        speaker, text = _speaker(path), grid_sentence(path.stem)
+        speaker = _speaker(path)
+        text = grid_sentence(path.stem)
         if speaker and text and (speakers is None or speaker in speakers):
             facts = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
             clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **facts))

@@ -97,9 +97,13 @@ def splice(
     share = starts * first.rate / len(first.wave)
     near = np.flatnonzero((share > 0.3) & (share < 0.65))
     word = int(rng.choice(near)) if len(near) else int(np.abs(share - 0.5).argmin())
-    i, j = first.words[word], second.words[word]
-    cut, resume = float(starts[word]), second.phonemes[j][1]
-    a, b, fade = int(cut * RATE), int(resume * RATE), min(RATE // 100, int(resume * RATE), int(cut * RATE))
+    i = first.words[word]
+    j = second.words[word]
+    cut = float(starts[word])
+    resume = second.phonemes[j][1]
+    a = int(cut * RATE)
+    b = int(resume * RATE)
+    fade = min(RATE // 100, int(resume * RATE), int(cut * RATE))
     ramp = np.linspace(0, 1, fade, dtype=np.float32)
     across = first.wave[a - fade : a] * (1 - ramp) + second.wave[b - fade : b] * ramp
     wave = np.concatenate([first.wave[: a - fade], across, second.wave[b:]])
@@ -142,7 +146,9 @@ class ClipMaker:
 
     def __init__(self, root: Path, seed: int, version: int, more: int = 0) -> None:
         cv2.setNumThreads(1)
-        self._root, self._seed, self._version = root, seed, version
+        self._root = root
+        self._seed = seed
+        self._version = version
         voices = load_voices(more)
         groups = {group: [v for v in voices if v.group == group] for group in ("train", "dev", "unseen", "more")}
         self._voices = groups | {"seen": groups["train"], "plain": groups["unseen"][:30]}
@@ -161,7 +167,8 @@ class ClipMaker:
         text = None if version == 3 else draw_sentence(rng, split, free)
         expression, intensity = draw_expression(rng)
         if version == 3 and rng.random() >= 0.5:
-            expression, intensity = "neutral", 0.0
+            expression = "neutral"
+            intensity = 0.0
         shown = draw_change(rng) if changing else (expression,)
         styles = [prosody(name, intensity) for name in shown]
         while True:

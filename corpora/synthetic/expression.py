@@ -46,7 +46,8 @@ _PROSODY = {
     "disgusted": Prosody(pitch=44, span=22, speed=0.86, gain=-2.0),
     "angry": Prosody(pitch=52, span=68, speed=1.16, gain=7.0),
 }
-_FLAT, _LIVELY = ("neutral", "sad", "fearful", "disgusted"), ("happy", "surprised", "angry")
+_FLAT = ("neutral", "sad", "fearful", "disgusted")
+_LIVELY = ("happy", "surprised", "angry")
 POSES = {
     "neutral": Pose(),
     "happy": Pose(brow=0.25, brow_inner=0.1, eyes=-0.22, corner=1.0, widen=0.12),

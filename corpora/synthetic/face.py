@@ -53,7 +53,8 @@ def draw_motion(rng: np.random.Generator, frames: int, loudness: np.ndarray) -> 
     while when < t[-1]:
         blink = np.maximum(blink, np.clip(1.35 - np.abs(t + 0.5 / FPS - when) / 0.075, 0, 1))
         when += rng.uniform(1.4, 4.0)
-    gaze, at = np.zeros((frames, 2)), 0
+    gaze = np.zeros((frames, 2))
+    at = 0
     while at < frames:
         gaze[at:] = rng.normal(0, (0.7, 0.35)) if rng.random() < 0.5 else 0.0
         at += int(rng.integers(12, 45))
@@ -65,16 +66,20 @@ class Face:
     """Draws one identity. `light` (about 1) is the brightness of the scene."""
 
     def __init__(self, who: Identity, light: float = 1.0) -> None:
-        self.who, self.light = who, light
+        self.who = who
+        self.light = light
         self._back = backdrop(who, light)
         art, cover = head(who, self._back, light)
         # colour times coverage, and what the backdrop keeps
         self._art = np.dstack([cv2.multiply(art, cv2.merge([cover] * 3), scale=1 / 255), cv2.bitwise_not(cover)])
-        self._lip, self._skin = shade(who.lip_colour, light), shade(who.skin, light)
-        self._teeth, self._tongue = shade((244, 240, 228), light), shade((196, 88, 96), light)
+        self._lip = shade(who.lip_colour, light)
+        self._skin = shade(who.skin, light)
+        self._teeth = shade((244, 240, 228), light)
+        self._tongue = shade((196, 88, 96), light)
         self._inside = shade((58, 18, 26), light)
         self._y, self._x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
-        low, high = (who.mouth_y - 4) * SCALE, (who.chin - 2) * SCALE
+        low = (who.mouth_y - 4) * SCALE
+        high = (who.chin - 2) * SCALE
         ramp = np.clip((self._y - low) / (high - low), 0, 1)
         near = np.clip((who.half_width * SCALE + 4 - np.abs(self._x - CANVAS / 2)) / 12, 0, 1)
         self._fall = (ramp * ramp * (3 - 2 * ramp)) * near
@@ -91,19 +96,25 @@ class Face:
 
     def _frame(self, mouth: dict[str, float], look: Pose, motion: dict[str, float]) -> np.ndarray:
         angle = np.radians(motion["turn"])
-        c, s = float(np.cos(angle)), float(np.sin(angle))
+        c = float(np.cos(angle))
+        s = float(np.sin(angle))
         x0, y0 = _PIVOT
-        ox, oy = x0 + motion["shift_x"], y0 + motion["shift_y"]
+        ox = x0 + motion["shift_x"]
+        oy = y0 + motion["shift_y"]
 
         def place(points: np.ndarray) -> np.ndarray:
-            x, y = points[:, 0] - x0, points[:, 1] - y0
+            x = points[:, 0] - x0
+            y = points[:, 1] - y0
             placed = np.empty((len(points), 2))
-            placed[:, 0], placed[:, 1] = c * x - s * y + ox, s * x + c * y + oy
+            placed[:, 0] = c * x - s * y + ox
+            placed[:, 1] = s * x + c * y + oy
             return placed
 
         drop = 7.5 * mouth["open"] ** 1.1 - 1.2 * mouth["tuck"] - 0.8 * mouth["press"]  # of the chin
-        px, py = ox * SCALE, oy * SCALE
-        dx, dy = self._x - np.float32(px), self._y - np.float32(py)
+        px = ox * SCALE
+        py = oy * SCALE
+        dx = self._x - np.float32(px)
+        dy = self._y - np.float32(py)
         map_x = c * dx + s * dy + np.float32(x0 * SCALE)
         map_y = c * dy - s * dx + np.float32(y0 * SCALE) - np.float32(drop * SCALE) * self._fall
         map_x, map_y = cv2.convertMaps(map_x, map_y, cv2.CV_16SC2)
@@ -116,7 +127,8 @@ class Face:
         return canvas
 
     def _eyes(self, canvas: np.ndarray, place, look: Pose, motion: dict[str, float]) -> None:
-        who, y0 = self.who, 61.0
+        who = self.who
+        y0 = 61.0
         skin = shade(who.skin, 0.97 * self.light)
         opening = max(0.0, 4.3 * (1 + 0.9 * look.eyes) * (1 - motion["blink"]))
         mask = np.zeros((CANVAS, CANVAS), np.uint8)
@@ -135,7 +147,8 @@ class Face:
             fill(mask, shape, 255)
             fill(globe, shape, shade((238, 236, 232), self.light))
             fill(globe, place(np.concatenate([top, top[::-1] + (0, 1.3)])), shade((190, 184, 184), self.light))
-            x, y = x0 + motion["gaze_x"], y0 - 0.5 + motion["gaze_y"]
+            x = x0 + motion["gaze_x"]
+            y = y0 - 0.5 + motion["gaze_y"]
             fill(globe, place(ellipse(x, y, 3.7, 3.7, n=24)), shade(who.eye, 0.6))
             fill(globe, place(ellipse(x, y, 3.0, 3.0, n=24)), who.eye)
             fill(globe, place(ellipse(x, y, 1.7, 1.7, n=16)), (16, 12, 12))
@@ -150,7 +163,8 @@ class Face:
                 ring = place(ellipse(64 + side * who.eye_gap, y0 + 0.6, who.eye_size + 2.6, 7.6))
                 cv2.polylines(canvas, [fixed(ring)], True, (44, 40, 44), 2, cv2.LINE_AA, 4)
         if who.glasses:
-            inner, outer = who.eye_gap - who.eye_size - 2.6, who.eye_gap + who.eye_size + 2.6
+            inner = who.eye_gap - who.eye_size - 2.6
+            outer = who.eye_gap + who.eye_size + 2.6
             line(canvas, place(np.array([[64 - inner, y0], [64, y0 - 1.2], [64 + inner, y0]])), (44, 40, 44), 1.0)
             for side in (-1, 1):
                 arm = np.array([[64 + side * outer, y0], [64 + side * (who.half_width + 1), y0 - 1]])
@@ -167,7 +181,8 @@ class Face:
             y = 52.0 - raised - 2.6 * np.sin(np.pi * (0.15 + 0.75 * t)) * (1 + 0.3 * look.brow) + 1.8
             y -= 4.0 * look.brow_inner * (1 - t) ** 1.5 - 1.2 * look.brow_inner * t**2
             thick = who.brow * (1.05 - 0.75 * t**1.5)
-            upper, lower = np.stack([x, y - thick * 0.5], 1), np.stack([x, y + thick * 0.6], 1)
+            upper = np.stack([x, y - thick * 0.5], 1)
+            lower = np.stack([x, y + thick * 0.6], 1)
             fill(canvas, place(np.concatenate([upper, lower[::-1]])), colour)
         if look.brow_inner < -0.3 or look.sneer > 0.5:
             for side in (-1, 1):
@@ -176,15 +191,19 @@ class Face:
 
     def _mouth(self, canvas: np.ndarray, place, mouth: dict[str, float], look: Pose) -> None:
         """Draw lips, teeth and tongue."""
-        who, t = self.who, _T
-        width, rounded = mouth["width"], float(np.clip(mouth["round"], 0, 1))
-        press, tuck = float(np.clip(mouth["press"], 0, 1)), float(np.clip(mouth["tuck"], 0, 1))
+        who = self.who
+        t = _T
+        width = mouth["width"]
+        rounded = float(np.clip(mouth["round"], 0, 1))
+        press = float(np.clip(mouth["press"], 0, 1))
+        tuck = float(np.clip(mouth["tuck"], 0, 1))
         half = who.mouth_width * (1 + (0.24 if width > 0 else 0.46) * width)
         half *= 1 + look.widen * (1 - rounded)
         inner_half = half * (0.93 - 0.16 * rounded)
         gap = max(0.0, mouth["open"] * _OPENING - 0.5)
         gap *= 1 - press
-        rise, fall = 0.26 * gap + 0.9 * look.sneer * min(1.0, gap), 0.74 * gap
+        rise = 0.26 * gap + 0.9 * look.sneer * min(1.0, gap)
+        fall = 0.74 * gap
         y0 = who.mouth_y - 0.8 * rounded
         bend = -4.2 * look.corner * (1 - 0.75 * rounded)
         curve = bend * (t**2 - 0.35)

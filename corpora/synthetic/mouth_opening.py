@@ -49,8 +49,10 @@ class MouthReader:
     def __init__(self, clips: int = 64, seed: int = 0) -> None:
         voices = [voice for voice in load_voices() if voice.group == "train"]
         features, openings = zip(*(_drawn_clip(voices[i % len(voices)], i, seed) for i in range(clips)))
-        x, y = np.concatenate(features), np.concatenate(openings)  # (N, F), (N,)
-        self._centre, self._rest = x.mean(0), y.mean()
+        x = np.concatenate(features)  # (N, F)
+        y = np.concatenate(openings)  # (N,)
+        self._centre = x.mean(0)
+        self._rest = y.mean()
         x = x - self._centre
         self._weights = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ (y - self._rest))
 

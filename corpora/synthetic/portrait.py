@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-SIZE, SCALE = 128, 2
+SIZE = 128
+SCALE = 2
 CANVAS = SIZE * SCALE
 _SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
 
@@ -65,7 +66,8 @@ def design(seed: int, pitch: float, formants: float) -> Identity:
         0, 1.8, 3
     )
     hair = _HAIRS[6] if grey else _HAIRS[int(rng.integers(0, 6))]
-    low, high = ("bald", "buzz", "short", "side", "curly"), ("side", "curly", "bob", "long", "bun")
+    low = ("bald", "buzz", "short", "side", "curly")
+    high = ("side", "curly", "bob", "long", "bun")
     style = str(rng.choice(low if rng.random() < 0.15 + 0.7 * deep else high))
     redness = rng.uniform(0.25, 0.5) + 0.35 * (1 - deep)
     lip = skin * (1 - redness) * np.array([0.98, 0.82, 0.84]) + redness * np.array([196, 52, 70])
@@ -148,7 +150,8 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: f
     """Return points (n, 2) of an elliptic arc, angles in degrees, clockwise from the right."""
     cosine, sine = _arc(start, end, n)
     points = np.empty((n, 2))
-    points[:, 0], points[:, 1] = cx + rx * cosine, cy + ry * sine
+    points[:, 0] = cx + rx * cosine
+    points[:, 1] = cy + ry * sine
     return points
 
 
@@ -162,7 +165,8 @@ def outline(who: Identity) -> np.ndarray:
     """Return the face's outline (N, 2), clockwise from the right temple."""
     middle = 0.5 * (who.top + who.chin) - 1
     angle = np.radians(np.linspace(0, 360, 90, endpoint=False))
-    c, s = np.cos(angle), np.sin(angle)
+    c = np.cos(angle)
+    s = np.sin(angle)
     lower = s > 0
     power = np.where(lower, who.jaw, 0.9)
     x = 64 + who.half_width * np.sign(c) * np.abs(c) ** power * np.where(lower, 1 - 0.07 * s, 1)
@@ -185,14 +189,16 @@ def backdrop(who: Identity, light: float) -> np.ndarray:
 
 def _neck(canvas: np.ndarray, half: float, y: tuple[int, int, int], wider: int, colour) -> None:
     """Draw the neck from y[0] down to y[1] at its sides, where it is `wider`, and to y[2] in the middle."""
-    left, right = 64 - half, 64 + half
+    left = 64 - half
+    right = 64 + half
     fill(canvas, [[left, y[0]], [left - wider, y[1]], [64, y[2]], [right + wider, y[1]], [right, y[0]]], colour)
 
 
 def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.ndarray]:
     """Draw the still head on the backdrop, (CANVAS, CANVAS, 3) uint8, and its coverage (CANVAS, CANVAS) uint8."""
     rng = np.random.default_rng(who.detail_seed)
-    canvas, cover = back.copy(), np.zeros((CANVAS, CANVAS), np.uint8)
+    canvas = back.copy()
+    cover = np.zeros((CANVAS, CANVAS), np.uint8)
     face = outline(who)
 
     def paint(points: np.ndarray, colour) -> None:
@@ -214,7 +220,8 @@ def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.
     if who.beard:
         _beard(who, canvas, inside)
     for _ in range(who.freckles):
-        x, y = 64 + rng.choice((-1, 1)) * rng.uniform(5, 22), rng.uniform(66, 80)
+        x = 64 + rng.choice((-1, 1)) * rng.uniform(5, 22)
+        y = rng.uniform(66, 80)
         fill(canvas, ellipse(x, y, 0.7, 0.6, n=8), shade(who.skin, 0.8))
     _nose(who, canvas)
     _hair_front(who, paint, canvas, rng)
@@ -224,7 +231,8 @@ def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.
 def _shading(who: Identity, canvas: np.ndarray, inside: np.ndarray, light: float) -> None:
     """Draw soft light from one side, darker towards the outline, warm cheeks."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / SCALE
-    u, v = (x - 64) / who.half_width, (y - 66) / 44
+    u = (x - 64) / who.half_width
+    v = (y - 66) / 44
     level = 1.06 - 0.17 * (u**2 + 0.6 * v**2) - 0.07 * u - 0.03 * v
     level += 0.05 * np.exp(-((u * 1.4) ** 2) - ((y - 45) / 9) ** 2)
     level -= 0.06 * np.exp(-(((np.abs(x - 64) - who.eye_gap) / 9) ** 2) - ((y - 61) / 6) ** 2)
@@ -251,8 +259,10 @@ def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
 
 
 def _nose(who: Identity, canvas: np.ndarray) -> None:
-    tip, w = 62 + who.nose_length, who.nose_width
-    dark, light = shade(who.skin, 0.74), shade(who.skin, 1.1)
+    tip = 62 + who.nose_length
+    w = who.nose_width
+    dark = shade(who.skin, 0.74)
+    light = shade(who.skin, 1.1)
     side = [[64 + 3.2, 62], [64 + 3.0, tip - 7], [64 + w * 0.8, tip - 2.5]]
     line(canvas, side, shade(who.skin, 0.86), 0.9)
     fill(canvas, ellipse(63.2, tip - 5, 1.3, 4.5), light)
@@ -264,7 +274,8 @@ def _nose(who: Identity, canvas: np.ndarray) -> None:
 
 
 def _hair_behind(who: Identity, paint, middle: float) -> None:
-    dark, w = shade(who.hair, 0.72), who.half_width
+    dark = shade(who.hair, 0.72)
+    w = who.half_width
     if who.hair_style in ("long", "bob"):
         outer, inner, high, low = (9, 2, 112, 122) if who.hair_style == "long" else (8, 1, 92, 99)
         crown = ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360)
@@ -280,7 +291,8 @@ def _hair_front(who: Identity, paint, canvas: np.ndarray, rng: np.random.Generat
     if who.hair_style == "bald":
         fill(canvas, ellipse(56, who.top + 8, 6, 3.2), shade(who.skin, 1.12))
         return
-    middle, w = 0.5 * (who.top + who.chin), who.half_width
+    middle = 0.5 * (who.top + who.chin)
+    w = who.half_width
     rise = {"buzz": 1.0, "short": 3.0, "side": 4.5, "curly": 5.0, "bob": 4.0, "long": 4.0, "bun": 2.0}[who.hair_style]
     down = {"bob": 92, "long": 104}.get(who.hair_style, middle - 4)
     spread = {"buzz": 0.6, "bun": 0.8, "short": 1.8}.get(who.hair_style, 2.8)

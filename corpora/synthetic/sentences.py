@@ -135,7 +135,8 @@ def _open_slot(rng: np.random.Generator, name: str) -> str:
     if name in free_words():
         words = free_words()[name]
         return words[rng.integers(len(words))]
-    one, two = int(rng.integers(1, 100)), int(rng.integers(100))
+    one = int(rng.integers(1, 100))
+    two = int(rng.integers(100))
     match name:
         case "count":
             return str(rng.integers(10 ** rng.integers(1, 5)))
@@ -197,7 +198,9 @@ def language_model(count: int = 20_000, closed: bool = False) -> str:
     fixed = re.sub(r"{\w+}", "", " ".join(TEMPLATES)).split()
     slots = [*free_words().values(), *(SLOTS if closed else ())]
     vocabulary = sorted({"<s>", "</s>", *fixed, *(word for words in slots for word in words)})
-    total, kinds, follows = Counter(), Counter(), Counter()
+    total = Counter()
+    kinds = Counter()
+    follows = Counter()
     for (first, second), times in pairs.items():
         total[first] += times
         kinds[first] += 1

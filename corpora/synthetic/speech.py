@@ -19,9 +19,14 @@ import espeakng_loader
 import numpy as np
 
 _SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback, no sound device
-_PHONEME_EVENTS, _DONT_EXIT = 1, 0x8000
-_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
-_EVENT_WORD, _EVENT_PHONEME = 1, 7
+_PHONEME_EVENTS = 1
+_DONT_EXIT = 0x8000
+# espeak_PARAMETER
+_RATE = 1
+_PITCH = 3
+_RANGE = 4
+_EVENT_WORD = 1
+_EVENT_PHONEME = 7
 _UTF8 = 1
 _WORD = " "  # stands for the start of a word among phoneme events
 
@@ -141,7 +146,8 @@ def _phonemes(
         symbol = name.strip("',%=_|").rstrip("#")
         if not symbol.strip(":;"):
             continue
-        start, end = starts[i] / rate, starts[i + 1] / rate
+        start = starts[i] / rate
+        end = starts[i + 1] / rate
         if end <= start and intervals:
             before, first, last = intervals[-1]
             start = last - (last - first) / 3

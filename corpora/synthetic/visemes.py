@@ -69,7 +69,9 @@ _VISEMES = {
 _FIRM = frozenset("pfTw")  # shapes that are always reached: closures, lip and tongue against teeth, tight rounding
 _STEP = 0.005
 _SMOOTHING = 0.085  # s, whole width of the raised cosine
-_HOLD, _EASE = 0.024, 0.045  # s: half the least time a firm shape stands (more than half a frame), and its approach
+# s: half the least time a firm shape stands (more than half a frame), and its approach
+_HOLD = 0.024
+_EASE = 0.045
 
 
 def shapes_of(symbol: str) -> list[str]:

@@ -64,7 +64,9 @@ def looks(traits: Traits, seed: int) -> Identity:
     """Draw a face that shows the traits, and its other looks from the seed."""
     rng = np.random.default_rng([seed, 0x100C5])
     plain = design(seed, pitch=150.0, formants=1.02)  # its traits do not depend on the voice
-    depth, tract, age = traits.depth, traits.tract, traits.age
+    depth = traits.depth
+    tract = traits.tract
+    age = traits.age
     fair = [np.interp(traits.bright, (0, 0.5, 1), _HAIR[:, channel]) for channel in range(3)]
     grey = 40 + 170 * (0.25 + 0.5 * traits.bright)
     lip = mix(mix(plain.skin, (120, 70, 66), 0.35), (206, 36, 66), 0.75 * (1 - depth))

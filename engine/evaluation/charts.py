@@ -43,8 +43,10 @@ def chart_file(
 
 def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], path: Path) -> None:
     """Draw differences to the first system with their intervals, one panel a figure."""
-    (first, *others), shown = rows, [name for name in figures if name in rows[0]]
-    wide, name = min(4, len(shown)), first["variant"]
+    first, *others = rows
+    shown = [name for name in figures if name in rows[0]]
+    wide = min(4, len(shown))
+    name = first["variant"]
     size = 3.5 * max(wide, 2), 1 + -(-len(shown) // wide) * (1 + 0.25 * len(others))
     title = f"Difference to {name.replace('_', ' ')}, with 95 % interval"
     with chart_file(path, len(shown), wide, title, figsize=size, sharey=True) as axes:
@@ -63,7 +65,8 @@ def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: s
 
     What has no `x`, such as the true speech, is a level line.
     """
-    shown, kinds = [name for name in figures if any(name in row for row in rows)], {}
+    shown = [name for name in figures if any(name in row for row in rows)]
+    kinds = {}
     for row in rows:
         kinds.setdefault(re.sub(r"_\d+$", "", row["variant"]), []).append(row)
     with chart_file(path, len(shown), 2, figsize=(10, 3.2 * -(-len(shown) // 2))) as axes:

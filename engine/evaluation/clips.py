@@ -73,7 +73,8 @@ def read_clips(
             raise UserError(f"{name}={folder} is no folder")
     base = Path()
     if manifest is not None:
-        rows, base = read_rows(manifest), manifest.parent
+        rows = read_rows(manifest)
+        base = manifest.parent
         if not outputs and any(row.get("output") for row in rows):
             outputs = {"output": base}
     elif references is not None:
@@ -98,7 +99,8 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
     if not (corpus / f"{split}.jsonl").is_file():
         make = "python scripts/make_synthetic_corpus.py --version 2 --out"
         raise UserError(f"corpus={corpus} has no split {split}: name another one, or make it ({make} {corpus})")
-    clips, known = read_clips(corpus / f"{split}.jsonl", corpus / split, outputs, count), []
+    clips = read_clips(corpus / f"{split}.jsonl", corpus / split, outputs, count)
+    known = []
     for source in dict.fromkeys(("train", split)):
         if (corpus / f"{source}.jsonl").is_file():
             known += [(row, corpus / source / row["id"]) for row in read_rows(corpus / f"{source}.jsonl")]
@@ -155,13 +157,16 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
     if row.get("reference"):
         truth = _take(base / row["reference"], truth)
     text = str(row["text"]) if row.get("text") not in (None, "") else None
-    source, speaker = source or truth.video, row.get("speaker", row.get("voice"))
+    source = source or truth.video
+    speaker = row.get("speaker", row.get("voice"))
     speaker = None if speaker is None else str(speaker)
     spoken = {"source": source, "text": text, "language": str(row.get("language") or "en"), "speaker": speaker}
     truth = replace(truth, **spoken, video=truth.video or source, heard=row.get("reference_heard"), about=row)
     takes = {}
     for name, folder in outputs.items():
-        take, facts, about = find_take(folder, row["id"]), system_facts(folder), folder / f"{row['id']}.json"
+        take = find_take(folder, row["id"])
+        facts = system_facts(folder)
+        about = folder / f"{row['id']}.json"
         if row.get("output"):
             take = _take(folder / row["output"], take)
         if facts.get("given") == "video":

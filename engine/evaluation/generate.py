@@ -76,7 +76,8 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
     new = {"model": model, "weights": "bundled", **facts}
     if weights is not None:
         place = release_folder(weights)
-        new["weights"], tensors = place.name, place / "model.safetensors"
+        new["weights"] = place.name
+        tensors = place / "model.safetensors"
         new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(f"{folder} holds outputs made with other settings: name another output=, or delete that folder")
@@ -106,7 +107,8 @@ def generate_missing(
     Raises:
         UserError: an output that exists was made from other inputs.
     """
-    place, waiting = folder / "inputs.json", set()
+    place = folder / "inputs.json"
+    waiting = set()
     known = read_json(place) if place.is_file() else {}
     for i, clip in enumerate(clips):
         state = digest_of(inputs(clip))

@@ -105,7 +105,8 @@ def _load_once(metric: Metric) -> Metric:
 def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[str, Row | str], int]:
     """Return the measurement, or why there is none, by system, and how many were found in the cache."""
     takes, truth = clip
-    out, found = {}, 0
+    out = {}
+    found = 0
     for name, take in takes.items():
         try:
             path = None if cache is None else result_file(cache, metric, take, truth)
@@ -157,7 +158,8 @@ class Workers(processes.Processes):
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """Yield the function of each item, in the order of the items."""
-        results, number = {}, 0
+        results = {}
+        number = 0
         for (at, *_), result in self.run((at, function, item) for at, item in enumerate(items)):
             if isinstance(result, processes.Lost):
                 raise UserError(f"{result.reason}, probably for memory: set fewer workers=; what was measured is kept")
@@ -208,7 +210,8 @@ def _measure_all(
     """Fill `results`; `every` maps a function over items."""
     good = _readable(clips, results, every, true_row)
     for metric in metrics:
-        start, name = time.monotonic(), metric.name
+        start = time.monotonic()
+        name = metric.name
         try:
             metric.check()
             works = []
@@ -224,7 +227,8 @@ def _measure_all(
         except UserError as error:
             results.missing[name] = str(error)
             continue
-        rows, reasons = {}, []
+        rows = {}
+        reasons = []
         for clip, found, _ in measured:
             for system, row in found.items():
                 if isinstance(row, str):
@@ -235,7 +239,8 @@ def _measure_all(
             results.missing[name] = reasons[0]["why"]
             continue
         results.failed += reasons
-        true, truths = rows.get(TRUTH, {}), {clip.id: clip.truth for clip in clips}
+        true = rows.get(TRUTH, {})
+        truths = {clip.id: clip.truth for clip in clips}
         results.rows[name] = {system: metric.finish(own, true, truths) for system, own in rows.items()}
         results.seconds[name] = time.monotonic() - start
         results.cached[name] = sum(found for *_, found in measured)

@@ -25,7 +25,8 @@ from engine.metrics.metric import Take
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 10  # best clips, and worst
 SECONDS = 20.0  # of a clip that are shown
-VIDEO_SIDE, RATE = 224, 16_000
+VIDEO_SIDE = 224
+RATE = 16_000
 
 
 def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], media: bool = True) -> None:

@@ -56,7 +56,8 @@ def write_resynthesis(
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         for _, clip in batch:
-            frames, rate = None, RATE if portrait else codec.sample_rate
+            frames = None
+            rate = RATE if portrait else codec.sample_rate
             wave = wave_of(clip.truth.audio, rate)
             if portrait:
                 if clip.truth.source is None:

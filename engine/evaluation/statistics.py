@@ -70,7 +70,8 @@ def bootstrap_interval(
 def resampled(count: int, groups: Sequence[str] | None, resamples: int) -> Iterator[np.ndarray]:
     """Yield weights (W, N) of `count` clips, `resamples` rows in all; none with fewer than two clips or groups."""
     at = np.arange(count) if groups is None else np.unique(np.asarray(groups, str), return_inverse=True)[1]
-    units, rng = len(np.unique(at)), np.random.default_rng(0)
+    units = len(np.unique(at))
+    rng = np.random.default_rng(0)
     if units > 1:
         for size in _blocks(resamples, count):
             yield rng.multinomial(units, np.full(units, 1 / units), size)[:, at]
@@ -84,7 +85,8 @@ def permutation_test(
     Under the null hypothesis the two takes of a clip can be exchanged: they are, with a fair coin for each clip.
     """
     seen = float(statistic(one, 1.0) - statistic(two, 1.0))
-    rng, larger = np.random.default_rng(seed), 0
+    rng = np.random.default_rng(seed)
+    larger = 0
     for size in _blocks(resamples, 4 * len(one)):
         swap = rng.integers(0, 2, (size, len(one), 1)).astype(bool)
         apart = statistic(np.where(swap, two, one), 1.0) - statistic(np.where(swap, one, two), 1.0)
@@ -121,7 +123,9 @@ def estimate(
 
 def holm(values: Sequence[float]) -> list[float]:
     """Raise p values so that one wrong rejection among all of them is as rare as in a single test (Holm 1979)."""
-    order, out, worst = np.argsort(values), [0.0] * len(values), 0.0
+    order = np.argsort(values)
+    out = [0.0] * len(values)
+    worst = 0.0
     for rank, i in enumerate(order):
         worst = max(worst, min(1.0, values[i] * (len(values) - rank)))
         out[i] = worst

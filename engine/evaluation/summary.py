@@ -157,7 +157,8 @@ def _tests(
 def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Name systems that end early or late: figures see only what they have in common with the true speech."""
     cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.cuts)
-    true, notes = lengths.get(TRUTH, {}), []
+    true = lengths.get(TRUTH, {})
+    notes = []
     for system, own in lengths.items() if cut else ():
         other = [clip for clip in own if clip in true and abs(own[clip] - true[clip]) > TOLERANCE]
         if other:
@@ -169,7 +170,8 @@ def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[s
 
 def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> list[str]:
     """Name figures whose rows are of different clips, as of a system that has not all of them."""
-    other, systems = [], 0
+    other = []
+    systems = 0
     for figure, metric in metrics.items():
         first, *more = (own.keys() for own in found[figure].values())
         if any(own != first for own in more):

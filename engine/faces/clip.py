@@ -24,7 +24,9 @@ MAX_SIDE = 640  # pixels of frames for face detection; larger ones are scaled do
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
 KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
 MISFIT = 5  # frames by which landmarks and clip may differ in length: programs count the last ones differently
-LOOKS, LOOK_EVERY = 8, 31  # frames of the beginning that show how the head stands, and their distance
+# frames of the beginning that show how the head stands, and their distance
+LOOKS = 8
+LOOK_EVERY = 31
 SURE = 14  # tries of the cascade that agree on a face; mistakes have up to 13
 TILTS = (-30, 30)  # degrees anticlockwise by which the picture is turned
 TURNS = {90: "on its side", 180: "upside down", 270: "on its side"}
@@ -66,7 +68,9 @@ class ClipFrames:
         if self._decoded is not None:
             yield from self._decoded
             return
-        blocks, size, remaining = [], 0, self.frames
+        blocks = []
+        size = 0
+        remaining = self.frames
         for block in iter_video(self.path, self.fps, self.max_side, span=self.span):
             if remaining is not None:
                 block = block[:remaining]
@@ -109,7 +113,8 @@ class ArrayFrames(ClipFrames):
     max_side = math.inf
 
     def __init__(self, frames: np.ndarray, display_size: tuple[int, int] | None = None) -> None:
-        self.array, self.size = frames, frames.shape[1:3]
+        self.array = frames
+        self.size = frames.shape[1:3]
         self.display_size = display_size or self.size
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -144,7 +149,8 @@ def find_faces(
 def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrack]:
     """Find faces with OpenCV's cascade: upright ones, else tilted ones, else very small ones."""
     looks: list[np.ndarray] = []
-    tracks, error = None, None
+    tracks = None
+    error = None
 
     def noting() -> Iterator[np.ndarray]:
         for block in clip:
@@ -182,7 +188,8 @@ def _evidence(looks: list[np.ndarray], angle: float) -> float:
 
 def place_face(clip: ClipFrames, boxes: Any, fps: float) -> FaceTrack:
     """Return the track of the user's boxes, in pixels of the picture as it is shown; see `track_of_boxes`."""
-    track, (height, width) = track_of_boxes(boxes, sum(map(len, clip)), fps), clip.display_size
+    track = track_of_boxes(boxes, sum(map(len, clip)), fps)
+    height, width = clip.display_size
     middle = middle_of(track.boxes)
     outside = ((middle < 0) | (middle > (width, height))).any(1)
     if outside.any():

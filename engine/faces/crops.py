@@ -12,13 +12,15 @@ import numpy as np
 
 from engine.faces.track import FaceTrack
 
-MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
+MOUTH_CENTRE = (0.5, 0.77)  # of the detector's box
+MOUTH_SIDE = 0.56  # likewise
 FACE_SIDE = 1.1
 
 # Head and shoulders, as in the videos LIA-X was trained on. Of a face box from the forehead to the chin: how wide the
 # square is, and how far its middle lies above the box's. The published tools take half as much again as a taller box,
 # from the hairline on, and more above than below; on the released model's own example this is the same square.
-SQUARE_SIDE, RAISE = 1.78, 0.16
+SQUARE_SIDE = 1.78
+RAISE = 0.16
 CROPPED = 0.85  # share of a square picture from which on the face fills it: it has been cropped already
 
 
@@ -39,8 +41,10 @@ def _crop(
     """Cut squares round `centre` of the boxes; it and `side` are shares of a box. Outside, pixels repeat the border."""
     out = []
     for frame, (x, y, w, h), roll in zip(frames, track.boxes, track.roll, strict=True):
-        right, down = (centre[0] - 0.5) * w, (centre[1] - 0.5) * h
-        cos, sin = np.cos(roll), np.sin(roll)
+        right = (centre[0] - 0.5) * w
+        down = (centre[1] - 0.5) * h
+        cos = np.cos(roll)
+        sin = np.sin(roll)
         middle = np.array([x + w / 2 + cos * right - sin * down, y + h / 2 + sin * right + cos * down])
         scale = size / (side * w)
         turn = scale * np.array([[cos, sin], [-sin, cos]])

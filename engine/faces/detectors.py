@@ -19,7 +19,8 @@ DETECTORS = "cascade (OpenCV's), mtcnn (extra `faces`), or the path of YuNet's f
 LANDMARKS = "dlib68 (extra `landmarks`), mtcnn (extra `faces`), yunet (with detector=FILE), or a file or folder"
 
 DETECT_SIDE = 320  # longer image side that a detector sees
-BOX, POINTS = slice(0, 4), slice(4, 14)
+BOX = slice(0, 4)
+POINTS = slice(4, 14)
 
 # Five points of a frontal face in its box, as the cascade places it: how a detector without points fills them in, and
 # how one without such boxes fills in those.
@@ -54,7 +55,8 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
 
 def box_of_points(points: np.ndarray) -> np.ndarray:
     """Return the square box (4,) in which a frontal face has its eyes and mouth where `points` (5, 2) has them."""
-    eyes, mouth = points[:2].mean(0), points[3:].mean(0)
+    eyes = points[:2].mean(0)
+    mouth = points[3:].mean(0)
     frontal = FRONTAL[:2].mean(0), FRONTAL[3:].mean(0)
     # The larger of two readings of the size: a turned head brings its eyes together, a raised one eyes and mouth.
     side = max(
@@ -111,7 +113,8 @@ class HaarDetector:
         if not self.tiny:
             side = min(picture.shape) - 2 * margin * bool(self.angle)
             limits = [{"minSize": (least, least)} for least in (max(24, side // part) for part in fractions)]
-        boxes, votes = (), ()
+        boxes = ()
+        votes = ()
         for limit in limits:
             if len(boxes) == 0:
                 boxes, votes = self.cascade.detectMultiScale2(picture, scaleFactor=1.1, minNeighbors=3, **limit)

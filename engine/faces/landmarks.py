@@ -27,7 +27,8 @@ from engine.untrusted import read_json
 SIDE = 256  # pixels of the tracked box in the picture of twice the size that dlib sees
 USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # of dlib's box there: centre x, y and side; mean of a real clip
 TRIES = np.array([0.92, 1.0, 1.08])  # sizes of dlib's box; the median of what it predicts from them has fewer leaps
-MAX_BYTES, MAX_FRAMES = 2**28, 200_000  # of a file of landmarks; an hour at 25 frames a second has 90,000
+MAX_BYTES = 2**28  # of a file of landmarks
+MAX_FRAMES = 200_000  # an hour at 25 frames a second has 90,000
 SUFFIXES = (".json", ".npz", ".pkl")
 
 
@@ -45,7 +46,8 @@ def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
     if not present.any():
         raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
-    time, index = np.arange(len(landmarks)), np.flatnonzero(present)
+    time = np.arange(len(landmarks))
+    index = np.flatnonzero(present)
     flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
     filled = np.stack([np.interp(time, index, column[index]) for column in flat.T], 1)
     filled[index] = flat[index]
@@ -80,7 +82,8 @@ class Dlib68:
 
     def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
         boxes = {i: box for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for box in self._look(picture)}
-        index, columns = list(boxes) or [0], np.array(list(boxes.values()) or [USUAL]).T
+        index = list(boxes) or [0]
+        columns = np.array(list(boxes.values()) or [USUAL]).T
         count = 0
         for i, picture, matrix in _upright(blocks, track, 1):
             yield from [None] * (i - count)

@@ -17,7 +17,9 @@ from engine.errors import UserError
 from engine.faces.detectors import DETECT_SIDE, POINTS, at_most, box_of_points
 
 PYRAMID = 0.709  # ratio of two picture sizes of the first network
-CELL, STRIDE = 12, 2  # pixels that the first network sees at once, and their distance
+# pixels that the first network sees at once, and their distance
+CELL = 12
+STRIDE = 2
 THRESHOLDS = (0.6, 0.7, 0.7)  # probability of a face that each network asks for
 
 
@@ -54,7 +56,8 @@ class MTCNNDetector:
 
     def _propose(self, picture: np.ndarray) -> np.ndarray:
         """Return square boxes (n, 4) of possible faces, which the first network finds in pictures of several sizes."""
-        boxes, scores = [np.zeros((0, 4))], [np.zeros(0)]
+        boxes = [np.zeros((0, 4))]
+        scores = [np.zeros(0)]
         scale = CELL / self.least
         while min(picture.shape[:2]) * scale >= CELL:
             height, width = (int(np.ceil(side * scale)) for side in picture.shape[:2])
@@ -70,7 +73,8 @@ class MTCNNDetector:
             boxes.append(found[kept])
             scores.append(score[kept])
             scale *= PYRAMID
-        proposed, score = np.concatenate(boxes), np.concatenate(scores)
+        proposed = np.concatenate(boxes)
+        score = np.concatenate(scores)
         return _squares(proposed[_suppress(proposed, score, 0.7)])
 
     def _refine(self, picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -81,7 +85,9 @@ class MTCNNDetector:
         shifts, probabilities = self.refinement.forward(["dense_2", "softmax_1"])
         score = probabilities[:, 1]
         likely = score > THRESHOLDS[1]
-        boxes, shifts, score = boxes[likely], shifts[likely], score[likely]
+        boxes = boxes[likely]
+        shifts = shifts[likely]
+        score = score[likely]
         kept = _suppress(boxes, score, 0.7)
         return _squares(_shifted(boxes[kept], shifts[kept]))
 
@@ -93,7 +99,10 @@ class MTCNNDetector:
         shifts, places, probabilities = self.output.forward(["dense_5", "dense_6", "softmax_2"])
         score = probabilities[:, 1]
         likely = score > THRESHOLDS[2]
-        boxes, shifts, places, score = boxes[likely], shifts[likely], places[likely], score[likely]
+        boxes = boxes[likely]
+        shifts = shifts[likely]
+        places = places[likely]
+        score = score[likely]
         places = places.reshape(-1, 2, 5).transpose(0, 2, 1)  # fractions of the box
         points = boxes[:, None, :2] + places * (boxes[:, 2:] - boxes[:, :2])[:, None]
         return points[_suppress(_shifted(boxes, shifts), score, 0.7, by_smaller=True)]
@@ -110,7 +119,10 @@ def _crops(picture: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
     crops = []
     for x0, y0, x1, y1 in np.trunc(boxes).astype(int).tolist():
         crop = np.zeros((max(1, y1 - y0), max(1, x1 - x0), 3), np.uint8)
-        left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        left = max(x0, 0)
+        top = max(y0, 0)
+        right = min(x1, width)
+        bottom = min(y1, height)
         if right > left and bottom > top:
             crop[top - y0 : bottom - y0, left - x0 : right - x0] = picture[top:bottom, left:right]
         crops.append(cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA))
@@ -138,9 +150,11 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray, overlap: float, by_smaller:
         by_smaller: the ratio is to the area of the smaller box instead.
     """
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    order, kept = np.argsort(-scores, kind="stable"), []
+    order = np.argsort(-scores, kind="stable")
+    kept = []
     while len(order):
-        best, others = order[0], order[1:]
+        best = order[0]
+        others = order[1:]
         kept.append(int(best))
         corners = np.maximum(boxes[best, :2], boxes[others, :2]), np.minimum(boxes[best, 2:], boxes[others, 2:])
         common = (corners[1] - corners[0]).clip(0).prod(1)

@@ -37,11 +37,14 @@ class FaceSource:
             UserError: a package or file is missing.
         """
         if detector in (None, CASCADE):
-            found, name = None, CASCADE
+            found = None
+            name = CASCADE
         elif detector == "mtcnn":
-            found, name = MTCNNDetector(), "mtcnn"
+            found = MTCNNDetector()
+            name = "mtcnn"
         else:
-            found, name = YuNetDetector(detector), "yunet"
+            found = YuNetDetector(detector)
+            name = "yunet"
         if face_landmarks is None:
             return cls(found, None, name)
         if face_landmarks == "dlib68":

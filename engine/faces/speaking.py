@@ -14,9 +14,14 @@ from engine.faces.crops import crop_mouth
 from engine.faces.track import FaceTrack
 
 SIDE = 24  # of the mouth pictures that are compared, in pixels
-MOUTH, SOUND = 6, 3  # principal components of the mouth and of the sound
-SAMPLES, BANDS = 640, 16  # of a frame's sound; bands of its spectrum
-FOLDS, GAP, RIDGE = 5, 2, 0.3  # parts of a clip; frames between a part and those that predict it; share of the variance
+# principal components of the mouth and of the sound
+MOUTH = 6
+SOUND = 3
+SAMPLES = 640  # of a frame's sound
+BANDS = 16  # of its spectrum
+FOLDS = 5  # parts of a clip
+GAP = 2  # frames between a part and those that predict it
+RIDGE = 0.3  # share of the variance
 
 
 def speaking_face(blocks: Iterable[np.ndarray], tracks: Sequence[FaceTrack], wave: np.ndarray | None = None) -> int:
@@ -47,7 +52,8 @@ def mouth_movement(mouth: np.ndarray, seen: np.ndarray) -> float:
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
     change = np.zeros(len(mouth))
     for i in np.flatnonzero(seen[1:] & seen[:-1]) + 1:
-        middle, difference = (mouth[i] + mouth[i - 1]) / 2, (mouth[i] - mouth[i - 1]).ravel()
+        middle = (mouth[i] + mouth[i - 1]) / 2
+        difference = (mouth[i] - mouth[i - 1]).ravel()
         down, right = np.gradient(middle)
         causes = (right, down, x * right + y * down, x * down - y * right, middle, np.ones_like(middle))
         causes = np.stack([cause.ravel() for cause in causes], 1)
@@ -72,10 +78,12 @@ def mouth_to_sound(mouth: np.ndarray, seen: np.ndarray, wave: np.ndarray) -> flo
     components = _components(pixels[seen], MOUTH)
     components /= np.sqrt(np.mean(components**2, 0)) + 1e-6
     lips[seen, : components.shape[1]] = components
-    predicted, edges = np.zeros_like(sound), np.linspace(0, frames, FOLDS + 1).astype(int)
+    predicted = np.zeros_like(sound)
+    edges = np.linspace(0, frames, FOLDS + 1).astype(int)
     for first, last in pairwise(edges):
         others = np.r_[0 : max(0, first - GAP), min(frames, last + GAP) : frames]
-        x, y = lips[others], sound[others]
+        x = lips[others]
+        y = sound[others]
         weights = np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(MOUTH), x.T @ (y - y.mean(0)))
         predicted[first:last] = lips[first:last] @ weights
     if not (predicted.any() and sound.any()):

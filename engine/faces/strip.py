@@ -14,9 +14,16 @@ from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.files import atomic_output
 
-COLUMNS, SIDE, GAP, BAR, LINE = 10, 192, 4, 14, 24  # moments; their width, distance, bar and line of text, in pixels
+COLUMNS = 10  # moments that are shown
+SIDE = 192  # of a moment, in pixels
+GAP = 4  # between two moments, in pixels
+BAR = 14  # height of the bar, in pixels
+LINE = 24  # height of a line of text, in pixels
 CLOSE = 1.5  # side of the close-up, in face boxes
-SEEN, UNSEEN, GREY, WHITE = (60, 200, 90), (230, 60, 60), (40, 40, 40), (255, 255, 255)
+SEEN = (60, 200, 90)
+UNSEEN = (230, 60, 60)
+GREY = (40, 40, 40)
+WHITE = (255, 255, 255)
 
 
 class Strip:
@@ -27,14 +34,16 @@ class Strip:
     """
 
     def __init__(self, track: FaceTrack, fps: float) -> None:
-        self.track, self.fps = track, fps
+        self.track = track
+        self.fps = fps
         self.picks = set(np.linspace(0, len(track) - 1, COLUMNS).round().astype(int).tolist())
         self.columns: list[np.ndarray] = []
 
     def add(self, frames: np.ndarray, mouth: np.ndarray, start: int) -> None:
         """Add the next block of frames (n, H, W, 3), from frame `start` on, and its mouth pictures (n, S, S)."""
         for i in sorted(self.picks & set(range(start, start + len(frames)))):
-            frame, part = frames[i - start], self.track[i]
+            frame = frames[i - start]
+            part = self.track[i]
             colour = SEEN if part.seen else UNSEEN
             x, y, w, h = part.boxes
             scale = SIDE / frame.shape[1]
@@ -61,7 +70,8 @@ class Strip:
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"cannot write {path}: the picture of the face track is a .png")
         picture = np.concatenate(self.columns, 1)
-        width, seconds = picture.shape[1], len(self.track) / self.fps
+        width = picture.shape[1]
+        seconds = len(self.track) / self.fps
         head = np.full((LINE, width, 3), GREY, np.uint8)
         unseen = self.track.unseen(self.fps)
         text = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")

@@ -87,8 +87,10 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
     """Read the sound of a file of a kind that libsndfile reads; None for others."""
     try:
         with soundfile.SoundFile(path) as file:
-            file_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
-            blocks, count = [], 0
+            file_rate = file.samplerate
+            most = LIMITS.seconds * file.samplerate
+            blocks = []
+            count = 0
             if most < file.frames < UNKNOWN:
                 raise _too_long(path)
             # Not `file.blocks`: where an MP3 states more frames than it has, that hands out memory that nobody wrote.
@@ -152,10 +154,12 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
     """Compute a log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
-    hop, size = rate // 100, 1024
+    hop = rate // 100
+    size = 1024
     mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=size, hop_length=hop, n_mels=80, center=False)
     padded = np.pad(wave, size // 2, mode="reflect")
-    frames, parts = 1 + (len(padded) - size) // hop, []
+    frames = 1 + (len(padded) - size) // hop
+    parts = []
     for start in range(0, frames, PICTURE_FRAMES):
         end = min(start + PICTURE_FRAMES, frames)
         part = torch.from_numpy(padded[hop * start : hop * (end - 1) + size])

@@ -30,7 +30,8 @@ class Emotion(Metric):
     }
     needs = ("funasr",)
     names = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")
-    pair, parallel = True, False
+    pair = True
+    parallel = False
 
     def load(self) -> None:
         self.model = load_emotion2vec(str(self.weights / FOLDER), self.device, "metrics")
@@ -43,8 +44,10 @@ class Emotion(Metric):
         return row["labels"][int(np.argmax(row["scores"]))], np.asarray(row["feats"], np.float64)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        (label, one), (true, two) = self.read(take.audio), self.read(truth.audio)
-        same, near = (float(label == true), 1), (cosine(one, two), 1)
+        label, one = self.read(take.audio)
+        true, two = self.read(truth.audio)
+        same = (float(label == true), 1)
+        near = (cosine(one, two), 1)
         return {"emotion_accuracy": same, "emotion_similarity": near, "emotion": label}
 
 

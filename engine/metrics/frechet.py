@@ -34,7 +34,8 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
     """Compare two sets of features (F, D) as normal distributions with their means and covariances."""
     if min(len(one), len(two)) < 2:
         raise UserError("the distance of two sets needs two rows of features in each")
-    one, two = one.astype(np.float64), two.astype(np.float64)
+    one = one.astype(np.float64)
+    two = two.astype(np.float64)
     shift = one.mean(0) - two.mean(0)
     # With S = A^T A, tr (S1 S2)^(1/2) is the sum of the singular values of A1 A2^T. Only R of A = Q R counts there.
     centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one, two)]

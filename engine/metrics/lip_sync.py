@@ -37,7 +37,9 @@ WINDOW = 5  # video frames
 STEPS = 20  # MFCC frames beside them
 SHIFT = 15  # largest shift that the published scores look at, in video frames
 BATCH = 20
-FPS, MARGIN, SMOOTH = 25.0, 0.4, 13
+FPS = 25.0
+MARGIN = 0.4
+SMOOTH = 13
 MAX_SIDE = 1280  # of the picture in which the face is looked for
 
 
@@ -53,7 +55,8 @@ def _mel_filters(count: int, size: int) -> np.ndarray:
     at = np.arange(size // 2 + 1)
     filters = np.zeros((count, len(at)))
     for row, (low, middle, high) in zip(filters, zip(bins, bins[1:], bins[2:])):
-        rising, falling = (at >= low) & (at < middle), (at >= middle) & (at < high)
+        rising = (at >= low) & (at < middle)
+        falling = (at >= middle) & (at < high)
         row[rising] = (at[rising] - low) / (middle - low)
         row[falling] = (high - at[falling]) / (high - middle)
     return filters
@@ -65,17 +68,23 @@ def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
     Frames of 25 ms every 10 ms, a rectangular window, the last one filled with zeros; pre-emphasis 0.97; the log of the
     frame's energy in place of the first coefficient. F = 1 + ceil((N - 400) / 160).
     """
-    width, step, size, filters, lifter = RATE // 40, RATE // 100, 512, 26, 22
+    width = RATE // 40
+    step = RATE // 100
+    size = 512
+    filters = 26
+    lifter = 22
     signal = np.asarray(wave, dtype=np.float64)
     signal = np.append(signal[:1], signal[1:] - 0.97 * signal[:-1])
     frames = 1 + max(0, -(-(len(signal) - width) // step))
     signal = np.pad(signal, (0, (frames - 1) * step + width - len(signal)))
     windows = sliding_window_view(signal, width)[::step]
     power = np.abs(np.fft.rfft(windows, size)) ** 2 / size
-    energy, bands = power.sum(1), power @ _mel_filters(filters, size).T
+    energy = power.sum(1)
+    bands = power @ _mel_filters(filters, size).T
     tiny = np.finfo(float).eps
     levels = np.log(np.where(bands == 0, tiny, bands))
-    n, k = np.arange(filters), np.arange(coefficients)
+    n = np.arange(filters)
+    k = np.arange(coefficients)
     cosines = np.cos(np.pi * k[:, None] * (2 * n + 1) / (2 * filters)) * np.sqrt(2 / filters)
     cosines[0] /= np.sqrt(2)
     result = levels @ cosines.T * (1 + lifter / 2 * np.sin(np.pi * k / lifter))
@@ -122,7 +131,8 @@ class SyncNet(nn.Module):
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
             *_conv(3, 256, 512, (1, 6, 6)),
         )
-        self.netfcaud, self.netfclip = _project(), _project()
+        self.netfcaud = _project()
+        self.netfclip = _project()
 
     def audio(self, mfccs: Tensor) -> Tensor:
         """Embed MFCC windows (B, 1, 13, 20): (B, D)."""
@@ -153,7 +163,8 @@ class SyncNet(nn.Module):
         pixels = torch.from_numpy(pixels).permute(3, 0, 1, 2)  # (3, T, 224, 224)
         sound = torch.from_numpy(mfcc(np.round(np.clip(wave, -1, 1) * 32767))).float()
         device = next(self.parameters()).device
-        lips, sounds = [], []
+        lips = []
+        sounds = []
         for at in torch.arange(windows).split(BATCH):
             lips.append(self.lip(torch.stack([pixels[:, i : i + WINDOW] for i in at]).to(device).float()))
             sounds.append(self.audio(torch.stack([sound[None, :, 4 * i : 4 * i + STEPS] for i in at]).to(device)))
@@ -204,7 +215,9 @@ def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     values = np.median(sliding_window_view(np.pad(values, ((edge, edge), (0, 0)), "edge"), SMOOTH, 0), -1)
     out = np.empty((len(frames), SIDE, SIDE, 3), np.uint8)
     for i, (frame, (x, y, half)) in enumerate(zip(frames, values)):
-        left, top, side = x - half * (1 + MARGIN), y - half, half * 2 * (1 + MARGIN)
+        left = x - half * (1 + MARGIN)
+        top = y - half
+        side = half * 2 * (1 + MARGIN)
         scale = SIDE / side
         matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
         mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR

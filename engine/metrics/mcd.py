@@ -19,8 +19,12 @@ import numpy as np
 from engine.errors import UserError, require
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 
-RATE, PERIOD, BINS = 22_050, 5.0, 512
-ORDER, ALPHA, FLOOR = 13, 0.65, 1e-8
+RATE = 22_050
+PERIOD = 5.0
+BINS = 512
+ORDER = 13
+ALPHA = 0.65
+FLOOR = 1e-8
 DECIBEL = 10 / math.log(10) * math.sqrt(2)
 
 
@@ -33,7 +37,8 @@ def _warp() -> np.ndarray:
     half = BINS // 2
     warped = np.zeros((half + 1, ORDER + 1))
     for n in range(half, -1, -1):  # one step of the recursion for all unit vectors at once
-        last, warped = warped, np.zeros_like(warped)
+        last = warped
+        warped = np.zeros_like(warped)
         warped[:, 0] = ALPHA * last[:, 0]
         warped[n, 0] += 1
         warped[:, 1] = (1 - ALPHA**2) * last[:, 0] + ALPHA * last[:, 1]
@@ -59,8 +64,10 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
     if mode == "plain":
         length = max(len(reference), len(made))
         reference, made = (np.pad(wave, (0, length - len(wave))) for wave in (reference, made))
-    one, two = mel_cepstrum(reference), mel_cepstrum(made)
-    at, to = np.arange(len(one)), np.arange(len(two))
+    one = mel_cepstrum(reference)
+    two = mel_cepstrum(made)
+    at = np.arange(len(one))
+    to = np.arange(len(two))
     if mode != "plain":
         path = require("fastdtw", "fastdtw", "metrics").fastdtw(one[:, 1:], two[:, 1:], dist=2)[1]
         at, to = np.array(path).T
@@ -75,7 +82,8 @@ class MCD(Metric):
     pair = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        made, true = wave_of(take.audio, RATE), wave_of(truth.audio, RATE)
+        made = wave_of(take.audio, RATE)
+        true = wave_of(truth.audio, RATE)
         if min(len(made), len(true)) < RATE * 0.05:
             raise UserError("the clip is shorter than 50 ms, which WORLD cannot analyse")
         return {"mcd": (distortion(true, made, self.protocol), 1)}

@@ -21,7 +21,9 @@ from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take
 from engine.metrics.speech import FPS
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
+# of SSIM's Gaussian, in pixels
+WINDOW = 11
+SIGMA = 1.5
 # Left, top, right, bottom, in shares of the side.
 REGIONS = {"eyes": (0.27, 0.36, 0.73, 0.58), "mouth": (0.30, 0.63, 0.70, 0.92)}
 
@@ -53,7 +55,8 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     rows, columns = (to_device(_gaussian(size).to(a.dtype), a.device) for size in (height, width))
     blurred = rows @ stacked @ columns.T
     mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
-    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    c1 = (0.01 * span) ** 2
+    c2 = (0.03 * span) ** 2
     spread = aa - mean_a**2 + bb - mean_b**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
     return similarity / ((mean_a**2 + mean_b**2 + c1) * (spread + c2))
@@ -75,11 +78,14 @@ class Reconstruction(Metric):
         "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eyes' region"),
         "eyes_movement": Figure("eyes movement", 1, 3, meaning="share of the eyes' variance in time that is rebuilt"),
     }
-    pair, outputs_only, pictured = True, True, True
+    pair = True
+    outputs_only = True
+    pictured = True
     inputs = ("video",)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        made, true = read_video(take.video, FPS), read_video(truth.video, FPS)
+        made = read_video(take.video, FPS)
+        true = read_video(truth.video, FPS)
         length = min(len(made), len(true))
         found = reconstruction(fit_frames(true[:length], made.shape[1]), made[:length])
         return {name: (value, 1) for name, value in found.items()}

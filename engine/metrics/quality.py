@@ -42,7 +42,8 @@ class DNSMOS(Metric):
     def load(self) -> None:
         require_librosa()
         package = require("speechmos.dnsmos", "speechmos", "metrics")
-        folder, options = Path(package.__file__).parent / "dnsmos_models", package.ort.SessionOptions()
+        folder = Path(package.__file__).parent / "dnsmos_models"
+        options = package.ort.SessionOptions()
         options.intra_op_num_threads = 1  # the package takes all cores, which other processes use, too
         self.model = package.DNSMOS.__new__(package.DNSMOS)
         self.model.onnx_sess = package.ort.InferenceSession(str(folder / "sig_bak_ovr.onnx"), options)
@@ -78,11 +79,15 @@ class PESQ(Metric):
         "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the true speech, 8 kHz"),
     }
     needs = ("pesq",)
-    pair, cuts = True, True
+    pair = True
+    cuts = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        true, made = wave_of(truth.audio, RATE), wave_of(take.audio, RATE)
-        pesq, length, found = require("pesq", "pesq"), min(len(true), len(made)), {}
+        true = wave_of(truth.audio, RATE)
+        made = wave_of(take.audio, RATE)
+        pesq = require("pesq", "pesq")
+        length = min(len(true), len(made))
+        found = {}
         try:
             for figure, rate, band in (("pesq_wide", 16_000, "wb"), ("pesq_narrow", 8_000, "nb")):
                 pair = (resample_wave(wave[:length], RATE, rate) for wave in (true, made))
@@ -98,12 +103,14 @@ class STOI(Metric):
     figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the true speech, 0 to 1")}
     needs = ("pystoi",)
     version = 2
-    pair, cuts = True, True
+    pair = True
+    cuts = True
     extended: ClassVar[bool] = False
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         """Measure a clip; less than 0.4 s of speech is refused, for which pystoi warns and gives 0.00001."""
-        true, made = wave_of(truth.audio, RATE), wave_of(take.audio, RATE)
+        true = wave_of(truth.audio, RATE)
+        made = wave_of(take.audio, RATE)
         length = min(len(true), len(made))
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")

@@ -42,7 +42,8 @@ class Recogniser:
     """
 
     def __init__(self, file: Path) -> None:
-        pocketsphinx, free = require("pocketsphinx", "pocketsphinx"), file.suffix == ".arpa"
+        pocketsphinx = require("pocketsphinx", "pocketsphinx")
+        free = file.suffix == ".arpa"
         settings = {"lm": str(file), "loglevel": "FATAL"} if free else {"lm": None, **SETTINGS}
         if (pronunciations := file.with_suffix(".dict")).is_file():
             settings["dict"] = str(pronunciations)

@@ -41,7 +41,8 @@ Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector 
 class SpeakerSimilarity(Metric):
     figures: ClassVar = {"speaker_similarity": Figure("SpkSim", 1, 4, meaning="cosine with the true speech's voice")}
     protocols = ("ecapa", "wavlm", "ge2e")
-    pair, parallel = True, False
+    pair = True
+    parallel = False
 
     def load(self) -> None:
         if self.kind == "ge2e":
@@ -136,13 +137,16 @@ class OwnVoice(Metric):
 
 def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, dict[str, tuple[float, float]]]:
     """Return by clip whether the nearest of the `known` voices is its own, and the cosine with the own voice's mean."""
-    names, found = sorted(known), {}
+    names = sorted(known)
+    found = {}
     sums = np.array([np.sum([*known[name].values()], 0) for name in names])  # (V, 256)
     for clip, row in rows.items():
-        voice, vector = truths[clip].speaker, np.array(row["vector"], np.float32)
+        voice = truths[clip].speaker
+        vector = np.array(row["vector"], np.float32)
         if voice not in known:
             continue
-        own, means = names.index(voice), sums.copy()
+        own = names.index(voice)
+        means = sums.copy()
         means[own] -= known[voice].get(clip, 0)
         if not means[own].any():
             continue
@@ -155,7 +159,8 @@ def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, 
 @lru_cache(2)
 def stored_voices(shards: str | Path) -> Voices:
     """Read the GE2E vector (256,) of every clip of a prepared split, by voice."""
-    split, voices = ShardSplit(shards), {}
+    split = ShardSplit(shards)
+    voices = {}
     split.require("ge2e")
     for index in range(len(split)):
         info, tensors = split.read(index, ("ge2e",))

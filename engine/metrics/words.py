@@ -164,7 +164,8 @@ class WordErrors(Metric):
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         """Count what was heard against the words of another clip, which the same recogniser hears: a control."""
-        rng, finished = np.random.default_rng(0), {clip: dict(row) for clip, row in rows.items()}
+        rng = np.random.default_rng(0)
+        finished = {clip: dict(row) for clip, row in rows.items()}
         for figure in ("wer", "wer_free"):
             clips = [clip for clip, row in rows.items() if figure in row]
             for clip, other in zip(clips, derangement(len(clips), rng) if len(clips) > 1 else ()):
@@ -203,7 +204,8 @@ def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.b
     """Load (processor, model) of transformers, in `half` on a GPU, from a folder (Path) or by a name of the hub."""
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor  # half a minute on a busy machine
 
-    dtype, local = half if str(device).startswith("cuda") else torch.float32, isinstance(name, Path)
+    dtype = half if str(device).startswith("cuda") else torch.float32
+    local = isinstance(name, Path)
     processor = AutoProcessor.from_pretrained(name, local_files_only=local)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(name, local_files_only=local, dtype=dtype, use_safetensors=True)
     return processor, model.to(device).eval()
@@ -212,7 +214,8 @@ def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.b
 @torch.inference_mode()
 def hear_words(processor: Any, model: Any, wave: np.ndarray, language: str | None = None) -> tuple[str, str, float]:
     """Return the words that Whisper hears in sound (N,), their language, and its probability; 1 for a given one."""
-    long, probability = len(wave) > LONG * RATE, 1.0
+    long = len(wave) > LONG * RATE
+    probability = 1.0
     more = {"truncation": False, "padding": "longest"} if long else {}
     inputs = processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
     inputs = inputs.to(model.device, model.dtype)

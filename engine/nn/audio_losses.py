@@ -33,7 +33,8 @@ class MelSpectrogram(nn.Module):
 
     def __init__(self, sample_rate: int, n_mels: int, window: int):
         super().__init__()
-        self.n_fft, self.hop = window, window // 4
+        self.n_fft = window
+        self.hop = window // 4
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         self.register_buffer("filters", mel_filters(sample_rate, window, n_mels), persistent=False)
 
@@ -115,7 +116,8 @@ class CompressedSpectrumLoss(nn.Module):
 
     def _compressed(self, wave: Tensor) -> tuple[Tensor, Tensor]:
         """Return (A^c, A^c e^(i a)), both (B, F, T)."""
-        n_fft, window = len(self.window), self.window
+        n_fft = len(self.window)
+        window = self.window
         spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, n_fft // 4, window=window, return_complex=True)
         # The floor bounds the gradient of silence, where A^(c - 1) has no limit.
         energy = torch.view_as_real(spectrum).square().sum(-1) + 1e-8
@@ -169,10 +171,14 @@ class DisturbanceLoss(nn.Module):
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
         with torch.autocast(fake.device.type, enabled=False):
-            real, fake = self._powers(real), self._powers(fake)  # (B, T, bands)
+            # (B, T, bands)
+            real = self._powers(real)
+            fake = self._powers(fake)
             gain = self.power / (real @ self.speech).mean(1).clamp_min(1e-6)
-            real, fake = real * gain[:, None, None], fake * gain[:, None, None]
-            output, target = self._sones(fake), self._sones(real)
+            real = real * gain[:, None, None]
+            fake = fake * gain[:, None, None]
+            output = self._sones(fake)
+            target = self._sones(real)
             distance = ((output - target).abs() - 0.25 * torch.minimum(output, target)).clamp_min(0) * self.width
             added = ((fake + 50) / (real + 50)) ** 1.2
             added = torch.where(added < 3, 0, added.clamp_max(12))
@@ -214,7 +220,8 @@ class VoiceLoss(nn.Module):
 
     def __init__(self, sample_rate: int):
         super().__init__()
-        self.sample_rate, self.encoder = sample_rate, GE2EEncoder()
+        self.sample_rate = sample_rate
+        self.encoder = GE2EEncoder()
         self.encoder.network.requires_grad_(False)
         self.register_buffer("window", torch.hann_window(400), persistent=False)
         self.register_buffer("filters", mel_filters(RATE, 400, 40), persistent=False)

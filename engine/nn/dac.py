@@ -182,13 +182,16 @@ class DACDecoder(nn.Module):
     @property
     def reach(self) -> tuple[int, int]:
         """Number of frames before and after frame t its samples, t * hop .. (t + 1) * hop - 1, depend on."""
-        first, last = -3, math.prod(self.ratios) - 1 + 3
+        first = -3
+        last = math.prod(self.ratios) - 1 + 3
         for ratio in reversed(self.ratios):
             units = 3 * (1 + 3 + 9)
-            first, last = first - units, last + units
+            first = first - units
+            last = last + units
             # Sample j of a transposed convolution is made from inputs i with 0 <= j + padding - ratio i < 2 ratio.
             padding = math.ceil(ratio / 2)
-            first, last = -((2 * ratio - 1 - padding - first) // ratio), (last + padding) // ratio
+            first = -((2 * ratio - 1 - padding - first) // ratio)
+            last = (last + padding) // ratio
         return 3 - first, last + 3
 
     def forward(self, frames: Tensor) -> Tensor:

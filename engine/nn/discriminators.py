@@ -79,11 +79,13 @@ class SpectrogramDiscriminator(nn.Module):
         strides: Sequence[int] = (2, 2, 2),
     ):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
+        self.n_fft = n_fft
+        self.hop = hop
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         first, last = kernels
         widths = [1, *(min(channels * 2**j, max_channels) for j in range(len(strides) + 2))]
-        kernels, strides = [first, *(2 * stride + 1 for stride in strides), last], [2, *strides, 1]
+        kernels = [first, *(2 * stride + 1 for stride in strides), last]
+        strides = [2, *strides, 1]
         layers = [
             nn.Sequential(WNConv2d(narrow, wide, kernel, stride=stride, padding=kernel // 2), nn.LeakyReLU(0.2))
             for (narrow, wide), kernel, stride in zip(pairwise(widths), kernels, strides, strict=True)

@@ -15,7 +15,8 @@ from transformers.audio_utils import mel_filter_bank
 from engine.device import to_device
 
 RATE = 16_000
-N_FFT, HOP = 400, 160
+N_FFT = 400
+HOP = 160
 
 
 def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:

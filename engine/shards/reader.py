@@ -170,14 +170,17 @@ class ShardSplit:
             raise UserError(f"{self.source} has no samples {wanted}")
         print(f"{self.source}: {rows.sum()} of {len(rows)} samples are left out, {which}", file=sys.stderr)
         self.sizes = [int((~part).sum()) for part in np.split(rows, self._ends[:-1])]
-        self._ends, self._holds = np.cumsum(self.sizes), [self._holds[i] for i in np.flatnonzero(~rows)]
-        self.frames, self._places = self.frames[torch.from_numpy(~rows)], self._places[~rows]
+        self._ends = np.cumsum(self.sizes)
+        self._holds = [self._holds[i] for i in np.flatnonzero(~rows)]
+        self.frames = self.frames[torch.from_numpy(~rows)]
+        self._places = self._places[~rows]
 
     def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str]]]:
         """Return of a shard's n samples the frames (n,), offset and size of KEY.json and of KEY.safetensors (n, 2, 2),
         and the names of the tensors of each.
         """
-        sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
+        sidecar = self.files.sidecar(shard)
+        name = join(self.source, f"{shard['name']}.json")
         try:
             rows = sidecar["samples"]
             stated = sidecar["bytes"], sidecar["crc32"], len(rows)
@@ -247,7 +250,8 @@ def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) 
         first, last = entry["data_offsets"]
         if not 0 <= first <= last <= size - 8 - length:
             raise ValueError(f"{name} runs past its member")
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype = DTYPES[entry["dtype"]]
+        shape = entry["shape"]
         if math.prod(shape) * dtype.itemsize != last - first:
             raise ValueError(f"{name} has another size than its shape {shape}")
         data = _bytes(file, at + 8 + length + first, last - first)

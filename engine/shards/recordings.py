@@ -51,7 +51,8 @@ def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.n
     if is_prepared(root, split):
         stored = StoredWaves(root, split, rate)
         return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
-    names, waves = [row["id"] for row in read_manifest(root, split)[:count]], []
+    names = [row["id"] for row in read_manifest(root, split)[:count]]
+    waves = []
     leave_out = leaving_out(join(root, split), len(names))
     for name in names:
         try:
@@ -71,7 +72,8 @@ class WavFiles:
 
     def __init__(self, root: str | Path, split: str, rate: int) -> None:
         self.names = [row["id"] for row in read_manifest(root, split)]
-        self.rate, self.folder = rate, Path(root) / split
+        self.rate = rate
+        self.folder = Path(root) / split
         self.leave_out = leaving_out(join(root, split), len(self.names))
 
     def __len__(self) -> int:
@@ -144,7 +146,9 @@ class SpeechCrops(torch.utils.data.Dataset):
     ):
         if samples < 1:
             raise UserError(f"data.train.samples={samples}: give 1 or more")
-        self.samples, self.gain_db, self.speed = samples, gain_db, speed
+        self.samples = samples
+        self.gain_db = gain_db
+        self.speed = speed
         prepared = is_prepared(root, split)
         self.waves = StoredWaves(root, split, sample_rate, shards) if prepared else WavFiles(root, split, sample_rate)
         self.blocks = self.waves.blocks

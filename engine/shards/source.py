@@ -117,11 +117,14 @@ class SplitFiles:
     """
 
     def __init__(self, source: str | Path, cache: str | Path, limit: int) -> None:
-        self.source, self.remote = str(source), is_remote(source)
+        self.source = str(source)
+        self.remote = is_remote(source)
         if not self.remote and not Path(source, "index.json").is_file():
             raise UserError(f"no prepared shards in {source}: make them with python scripts/prepare_data.py")
         self.index = read_index(source)
-        self.folder, self.cache, self.limit = Path(source), Path(cache), limit
+        self.folder = Path(source)
+        self.cache = Path(cache)
+        self.limit = limit
         self._slots: tuple[int, threading.Semaphore] | None = None
         self._asked: set[str] = set()
         if self.remote:  # another index, other copies
@@ -159,7 +162,8 @@ class SplitFiles:
         if not self.remote:
             return
         if self._slots is None or self._slots[0] != os.getpid():  # threads do not live on in a forked process
-            self._slots, self._asked = (os.getpid(), threading.Semaphore(AHEAD)), set()
+            self._slots = (os.getpid(), threading.Semaphore(AHEAD))
+            self._asked = set()
         for shard in shards:
             if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
                 self._asked.add(shard["name"])
@@ -180,7 +184,8 @@ class SplitFiles:
         with FileLock(self.folder / f"{name}.lock"):
             if path.is_file():  # another process has just fetched it
                 return path
-            arrival, url = self.folder / ".arriving" / name, join(self.source, name)
+            arrival = self.folder / ".arriving" / name
+            url = join(self.source, name)
             for _ in range(2):
                 _get(url, arrival, shard and shard["bytes"])
                 if shard is None or (arrival.stat().st_size, checksum(arrival)) == (shard["bytes"], shard["crc32"]):

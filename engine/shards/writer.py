@@ -38,7 +38,9 @@ VERSION = 2
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar file
 MIN_STD = 1e-6
-INDEX, QUARANTINE, PLAN = "index.json", "quarantine.jsonl", ".plan.json"
+INDEX = "index.json"
+QUARANTINE = "quarantine.jsonl"
+PLAN = ".plan.json"
 
 
 def dumps(value: Any) -> bytes:
@@ -180,7 +182,8 @@ class SplitWriter:
 
     def begin(self, shard: int) -> tuple[Path, list[str]]:
         """Make the work folder of a shard; returns it, and the keys that are to do. One that lacks none is packed."""
-        work, keys = self.work(shard), self.missing(shard)
+        work = self.work(shard)
+        keys = self.missing(shard)
         if keys:
             with _writing(work):
                 work.mkdir(exist_ok=True)
@@ -198,8 +201,11 @@ class SplitWriter:
 
     def pack(self, shard: int) -> None:
         """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""
-        name, work = f"{shard:06d}", self.work(shard)
-        samples, rejected, sums = [], [], []
+        name = f"{shard:06d}"
+        work = self.work(shard)
+        samples = []
+        rejected = []
+        sums = []
         crc = size = 0
 
         def chunks() -> Iterator[bytes]:
@@ -217,9 +223,11 @@ class SplitWriter:
                 samples.append(sample | {"tensors": list(tensors)})
                 if (rows := tensors.get("motion")) is not None:
                     sums.append((len(rows), torch.stack([rows.double().sum(0), rows.double().square().sum(0)])))
-                crc, size = zlib.crc32(data, crc), size + len(data)
+                crc = zlib.crc32(data, crc)
+                size = size + len(data)
                 yield data
-            crc, size = zlib.crc32(END, crc), size + len(END)
+            crc = zlib.crc32(END, crc)
+            size = size + len(END)
             yield END
 
         write_whole(self.folder / f"{name}.tar", chunks(), work / ".shard")
@@ -257,7 +265,9 @@ class SplitWriter:
         return index
 
     def _index(self, sidecars: list[tuple[str, dict[str, Any]]], facts: Mapping[str, Any]) -> dict[str, Any]:
-        sums, rejected, shards = [], Counter(), []
+        sums = []
+        rejected = Counter()
+        shards = []
         for name, sidecar in sidecars:
             if part := sidecar["motion"]:
                 sums.append((part["count"], torch.tensor([part["sum"], part["square"]], dtype=torch.float64)))
@@ -293,7 +303,8 @@ def _total(sums: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, torch.Tensor]
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
     """Return the first setting in which two plans differ, as `name=VALUE, not OTHER`."""
     for name in sorted({*there, *wanted}):
-        old, new = there.get(name), wanted.get(name)
+        old = there.get(name)
+        new = wanted.get(name)
         if old != new:
             if isinstance(old, Mapping) and isinstance(new, Mapping):
                 return _difference(old, new, f"{prefix}{name}.")

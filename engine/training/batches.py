@@ -203,7 +203,8 @@ class Order:
         items, ranks = (x[: each * blocks.streams].view(blocks.streams, each) for x in (items, ranks))
         windows = (ranks - ranks[:, :1]) // blocks.window
         mixed = (windows + torch.rand(windows.shape, generator=draw, dtype=torch.float64)).argsort(1)
-        begin, end = ranks[:, 0].tolist(), ranks[:, -1].tolist()
+        begin = ranks[:, 0].tolist()
+        end = ranks[:, -1].tolist()
 
         def spans(stream: int, window: int) -> list[tuple[int, int]]:
             """Return items [first, last) of each block of a window and of the next one."""

@@ -36,7 +36,8 @@ from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
 from engine.untrusted import parse_json, read_json, safe_name
 
-INFO, RESULTS = "info.json", "results.json"
+INFO = "info.json"
+RESULTS = "results.json"
 COUNTS = ("step", "samples", "streams", "group")  # in `INFO`
 FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
 
@@ -58,7 +59,9 @@ class Checkpoints:
     """
 
     def __init__(self, root: Path, keep: int, best: str | None = None):
-        self.root, self.keep, self.best = root, keep, best
+        self.root = root
+        self.keep = keep
+        self.best = best
         # Of its own: collective calls of the thread must not mix with those of training.
         self._group = distributed.patient_group() if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
@@ -107,7 +110,8 @@ class Checkpoints:
             write_json(folder / RESULTS, results)
 
     def _write(self, step: int, state: dict[str, Tensor], info: dict[str, Any], device: int | None) -> None:
-        final, staging = folder_of(self.root, step), self.root / f".step-{step:08d}.writing"
+        final = folder_of(self.root, step)
+        staging = self.root / f".step-{step:08d}.writing"
         if device is not None:
             torch.cuda.set_device(device)
         try:
@@ -188,7 +192,8 @@ def steps(root: Path) -> list[int]:
 
 def best(root: Path, rule: str) -> int | None:
     """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
-    (direction, name), found = rule.split(), {}
+    direction, name = rule.split()
+    found = {}
     for step in steps(root):
         with suppress(UserError, ValueError, KeyError, TypeError):
             found[step] = float(read_json(folder_of(root, step) / RESULTS)[name])

@@ -24,13 +24,19 @@ from engine.training import checkpoint
 from engine.training.task import Release, Task
 from engine.untrusted import parse_json, read_json
 
-DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
-BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
+# files in a run's folder
+DESCRIPTION = "release.json"
+FILES = "release_files"
+# PEFT's names
+BASE = ".base_layer."
+A = ".lora_A.default.weight"
+B = ".lora_B.default.weight"
 
 
 def describe(run: Path, task: Task) -> None:
     """Write into the run's folder what its release will hold beside the weights."""
-    release, files = task.release_info(), run / FILES
+    release = task.release_info()
+    files = run / FILES
     if release is None:
         return
     with report_os_errors(f"cannot write {files}"):
@@ -116,7 +122,8 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         info: of the checkpoint: `step`, `config` and `code`, where there are any. results: figures of the validation
             after step `at`.
     """
-    config, step = info.get("config") or {}, info.get("step", 0)
+    config = info.get("config") or {}
+    step = info.get("step", 0)
     data, trainer, task = (config.get(name) or {} for name in ("data", "trainer", "task"))
     dataset = str(data.get("root") or "held-out clips of the run")
     parts = [front_matter(release.kind, release.title, results, dataset)]

@@ -58,9 +58,13 @@ class GANTask(Task):
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure mel loss and codes of the first held-out clips; write the first of each split, true and decoded."""
         results: dict[str, float | ByClip] = {}
-        rate, device, settings = self.codec.sample_rate, next(self.codec.parameters()).device, self.validation
+        rate = self.codec.sample_rate
+        device = next(self.codec.parameters()).device
+        settings = self.validation
         for split in settings["splits"] if settings else ():
-            waves, mel, facts = load_waves(settings["root"], split, settings["clips"], rate), {}, {}
+            waves = load_waves(settings["root"], split, settings["clips"], rate)
+            mel = {}
+            facts = {}
             for number in share.range(len(waves)):
                 wave = torch.from_numpy(waves[number])[None, None].to(device)
                 code = self.codec.encode(wave)
@@ -83,7 +87,8 @@ class GANTask(Task):
         """Return the losses of the part `discriminator` or `generator`; the codec runs once a step, for both."""
         if "_run" not in batch:
             batch["_run"] = self.run(batch)
-        real, fake = batch["_run"]["real"], batch["_run"]["fake"]
+        real = batch["_run"]["real"]
+        fake = batch["_run"]["fake"]
         if part == "discriminator":
             return self.discriminator.own_losses(real, fake, self.adversarial())
         losses = self.reconstruction_losses(batch["_run"])

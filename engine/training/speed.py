@@ -107,7 +107,8 @@ def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator
     where the shapes of batches stay the same. Python collects garbage when it is told to, not in the middle of a step:
     a pause of one process is a pause of all.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "bf16"
     cudnn.benchmark = fixed_shapes

@@ -30,7 +30,9 @@ from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation
 
-GIF_SIDE, GIF_FPS = 256, 12.5  # TensorBoard plays no video files, but moving pictures
+# TensorBoard plays no video files, but moving pictures
+GIF_SIDE = 256
+GIF_FPS = 12.5
 
 
 def check_trackers(wandb: str, tensorboard: bool) -> None:
@@ -62,7 +64,8 @@ class Tracker:
         kept = [line for line, record in read_log(path) if (record["step"], "lr" not in record) <= start]
         write_text(path, "".join(f"{line}\n" for line in kept))  # a kill must not cost the log of the steps before
         self._file = path.open("a")
-        self._wandb, self._events = _begin_wandb(run, wandb, config) if wandb != "off" else None, None
+        self._wandb = _begin_wandb(run, wandb, config) if wandb != "off" else None
+        self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -91,7 +94,8 @@ class Tracker:
                 wave = wave.mean(1)
                 picture = spectrogram(wave, rate).repeat(3, 0).repeat(3, 1)  # (H, W, 3) bytes
                 if self._wandb:
-                    sound, image = self._wandb.Audio(str(path)), self._wandb.Image(picture)
+                    sound = self._wandb.Audio(str(path))
+                    image = self._wandb.Image(picture)
                     self._wandb.log({f"{name}/sound": sound, f"{name}/spectrogram": image, "step": step})
                 if self._events:
                     self._events.add_audio(f"{name}/sound", wave[None], step, sample_rate=rate)
@@ -106,7 +110,8 @@ class Tracker:
         """Show a video in TensorBoard, which plays no video files."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        frames, gif = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)], io.BytesIO()
+        frames = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)]
+        gif = io.BytesIO()
         frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=1000 / GIF_FPS, loop=0)
         width, height = frames[0].size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
@@ -145,7 +150,10 @@ class Window:
     """Sums over the steps since the last log line; losses stay on the device until the line is written."""
 
     def __init__(self) -> None:
-        self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
+        self.start = time.perf_counter()
+        self.wait = 0.0
+        self.steps = 0
+        self.tokens = 0
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
 

@@ -21,7 +21,9 @@ WINDOW = 12  # frames over which AV-HuBERT's preparation averages landmarks
 
 # Points of a mean face in a 256 x 256 frame: the nose's base and the corners of the eyes, which no speech moves, and
 # the middle of the mouth (published with LRW preprocessing; the values are facts of AV-HuBERT's input).
-STABLE, MOUTH = (33, 36, 39, 42, 45), slice(48, 68)  # of 68 landmarks
+# of 68 landmarks
+STABLE = (33, 36, 39, 42, 45)
+MOUTH = slice(48, 68)
 MEAN_STABLE = np.array([[128.87, 137.30], [92.52, 94.37], [112.77, 94.94], [145.53, 94.54], [166.68, 93.57]])
 MEAN_MOUTH = np.array([129.31, 157.82])
 
@@ -38,7 +40,8 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns" (1991), in the precision
     of its arguments.
     """
-    centre, goal = source.mean(0), target.mean(0)
+    centre = source.mean(0)
+    goal = target.mean(0)
     spread = (source - centre).var(0).sum()
     if not spread > 0:
         raise UserError("the landmarks of a face fall on one point: no pose can be found from them")
@@ -70,15 +73,20 @@ def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray, unit: float = 
     number = sx.dtype.type
     left, top = (max(0, int(s.min())) for s in (sx, sy))  # only what is touched is converted
     right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
-    picture, sx, sy = picture[top:bottom, left:right] / number(unit), sx - number(left), sy - number(top)
+    picture = picture[top:bottom, left:right] / number(unit)
+    sx = sx - number(left)
+    sy = sy - number(top)
     height, width = picture.shape[:2]
     padded = np.pad(picture, [(2, 2), (2, 2), (0, 0)][: picture.ndim])
-    left, top = np.floor(sx), np.floor(sy)
-    fx, fy = sx - left, sy - top
+    left = np.floor(sx)
+    top = np.floor(sy)
+    fx = sx - left
+    fy = sy - top
     column = np.clip(left, -2, width).astype(np.intp) + 2
     row = np.clip(top, -2, height).astype(np.intp) + 2
     if picture.ndim == 3:
-        fx, fy = fx[..., None], fy[..., None]
+        fx = fx[..., None]
+        fy = fy[..., None]
     upper = padded[row, column] + fx * (padded[row, column + 1] - padded[row, column])
     lower = padded[row + 1, column] + fx * (padded[row + 1, column + 1] - padded[row + 1, column])
     return upper + fy * (lower - upper)
@@ -136,7 +144,8 @@ def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
     Where the square would stick out of the frame it is moved inside.
     """
-    half, out = MOUTH_SIDE // 2, matrices.copy()
+    half = MOUTH_SIDE // 2
+    out = matrices.copy()
     out[:, :, 2] -= np.clip(centres, half, FRAME_SIDE - half).round() - half
     return out
 
@@ -147,7 +156,8 @@ def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
     Args:
         frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the pictures.
     """
-    mouths, x = [], np.arange(MOUTH_SIDE, dtype=np.float64)
+    mouths = []
+    x = np.arange(MOUTH_SIDE, dtype=np.float64)
     for frame, matrix in zip(frames, poses, strict=True):
         sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in cv2.invertAffineTransform(matrix))
         values = bilinear(frame, sx, sy, 255) * 255

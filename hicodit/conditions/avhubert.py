@@ -24,7 +24,9 @@ from engine.settings import Group, setting
 from engine.torch_files import plain, read_checkpoint
 
 VIEW = 88  # side of the picture that the network sees
-MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
+# of grey values in [0, 1]
+MEAN = 0.421
+DEVIATION = 0.165
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def prepare_mouth(mouth: Tensor) -> Tensor:
     """Cut the middle (..., 88, 88) of mouth pictures (..., H, W) in [0, 1]; apply the fixed mean and deviation."""
     height, width = mouth.shape[-2:]
     assert min(height, width) >= VIEW, mouth.shape
-    top, left = (height - VIEW) // 2, (width - VIEW) // 2
+    top = (height - VIEW) // 2
+    left = (width - VIEW) // 2
     return (mouth[..., top : top + VIEW, left : left + VIEW] - MEAN) / DEVIATION
 
 

@@ -25,10 +25,14 @@ from engine.release import build_with
 from engine.torch_files import read_state
 from hicodit.conditions.types import EXPRESSIONS
 
-SIDE, BACKBONE_SIDE = 224, 112
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE = 224
+BACKBONE_SIDE = 112
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 HEAD_WIDTH = 32  # of cross attention
-WIDTH, HEADS = 768, 8  # of the transformer
+# of the transformer
+WIDTH = 768
+HEADS = 8
 POSITIONS = "n c h w -> n (h w) c"
 
 # The expressions in the order of the classes of each checkpoint.

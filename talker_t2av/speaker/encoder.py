@@ -258,7 +258,8 @@ class WavLMEncoder(nn.Module):
         """
         state = rename_all(state, RULES)
         config = WavLMConfig(**(LARGE | wavlm_sizes(state) if settings is None else settings))
-        sizes, width = head_sizes(state), config.hidden_size
+        sizes = head_sizes(state)
+        width = config.hidden_size
         projection = "wavlm.feature_projection.projection."  # the original has none where the widths agree
         state.setdefault(projection + "weight", torch.eye(width))
         state.setdefault(projection + "bias", torch.zeros(width))

@@ -52,7 +52,8 @@ class VoiceClips:
     def __init__(
         self, corpus: str | Path, shards: str | Path, split: str = "train", bands: int = 80, seconds: float = 1.0
     ) -> None:
-        self.folder, self.bands = Path(corpus) / split, bands
+        self.folder = Path(corpus) / split
+        self.bands = bands
         self.frames = round(seconds * FRAMES_A_SECOND)
         self.names, self.voices, self.ge2e = stored_voices(join(shards, split))
         self.classes = torch.searchsorted(self.voices.unique(), self.voices)
@@ -116,8 +117,12 @@ class VoiceEncoderTask(Task):
         self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
         if init:
             load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")
-        self.corpus, self.shards, self.recipe = corpus, shards, recipe
-        self.voice_weight, self.temperature, self.noise = voice_weight, temperature, noise
+        self.corpus = corpus
+        self.shards = shards
+        self.recipe = recipe
+        self.voice_weight = voice_weight
+        self.temperature = temperature
+        self.noise = noise
         _, voices, ge2e = stored_voices(join(shards, "train"))
         units = F.normalize(ge2e, dim=-1)
         means = torch.stack([units[voices == voice].mean(0) for voice in voices.unique()])
@@ -154,7 +159,8 @@ class VoiceEncoderTask(Task):
         return results
 
     def release_info(self) -> Release:
-        config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
+        config = self.encoder.config
+        millions = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         about = f"""16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands}
 log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
 its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.

@@ -56,7 +56,8 @@ class Colour(Step):
     tensors = ("colour",)
 
     def __init__(self, log: str, scale: float = 1.0):
-        self.log, self.scale = log, scale
+        self.log = log
+        self.scale = scale
 
     def __call__(self, clip):
         with open(self.log, "a") as file:

@@ -25,7 +25,8 @@ FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory):
     root = tmp_path_factory.mktemp("footage")
-    voice, rows = np.tile(read_audio("assets/demo/voice.wav", 24_000), 3), ["path,audio,text"]
+    voice = np.tile(read_audio("assets/demo/voice.wav", 24_000), 3)
+    rows = ["path,audio,text"]
     for i, frames in enumerate(FRAMES):
         write_video(root / f"c{i}.mp4", np.stack([draw_face(t % 7 / 7) for t in range(frames)]), 25)
         write_wav(root / f"c{i}.wav", voice[: frames * 960], 24_000)
@@ -74,7 +75,8 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
 
 
 def test_shards_at_a_url_give_the_same_crops(shards, file_server, tmp_path):  # noqa: F811
-    url, cached = file_server.add(shards), {"cache": str(tmp_path), "window": 1}
+    url = file_server.add(shards)
+    cached = {"cache": str(tmp_path), "window": 1}
     pictures = [FramePairs(root, 32, shards=cached) for root in (shards, url)]
     waves = [SpeechCrops(root, samples=960, shards=cached) for root in (shards, url)]
     for near, far in (pictures, waves):

@@ -13,7 +13,9 @@ from engine.errors import UserError
 
 class Hears:
     def __init__(self, text, language="en", probability=0.9, name="fake"):
-        self.name, self.transcript, self.calls = name, Transcript(text, language, probability), 0
+        self.name = name
+        self.transcript = Transcript(text, language, probability)
+        self.calls = 0
 
     def __call__(self, wave):
         self.calls += 1

@@ -136,7 +136,9 @@ def test_a_killed_job_continues_and_ends_in_the_same_bytes(corpus, tmp_path):
 
 def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_path):
     """A broken and a missing file, and stages that refuse, raise, crash and hang."""
-    root, output, split = tmp_path / "corpus", tmp_path / "shards", tmp_path / "corpus" / "train"
+    root = tmp_path / "corpus"
+    output = tmp_path / "shards"
+    split = tmp_path / "corpus" / "train"
     names = ["good0", "truncated", "nan", "missing", "noface", "refuse", "segfault", "good1", "bug", "hang", "good2"]
     write_corpus(root, names)
     whole = (split / "truncated.mp4").read_bytes()

@@ -55,7 +55,8 @@ def test_a_cluster_that_loses_a_machine_makes_the_same_shards(tmp_path):
         cluster.shutdown()
     lines = [json.loads(line) for line in (output / "train" / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["key"], line["stage"]) for line in lines] == [("refuse", "brightness")]
-    ours, expected = contents(output), contents(tmp_path / "expected")
+    ours = contents(output)
+    expected = contents(tmp_path / "expected")
     assert ours.keys() == expected.keys()
     for name in ours:
         if name.endswith(".tar"):

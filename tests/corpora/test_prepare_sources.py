@@ -219,7 +219,8 @@ def test_emilia_in_tar_files_and_unpacked(tmp_path):
             (tmp_path / "files" / f"{name}.json").write_text('{"text": "words"}')
             for suffix in ("mp3", "json"):
                 tar.add(tmp_path / "files" / f"{name}.{suffix}", f"{name}.{suffix}")
-    packed, unpacked = by_split(emilia(tmp_path / "data")), by_split(emilia(tmp_path / "files"))
+    packed = by_split(emilia(tmp_path / "data"))
+    unpacked = by_split(emilia(tmp_path / "files"))
     assert [len(found) for found in packed.values()] == [len(found) for found in unpacked.values()] == [3, 1]
     clip = packed["train"][0]
     assert set(clip.packed) == {clip.audio, clip.text_file} and clip.packed[clip.audio][0] == "EN/EN-B000000.tar"

@@ -51,7 +51,8 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
     landmarks = np.random.default_rng(0).normal((64, 70), 20, (68, 2)) + np.arange(FRAMES)[:, None, None] / 10
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", landmarks)
-    info, made = synthetic(corpus).clips("train")[0], {}
+    info = synthetic(corpus).clips("train")[0]
+    made = {}
     for side in (128, 64):
         clip = WorkItem(info, corpus)
         for stage in (Decode(max_side=side), Face(face_landmarks=str(tmp_path)), Crops({"kind": "released"})):
@@ -74,9 +75,12 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     facts, made = read_sample(tmp_path)
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
-    codec, ge2e = RVQCodec.from_pretrained("assets/rvq_tiny"), GE2EEncoder()
-    frames, wave = read_video(corpus / "train" / "a.mp4", 25), read_audio(corpus / "train" / "a.wav", 24_000)
-    track, sizes = find_faces([frames], 25)[0], encoder_config({})
+    codec = RVQCodec.from_pretrained("assets/rvq_tiny")
+    ge2e = GE2EEncoder()
+    frames = read_video(corpus / "train" / "a.mp4", 25)
+    wave = read_audio(corpus / "train" / "a.wav", 24_000)
+    track = find_faces([frames], 25)[0]
+    sizes = encoder_config({})
     pictures = [6, 12, 17, 23]  # of 30 frames
     sound = torch.from_numpy(wave)[None, None]
     expected = {

@@ -54,7 +54,8 @@ def test_a_part_holds_the_whole_sentence_and_its_labels(corpus):
     starts = set()
     for seed in range(5):
         item = clips.__getitem__(0, torch.Generator().manual_seed(seed))
-        labels, power = item["labels"], item["wave"].view(-1, 160).square().mean(1)
+        labels = item["labels"]
+        power = item["wave"].view(-1, 160).square().mean(1)
         assert len(item["wave"]) == 22_400 and len(labels) == 140
         assert labels[labels > 0].unique_consecutive().tolist() == item["words"].tolist()
         assert [WORDS[i - 1] for i in item["words"]] == clips.clips[0].text.split()

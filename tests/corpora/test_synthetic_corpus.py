@@ -180,7 +180,8 @@ def test_free_words_differ_on_the_lips():
     words = sorted({word for slot in free_words().values() for word in slot})
     assert len(words) > 2500
     short = [word for word in words if len(word) < 5]  # they are alike if any are
-    synthesizer, shown = Synthesizer(), {}
+    synthesizer = Synthesizer()
+    shown = {}
     for some in (short[i : i + 20] for i in range(0, len(short), 20)):
         said = synthesizer.speak(". ".join(some), "pitch 100 150")
         assert len(said.words) == len(some)
@@ -213,7 +214,8 @@ def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
             ends.append(end)
         samples = read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000)
         first, last = (int(24000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
-        spoken, silent = samples[first:last], np.concatenate([samples[: first - 480], samples[last + 2400 :]])
+        spoken = samples[first:last]
+        silent = np.concatenate([samples[: first - 480], samples[last + 2400 :]])
         assert np.sqrt(np.mean(spoken**2)) > 10 * np.sqrt(np.mean(silent**2))
 
 
@@ -221,7 +223,8 @@ def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
 def test_closures_close_the_mouth(symbol):
     column = MOUTH.index("open")
     for offset in np.linspace(0, 0.04, 9):  # wherever the frame grid falls
-        begin, end = 0.4 + offset, 0.45 + offset
+        begin = 0.4 + offset
+        end = 0.45 + offset
         track = mouth_track([("A:", 0.2, begin), (symbol, begin, end), ("a", end, 0.8)], 25)
         assert track[5:20, column].max() > 0.6
         assert track[9:14, column].min() < 0.02
@@ -283,7 +286,8 @@ def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
     groups = {v.number: v.group for v in load_voices()}
     assert Counter(groups[entry["voice"]] for entry in entries(corpus, "dev")) == {"train": 2, "dev": 2}
     for entry in rows:
-        shown, change = entry["expressions"], entry["change"]
+        shown = entry["expressions"]
+        change = entry["change"]
         assert len(shown) == (2 * (entry["frames"] - 1)) // 25 + 1 and set(shown) <= set(EXPRESSIONS)
         assert shown.count(entry["expression"]) * 2 >= len(shown)
         assert len(set(shown)) == 1 + (change is not None)
@@ -295,7 +299,8 @@ def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
 def test_a_change_is_heard_and_seen_at_once(corpus):
     changing = [e for e in entries(corpus, "train") if e["change"]]
     for entry in changing:
-        first, last = entry["expressions"][0], entry["expressions"][-1]
+        first = entry["expressions"][0]
+        last = entry["expressions"][-1]
         samples = read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000)
         cut = int(entry["change"] * 24_000)
         begin, end = (int(24_000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
@@ -319,7 +324,8 @@ def test_windows_take_the_expression_of_their_middle():
 def test_free_sentences_are_understood_without_a_grammar(corpus):
     rows = [entry for entry in entries(corpus, "train") if entry["grammar"] == "free"][:6]
     waves = [read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000) for entry in rows]
-    recogniser, texts = Recogniser(corpus / "free.arpa"), [entry["text"] for entry in rows]
+    recogniser = Recogniser(corpus / "free.arpa")
+    texts = [entry["text"] for entry in rows]
     heard = [recogniser.transcribe(wave, 24_000) for wave in waves]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
 

@@ -50,8 +50,10 @@ TASKS = {
 def run(job: dict) -> None:
     torch.manual_seed(0)
     task, data = TASKS[job.get("task", "blocks")]()
-    folder, trainer = Path(job["run"]), Trainer(task, data, CONFIG | job["changes"], job["run"])
-    plain, count = dist.reduce_scatter_tensor, 0
+    folder = Path(job["run"])
+    trainer = Trainer(task, data, CONFIG | job["changes"], job["run"])
+    plain = dist.reduce_scatter_tensor
+    count = 0
 
     def counted(*arguments, **options):
         nonlocal count

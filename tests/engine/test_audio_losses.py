@@ -32,7 +32,9 @@ def test_disturbance_falls_with_the_noise_as_pesq_does():
     pesq = pytest.importorskip("pesq").pesq
     real = vowel(16_000, 2.0)
     noise = torch.randn(len(real), generator=torch.Generator().manual_seed(0)) * real.std()
-    loss, drops, scores = DisturbanceLoss(16_000), [], []
+    loss = DisturbanceLoss(16_000)
+    drops = []
+    scores = []
     for decibels in (5, 15, 25, 35, 60):
         fake = real + noise * 10 ** (-decibels / 20)
         drops.append(float(loss(fake[None], real[None])))
@@ -42,7 +44,8 @@ def test_disturbance_falls_with_the_noise_as_pesq_does():
 
 
 def test_disturbance_ignores_inaudible_tones_and_levels():
-    real, loss = vowel(24_000)[None, None].repeat(2, 1, 1), DisturbanceLoss(24_000)
+    real = vowel(24_000)[None, None].repeat(2, 1, 1)
+    loss = DisturbanceLoss(24_000)
     assert loss(real, real) < 1e-2
     time = torch.arange(24_000) / 24_000
 
@@ -64,9 +67,12 @@ def test_disturbance_counts_to_the_last_frame():
 
 def test_voice_loss_is_the_distance_of_resemblyzers_embeddings():
     pytest.importorskip("resemblyzer")
-    loss, deep, high = VoiceLoss(16_000), vowel(16_000, 1.6), 0.5 * vowel(24_000, 1.6)[: int(1.6 * 16_000)]
+    loss = VoiceLoss(16_000)
+    deep = vowel(16_000, 1.6)
+    high = 0.5 * vowel(24_000, 1.6)[: int(1.6 * 16_000)]
     both = torch.stack([deep, high])
-    ours, theirs = loss.embed(both), [loss.encoder.embed(wave.numpy(), 16_000) for wave in both]
+    ours = loss.embed(both)
+    theirs = [loss.encoder.embed(wave.numpy(), 16_000) for wave in both]
     assert all(float(a @ torch.from_numpy(b)) > 0.95 for a, b in zip(ours, theirs))  # which pads a second piece
     assert loss(deep[None], deep[None]).abs() < 1e-5 and loss(high[None], deep[None]) > 0.05
     assert not any(name.startswith("encoder") for name in loss.state_dict())  # checkpoints do not hold the network

@@ -20,7 +20,8 @@ class Listed(ToySet):
     def __init__(self, blocks=None, size=N):
         super().__init__(size)
         self.lengths = torch.randint(10, 100, (size,), generator=torch.Generator().manual_seed(1))
-        self.blocks, self.told = blocks, []
+        self.blocks = blocks
+        self.told = []
 
     def __getitem__(self, index, generator):
         return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
@@ -43,7 +44,8 @@ def epoch_of(batches, streams=1, epochs=1):
     each = N // streams
     out = []
     for stream in range(streams):
-        seen, turn = [], 0
+        seen = []
+        turn = 0
         while len(seen) < epochs * each:
             seen += items(batches, turn * streams + stream)
             turn += 1
@@ -104,7 +106,8 @@ def test_a_stream_has_few_blocks_in_use(capsys):
         assert max(used) <= 3 and len(last) > 5
         assert block != sorted(block)
     told = data.told
-    number, have = 23, items(batches, 23)
+    number = 23
+    have = items(batches, 23)
     assert all(any(a <= i < b for a, b in told) for i in have)  # and of those in use
     ahead = {i for turn in range(12, 14) for i in items(batches, 2 * turn + number % 2)}
     assert any(a <= i < b for a, b in told for i in ahead - set(have))
@@ -125,7 +128,8 @@ def test_batches_by_length_pad_little(order):
         real = padded = 0
         for i in range(count):
             lengths = data.lengths[items(batches, i)]
-            real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+            real = real + int(lengths.sum())
+            padded = padded + len(lengths) * int(lengths.max())
         return 1 - real / padded
 
     assert padding(MicroBatches(data, 8, 0), 50) > 0.3

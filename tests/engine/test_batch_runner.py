@@ -28,7 +28,8 @@ class Numbers(JobRunner):
     device = "cpu"
 
     def __init__(self, index, batches=None, name_errors=True):
-        self.batches, self.name_errors = [] if batches is None else batches, name_errors
+        self.batches = [] if batches is None else batches
+        self.name_errors = name_errors
 
     def prepare(self, job):
         if job % 2 == 0:
@@ -108,7 +109,8 @@ class OnDevice(JobRunner):
     device = "cuda:0"
 
     def __init__(self, folder, count, index):
-        self.folder, self.count = folder, count
+        self.folder = folder
+        self.count = count
 
     def prepare(self, job):
         (self.folder / str(job)).touch()

@@ -53,9 +53,11 @@ def test_the_best_is_kept_too(tmp_path):
 
 
 def test_what_changes_after_the_call_is_not_saved(tmp_path, monkeypatch):
-    begin, original = threading.Event(), checkpoint.dcp.save
+    begin = threading.Event()
+    original = checkpoint.dcp.save
     monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: begin.wait(10) and original(*a, **k))
-    checkpoints, live = Checkpoints(tmp_path, 2), state(1.0)
+    checkpoints = Checkpoints(tmp_path, 2)
+    live = state(1.0)
     folder = checkpoints.save(1, live, {})
     live["model.weight"].fill_(9.0)  # training goes on
     assert not folder.exists()
@@ -96,7 +98,8 @@ def flip_a_bit(folder):
     ],
 )
 def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    good = save(tmp_path, 1)
+    bad = save(tmp_path, 2)
     lines = []
     assert checkpoint.newest(tmp_path, lines.append) == bad and lines == []
     harm(bad)
@@ -113,7 +116,8 @@ def test_half_written_one_is_never_seen_and_is_cleared_away(tmp_path):
 
 
 def test_tensors_of_another_model_are_refused(tmp_path):
-    folder, lacking = save(tmp_path, 1), state()
+    folder = save(tmp_path, 1)
+    lacking = state()
     del lacking["model.count"]
     for other, message in (
         (state() | {"model.weight": torch.zeros(2, 2)}, r"with shape \(3, 4\), the model has \(2, 2\)"),
@@ -164,7 +168,8 @@ def test_a_process_that_fails_does_not_wait_for_a_checkpoint_that_never_ends(tmp
 
 
 def test_the_copies_memory_is_used_again(tmp_path):
-    checkpoints, places = Checkpoints(tmp_path, 3), []
+    checkpoints = Checkpoints(tmp_path, 3)
+    places = []
     for step in (1, 2):
         checkpoints.save(step, state(float(step)), {})
         checkpoints.wait()

@@ -31,9 +31,11 @@ class Step:
 
 
 def run(step, backend, steps=5, caches=1):
-    graphed, results = GraphedStep(step, backend=backend), []
+    graphed = GraphedStep(step, backend=backend)
+    results = []
     for n in range(caches):
-        cache, state = torch.zeros(8 + n, 3), State(torch.tensor(0), {"a": torch.arange(3.0)})
+        cache = torch.zeros(8 + n, 3)
+        state = State(torch.tensor(0), {"a": torch.arange(3.0)})
         for _ in range(steps):
             state, total = graphed(state, 0.5, fixed=(cache,))
             results += [state.count, state.parts["a"], total]

@@ -21,7 +21,8 @@ def worker(folder: Path) -> None:
     """One of two processes; writes what it saw into FOLDER/RANK.json."""
     distributed.TIMEOUT = timedelta(seconds=1)
     distributed.init("cpu")
-    rank, seen = distributed.rank(), {"recorder": {k: os.environ.get(k) for k in distributed.FLIGHT_RECORDER}}
+    rank = distributed.rank()
+    seen = {"recorder": {k: os.environ.get(k) for k in distributed.FLIGHT_RECORDER}}
     agreement = distributed.Agreement()
     seen["flags"] = [agreement.reach(rank == 1 and step == 1, rank == 0 and step == 2) for step in range(4)]
     made = []
@@ -32,7 +33,8 @@ def worker(folder: Path) -> None:
         return ToyBlocks()
 
     task = build_once(make)
-    seen["made"], seen["devices"] = made, sorted({p.device.type for p in task.parameters()})
+    seen["made"] = made
+    seen["devices"] = sorted({p.device.type for p in task.parameters()})
     seen["tied"] = task.tied.weight is task.discriminator.weight
     begin = time.monotonic()
     if rank == 0:

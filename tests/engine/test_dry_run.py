@@ -17,7 +17,8 @@ SMALL = ["trainer=fsdp", "task.model.low_blocks=1", "task.model.high_blocks=1"]
 def test_a_rank_holds_its_shards_and_gathers_blocks_in_half_precision():
     found = dry_run.dry_run("hicodit_paper", SMALL, 32)
     assert found["batch"] == "32 x 1 x 1"
-    memory, calls = found["memory"], found["collectives"]
+    memory = found["memory"]
+    calls = found["collectives"]
     assert memory["optimiser"] == pytest.approx(2 * memory["weights"], rel=0.01)
     gathered = [(dtype, size) for kind, dtype, size, _ in calls if kind == "all-gather"]
     assert {dtype for dtype, _ in gathered} == {"bfloat16", "float32"}
@@ -46,7 +47,9 @@ class Tied(Task):
 
     def __init__(self):
         super().__init__()
-        self.words, self.head, self.rest = nn.Embedding(64, 8), nn.Linear(8, 64, bias=False), nn.Linear(8, 4)
+        self.words = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64, bias=False)
+        self.rest = nn.Linear(8, 4)
         self.head.weight = self.words.weight
 
     def parts(self):

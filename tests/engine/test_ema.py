@@ -8,7 +8,8 @@ from engine.training.ema import ExponentialMovingAverage
 def test_average_forgets_its_start_in_short_runs_and_keeps_to_its_decay_in_long_ones():
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    ema, expected = ExponentialMovingAverage(module, decay=0.25), 0.0
+    ema = ExponentialMovingAverage(module, decay=0.25)
+    expected = 0.0
     for count, weight in enumerate((1.0, -2.0, 3.0, 5.0)):
         nn.init.constant_(module.weight, weight)
         ema.update(count)

@@ -40,7 +40,8 @@ def test_every_metric_has_a_class_and_a_description(name):
 @pytest.fixture
 def folders(tmp_path):
     """Three clips of noise bursts, and two systems that add noise: true/, good/, bad/ and a manifest."""
-    rng, time = np.random.default_rng(0), np.arange(2 * RATE) / RATE
+    rng = np.random.default_rng(0)
+    time = np.arange(2 * RATE) / RATE
     rows = []
     for i in range(3):
         voice = sum(np.sin(2 * np.pi * (110 + 10 * i) * k * time) / k for k in range(1, 12))
@@ -95,7 +96,8 @@ def run(monkeypatch, folders, capsys):
         given["outputs"] = outputs and f"{{{', '.join(f'{name}: {folders}/{name}' for name in outputs)}}}"
         words += tuple(f"{name}={value}" for name, value in given.items() if value)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, "workers=1", "resamples=200"])
-        code, said = evaluate.main(), capsys.readouterr()
+        code = evaluate.main()
+        said = capsys.readouterr()
         results, page = ((report / name).read_text() for name in ("results.json", "report.html"))
         return Report(code, json.loads(results), *said, page)
 
@@ -170,7 +172,8 @@ def test_bad_and_missing_files_are_named_and_left_out(run, folders):
 
 
 def test_a_result_that_is_no_number_is_no_measurement(run, monkeypatch):
-    measured, values = STOI.measure, iter([float("nan")])
+    measured = STOI.measure
+    values = iter([float("nan")])
     monkeypatch.setattr(STOI, "measure", lambda *a: {"stoi": (next(values, None) or measured(*a)["stoi"][0], 1)})
     results = run().results
     assert [row["why"] for row in results["left_out"]["files"]] == ["the result is no finite number"]

@@ -34,7 +34,12 @@ def near(track, frames, x: float) -> bool:
 
 
 def test_largest_central_or_numbered_face_is_followed():
-    large, central = (lambda i: (5, 5, 112)), (lambda i: (130, 20, 64))
+    def large(i):
+        return (5, 5, 112)
+
+    def central(i):
+        return (130, 20, 64)
+
     video = scene(30, [large, central])
     assert near(track_face([video], HAAR), slice(None), 5 + 56)
     for face, x in (("central", 162), (1, 61), (2, 162), ("left", 61), ("right", 162)):
@@ -185,7 +190,8 @@ def test_strip_shows_what_was_seen(tmp_path):
     strip.write(tmp_path / "strip.png")
     picture = cv2.imread(str(tmp_path / "strip.png"))
     assert picture.shape[1] == 10 * 192
-    green, red = picture[-1, 100], picture[-1, -100]
+    green = picture[-1, 100]
+    red = picture[-1, -100]
     assert green[1] > green[2] and red[2] > red[1]
     with pytest.raises(UserError, match=r"\.png"):
         strip.write(tmp_path / "strip.jpg")
@@ -195,7 +201,9 @@ class FakeYuNet:
     """Stands in for `cv2.FaceDetectorYN`, whose network file cannot be had here: one face with points, or none."""
 
     def __init__(self, row):
-        self.row, self.sizes, self.pictures = row, [], []
+        self.row = row
+        self.sizes = []
+        self.pictures = []
 
     def setInputSize(self, size):
         self.sizes.append(size)
@@ -207,8 +215,10 @@ class FakeYuNet:
 
 def test_yunet_is_called_as_opencv_documents_it(tmp_path, monkeypatch):
     """BGR pictures of at most 320 pixels with their size announced; what comes back is scaled to the frame."""
-    box, points = [60, 40, 50, 70], [70, 60, 100, 62, 86, 76, 74, 92, 98, 93]
-    fake, asked = FakeYuNet([*box, *points, 0.93]), []
+    box = [60, 40, 50, 70]
+    points = [70, 60, 100, 62, 86, 76, 74, 92, 98, 93]
+    fake = FakeYuNet([*box, *points, 0.93])
+    asked = []
     (tmp_path / "yunet.onnx").write_bytes(b"stands in for the network")
     monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *arguments: asked.append(arguments) or fake)
     detector = YuNetDetector(tmp_path / "yunet.onnx", score=0.8)
@@ -256,7 +266,8 @@ def test_box_outside_the_picture_is_refused():
 @pytest.mark.parametrize("sound", [True, False])
 def test_face_that_speaks_is_chosen(speaker, sound):
     """With sound, both mouths move and one of them with the loudness. Without, the other head only moves about."""
-    rng, frames = np.random.default_rng(speaker), 75
+    rng = np.random.default_rng(speaker)
+    frames = 75
     openings = [np.convolve(rng.random(frames + 6), np.ones(7) / 2, "valid") % 1 for _ in range(2)]
     wave = (rng.normal(0, 0.1, (frames, 640)) * openings[speaker][:, None]).ravel()
     if not sound:
@@ -264,7 +275,8 @@ def test_face_that_speaks_is_chosen(speaker, sound):
     video = scene(frames, [])
     for i in range(frames):
         for side, opening in enumerate(openings):
-            x, y = 160 * side + 20 + round(6 * np.sin(i / 5)), 4 + round(3 * np.sin(i / 7))
+            x = 160 * side + 20 + round(6 * np.sin(i / 5))
+            y = 4 + round(3 * np.sin(i / 7))
             video[i, y : y + 112, x : x + 112] = draw_face(opening[i], 112)
     track = find_faces([video[:40], video[40:]], 25.0, "speaking", wave=wave if sound else None)[0]
     assert abs(middle(track).mean() - (76 + 160 * speaker)) < 12

@@ -71,7 +71,9 @@ def interrupt(kind, processes, chance):
 
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_again_and_again_equals_an_unbroken_one(tmp_path):
-    chance, run, log = random.Random(0), tmp_path / "killed", tmp_path / "killed" / "log.jsonl"
+    chance = random.Random(0)
+    run = tmp_path / "killed"
+    log = tmp_path / "killed" / "log.jsonl"
     kinds = [KINDS[number % len(KINDS)] for number in range(KILLS)]
     chance.shuffle(kinds)
     os.mkfifo(output := tmp_path / "output")  # what is printed must be kept even when no file can be written

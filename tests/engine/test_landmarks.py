@@ -61,7 +61,8 @@ def fake_dlib(monkeypatch):
 
 def dots(frames: int) -> tuple[np.ndarray, np.ndarray]:
     """A clip with a bright dot that moves, and where it is."""
-    clip, at = np.zeros((frames, 120, 160, 3), np.uint8), np.stack([70 + np.arange(frames), np.full(frames, 60)], 1)
+    clip = np.zeros((frames, 120, 160, 3), np.uint8)
+    at = np.stack([70 + np.arange(frames), np.full(frames, 60)], 1)
     for frame, (x, y) in zip(clip, at):
         frame[y - 1 : y + 2, x - 1 : x + 2] = 255
     return clip, at
@@ -103,7 +104,8 @@ def test_tracked_landmarks_are_those_of_dlib_alone_on_a_real_clip():
         pytest.skip("no real clip in ../shared/samples")
     clip = ClipFrames(SAMPLE, 25.0, frames=41)
     track = add_landmarks(clip, find_faces(clip, 25.0)[0], Dlib68())
-    finder, frames = Dlib68(), read_video(SAMPLE, 25)
+    finder = Dlib68()
+    frames = read_video(SAMPLE, 25)
     poses = mouth_poses(track.landmarks)
     for i in range(0, 41, 8):
         (box,) = dlib.get_frontal_face_detector()(frames[i], 0)
@@ -135,9 +137,11 @@ def face(count: int) -> np.ndarray:
     """Landmarks (20, count, 2) of a frontal face of 100 pixels that moves to the right."""
     five = np.array([[131.0, 39], [169, 39], [150, 60], [136, 79], [164, 79]])
     if count == 68:
-        eyes, mouth = [np.repeat(five[i : i + 1], 6, 0) for i in (0, 1)], np.repeat(five[3:].mean(0)[None], 20, 0)
+        eyes = [np.repeat(five[i : i + 1], 6, 0) for i in (0, 1)]
+        mouth = np.repeat(five[3:].mean(0)[None], 20, 0)
         five = np.concatenate([np.repeat(five[2:3], 36, 0), *eyes, mouth])
-        five[48], five[54] = (136, 79), (164, 79)
+        five[48] = (136, 79)
+        five[54] = (164, 79)
     return five + np.arange(20)[:, None, None] * [1.0, 0]
 
 
@@ -195,7 +199,8 @@ def test_file_of_something_else_is_refused(tmp_path, monkeypatch, content):
 def test_track_follows_given_landmarks(tmp_path):
     """Boxes follow the face, in the frames that are used; a little too long or too short is the same clip."""
     write_video(tmp_path / "a.mp4", np.zeros((20, 360, 1280, 3), np.uint8), 25)
-    clip, points = ClipFrames(tmp_path / "a.mp4", 25.0), face(68)
+    clip = ClipFrames(tmp_path / "a.mp4", 25.0)
+    points = face(68)
     track = place_landmarks(clip, points, ~ABSENT, 25.0)  # frames of 640 x 180
     assert clip.size == (180, 640) and np.array_equal(track.seen, ~ABSENT)
     assert np.allclose(track.landmarks, points / 2)

@@ -187,7 +187,8 @@ def test_wav_reads_back_clipped_and_stereo_is_averaged(tmp_path):
 
 
 def test_resampling_keeps_a_tone():
-    wave, expected = resample(torch.from_numpy(tone(1.0)), RATE, 16_000), torch.from_numpy(tone(1.0, rate=16_000))
+    wave = resample(torch.from_numpy(tone(1.0)), RATE, 16_000)
+    expected = torch.from_numpy(tone(1.0, rate=16_000))
     assert wave.shape == (16_000,) and (wave - expected)[200:-200].abs().max() < 2e-3
 
 
@@ -288,7 +289,8 @@ def comment_of(path):
 
 def test_generated_files_say_so_in_their_comment(tmp_path):
     comment = generated_comment("HiCoDiT", "speech")
-    wave, frames = 0.1 * np.sin(np.arange(24_000) / 20), np.full((25, 32, 32, 3), 90, np.uint8)
+    wave = 0.1 * np.sin(np.arange(24_000) / 20)
+    frames = np.full((25, 32, 32, 3), 90, np.uint8)
     write_wav(tmp_path / "speech.wav", wave, 24_000, comment=comment)
     write_wav(tmp_path / "recorded.wav", wave, 24_000)
     write_video(tmp_path / "clip.mp4", frames, 25, wave, 24_000, comment=comment)

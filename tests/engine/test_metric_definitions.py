@@ -96,7 +96,8 @@ class Qwen3ASR:
     """Processor and model in the shapes of transformers: of prompt and answer tokens, only the answer is decoded."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.language = text, None
+        self.text = text
+        self.language = None
 
     def apply_transcription_request(self, audio, language, return_tensors):
         assert audio[0].ndim == 1 and return_tensors == "pt"
@@ -166,7 +167,8 @@ def test_dnsmos_is_that_of_speechmos(voice, noisy, protocol, clean, rough):
 def test_pesq_has_the_bounds_of_its_recommendations(voice, noisy):
     """P.862.1 maps the best raw score 4.5 to 4.549, P.862.2 to 4.644; the others by pesq 0.0.4."""
     pytest.importorskip("pesq")
-    best, rough = figures("pesq_wide", take(voice), take(voice)), figures("pesq_wide", take(noisy), take(voice))
+    best = figures("pesq_wide", take(voice), take(voice))
+    rough = figures("pesq_wide", take(noisy), take(voice))
     map_wide, map_narrow = (0.999 + 4 / (1 + np.exp(a * 4.5 + b)) for a, b in ((-1.3669, 3.8224), (-1.4945, 4.6607)))
     assert best["pesq_wide"][0] == pytest.approx(map_wide, abs=1e-3)
     assert best["pesq_narrow"][0] == pytest.approx(map_narrow, abs=1e-3)
@@ -304,7 +306,8 @@ def test_the_distance_of_two_normal_distributions():
     rng = np.random.default_rng(0)
     base = rng.standard_normal((4000, 5))
     base = (base - base.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(base.T))).T  # exact moments
-    spread, shift = np.array([1.0, 2, 0.5, 3, 1]), np.array([0.0, 1, -2, 0, 0.5])
+    spread = np.array([1.0, 2, 0.5, 3, 1])
+    shift = np.array([0.0, 1, -2, 0, 0.5])
     turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
     expected = float(np.square(shift).sum() + np.square(spread - 1).sum())
     assert frechet_distance(base, base * spread + shift) == pytest.approx(expected, rel=1e-9)
@@ -317,7 +320,8 @@ def test_the_distance_of_two_normal_distributions():
 def test_the_distance_is_that_of_torch_fidelity():
     metric = pytest.importorskip("torch_fidelity.metric_fid")
     rng = np.random.default_rng(0)
-    one, two = rng.standard_normal((300, 12)), rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)) + 0.3
+    one = rng.standard_normal((300, 12))
+    two = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)) + 0.3
     statistics = [metric.fid_features_to_statistics(torch.from_numpy(x)) for x in (one, two)]
     expected = metric.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-6)
@@ -337,7 +341,8 @@ def faces(monkeypatch):
 def test_fid_features_are_those_of_torch_fidelity(faces, monkeypatch, tmp_path):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
-    network, states = module.FeatureExtractorInceptionV3, []
+    network = module.FeatureExtractorInceptionV3
+    states = []
     with monkeypatch.context() as patch:  # without a file, so that its random weights can be saved as one
         patch.setattr(module.torch, "load", lambda *_, **__: {})
         patch.setattr(network, "load_state_dict", lambda self, _: states.append(self.state_dict()))
@@ -404,7 +409,8 @@ def test_silence_and_short_sounds_have_finite_mfcc():
 
 def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
     torch.manual_seed(0)
-    model, rng = lip_sync.SyncNet().eval(), np.random.default_rng(0)
+    model = lip_sync.SyncNet().eval()
+    rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (8, 40, 40, 3), dtype=np.uint8)
     wave = 0.1 * rng.standard_normal(640 * 7 + 100).astype(np.float32)
     lip, audio = model.embed(frames, wave)

@@ -110,7 +110,8 @@ def test_a_speaker_embedding_tells_voices_apart(spoken):
     pytest.importorskip("resemblyzer")
     rate, waves = spoken
     encoder = GE2EEncoder()
-    one, two = encoder.embed(waves[0], rate), encoder.embed(waves[1], rate)
+    one = encoder.embed(waves[0], rate)
+    two = encoder.embed(waves[1], rate)
     higher = encoder.embed(waves[1], rate * 3 // 2)  # played faster: another voice
     assert one.shape == (256,) and one.dtype == np.float32
     assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
@@ -167,7 +168,8 @@ def test_a_figure_that_only_some_clips_have(monkeypatch):
             return {"wer" if take.text == "closed" else "wer_free": (1, 4)}
 
     monkeypatch.setattr(validation, "metrics_of", lambda figures: {Words: list(figures)})
-    names, texts = ["wer", "wer_free"], ["free", "closed", "free"]
+    names = ["wer", "wer_free"]
+    texts = ["free", "closed", "free"]
     found = validation.measure_outputs(names, texts, [np.zeros(240)] * 3, None, 24_000)
     assert figures_of([found]) == {"wer": 0.25, "wer_free": 0.25}
 
@@ -175,7 +177,8 @@ def test_a_figure_that_only_some_clips_have(monkeypatch):
 def test_a_validation_measures_what_an_evaluation_measures(tmp_path):
     """The same clips as files of an evaluation and as waves of a validation: the same measurements."""
     pytest.importorskip("pystoi")
-    rng, rate = np.random.default_rng(0), 16_000
+    rng = np.random.default_rng(0)
+    rate = 16_000
     true = [rng.normal(0, 0.1, rate).astype(np.float32) for _ in range(2)]
     noisy = [wave + rng.normal(0, 0.1, rate).astype(np.float32) for wave in true]
     clips = []

@@ -42,7 +42,8 @@ def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
         assert torch.equal(packed.weight.to_dense(), layer.weight)
         x = torch.randn(shape, dtype=dtype)
         with torch.inference_mode():
-            found, wanted = packed(x), layer(x)
+            found = packed(x)
+            wanted = layer(x)
             part = packed(x.expand(2, *shape)[:, ..., :])  # not contiguous
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found, wanted)
@@ -51,7 +52,8 @@ def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
 
 @x86
 def test_layers_keep_their_type_and_those_that_share_a_weight_stay_as_they_are():
-    table, tied = nn.Embedding(8, 16), nn.Linear(16, 8, bias=False)
+    table = nn.Embedding(8, 16)
+    tied = nn.Linear(16, 8, bias=False)
     tied.weight = table.weight
     network = nn.ModuleDict({"table": table, "tied": tied, "time": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
     prepare_inference(convert_matrices(network, torch.bfloat16, without=("time", "tied")))
@@ -70,13 +72,17 @@ def test_nothing_is_packed_for_another_device():
 def test_an_int8_layer_is_as_defined(shape):
     torch.manual_seed(0)
     for bias in (True, False):
-        layer, x = nn.Linear(shape[-1], 96, bias=bias), 3 * torch.randn(shape)
-        eight, weight = Int8Linear(layer), layer.weight.detach()
-        row, channel = x.abs().amax(-1, keepdim=True), weight.abs().amax(1) / 127
+        layer = nn.Linear(shape[-1], 96, bias=bias)
+        x = 3 * torch.randn(shape)
+        eight = Int8Linear(layer)
+        weight = layer.weight.detach()
+        row = x.abs().amax(-1, keepdim=True)
+        channel = weight.abs().amax(1) / 127
         rounded = torch.quantize_per_tensor(x / row, 1 / 127, 128, torch.quint8).dequantize().double()
         sums = rounded @ (weight / channel[:, None]).round().double().T
         with torch.inference_mode():
-            found, exact = eight(x), layer(x)
+            found = eight(x)
+            exact = layer(x)
             part = eight(x.expand(2, *shape)[:, ..., :])  # not contiguous
             turned = eight(x.expand(2, *shape).transpose(-1, 0).contiguous().transpose(-1, 0))
         wanted = row * channel * sums + (layer.bias if bias else 0)
@@ -89,7 +95,8 @@ def test_an_int8_layer_is_as_defined(shape):
 @vnni
 def test_a_row_in_int8_does_not_depend_on_its_batch():
     torch.manual_seed(0)
-    eight, x = Int8Linear(nn.Linear(64, 32)), torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
+    eight = Int8Linear(nn.Linear(64, 32))
+    x = torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
     with torch.inference_mode():
         assert torch.equal(eight(x), torch.cat([eight(row[None]) for row in x]))
         assert torch.equal(eight(torch.zeros(1, 64))[0], eight.bias)
@@ -98,8 +105,10 @@ def test_a_row_in_int8_does_not_depend_on_its_batch():
 @vnni
 def test_an_int8_layer_has_a_kernel_of_its_own():
     """PyTorch has operators in 8 bits that on some processors are plain loops, hundreds of times slower."""
-    layer, x = nn.Linear(512, 512), torch.randn(32, 512)
-    eight, least = Int8Linear(layer), {}
+    layer = nn.Linear(512, 512)
+    x = torch.randn(32, 512)
+    eight = Int8Linear(layer)
+    least = {}
     with torch.inference_mode():
         for name, network in (("float32", layer), ("int8", eight)) * 5:
             begin = time.perf_counter()
@@ -138,7 +147,9 @@ def test_int8_on_a_card_needs_torchao():
 def test_weights_of_blocks_are_in_int8_by_torchao():
     torch.manual_seed(0)
     network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)]), "head": nn.Linear(64, 64)})
-    x, layer, head = torch.randn(3, 64), network["blocks"][0], network["head"].weight
+    x = torch.randn(3, 64)
+    layer = network["blocks"][0]
+    head = network["head"].weight
     exact = layer(x)
     prepare_inference(network, True, "cuda")  # torchao converts where the weights are, here on the processor
     found = network["blocks"][0](x)

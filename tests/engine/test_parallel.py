@@ -76,11 +76,13 @@ def released(run):
 
 
 def assert_equal_runs(one, two, tolerance=1e-5):
-    a, b = losses(one), losses(two)
+    a = losses(one)
+    b = losses(two)
     assert a.shape == (COMMON["steps"], 4)
     assert ((a - b) / a).abs().max() < tolerance
     # Released weights are averages, gathered from shards; a tied weight stays tied, a frozen one is there.
-    mine, its = released(one), released(two)
+    mine = released(one)
+    its = released(two)
     assert mine.keys() == its.keys() and "tied.weight" in mine and "frozen.weight" in mine
     for name, value in mine.items():
         assert type(its[name]) is torch.Tensor
@@ -102,7 +104,8 @@ def test_levels_that_wait_are_no_trouble_in_two_processes(runs):
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_bf16", "machines", "1_2_1"])
 def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
     export(runs / name, tmp_path / "out")
-    state, whole = read_release(tmp_path / "out", "toy")[1], released(runs / name)
+    state = read_release(tmp_path / "out", "toy")[1]
+    whole = released(runs / name)
     assert state.keys() == {k.removeprefix("generator.") for k in whole if k.startswith("generator.")}
     for key, value in state.items():
         assert torch.equal(value, whole[f"generator.{key}"].half().float()), key
@@ -120,7 +123,8 @@ def test_three_processes_resume_bit_for_bit(tmp_path):
     jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
     jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "gan"} for run, steps in jobs]
     together(tmp_path, 3, parallel_runs.worker, jobs)
-    whole, parts = released(tmp_path / "whole"), released(tmp_path / "parts")
+    whole = released(tmp_path / "whole")
+    parts = released(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 

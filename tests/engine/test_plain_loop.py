@@ -9,13 +9,19 @@ from toy_task import CONFIG, ToyBlocks, ToySet, read_lines
 from engine.seeding import generator_for, seed_for
 from engine.training.trainer import Trainer
 
-STEPS, BATCH, ACCUMULATE, LR, WARMUP = 12, 4, 2, 1e-2, 5
+STEPS = 12
+BATCH = 4
+ACCUMULATE = 2
+LR = 1e-2
+WARMUP = 5
 SETTINGS = CONFIG | {"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "clip": 1.0}
 
 
 def batches(data):
     """Each epoch in an order of its own, cut into batches one after the other; a sample's noise goes by its place."""
-    epoch, order, place = 0, [], 0
+    epoch = 0
+    order = []
+    place = 0
     while True:
         samples = []
         for _ in range(BATCH):
@@ -30,7 +36,9 @@ def batches(data):
 def plain_loop():
     """(losses of each step and part, the task after it)."""
     torch.manual_seed(0)
-    task, coming, losses = ToyBlocks().train(), batches(ToySet()), []
+    task = ToyBlocks().train()
+    coming = batches(ToySet())
+    losses = []
     optimisers = {}
     for part, module in task.parts().items():
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -38,7 +46,8 @@ def plain_loop():
         groups += [{"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
         optimisers[part] = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
     for step in range(STEPS):
-        inputs, found = [next(coming) for _ in range(ACCUMULATE)], {}
+        inputs = [next(coming) for _ in range(ACCUMULATE)]
+        found = {}
         progress = (step - WARMUP) / (STEPS - WARMUP)
         lr = LR * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
         lr = LR * (step + 1) / WARMUP if step < WARMUP else lr

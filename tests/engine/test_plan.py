@@ -74,7 +74,8 @@ def test_a_plan_adds_up():
     sizes = {"weights": 8, "gradients": 8, "activations": 4}
     one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]], beside=4)
     two = replace(one, memory=sizes | {"activations": 7}, flops=200, touched=100, beside=7)
-    card, rates = CARDS["h200"], SimpleNamespace(**EFFICIENCY)
+    card = CARDS["h200"]
+    rates = SimpleNamespace(**EFFICIENCY)
     found = plan(one, two, "ddp", 64, card, 3, 1920)
     assert found.memory == sizes | {"activations": 10} and found.fits and found.flops == 300
     assert found.compute_s == pytest.approx(300 / (card.peak * 1e12 * rates.compute)) and found.steps == 10
@@ -90,5 +91,6 @@ def test_a_plan_adds_up():
     assert slow.step_s == pytest.approx(slow.compute_s + slow.memory_s)
     shared = plan(one, two, "hybrid", 64, card, 3, 1920)  # in eight machines, each GPU with an adapter of its own
     assert shared.memory["weights"] == 4 and shared.sent == {"allgather": 32, "reduce_scatter": 32, "allreduce": 4}
-    inside, between = 2 * 7 / 8 * 32 / card.link, 2 * 7 / 8 * 4 / card.network
+    inside = 2 * 7 / 8 * 32 / card.link
+    between = 2 * 7 / 8 * 4 / card.network
     assert shared.network_s == pytest.approx((inside + between) / rates.network + 9 * rates.latency)

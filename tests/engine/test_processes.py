@@ -33,7 +33,8 @@ class Squares(Work):
     """Squares of numbers; words are disasters, of which some happen once only."""
 
     def __init__(self, folder, number):
-        self.folder, self.details = folder, number
+        self.folder = folder
+        self.details = number
         if number == 1 and (folder / "card").exists():
             (folder / "refused").touch()
             raise UserError("card 1 is lost")
@@ -114,7 +115,9 @@ def test_workers_of_an_evaluation_end_when_it_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "killed.py")]
     path = os.pathsep.join(sys.path)
-    said, warned = tmp_path / "said.txt", tmp_path / "warned.txt"  # a pipe would stay open as long as a worker lives
+    # a pipe would stay open as long as a worker lives
+    said = tmp_path / "said.txt"
+    warned = tmp_path / "warned.txt"
     with said.open("w") as out, warned.open("w") as err:  # apart: multiprocessing's own warnings may come between
         ended = subprocess.run(command, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": path}, timeout=120)
     assert ended.returncode == -signal.SIGKILL, warned.read_text()

@@ -199,7 +199,8 @@ def test_other_schemes_come_through_fsspec_and_are_asked_again_if_they_fail(fold
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/flaky/train", recursive=True)
     monkeypatch.setattr(source, "RETRY_DELAY", 0.001)
-    plain, calls = fsspec.open, []
+    plain = fsspec.open
+    calls = []
 
     def flaky(url, mode):
         calls.append(url)
@@ -225,7 +226,8 @@ def test_machines_that_share_a_disk_verify_a_shard_once(copy, tmp_path, monkeypa
     for machine in ("one", "two", "three"):
         (tmp_path / machine).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
-    counted, plain = tmp_path / "reads", source.checksum
+    counted = tmp_path / "reads"
+    plain = source.checksum
 
     def counting(path):
         with counted.open("a") as file:
@@ -246,7 +248,8 @@ def test_machines_that_share_a_disk_verify_a_shard_once(copy, tmp_path, monkeypa
 
 def test_a_disk_that_cannot_be_written_is_verified_once_per_machine(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    reads, plain = [], source.checksum
+    reads = []
+    plain = source.checksum
     monkeypatch.setattr(source, "checksum", lambda path: reads.append(path.name) or plain(path))
     (copy / ".verified").touch()  # a file where the folder of notes would be
     for _ in range(2):

@@ -20,7 +20,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
 
 def test_figures_of_weights_are_those_of_repeated_clips():
     assert ratio(pairs([1.0, 0.0], [1.0, 9.0])) == 0.1  # errors are summed first: not the mean of 1 and 0
-    clips, counts = np.random.default_rng(0).normal(size=(5, 2)) + 3, np.array([2, 0, 1, 3, 1])
+    clips = np.random.default_rng(0).normal(size=(5, 2)) + 3
+    counts = np.array([2, 0, 1, 3, 1])
     repeated = np.repeat(clips, counts, 0)
     assert ratio(clips, counts[None])[0] == pytest.approx(repeated[:, 0].sum() / repeated[:, 1].sum())
     assert correlation(clips, counts[None])[0] == pytest.approx(np.corrcoef(repeated.T)[0, 1])
@@ -46,20 +47,23 @@ def test_the_permutation_test_knows_its_own_null_distribution():
     ones = np.ones(5)
     difference, p = permutation_test(pairs(ones), pairs(0 * ones), resamples=20_000)
     assert difference == 1 and p == pytest.approx(2 / 2**5, rel=0.1)  # all five swapped, or none
-    rng, values = np.random.default_rng(2), []
+    rng = np.random.default_rng(2)
+    values = []
     for seed in range(200):
         a, b = rng.normal(0, 1, (2, 30))
         values.append(permutation_test(pairs(a), pairs(b), 200, seed)[1])
     assert 0.01 < np.mean(np.array(values) < 0.05) < 0.1
     true, other = rng.normal(size=(2, 30))
-    same, different = np.stack([true, true], -1), np.stack([true, other], -1)
+    same = np.stack([true, true], -1)
+    different = np.stack([true, other], -1)
     assert permutation_test(same, different, statistic=correlation)[1] < 0.01
 
 
 def test_the_interval_of_a_difference_knows_that_clips_are_the_same():
     rng = np.random.default_rng(1)
     clips = rng.normal(0, 5, 300)  # easy and hard ones, for both systems
-    one, two = clips + rng.normal(1, 1, 300), clips + rng.normal(0, 1, 300)
+    one = clips + rng.normal(1, 1, 300)
+    two = clips + rng.normal(0, 1, 300)
     half = 1.96 * (one - two).std(ddof=1) / 300**0.5
     middle = (one - two).mean()
     assert bootstrap_interval(pairs(one), minus=pairs(two)) == pytest.approx((middle - half, middle + half), abs=0.02)
@@ -72,9 +76,11 @@ SPEAKERS = [str(i // 2) for i in range(40)]
 
 def test_the_interval_over_seeds_and_clips_holds_the_true_mean_in_about_95_of_100_draws():
     """Voices and seeds both vary; an interval over clips alone holds it in 60 of 100."""
-    rng, inside = np.random.default_rng(1), 0
+    rng = np.random.default_rng(1)
+    inside = 0
     for _ in range(60):
-        voices, seeds = rng.normal(size=20).repeat(2), rng.normal(size=(3, 1)) * 0.5
+        voices = rng.normal(size=20).repeat(2)
+        seeds = rng.normal(size=(3, 1)) * 0.5
         mean, half = estimate(ratio, pairs(5 + voices + seeds + 0.1 * rng.normal(size=(3, 40))), SPEAKERS)
         inside += abs(mean - 5) < half
     assert inside >= 54

@@ -56,7 +56,8 @@ def test_tensorboard_has_figures_sounds_spectrograms_and_videos(tmp_path):
 def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run, logged = wandb.sdk.wandb_run.Run, []
+    run = wandb.sdk.wandb_run.Run
+    logged = []
     log = run.log
     monkeypatch.setattr(run, "log", lambda self, data: (logged.append((data["step"], data)), log(self, data)))
     train(tmp_path / "a run", wandb="offline")

@@ -7,8 +7,12 @@ from engine.training.speed import Utilisation, peak_tflops
 @pytest.mark.parametrize("heads", [4, 2], ids=["one_to_one", "grouped"])
 def test_attention_on_a_processor_is_counted(heads):
     """Axes: B batch, H heads, L sequence, D head width."""
-    b, h, length, d = 2, 4, 64, 16
-    q, use = torch.randn(b, h, length, d, requires_grad=True), Utilisation(peak=1e-6)
+    b = 2
+    h = 4
+    length = 64
+    d = 16
+    q = torch.randn(b, h, length, d, requires_grad=True)
+    use = Utilisation(peak=1e-6)
     k = torch.randn(b, heads, length, d, requires_grad=True)
 
     def step():

@@ -25,7 +25,8 @@ def spoken():
 
 
 def test_words_are_placed_within_60_milliseconds(spoken):
-    times, errors = WordTimes(), []
+    times = WordTimes()
+    errors = []
     for text, utterance in spoken:
         words = times.align(text, utterance.wave, utterance.rate)
         assert [word.text for word in words] == text.split()
@@ -42,7 +43,8 @@ def test_nothing_is_placed_where_there_is_no_speech():
 
 
 def test_words_are_recognised_with_times(spoken):
-    times, heard = WordTimes(), 0
+    times = WordTimes()
+    heard = 0
     for text, utterance in spoken:
         words = times.recognise(utterance.wave, utterance.rate)
         assert all(0 <= word.begin < word.end <= len(utterance.wave) / utterance.rate for word in words)

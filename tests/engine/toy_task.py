@@ -38,7 +38,10 @@ class ToySet:
         self, size: int = 37, trouble_at: int | None = None, trouble: str | Callable[[], None] = "crash", span: int = 1
     ):
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
-        self.calls, self.trouble_at, self.trouble, self.span = 0, trouble_at, trouble, span
+        self.calls = 0
+        self.trouble_at = trouble_at
+        self.trouble = trouble
+        self.span = span
 
     def __len__(self) -> int:
         return len(self.x)
@@ -82,7 +85,8 @@ class ToyGAN(Task):
             batch["y"] = self.generator(batch["x"])
         if part == "discriminator":
             self.seen += len(batch["x"])
-            real, fake = self.discriminator(batch["x"]), self.discriminator(batch["y"].detach())
+            real = self.discriminator(batch["x"])
+            fake = self.discriminator(batch["y"].detach())
             return {"loss": (real - 1).square().mean() + fake.square().mean()}
         reconstruction = (batch["y"] - batch["x"]).square().mean()
         adversarial = (self.discriminator(batch["y"]) - 1).square().mean()
@@ -140,7 +144,8 @@ class ToyBlocks(ToyGAN):
     def __init__(self) -> None:
         super().__init__()
         self.generator = nn.Sequential(nn.Linear(4, 8), ToyBlock(), ToyBlock(), nn.Linear(8, 4), ToyShift())
-        self.tied, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
+        self.tied = nn.Linear(4, 1)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.tied.weight = self.discriminator.weight
 
     def blocks(self):
@@ -167,7 +172,8 @@ class ToyMeasured(ToyBlocks):
         if share.rank == self.fails:
             raise RuntimeError("no such clip")
         assert not self.training
-        weight, found = self.generator[0].weight.sum().item(), {}
+        weight = self.generator[0].weight.sum().item()
+        found = {}
         for clip in share.range(5):
             found[clip] = weight + clip**2 / 7
             (folder / f"clip{clip}-{share.rank}.txt").write_text("measured")
@@ -214,7 +220,8 @@ class ToyRagged(Task):
         return {"token": int(batch["frames"].sum()), "clip": len(batch["frames"])}
 
     def forward(self, batch, part):
-        x, frames = batch["x"], batch["frames"]
+        x = batch["x"]
+        frames = batch["frames"]
         valid = torch.arange(x.shape[1]) < frames[:, None]
         error = (self.model(x) - 2 * x).square().mean(-1) * valid
         losses = {"token": error.sum() / frames.sum(), "clip": (error.sum(1) / frames).sqrt().mean()}

@@ -24,7 +24,10 @@ from tests.golden import runners as golden
 for module in pkgutil.iter_modules(golden.__path__):  # each registers its runners
     importlib.import_module(f"{golden.__name__}.{module.name}")
 
-FORMULA, SMALL, FULL = 1e-5, 1e-4, 5e-4  # relative tolerance by kind of case
+# relative tolerance by kind of case
+FORMULA = 1e-5
+SMALL = 1e-4
+FULL = 5e-4
 ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
 PICTURE = 1e-3  # share of a uint8 picture's values that rounding may leave one level off
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
@@ -78,13 +81,15 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
             wrong &= margin > 1e-5
         share = wrong.double().mean().item() if wrong.numel() else 0.0
         return Comparison(name, float(wrong.sum()), share, 0.0, 0.0)
-    expected, actual = expected.double(), actual.double()
+    expected = expected.double()
+    actual = actual.double()
     same_infinity = (expected == actual) & expected.isinf()
     error = torch.where(same_infinity, 0.0, (expected - actual).abs())
     worst = error.max().item() if error.numel() else 0.0
     magnitude = expected[~expected.isinf()].abs()
     scale = magnitude.mean().item() if expected.numel() else 0.0
-    floor, sensitivity = stated(case.meta.get("noise_f32"), name), case.meta.get("sensitivity")
+    floor = stated(case.meta.get("noise_f32"), name)
+    sensitivity = case.meta.get("sensitivity")
     if isinstance(sensitivity, dict) and "max_abs_change" in sensitivity:
         floor = stated(sensitivity["max_abs_change"], name)
         tolerance = max(FORMULA, 10 * floor, ROUNDING * magnitude.max().item() if expected.numel() else 0.0)
@@ -118,7 +123,10 @@ def check(case: golden.Case) -> list[Comparison]:
 
 def run(file: Path) -> tuple[str, str, Exception | None]:
     """Run the case of a file; return its verdict, the line about it, and the error that ended it, if one did."""
-    start, skipped, results, caught = time.monotonic(), {}, [], None
+    start = time.monotonic()
+    skipped = {}
+    results = []
+    caught = None
     try:
         case = golden.load_case(file)
         skipped = case.skipped
@@ -128,7 +136,8 @@ def run(file: Path) -> tuple[str, str, Exception | None]:
     if isinstance(caught, NoRunner) or needs_extra(caught):
         return "not built", f"not built  {file.stem}: {caught}", caught
     failed = [result for result in results if not result.passed]
-    verdict, numbers = "FAIL" if failed or caught else "pass", "no numbers"
+    verdict = "FAIL" if failed or caught else "pass"
+    numbers = "no numbers"
     if results:
         worst = max(results, key=lambda r: r.absolute / max(r.tolerance, 1e-30))
         numbers = f"abs {worst.absolute:.2e} rel {worst.relative:.2e} floor {worst.floor:.1e} ({worst.output})"

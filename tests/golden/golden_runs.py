@@ -56,7 +56,9 @@ class Made:
     """A training set of items that are there already, taken `batch` at once."""
 
     def __init__(self, items: list[Any], collate: Callable = default_collate, batch: int = 2) -> None:
-        self.items, self.collate, self.batch = items, collate, batch
+        self.items = items
+        self.collate = collate
+        self.batch = batch
 
     def __len__(self) -> int:
         return len(self.items)
@@ -67,7 +69,8 @@ class Made:
 
 def waves(count: int, samples: int) -> Tensor:
     """(count, 1, N): gliding tones in noise, at 24 kHz."""
-    g, t = torch.Generator().manual_seed(1), torch.arange(samples) / 24_000
+    g = torch.Generator().manual_seed(1)
+    t = torch.arange(samples) / 24_000
     pitch = torch.linspace(100, 300, count)[:, None]
     tones = 0.3 * torch.sin(2 * torch.pi * pitch * (1 + t) * t)
     return (tones + 0.02 * torch.randn(count, samples, generator=g))[:, None]
@@ -107,7 +110,9 @@ def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any]
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
-    format, g, pairs = SequenceFormat(words.speech_id, words.tail), torch.Generator().manual_seed(0), []
+    format = SequenceFormat(words.speech_id, words.tail)
+    g = torch.Generator().manual_seed(0)
+    pairs = []
     for i, text in enumerate(("lay blue", "set red now", "bin green at two")):
         frames = 14 + 3 * i
         speech, motion, speaker = (torch.randn(*shape, generator=g) for shape in ((frames, 4), (frames, 5), (256,)))
@@ -190,7 +195,8 @@ RUNS = {
 
 def machine() -> dict[str, str]:
     """What rounding depends on: the processor, the kernels that PyTorch picks for it, and PyTorch."""
-    processor, info = platform.machine(), Path("/proc/cpuinfo")
+    processor = platform.machine()
+    info = Path("/proc/cpuinfo")
     if info.is_file():
         first = info.read_text().split("\n\n")[0]
         fields = dict(re.findall(r"^(cpu family|model name|model|stepping)\s*:\s*(.*?)\s*$", first, re.MULTILINE))
@@ -204,10 +210,13 @@ def machine() -> dict[str, str]:
 
 def rounding() -> str:
     """Return eight hex digits of sums on one thread. Kernels also order them by what the name does not tell: caches."""
-    g, digest, threads = torch.Generator().manual_seed(0), hashlib.sha256(), torch.get_num_threads()
+    g = torch.Generator().manual_seed(0)
+    digest = hashlib.sha256()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for n in (3, 24, 96, 500):
-        x, weight = torch.randn(n, 48, generator=g), torch.randn(48, 144, generator=g, requires_grad=True)
+        x = torch.randn(n, 48, generator=g)
+        weight = torch.randn(48, 144, generator=g, requires_grad=True)
         q, k, v = (x @ weight).unflatten(-1, (4, 36)).transpose(0, 1).split(12, -1)
         y = F.layer_norm(F.scaled_dot_product_attention(q[None], k[None], v[None]), (12,)).log_softmax(-1)
         y = F.conv1d(y.flatten(0, 2).T[None], torch.randn(24, 12, 3, generator=g)).square().mean()

@@ -16,7 +16,8 @@ SMALL = 1e-6  # nothing at all beside the losses, of the order of one
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_are_those_in_git(name):
     golden = json.loads((FOLDER / f"{name}.json").read_text())
-    expected, how = figures(golden["steps"]), "every digit counts"
+    expected = figures(golden["steps"])
+    how = "every digit counts"
     if golden["machine"] != machine():
         how = f"within {TOLERANCE}, as {machine()} is another machine"
         for figure, value in expected.items():

@@ -29,7 +29,8 @@ def failures(case: Case) -> list[str]:
 
 def plain_block(case: Case, x: Tensor) -> dict[str, Tensor]:
     """The official block without rotary positions, from its formulas: every output of the case."""
-    w, heads = case.weights(), case.config["n_head"]
+    w = case.weights()
+    heads = case.config["n_head"]
 
     def norm(x: Tensor, gain: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
@@ -65,7 +66,8 @@ def test_a_flow_loss_with_other_dropout_rates(mu_rate, cond_rate):
     case = public("talker/cfm_loss_motion_mask")
     settings = {"cfm_params": {"training_cfg_rate": mu_rate, "training_cond_rate": cond_rate}}
     varied = replace(case, meta=case.meta | {"config": case.config | settings})
-    i, draws = case.inputs, draws_of(case)
+    i = case.inputs
+    draws = draws_of(case)
     net = loaded(case, FlowHead(head_of(case))).estimator
     mu, cond, voice = (i[name].clone().requires_grad_() for name in ("mu", "cond", "global_cond"))
     mu_used = mu * (i["u_cfg"] > mu_rate).float()[:, None]

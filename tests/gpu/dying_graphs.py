@@ -21,7 +21,8 @@ class DyingOutputs:
     """
 
     def __init__(self) -> None:
-        self.captures, self.replays = 0, 0
+        self.captures = 0
+        self.replays = 0
         self.lock = threading.Lock()
         self.alive: list[weakref.ref[Tensor]] = []
 

@@ -100,7 +100,8 @@ class Audit(FakeDevice):
         self.waits: Counter[str] = Counter()
 
     def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, aten = kwargs or {}, torch.ops.aten
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         target = torch.device(kwargs.get("device") or "cpu").type
         if not any(isinstance(x, FakeTensor) for x in tensors):
@@ -138,7 +139,10 @@ def _place() -> str:
 @contextmanager
 def audited() -> Iterator[Audit]:
     """Within the block CUDA seems to be there, and whole pipelines of networks made by `faked` run on it."""
-    generator, rand, as_tensor, answers = torch.Generator, torch.rand, torch.as_tensor, dict[str, Any]()
+    generator = torch.Generator
+    rand = torch.rand
+    as_tensor = torch.as_tensor
+    answers = dict[str, Any]()
 
     def fake_rand(*size: Any, generator: Any = None, **how: Any) -> Tensor:
         on_device = torch.device(how.get("device") or "cpu").type == "cuda"

@@ -77,7 +77,8 @@ def test_a_run_on_a_card_goes_on_where_it_stopped(tmp_path):
     train("voice_encoder", tmp_path / "files", tmp_path / "whole_2", schedule="constant")
     parts = train("voice_encoder", tmp_path / "files", tmp_path / "parts", schedule="constant")
     assert whole.step == parts.step == 6
-    one, two = logged(tmp_path / "whole_2"), logged(tmp_path / "parts")
+    one = logged(tmp_path / "whole_2")
+    two = logged(tmp_path / "parts")
     for step, losses in one.items():
         assert two[step] == pytest.approx(losses, rel=1e-5)
 
@@ -157,7 +158,9 @@ def test_replays_of_a_graph_are_the_step(compiled):
 
     results = []
     for device, compile in (("cpu", False), ("cuda", compiled)):
-        graphed, x, i = GraphedStep(step, device, compile), torch.ones(3, device=device), torch.tensor(0, device=device)
+        graphed = GraphedStep(step, device, compile)
+        x = torch.ones(3, device=device)
+        i = torch.tensor(0, device=device)
         cache = torch.zeros(4, 3, device=device)
         for _ in range(4):
             x, i = graphed(x, i, fixed=(cache,))
@@ -169,7 +172,8 @@ def test_replays_of_a_graph_are_the_step(compiled):
 @one_card
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_of_talkers_loop_are_its_steps(compiled):
-    model, results = tiny_model().cuda(), []
+    model = tiny_model().cuda()
+    results = []
     for eager in (True, False):
         decoder = BatchedDecoder(
             model, MODES["t2av"], Sampling(3, guidance=2.0), 4, use_stop=False, compile=compiled and not eager

@@ -28,10 +28,12 @@ from tests.tiny import HICODIT
 
 def test_half_precision_of_hicodits_steps_is_where_it_is_meant():
     torch.manual_seed(0)
-    model, steps = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32), 3
+    model = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32)
+    steps = 3
     frames = torch.tensor([20, 15])
     conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 4], [2, 0]]), frames)
-    sampler, guidance = SamplerConfig("confidence", steps), GuidanceScales(2.5, 1.25, 1.5, 2.0)
+    sampler = SamplerConfig("confidence", steps)
+    guidance = GuidanceScales(2.5, 1.25, 1.5, 2.0)
     with fakes.Operators() as operators, torch.inference_mode():
         generate(model, conditions, sampler, guidance, [0, 1])
     half = {name for (name, dtype) in operators.types if dtype == torch.bfloat16}
@@ -43,7 +45,9 @@ def test_half_precision_of_hicodits_steps_is_where_it_is_meant():
 
 def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
     """At the depth of the paper. The ceilings only fall."""
-    config, attention, launches = tiny_model().config, [], Operators()
+    config = tiny_model().config
+    attention = []
+    launches = Operators()
     model = TalkerT2AV(replace(config, llm=config.llm | {"num_hidden_layers": 28}, encoder_layers=4, head_layers=8))
     fuse_layers(model.eval().to_precision(torch.bfloat16))
     decoder = BatchedDecoder(model, MODES["t2av"], Sampling(10, guidance=2.0), 2)
@@ -62,7 +66,8 @@ def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
         fake_cuda() as operators,
         torch.inference_mode(),
     ):
-        decoder.device, decoder.model = CUDA, faked(model)
+        decoder.device = CUDA
+        decoder.model = faked(model)
         decoder.heads = {"speech": decoder.model.speech_cfm, "motion": decoder.model.motion_cfm}
         decoder.encoders = {"speech": decoder.model.speech_tokens, "motion": decoder.model.motion_tokens}
         for name in ("state", "plan", "cache"):
@@ -77,5 +82,6 @@ def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
     assert all(patch.shape[1] == 4 for patch in (decoder.patch.speech, decoder.patch.motion))
     assert map_tensors(lambda x: x.shape, decoder.state) == shapes
     assert len(attention) == 3 * (28 + 2 * 4 + 2 * 8 * 9)
-    total, casts = (launches.kernels + len(attention)) / 3, launches.names["_to_copy"] / 3
+    total = (launches.kernels + len(attention)) / 3
+    casts = launches.names["_to_copy"] / 3
     assert total < 3550 and casts < 72

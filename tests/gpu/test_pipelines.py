@@ -35,7 +35,8 @@ def pipeline(release):  # noqa: F811
 def on_fake_card(pipeline):
     """Return a pipeline on the device; inside `audited`."""
     moved = HiCoDiTPipeline(faked(pipeline.system), faked(pipeline.codec), pipeline.sampler, pipeline.guidance)
-    moved.device, moved.graphs = CUDA, GraphedSteps()
+    moved.device = CUDA
+    moved.graphs = GraphedSteps()
     return moved
 
 
@@ -79,7 +80,8 @@ def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):
 
 
 def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path):
-    crops, truth = pipeline.crops(talking_head(40)), Take(audio=Path("a.wav"), source=Path("a.mp4"))
+    crops = pipeline.crops(talking_head(40))
+    truth = Take(audio=Path("a.wav"), source=Path("a.mp4"))
     with audited() as audit, mock.patch.object(HiCoDiTPipeline, "from_pretrained") as load:
         load.return_value = moved = on_fake_card(pipeline)
         moved.crops = lambda source: crops

@@ -40,7 +40,8 @@ def pipeline(tmp_path_factory):
     root = tmp_path_factory.mktemp("talker")
     pipeline = TalkerPipeline.from_pretrained(save_talker(root, delay=1), precision="fp32", compile=True)
     pipeline.system.require("t2av")
-    voice, face = str(voice_file(root / "voice.wav")), str(face_file(root / "face.mp4"))
+    voice = str(voice_file(root / "voice.wav"))
+    face = str(face_file(root / "face.mp4"))
     pipeline.save_voice(voice, root / "saved.safetensors")
     more = {"max_seconds": 1.28, "crop": "centre"}
     pipeline.jobs = {
@@ -111,7 +112,8 @@ def test_the_service_reads_once_a_patch(pipeline):
     with on_fake_card(pipeline) as (audit, moved):
         jobs = [moved.prepare(pipeline.jobs[name]) for name in ("tts", "saved", "tts")]
         audit.reads.clear()
-        worker, heard = TalkerWorker(moved, 4), []
+        worker = TalkerWorker(moved, 4)
+        heard = []
         one, two, three = (Ticket(job, on_patch=heard.append) for job in jobs)
         worker.join_batch(one)
         (batch,) = worker.batches.values()
@@ -131,7 +133,8 @@ def test_the_service_reads_once_a_patch(pipeline):
     ("mode", "expected"), [("resynthesis", {DECODED: 2, PICTURES: 2}), ("v2a", {VOICE: 2, MOTION: 2, WAVE: 4})]
 )
 def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path, mode, expected):
-    voice, face = pipeline.jobs["tts"].reference_audio, pipeline.jobs["v2a"].video
+    voice = pipeline.jobs["tts"].reference_audio
+    face = pipeline.jobs["v2a"].video
     true = Take(audio=Path(voice), video=Path(face), source=Path(face), text="hello")
     clips = [Clip(name, None, true, {}, true) for name in "ab"]
     with on_fake_card(pipeline) as (audit, moved), mock.patch.object(TalkerPipeline, "from_pretrained") as load:

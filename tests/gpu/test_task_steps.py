@@ -25,10 +25,12 @@ def made(name, folder):
     torch.manual_seed(0)
     task, data = RUNS["talker_t2av" if name == "talker_guided" else name](folder)
     if name == "talker_guided":
-        task.guided_layers, collate = (1,), data.collate
+        task.guided_layers = (1,)
+        collate = data.collate
         data.collate = lambda items: (batch := collate(items)) | {"pointer": batch["speech"][..., 0].long() * 0}
     if name == "whisperx_vae":
-        task.targets, task.targets_until = LatentTargets(8, 24_000, task.codec.hop), 1
+        task.targets = LatentTargets(8, 24_000, task.codec.hop)
+        task.targets_until = 1
     return task, data
 
 

@@ -12,12 +12,14 @@ PICTURE = cv2.GaussianBlur(RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8), (
 
 
 def turn(angle: float, scale: float, shift: tuple[float, float]) -> np.ndarray:
-    c, s = scale * np.cos(angle), scale * np.sin(angle)
+    c = scale * np.cos(angle)
+    s = scale * np.sin(angle)
     return np.array([[c, -s, shift[0]], [s, c, shift[1]]])
 
 
 def test_similarity_is_found_again_and_never_mirrors():
-    points, true = RNG.normal(size=(7, 2)), turn(2.5, 3.1, (40.0, -7.0))
+    points = RNG.normal(size=(7, 2))
+    true = turn(2.5, 3.1, (40.0, -7.0))
     target = points @ true[:, :2].T + true[:, 2]
     assert np.allclose(align.similarity(points, target), true)
     mirrored = align.similarity(points, points * [-1, 1])

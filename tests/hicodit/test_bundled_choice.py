@@ -43,7 +43,8 @@ def test_pipelines_are_loaded_once_and_given_weights_are_for_all_clips():
         loaded.append(weights)
         return len(loaded)
 
-    drawn, filmed = np.stack(talking_head(12)), np.zeros((12, 96, 96, 3), np.uint8)
+    drawn = np.stack(talking_head(12))
+    filmed = np.zeros((12, 96, 96, 3), np.uint8)
     chooser = PipelineChooser(load)
     assert [chooser.for_clip(clip) for clip in (drawn, filmed, drawn)] == [1, 2, 1]
     assert chooser.load_all() == [1, 2] and loaded == [DRAWN, FILMED]

@@ -58,7 +58,8 @@ def in_service(pipeline: HiCoDiTPipeline, clip: Path) -> None:
 def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> WorkItem:
     """Assert that all programs cut the same pictures; return what preparation makes."""
     folder.mkdir(exist_ok=True)
-    used, run = [], HiCoDiTPipeline.run
+    used = []
+    run = HiCoDiTPipeline.run
 
     def noting(self, crops, *arguments, **settings):
         used.extend(crops)
@@ -76,7 +77,9 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
 
     assert len(used) == 4
     prepared = in_preparation(clip)
-    mouth, length, track = prepared.tensors["mouth"].numpy(), prepared.length, prepared.face_track
+    mouth = prepared.tensors["mouth"].numpy()
+    length = prepared.length
+    track = prepared.face_track
     for crops in used:
         assert np.array_equal(crops.mouth[:length], mouth)
         assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)

@@ -28,9 +28,12 @@ def model():
 
 
 def clips(seed, *frames):
-    g, frames = torch.Generator().manual_seed(seed), torch.tensor(frames or (20, 15))
-    batch, length = len(frames), int(frames.max())
-    lip, identity = torch.randn(batch, length, 32, generator=g), torch.rand(batch, 256, generator=g)
+    g = torch.Generator().manual_seed(seed)
+    frames = torch.tensor(frames or (20, 15))
+    batch = len(frames)
+    length = int(frames.max())
+    lip = torch.randn(batch, length, 32, generator=g)
+    identity = torch.rand(batch, 256, generator=g)
     return Conditions(lip, identity, torch.randint(0, 7, (batch, windows_of(length)), generator=g), frames)
 
 
@@ -40,8 +43,10 @@ def clips(seed, *frames):
     ids=lambda value: value if isinstance(value, str) else value.guidance_form,
 )
 def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, scales):
-    sampler, backend = SamplerConfig(method, 6), DyingOutputs()
-    graphs, captures = GraphedSteps(backend=backend), []
+    sampler = SamplerConfig(method, 6)
+    backend = DyingOutputs()
+    graphs = GraphedSteps(backend=backend)
+    captures = []
     for seed in (1, 2, 3):
         expected = generate(model, clips(seed), sampler, scales, [1, 2])
         tokens = generate(model, clips(seed), sampler, scales, [1, 2], graphs=graphs)
@@ -54,10 +59,13 @@ def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, s
 
 def test_graphs_that_are_captured_at_the_start_serve_all_later_batches(model):
     """Thirty batches of one to four clips, of 0.2 to 3.2 s."""
-    sampler, scales, backend = SamplerConfig("confidence", 2), GuidanceScales(2.0), DyingOutputs()
+    sampler = SamplerConfig("confidence", 2)
+    scales = GuidanceScales(2.0)
+    backend = DyingOutputs()
     graphs = GraphedSteps(backend=backend)
     capture_graphs(model, sampler, scales, graphs, 4)
-    captured, draw = backend.captures, torch.Generator().manual_seed(0)
+    captured = backend.captures
+    draw = torch.Generator().manual_seed(0)
     assert captured == 3 * 3 * 2  # one, two and four clips; one to three seconds; with and without padding
     for seed in range(30):
         size = int(torch.randint(1, 5, (), generator=draw))
@@ -71,7 +79,8 @@ def test_graphs_that_are_captured_at_the_start_serve_all_later_batches(model):
 
 
 def test_a_stream_is_the_same_with_graphs(release):
-    pipeline, head = HiCoDiTPipeline.from_pretrained(release, precision="fp32"), talking_head(30)
+    pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
+    head = talking_head(30)
     expected = [chunk.wave for chunk in pipeline.stream(head, 1, lookahead=0.2)]
     pipeline.graphs = GraphedSteps(backend=DyingOutputs())
     waves = [chunk.wave for chunk in pipeline.stream(head, 1, lookahead=0.2)]

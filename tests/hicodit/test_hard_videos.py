@@ -20,8 +20,11 @@ from engine.media.ffmpeg import command
 from engine.media.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO, REAL = ROOT / "assets" / "demo" / "silent.mp4", ROOT.parent / "shared" / "samples" / "reference_video.mp4"
-FRAMES, SIZE, HEAD = 30, (160, 208), 112
+DEMO = ROOT / "assets" / "demo" / "silent.mp4"
+REAL = ROOT.parent / "shared" / "samples" / "reference_video.mp4"
+FRAMES = 30
+SIZE = (160, 208)
+HEAD = 112
 WHERE = (30 + HEAD / 2) / 208
 
 

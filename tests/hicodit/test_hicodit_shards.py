@@ -39,7 +39,8 @@ def made_clip(frames, g, **more):
 def data(digests, tmp_path_factory):
     """ROOT/train: nine clips in shards of two."""
     root = tmp_path_factory.mktemp("data")
-    g, samples = torch.Generator().manual_seed(0), []
+    g = torch.Generator().manual_seed(0)
+    samples = []
     for i, n in enumerate(FRAMES):
         more = {"motion": torch.zeros(n, 40).half()}  # of the other model
         if i:
@@ -60,10 +61,12 @@ def train(data, codec, run, shards=None, **changes):
 
 
 def test_clips_come_out_as_they_are_stored(data, codec):
-    clips, stored = dataset(data, codec), ShardSplit(data / "train")
+    clips = dataset(data, codec)
+    stored = ShardSplit(data / "train")
     assert len(clips) == 9
     for i in range(9):
-        (read, clip), (info, tensors) = clips.read(i), stored[i]
+        read, clip = clips.read(i)
+        info, tensors = stored[i]
         for name in ("mouth", "faces", "ge2e"):
             assert torch.equal(clip[name], tensors[name]), name
         for name in ("tokens", "expression"):
@@ -106,7 +109,8 @@ def test_what_does_not_fit_is_one_line(data, codec, digests, tmp_path):
 @pytest.fixture
 def longer(data, digests, tmp_path):
     """Three clips of `data`, one too short, one of 2.6 s whose frames can be told apart, one just long enough."""
-    split, g = ShardSplit(data / "train"), torch.Generator().manual_seed(1)
+    split = ShardSplit(data / "train")
+    g = torch.Generator().manual_seed(1)
     samples = [split[i] for i in range(3)]
     for key, frames in (("short", 4), ("long", 65), ("least", 5)):
         mouth = torch.arange(frames, dtype=torch.uint8)[:, None, None].expand(-1, 48, 48).contiguous()

@@ -67,7 +67,8 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
 
 
 def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys):
-    source, names = tmp_path / "clips", [f"clip{i}" for i in range(4)]
+    source = tmp_path / "clips"
+    names = [f"clip{i}" for i in range(4)]
     source.mkdir()
     for name in names:
         shutil.copyfile(clip, source / f"{name}.mp4")
@@ -155,7 +156,8 @@ def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release,
     assert run(config(release, tmp_path / "wide.mp4", tmp_path / "out", **given)) == 0
     frames = json.loads((tmp_path / "out" / "wide_face.json").read_text())["frames"]
     for frame in frames:
-        matrix, (x, y, w, h) = np.array(frame["mouth"]), frame["box"]
+        matrix = np.array(frame["mouth"])
+        x, y, w, h = frame["box"]
         assert np.allclose(frame["points"], points, atol=1e-3) and frame["seen"]
         assert np.abs(matrix[:, :2] @ (864, 140) + matrix[:, 2] - 48).max() <= 0.51
         assert x < 849 and x + w > 879 and y < 108 and y + h > 140 and w < 128

@@ -28,7 +28,8 @@ def build(**changes):
 
 def clip_conditions(batch=3, frames=(20, 15, 20)):
     g = torch.Generator().manual_seed(1)
-    lip, identity = torch.randn(batch, 20, 8, generator=g), torch.rand(batch, 256, generator=g)
+    lip = torch.randn(batch, 20, 8, generator=g)
+    identity = torch.rand(batch, 256, generator=g)
     expression = torch.tensor([[1, 4], [2, 0], [5, 6]])[:batch]
     return Conditions(lip, identity, expression, torch.tensor(frames))
 
@@ -40,7 +41,8 @@ def run(model, conditions, tokens=TOKENS, where=None, sigma=SIGMA, **prepare):
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_batched_branches_equal_single_ones(changes):
-    model, conditions = build(**changes), clip_conditions()
+    model = build(**changes)
+    conditions = clip_conditions()
     together = run(model, conditions, branches=tuple(BRANCHES))
     assert together.shape == (5, 3, 12, 40, 16)
     for i, branch in enumerate(BRANCHES):
@@ -50,9 +52,12 @@ def test_batched_branches_equal_single_ones(changes):
 
 def test_requested_positions_are_those_of_the_whole():
     """Any number of them in each level, as in training, and as many in each level of each clip, as in sampling."""
-    model, conditions, mask = build(), clip_conditions(), TOKENS == 16
+    model = build()
+    conditions = clip_conditions()
+    mask = TOKENS == 16
     mask[:, 3] = False  # a level without any
-    whole, branches = run(model, conditions, branches=tuple(BRANCHES)), tuple(BRANCHES)
+    whole = run(model, conditions, branches=tuple(BRANCHES))
+    branches = tuple(BRANCHES)
     where = positions_of(mask, mask.device)
     clip, level, frame = rows_of(where)
     assert torch.equal(torch.stack([clip, level, frame], 1).sort(0).values, mask.nonzero().sort(0).values)
@@ -68,7 +73,8 @@ def test_requested_positions_are_those_of_the_whole():
 def test_the_expression_branch_shares_the_low_stage():
     """Without `expression_context` the expression reaches only the high levels: five branches need four low passes, and
     levels 1-2 ignore it."""
-    model, conditions = build(), clip_conditions()
+    model = build()
+    conditions = clip_conditions()
     rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).conds]
     assert rows == [4, 5]
     out = run(model, conditions, branches=("none", "expression"))
@@ -77,7 +83,8 @@ def test_the_expression_branch_shares_the_low_stage():
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_padding_changes_nothing(changes):
-    model, conditions = build(**changes), clip_conditions()
+    model = build(**changes)
+    conditions = clip_conditions()
     alone = Conditions(
         conditions.lip[1:2, :15], conditions.identity[1:2], conditions.expression[1:2], conditions.frames[1:2]
     )
@@ -87,7 +94,8 @@ def test_padding_changes_nothing(changes):
 
 @pytest.mark.parametrize("name", ["lip", "identity", "expression"])
 def test_a_dropped_condition_has_no_influence(name):
-    model, conditions = build(), clip_conditions()
+    model = build()
+    conditions = clip_conditions()
     keep = torch.tensor([[c != name for c in ("lip", "identity", "expression")]] * 3)
     value = getattr(conditions, name)
     changed = replace(conditions, **{name: (value + 1) % 7 if name == "expression" else value + 1.0})
@@ -98,7 +106,10 @@ def test_a_dropped_condition_has_no_influence(name):
 def test_a_block_follows_the_papers_formula():
     """alpha * f(gamma_t * [(1 + gamma_c) * LN(h) + beta_c]), with a gamma_t for attention and another for the MLP."""
     torch.manual_seed(0)
-    block, h, modulation, gamma = AdaLNBlock(8, 2), torch.randn(2, 6, 8), torch.randn(2, 48), 1 + torch.randn(2, 6, 2)
+    block = AdaLNBlock(8, 2)
+    h = torch.randn(2, 6, 8)
+    modulation = torch.randn(2, 48)
+    gamma = 1 + torch.randn(2, 6, 2)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
     beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in modulation.chunk(6, -1))
@@ -129,7 +140,8 @@ def temporal_scales(model, conditions, sigma=SIGMA, **prepare):
 
 
 def test_each_block_has_temporal_scales_of_expression_and_time():
-    model, conditions = build(), clip_conditions()
+    model = build()
+    conditions = clip_conditions()
     scales = temporal_scales(model, conditions)
     assert len({s[0, 0].tolist()[j] for s in scales for j in (0, 1)}) == 4  # two blocks, attention and MLP
     later = temporal_scales(model, conditions, sigma=SIGMA + 1)
@@ -142,7 +154,8 @@ def test_each_block_has_temporal_scales_of_expression_and_time():
 @pytest.mark.parametrize("changes", [{"dual_scale": False}, {"hierarchical": False}, {}], ids=str)
 def test_ablations_take_expression_as_the_paper_says(changes):
     """Single scale: the mean of an utterance, in the global condition of all levels. Flat: all levels, two scales."""
-    model, conditions = build(**changes), clip_conditions(frames=(25, 25, 25))
+    model = build(**changes)
+    conditions = clip_conditions(frames=(25, 25, 25))
     conditions = replace(conditions, lip=F.pad(conditions.lip, (0, 0, 0, 5)))
     tokens = F.pad(TOKENS, (0, 10))
     swapped = run(model, replace(conditions, expression=conditions.expression.flip(1)), tokens)
@@ -163,7 +176,8 @@ def test_ablations_take_expression_as_the_paper_says(changes):
 @pytest.mark.parametrize("changes", [{}, {"dual_scale": False}, {"hierarchical": False}], ids=str)
 def test_the_expression_of_a_half_second_can_enter_each_stage(changes):
     """Where it changes, in all levels, and for each guidance branch; a new model is the one without it."""
-    without, model = build(**changes), build(**changes, expression_context=True)
+    without = build(**changes)
+    model = build(**changes, expression_context=True)
     own = {name for name, _ in model.named_parameters()} - {name for name, _ in without.named_parameters()}
     assert own == {f"stages.{i}.fuse_expression.weight" for i in range(len(model.stages))}
     model.load_state_dict(without.state_dict(), strict=False)
@@ -190,7 +204,8 @@ def test_the_expression_of_a_half_second_can_enter_each_stage(changes):
 
 
 def test_the_sum_over_blocks_stays_float32_in_half_precision():
-    model, dtypes = build(), set()
+    model = build()
+    dtypes = set()
     for block in [*model.stages[0].blocks, *model.stages[1].blocks]:
         block.register_forward_hook(lambda m, x, y: dtypes.update((x[0].dtype, y.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -220,7 +235,9 @@ def test_base_is_the_papers_size():
 def test_expression_windows_vote_and_break_ties_by_probability():
     p = torch.full((25, 7), 0.01)
     p[:13, 1] = 0.9  # window 0 is frames 0..12, window 1 frames 13..24
-    p[13:19, 2], p[19:, 4] = 0.5, 0.8  # six frames each: a tie that summed probability settles
+    # six frames each: a tie that summed probability settles
+    p[13:19, 2] = 0.5
+    p[19:, 4] = 0.8
     assert window_expressions(p).tolist() == [1, 4]
     for frames in range(1, 60):  # a last partial window counts: a clip of 13 frames has 26 tokens
         assert len(window_expressions(p[:1].expand(frames, -1))) == windows_of(frames) == -(-2 * frames // 25)

@@ -11,7 +11,8 @@ from tests.rehearsal.stand_ins import official
 def test_classes_are_put_in_the_order_of_the_expressions():
     faces = torch.rand(1, 3, 96, 96)
     model = POSTER2.from_released(official("conditions/poster_v2_7"), CLASSES["raf"])
-    own, given = model.logits(model.normalise(faces)), model(faces)
+    own = model.logits(model.normalise(faces))
+    given = model(faces)
     assert given.shape == (1, 7) and given.std() > 0
     for i, name in enumerate(CLASSES["raf"]):
         assert torch.allclose(given[:, EXPRESSIONS.index(name)], own[:, i], atol=1e-5)
@@ -25,7 +26,8 @@ def test_cross_attention_follows_the_bias_of_relative_positions():
     with torch.no_grad():  # only "the image position one to the right of the asking one" is looked at
         attention.relative_position_bias_table.fill_(-1e4)
         attention.relative_position_bias_table[2 * 5 + 1] = 0.0  # rows equal, asking column - seen column = -1
-        image, landmark = torch.randn(1, 9, 32), torch.zeros(1, 9, 32)
+        image = torch.randn(1, 9, 32)
+        landmark = torch.zeros(1, 9, 32)
         value = attention.qkv(image)[..., 32:]
         out = attention(image, landmark)
     for row in range(3):

@@ -46,7 +46,8 @@ def small_hubert():
 @pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace", "namespace within"])
 def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
     """Heads and the place of the norms come from the configuration, which is pickled in several ways."""
-    state, said = official("conditions/avhubert_small"), {"encoder_attention_heads": 4, "layer_norm_first": False}
+    state = official("conditions/avhubert_small")
+    said = {"encoder_attention_heads": 4, "layer_norm_first": False}
     content = {"model": state, "cfg": {"model": OmegaConf.create(said)}, "extra": Namespace(a=1)}
     if wrapped == "fine-tuned":
         state = {f"encoder.w2v_model.{key}": value for key, value in state.items()} | {"decoder.x": torch.zeros(2)}
@@ -75,7 +76,8 @@ def test_long_clips_are_encoded_in_windows_that_join(small_hubert, monkeypatch):
     network = AVHubert(replace(small_hubert.config, layers=0)).eval()
     encoders = ReleasedEncoders(ReleasedEncoderConfig())
     encoders._networks["lip"] = network
-    mouth, frames = torch.rand(2, 34, 88, 88), torch.tensor([34, 23])
+    mouth = torch.rand(2, 34, 88, 88)
+    frames = torch.tensor([34, 23])
     whole = encoders.lip(mouth, frames)
     monkeypatch.setattr(released, "WINDOW_FRAMES", 20)
     monkeypatch.setattr(released, "CONTEXT_FRAMES", 6)
@@ -146,8 +148,10 @@ def test_released_weights_are_not_part_of_a_release(system, tmp_path):
 @pytest.fixture(scope="module")
 def shards(system, release, tmp_path_factory):
     """Folders of one split: `both` pictures and features of three clips, and `pictures` alone."""
-    root, digest = tmp_path_factory.mktemp("shards"), RVQCodec.from_pretrained(release.parent / "codec").digest()
-    g, samples = torch.Generator().manual_seed(0), []
+    root = tmp_path_factory.mktemp("shards")
+    digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
+    g = torch.Generator().manual_seed(0)
+    samples = []
     for i, n in enumerate((20, 9, 20)):
         mouth = torch.randint(256, (n, 96, 96), generator=g).to(torch.uint8)
         faces = torch.randint(256, (4, 112, 112, 3), generator=g).to(torch.uint8)
@@ -169,7 +173,8 @@ def shards(system, release, tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """Names of the encoders, as they are called."""
-    made, network = [], ReleasedEncoders.network
+    made = []
+    network = ReleasedEncoders.network
     monkeypatch.setattr(
         ReleasedEncoders, "network", lambda self, *which: made.append(which[0]) or network(self, *which)
     )
@@ -273,7 +278,8 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
 def test_a_release_finds_faces_as_the_shards_of_its_training_did(system, release, shards, tmp_path, monkeypatch):
     """It records what the shards name. Inference then does the same, or refuses with what to install."""
     made = json.loads((shards / "both" / "index.json").read_text())["digests"]
-    index, codec = tmp_path / "index.json", release.parent / "codec"
+    index = tmp_path / "index.json"
+    codec = release.parent / "codec"
 
     def trained(name: str | None) -> Path:
         index.write_text(json.dumps({"digests": made | ({"face": name} if name else {})}))
@@ -289,7 +295,8 @@ def test_a_release_finds_faces_as_the_shards_of_its_training_did(system, release
     assert chosen.face_source.name == "cascade"
     fake = SimpleNamespace(get_frontal_face_detector=lambda: None, shape_predictor=lambda path: None, rectangle=None)
     monkeypatch.setitem(sys.modules, "dlib", fake)
-    package, find_spec = SimpleNamespace(submodule_search_locations=["x"]), importlib.util.find_spec
+    package = SimpleNamespace(submodule_search_locations=["x"])
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: package if name == "face_recognition_models" else find_spec(name)
     )

@@ -9,7 +9,8 @@ import torch
 from hicodit.samplers import invert, sample
 from hicodit.settings import METHODS, SamplerConfig
 
-N, K = 5, 3
+N = 5
+K = 3
 
 
 class Closed:
@@ -22,7 +23,10 @@ class Closed:
     """
 
     def __init__(self, log_q):
-        self.log_q, self.counts, self.times, self.shapes = log_q, [], [], []
+        self.log_q = log_q
+        self.counts = []
+        self.times = []
+        self.shapes = []
 
     def __call__(self, x, t, where):
         self.counts.append((x < N).sum(2).tolist())
@@ -36,7 +40,8 @@ def run(method, lengths, log_q=None, known=None, seed=0, **settings):
     posterior = Closed(torch.zeros(K, N).log_softmax(-1) if log_q is None else log_q)
     normalised = bool((posterior.log_q.exp().sum(-1) - 1).abs().max() < 1e-5)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(lengths))]
-    config, tokens = SamplerConfig(method, **settings), torch.full((len(lengths), K, max(lengths)), N)
+    config = SamplerConfig(method, **settings)
+    tokens = torch.full((len(lengths), K, max(lengths)), N)
     tokens = tokens if known is None else known
     posterior.tokens = sample(posterior, tokens, torch.tensor(lengths), N, config, generators, normalised)
     return posterior
@@ -88,7 +93,8 @@ def test_noise_of_the_ranking_is_annealed_with_time():
     """With much noise the order is random at first; the last positions are still the least probable."""
     logits = torch.tensor([[3.0, 0, 0, 0, 0], [1.5, 0, 0, 0, 0], [0.5, 0, 0, 0, 0]]).log_softmax(-1)
     counts = run("confidence", [2000], logits, steps=10, temperature=0.0, choice_noise=5.0).counts
-    (early,), (late,) = counts[4], counts[-1]
+    (early,) = counts[4]
+    (late,) = counts[-1]
     assert early[0] < 1.6 * early[2]  # hardly ranked
     assert 2000 - late[2] > 2.3 * (2000 - late[0])  # 1.7 times without annealing
 
@@ -117,7 +123,8 @@ def test_inversion_never_leaves_the_codes():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sample_does_not_depend_on_its_batch(method):
     log_q = torch.randn(K, N, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-    both, alone = run(method, [9, 6], log_q, steps=5).tokens, run(method, [6], log_q, seed=1, steps=5).tokens
+    both = run(method, [9, 6], log_q, steps=5).tokens
+    alone = run(method, [6], log_q, seed=1, steps=5).tokens
     assert torch.equal(both[1, :, :6], alone[0])
 
 

@@ -25,7 +25,8 @@ def joined(chunks, name):
 def test_sound_is_that_of_offline_decoding_if_the_lookahead_covers_the_codecs_reach(pipeline):
     assert pipeline.codec.reach == (7, 7)
     chunks = list(pipeline.stream(HEAD, lookahead=0.4, **FAST))
-    tokens, wave = joined(chunks, "tokens"), joined(chunks, "wave")
+    tokens = joined(chunks, "tokens")
+    wave = joined(chunks, "wave")
     assert tokens.shape == (12, 160) and tokens.max() < 16 and wave.shape == (80 * 960,) and len(chunks) > 15
     offline = pipeline.decode([torch.from_numpy(tokens)])[0]
     np.testing.assert_allclose(wave, offline, atol=2e-5)
@@ -35,7 +36,8 @@ def test_sound_is_that_of_offline_decoding_if_the_lookahead_covers_the_codecs_re
 @pytest.mark.parametrize("after", [7, 50])
 def test_pieces_of_any_size_decode_as_the_whole(pipeline, after):
     tokens = torch.randint(0, 16, (12, 90), generator=torch.Generator().manual_seed(0))
-    sound, pieces = StreamDecoder(pipeline.codec, 2, after), tokens[None].split([1, 8, 3, 20, 8, 1, 30, 19], 2)
+    sound = StreamDecoder(pipeline.codec, 2, after)
+    pieces = tokens[None].split([1, 8, 3, 20, 8, 1, 30, 19], 2)
     waves = [sound.push(piece, last=i == 7) for i, piece in enumerate(pieces)]
     wave = torch.cat([wave[0, 0] for wave in waves if wave is not None])
     torch.testing.assert_close(wave, pipeline.codec.decode(tokens[None])[0, 0], atol=2e-5, rtol=0)
@@ -57,7 +59,8 @@ def test_sound_waits_for_the_lookahead_and_for_nothing_later(pipeline, lookahead
 
 def test_memory_does_not_grow_and_the_face_may_go_away(pipeline):
     stream = SpeechStream(pipeline, StreamSettings(0.2, window=1, steps=1))
-    kept, samples = [], 0
+    kept = []
+    samples = 0
     for i in range(240):
         frame = HEAD[i % 80] if i < 140 or i >= 200 else np.zeros_like(HEAD[0])
         chunk = stream.push(frame)

@@ -43,7 +43,8 @@ from tests.hostile.rows_files import a_run
 from tests.hostile.rows_media import CLIP, VOICE, ffmpeg
 from tests.shard_files import random_split
 
-SECONDS, MEMORY = 60, 4 * 2**30
+SECONDS = 60
+MEMORY = 4 * 2**30
 NUMBERS = (b"-1", b"1e30", b"9" * 20, b"NaN", b"null", b'"x"', b"[[]]")
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -73,7 +74,9 @@ def write_media(folder: Path) -> Path:
 
 def targets(root: Path) -> list[tuple[Path, Callable[[Path], object]]]:
     """Write good files; return each with what reads it."""
-    media, split, step = write_media(root), random_split(root / "split", 12, 6), a_run(root)
+    media = write_media(root)
+    split = random_split(root / "split", 12, 6)
+    step = a_run(root)
     codec, talker = (Path(shutil.copytree(ASSETS / name, root / name)) for name in ("rvq_tiny", "talker_t2av_tiny"))
     names = [  # of files, the folder that they are in, and what reads one of them
         ("a.mp4 a.mkv a.webm", media, read_video),
@@ -99,8 +102,11 @@ def targets(root: Path) -> list[tuple[Path, Callable[[Path], object]]]:
 def mutate(data: bytes, draw: random.Random) -> bytes:
     """Return a file with one to three changes."""
     for _ in range(draw.randint(1, 3)):
-        at, size = draw.randrange(len(data) + 1), draw.choice((1, 16, 1024))
-        before, span, after = data[:at], data[at : at + size], data[at + size :]
+        at = draw.randrange(len(data) + 1)
+        size = draw.choice((1, 16, 1024))
+        before = data[:at]
+        span = data[at : at + size]
+        after = data[at + size :]
         kind = draw.choice(("cut", "flip", "repeat", "remove", "extreme", "number"))
         if kind == "cut":
             data = before

@@ -121,7 +121,8 @@ def by_bytes(metadata, step: Path) -> None:
     data = pickle.dumps(Payload(step / "ran"))
     (step / "__0_0.distcp").write_bytes(data)
     place = next(iter(metadata.storage_data.values()))
-    place.offset, place.length = 0, len(data)
+    place.offset = 0
+    place.length = len(data)
     metadata.state_dict_metadata["ema.net.w"] = BytesStorageMetadata()
     metadata.storage_data[MetadataIndex("ema.net.w")] = place
 
@@ -153,7 +154,8 @@ def blob(metadata, step: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"w": Payload(step / "ran")}, buffer)
     for place in metadata.storage_data.values():
-        place.offset, place.length = 0, len(buffer.getvalue())
+        place.offset = 0
+        place.length = len(buffer.getvalue())
     path.write_bytes(buffer.getvalue())
 
 

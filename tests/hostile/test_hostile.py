@@ -94,7 +94,8 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
     names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
 
     class Names(JobRunner):
-        device, name_errors = "cpu", True
+        device = "cpu"
+        name_errors = True
 
         def prepare(self, name):
             if "b" in name:

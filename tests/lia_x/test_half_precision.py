@@ -15,7 +15,8 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 @torch.no_grad()
 def test_the_bundled_codec_draws_nearly_the_same_faces():
-    codec, g = load_motion(ASSETS / "lia_x_tiny"), torch.Generator().manual_seed(0)
+    codec = load_motion(ASSETS / "lia_x_tiny")
+    g = torch.Generator().manual_seed(0)
     face = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=g), codec.size, mode="bilinear")[0] * 2 - 1
     motion = codec.encode(face[None]) + 0.3 * torch.randn(3, codec.channels, generator=g)
     plain = codec.decode(motion, face)

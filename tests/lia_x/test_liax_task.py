@@ -130,7 +130,8 @@ def test_a_start_from_a_release_keeps_all_levels(tmp_path):
 
 
 def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
-    sizes, picture = LIA_X | {"depth": 2}, torch.rand(1, 3, 32, 32)
+    sizes = LIA_X | {"depth": 2}
+    picture = torch.rand(1, 3, 32, 32)
     the_decoder_alone_goes_on_from_a_release(make_task, batch(), picture, sizes, "depth=1")
 
 
@@ -166,8 +167,11 @@ def test_ssim_follows_scikit_image():
 def test_regions_count_more():
     weights = region_weights(32, [BOX | {"weight": 5.0}])
     assert weights.mean() == pytest.approx(1) and weights[0, 0, 20, 16] == pytest.approx(5 * weights[0, 0, 0, 0].item())
-    real, inside, outside = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
-    inside[..., 18:28, 10:20], outside[..., 2:12, 10:20] = 1.0, 1.0
+    real = torch.zeros(1, 3, 32, 32)
+    inside = torch.zeros(1, 3, 32, 32)
+    outside = torch.zeros(1, 3, 32, 32)
+    inside[..., 18:28, 10:20] = 1.0
+    outside[..., 2:12, 10:20] = 1.0
     assert pyramid_l1(inside, real, weights, 3) == pytest.approx(5 * pyramid_l1(outside, real, weights, 3).item())
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert structural(noise, noise, weights) == pytest.approx(0, abs=1e-5)
@@ -207,7 +211,8 @@ def test_kept_codes_of_drawn_faces_pull_and_are_decoded(tmp_path):
     for level in task.codec.decoder.levels:  # until it has flow, no code changes the picture
         torch.nn.init.normal_(level.to_flow.conv.weight)
     frames = torch.rand(4, 3, 32, 32) * 2 - 1
-    earlier, drawn = torch.full((4, LIA_X["motion_dim"]), 50.0), torch.tensor([[True], [True], [False], [False]])
+    earlier = torch.full((4, LIA_X["motion_dim"]), 50.0)
+    drawn = torch.tensor([[True], [True], [False], [False]])
     fake, motion = task._rebuild(frames, kept=(earlier, drawn))
     plain, same = task._rebuild(frames)
     assert torch.equal(motion, same) and not torch.allclose(fake[:2], plain[:2], atol=1e-3)
@@ -260,7 +265,8 @@ def test_a_blue_wall_is_replaced_and_a_face_is_not():
 
 def test_a_pair_is_changed_in_one_way():
     still = np.repeat(moving_square(1), 2, 0)
-    augment, rng = Augment(), np.random.default_rng(1)
+    augment = Augment()
+    rng = np.random.default_rng(1)
     moved, _ = augment.frame(still, 32, rng)
     coloured = augment.recolour(moved, rng)
     assert np.array_equal(coloured[0], coloured[1]) and not np.array_equal(coloured[0], still[0])

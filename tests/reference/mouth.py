@@ -37,7 +37,9 @@ def auto_avsr_mouth(
     Raises:
         ValueError: a mouth lies too far from the middle of the picture, or no transform fits.
     """
-    mouths, matrices, stable = [], [], list(stable)
+    mouths = []
+    matrices = []
+    stable = list(stable)
     for i, frame in enumerate(frames):
         half = min(window // 2, i, len(frames) - 1 - i)
         smooth = landmarks[i - half : i + half + 1].mean(0)

@@ -51,6 +51,7 @@ def cut_recording(wave: Tensor, wave16: Tensor, motion: Tensor, start: int = 0) 
         motion = motion[start : start + MAX_FRAMES]
         wave = wave[start * HOP : (start + len(motion)) * HOP]
         wave16 = wave16[start * HOP16 : (start + len(motion)) * HOP16]
-    wave, wave16 = wave[: MAX_FRAMES * HOP], wave16[: MAX_FRAMES * HOP16]
+    wave = wave[: MAX_FRAMES * HOP]
+    wave16 = wave16[: MAX_FRAMES * HOP16]
     # In floating point as the official program does it: 29 frames of samples are counted as 28.
     return Recording(wave, wave16, motion, min(MAX_FRAMES, max(1, int(len(wave16) / RATE16 * FPS))))

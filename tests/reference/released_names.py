@@ -45,7 +45,8 @@ def lia_x_state(codec: LiaX) -> dict[str, Tensor]:
     """A LIA-X's state dict, of any size up to the released one, as `lia-x.pt` holds it but for the kernels."""
     shapes = json.loads((GOLDEN / "codecs" / "liax_full.keys.json").read_text())
     names = {rename(key, LIA_X): key for key in shapes}
-    last, state = f"encoder.blocks.{len(codec.encoder.blocks) - 1}.", {}
+    last = f"encoder.blocks.{len(codec.encoder.blocks) - 1}."
+    state = {}
     for key, value in codec.state_dict().items():
         name = names[key.replace(last, "encoder.blocks.last.")]
         state[name] = value[None] if len(shapes[name]) == 5 else value

@@ -183,7 +183,8 @@ class SEDDNetwork(nn.Module):
 
     def load_released(self, state: dict[str, Tensor]) -> None:
         """Load a state dict by the released program's key names, strictly; its modulation layers become one."""
-        state, renamed = dict(state), {}
+        state = dict(state)
+        renamed = {}
         owners = [*(f"blocks.{i}" for i in range(len(self.blocks))), "output_layer"]
         for end in ("weight", "bias"):
             parts = [torch.as_tensor(state.pop(f"{owner}.adaLN_modulation.{end}")) for owner in owners]

@@ -8,7 +8,9 @@ from hicodit.samplers import sample
 from hicodit.settings import SamplerConfig
 from tests.reference import sedd
 
-N, PAIRS, STEPS = 3, 100_000, 3
+N = 3
+PAIRS = 100_000
+STEPS = 3
 NOISE = LogLinearNoise()
 
 
@@ -58,7 +60,8 @@ def test_euler_sampler_draws_from_the_distribution_of_sedds_race(predictor, exce
         return torch.bincount(x.view(-1, 2) @ torch.tensor([N, 1]), minlength=N**2) / PAIRS
 
     random = torch.Generator().manual_seed(2)
-    config, lengths = SamplerConfig("euler", steps=STEPS), torch.tensor([2 * PAIRS])
+    config = SamplerConfig("euler", steps=STEPS)
+    lengths = torch.tensor([2 * PAIRS])
     start = torch.full((1, 2 * PAIRS), N)
     ours = sample(Pairs(), start[:, None], lengths, N, config, [random], normalised=excess == 0)
     columns = [N + 1] * STEPS + [N]

@@ -48,7 +48,8 @@ WAVLM = LARGE | {
 
 def official(name: str, seed: int = 0) -> dict[str, Tensor]:
     """A state with the keys and shapes of a list in tests/golden, and values of about the size of initial weights."""
-    g, state = torch.Generator().manual_seed(seed), {}
+    g = torch.Generator().manual_seed(seed)
+    state = {}
     for key, shape in json.loads((GOLDEN / f"{name}.keys.json").read_text()).items():
         if key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(0)
@@ -137,7 +138,8 @@ def wavlm(file: Path) -> None:
 
 def avhubert(file: Path) -> None:
     state = official("conditions/avhubert_small")
-    heads, modalities = 4, ["audio", "video"]
+    heads = 4
+    modalities = ["audio", "video"]
     model = {"encoder_attention_heads": heads, "layer_norm_first": True, "modalities": modalities}
     content = {"args": None, "cfg": {"model": Namespace(**model), "task": None}, "model": state, "extra_state": {}}
     torch.save(content | {"criterion": None, "optimizer_history": [], "last_optimizer_state": None}, file)
@@ -176,7 +178,8 @@ def whisper(folder: Path, letter: str = "") -> None:
     words = transformers.WhisperTokenizer(vocab=letters, merges=[])
     words.add_special_tokens({"additional_special_tokens": names})
     ids = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in WHISPER_SPECIALS}
-    end, start = ids["endoftext"], ids["startoftranscript"]
+    end = ids["endoftext"]
+    start = ids["startoftranscript"]
     tokens = {"eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     sizes = {"d_model": 16, "num_mel_bins": 80, "vocab_size": len(words)}
     for side in ("encoder", "decoder"):
@@ -185,7 +188,8 @@ def whisper(folder: Path, letter: str = "") -> None:
     torch.manual_seed(0)
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **tokens, **more))
     if letter:  # its decoder's last state is that letter's own embedding
-        norm, table = model.model.decoder.layer_norm, model.model.decoder.embed_tokens.weight
+        norm = model.model.decoder.layer_norm
+        table = model.model.decoder.embed_tokens.weight
         norm.weight.data.zero_()
         norm.bias.data.copy_(100 * table.data[words.convert_tokens_to_ids(letter)])
     model.generation_config = transformers.GenerationConfig(

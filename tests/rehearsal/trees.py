@@ -19,7 +19,9 @@ from engine.media.video import write_video
 from tests.drawn_faces import draw_face
 
 ROOT = Path(__file__).resolve().parents[2]
-RATE, FPS, FRAMES = 24_000, 25, 30
+RATE = 24_000
+FPS = 25
+FRAMES = 30
 SENTENCE = "set blue by hotel four now"
 VIDEOS = ("Tr6MMsoWAog", "zSIcHhxeKbM", "0ABCdefGHij")  # of YouTube
 
@@ -77,9 +79,12 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def talker_data(root: Path) -> None:
-    rows, files = [], {}
+    rows = []
+    files = {}
     for number in range(4):
-        wav, motion, buffer = f"audio/clip{number}.wav", f"motion/clip{number}.pt", io.BytesIO()
+        wav = f"audio/clip{number}.wav"
+        motion = f"motion/clip{number}.pt"
+        buffer = io.BytesIO()
         files[wav] = write_sound(root / "audio.wav", number)
         torch.save(torch.randn(FRAMES, 40, generator=torch.Generator().manual_seed(number)), buffer)
         files[motion] = buffer.getvalue()
@@ -120,7 +125,8 @@ def write(work: Path) -> None:
     data = work / "data"
     for folder, paths in CLIPS.items():
         for number, path in enumerate(paths):
-            text, frames = SENTENCE if folder in ("lrs2", "lrs3") else "", 60 if folder == "youtube" else FRAMES
+            text = SENTENCE if folder in ("lrs2", "lrs3") else ""
+            frames = 60 if folder == "youtube" else FRAMES
             write_clip(data / folder / path, number, frames, path == "clip.mp4", text)
     write_clip(data / "lrs3" / "test" / "a" / "00002.mp4", 7, text="bin red at alpha one soon")  # of the same speaker
     (data / "lrs2" / "test").symlink_to("main/test")  # docs/reproduce.md: the folder of the clips that test.txt lists

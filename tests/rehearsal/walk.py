@@ -71,7 +71,9 @@ def commands_of(text: str) -> Iterator[tuple[int, str]]:
 def plan(work: Path) -> list[Step]:
     """Return all documented commands with their small calls; each has a row of commands.yaml, each row a command."""
     table = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("commands.yaml")))
-    rows, used, steps = table["rows"], set(), []
+    rows = table["rows"]
+    used = set()
+    steps = []
     for text, place in documented().items():
         row = next((row for row in rows if row in text), None)
         if row is None:
@@ -143,7 +145,8 @@ def walk(work: Path, pattern: str = "") -> tuple[int, list[str]]:
         if not call:
             print(f"{place}  {text}: {reason}")
             continue
-        log, began = logs / f"{number:03d}.log", time.monotonic()
+        log = logs / f"{number:03d}.log"
+        began = time.monotonic()
         code = run(call, work, log)
         problem = f"exit code {code}" if code else unfinished(call, work)
         failed += bool(problem)

@@ -46,13 +46,15 @@ def corpus(tmp_path):
 
 
 def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
-    sizes, message = RVQ | {"levels": 2}, r"levels=3, but task\.codec asks for 2"
+    sizes = RVQ | {"levels": 2}
+    message = r"levels=3, but task\.codec asks for 2"
     the_decoder_alone_goes_on_from_a_release(make_task, WAVES, torch.randn(1, 1, 2400), sizes, message)
 
 
 def test_the_voice_is_a_loss_of_its_own_weight():
     pytest.importorskip("resemblyzer")
-    wave, losses = 0.1 * torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1)), {}
+    wave = 0.1 * torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1))
+    losses = {}
     for weight in (0.0, 30.0):
         task = make_task(weights={"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "voice": weight})
         torch.manual_seed(0)  # of the levels that are left out

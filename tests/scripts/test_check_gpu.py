@@ -34,7 +34,9 @@ class Processor(Machine):
 
     def __init__(self, tests, cards=1, **readings):
         super().__init__(torch.device("cpu"), cards, "tiny")
-        self.tests, self.readings, self.backend = tests, readings, DyingOutputs()
+        self.tests = tests
+        self.readings = readings
+        self.backend = DyingOutputs()
         tests.mkdir()
         (tests / "test_card.py").write_text(TESTED)
 
@@ -62,7 +64,8 @@ def check(tmp_path, monkeypatch, capsys):
     def run(machine, *only):
         words = ["--size", "tiny", "--out", str(tmp_path / "out"), *(("--only", *only) if only else ())]
         monkeypatch.setattr("sys.argv", ["scripts/check_gpu.py", *words])
-        code, printed = check_gpu.main(machine), capsys.readouterr().out
+        code = check_gpu.main(machine)
+        printed = capsys.readouterr().out
         (path,) = (tmp_path / "out").glob("20*.json")
         record = json.loads(path.read_text())
         lines = {line["name"]: line for line in record["results"]}

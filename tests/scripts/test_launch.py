@@ -14,7 +14,10 @@ class Processes(PContext):
     """Processes that end with the given codes."""
 
     def __init__(self, codes):
-        self.timeouts, self._tail_logs, self.filtered_stdout, self.filtered_stderr = [], [], None, None
+        self.timeouts = []
+        self._tail_logs = []
+        self.filtered_stdout = None
+        self.filtered_stderr = None
         self.subprocess_handlers = {i: SimpleNamespace(proc=SimpleNamespace(returncode=c)) for i, c in enumerate(codes)}
 
     def _close(self, death_sig, timeout=30):

@@ -90,7 +90,8 @@ def test_models_are_listed(client):
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "opus", "aac", "flac", "pcm"])
 def test_speech_is_the_pipelines_in_each_format(client, true_wave, tmp_path, kind):
-    content, file = speak(client, kind=kind).content, tmp_path / f"speech.{kind}"
+    content = speak(client, kind=kind).content
+    file = tmp_path / f"speech.{kind}"
     file.write_bytes(content)
     wave = np.frombuffer(content, np.int16) / 32767 if kind == "pcm" else read_audio(file, 24_000)
     assert abs(len(wave) - len(true_wave)) < 0.1 * 24_000

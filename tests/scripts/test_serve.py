@@ -107,7 +107,8 @@ def test_a_stream_of_pictures_gives_the_same_sound(client, models):
 
 def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, monkeypatch):
     monkeypatch.setattr(models[1], "sampling", replace(models[1].sampling, text_bytes=8))
-    text, lengths = "set red. set blue.", {"min_seconds": 0.48, "max_seconds": 0.48}
+    text = "set red. set blue."
+    lengths = {"min_seconds": 0.48, "max_seconds": 0.48}
     alone = models[1](Job("tts", text, str(models[2]), **lengths, seed=4))
     asked = job | {"input": text, "seed": 4}
     whole = sound(client.post(SPEECH, json=asked).content)[0]
@@ -263,7 +264,8 @@ def test_a_client_that_leaves_a_stream_frees_its_place(client):
 def test_a_client_that_hangs_up_frees_its_row(client, job):
     """The server is told that the connection is closed right after the request."""
     body = json.dumps(job | {"min_seconds": 30.0, "max_seconds": 30.0}).encode()
-    messages, sent = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}], []
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}]
+    sent = []
 
     async def receive():
         return messages.pop() if len(messages) > 1 else messages[0]

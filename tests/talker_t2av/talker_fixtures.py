@@ -20,7 +20,8 @@ from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
 from talker_t2av.text import byte_tokenizer
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
-DS, DM = 4, 5
+DS = 4
+DM = 5
 LLM = {
     "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 512,
@@ -99,9 +100,11 @@ def assert_close(one: Result, other: Result, atol: float = 0.0) -> None:
 
 def latents(texts: list[str], name: str = "clip", seed: int = 0) -> list[tuple[dict, dict[str, torch.Tensor]]]:
     """Samples of shards with random latents, of 14, 17, 20, ... frames."""
-    g, samples = torch.Generator().manual_seed(seed), []
+    g = torch.Generator().manual_seed(seed)
+    samples = []
     for i, text in enumerate(texts):
-        frames, key = 14 + 3 * i, f"{name}{i}"
+        frames = 14 + 3 * i
+        key = f"{name}{i}"
         tensors = {
             "speech": torch.randn(frames, DS, generator=g),
             "motion": 0.5 * torch.randn(frames, DM, generator=g) + 0.1,
@@ -120,7 +123,8 @@ def releases(root: Path, *names: str) -> dict[str, str]:
 
 def save_talker(root: Path, delay: int = 0) -> Path:
     """The releases `talker`, `speech`, `motion`, `voice` in `root`; gives the first."""
-    model, words = tiny_model(delay), byte_tokenizer()
+    model = tiny_model(delay)
+    words = byte_tokenizer()
     torch.manual_seed(1)
     motion = LiaXConfig(style_dim=8, motion_dim=DM, scale=1, size=32, width=4, max_width=8, depth=1)
     WhisperXVAE(VAE).save(root / "speech", "card")

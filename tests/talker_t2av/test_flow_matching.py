@@ -24,7 +24,9 @@ def test_zero_steps_follow_the_number_of_steps():
 
 def test_the_flow_to_a_gaussian_converges_to_its_closed_form():
     """For data N(m, s^2) the velocity is linear in x, and the flow's end is m + s z."""
-    mean, std, z = 0.7, 0.3, torch.randn(1, 1, 1000, dtype=torch.float64)
+    mean = 0.7
+    std = 0.3
+    z = torch.randn(1, 1, 1000, dtype=torch.float64)
 
     def solve(steps: int) -> float:
         times = solver_times(steps).double()
@@ -42,7 +44,8 @@ def test_the_flow_to_a_gaussian_converges_to_its_closed_form():
 
 
 def test_guidance_one_evaluates_half_and_agrees():
-    model, (mu, cond, given, noise) = head(), conditions()
+    model = head()
+    mu, cond, given, noise = conditions()
     rows = []
     model.estimator.out_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     one = model.sample(mu, cond, given, noise, model.schedule(5), guidance=1.0)
@@ -54,14 +57,16 @@ def test_guidance_one_evaluates_half_and_agrees():
 
 
 def test_last_steps_without_guidance():
-    model, (mu, cond, given, noise) = head(), conditions()
+    model = head()
+    mu, cond, given, noise = conditions()
     rows = []
     model.estimator.out_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     schedule = model.schedule(4)
     found = model.sample(mu, cond, given, noise, schedule, guidance=3.0, unguided=1)
     assert rows == [4, 4, 2]  # the first of four steps is not computed
     assert not torch.allclose(found, model.sample(mu, cond, given, noise, schedule, guidance=3.0))
-    evaluate, x = model.branches(mu, cond, given, schedule, unconditional=True), noise
+    evaluate = model.branches(mu, cond, given, schedule, unconditional=True)
+    x = noise
     for i in (1, 2):
         x = x - schedule.lengths[i] * guide(*evaluate(x, i), 3.0)
     torch.testing.assert_close(found, x - schedule.lengths[3] * evaluate(x, 3)[0])

@@ -7,7 +7,10 @@ from talker_fixtures import tiny_model
 from talker_t2av import official
 from talker_t2av.system import MotionStats
 
-SIZE, SPEECH, MOTION = 4, 32, 40  # frames of a patch, channels
+# frames of a patch, channels
+SIZE = 4
+SPEECH = 32
+MOTION = 40
 
 
 @pytest.mark.parametrize(("prefix", "reference", "limit"), [(0, 41, 11 + 25), (9, 41, 11 - 3 + 25), (8, 8, 0 + 25)])

@@ -21,7 +21,8 @@ from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.task import TalkerTask
 
-V2A, P = MODES["v2a"], 4
+V2A = MODES["v2a"]
+P = 4
 SAMPLING = Sampling(steps=3, guidance=1.5, particles=4, particle_temperature=1.0)
 
 
@@ -42,10 +43,12 @@ def all_drafts(loop):
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
 def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, delay, context, prefix):
     """The error of each step is that of the training forward on the finished draft, at the same times and noise."""
-    model, patches = tiny_model(delay, context), 5
+    model = tiny_model(delay, context)
+    patches = 5
     asked = request(speech=P * prefix, motion=P * (prefix + patches), prefix=prefix)
     monkeypatch.setattr(particles, "SHARPNESS", 0.0)  # no draft is replaced
-    errors, own = [], Particles.errors
+    errors = []
+    own = Particles.errors
     monkeypatch.setattr(Particles, "errors", lambda loop, index: errors.append(own(loop, index)) or errors[-1])
     loop, _ = run(model, [asked])
     drafts = all_drafts(loop)
@@ -60,7 +63,8 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
                     assert loop.given["counts"][step, 0] == 0
                     continue
                 z = torch.randn((TIMES, *m.x1.shape[1:]), generator=generator_for(asked.seed, "weigh", step))
-                t, x1 = loop.times[:, None, None], m.x1[place]
+                t = loop.times[:, None, None]
+                x1 = m.x1[place]
                 several = [value[place].expand(TIMES, *value.shape[1:]) for value in (m.mu, m.cond, m.global_cond)]
                 velocity = model.motion_cfm.estimator((1 - t) * x1 + t * z, several[0], loop.times, *several[1:])
                 expected = (velocity - (z - x1)).square().mean()
@@ -112,11 +116,13 @@ def test_a_model_that_cannot_weigh_drafts_says_so():
 
 def test_the_pipeline_draws_drafts_and_streams_a_single_one(tmp_path):
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path), precision="fp32")
-    voice, face = str(voice_file(tmp_path / "v.wav")), str(face_file(tmp_path / "f.mp4"))
+    voice = str(voice_file(tmp_path / "v.wav"))
+    face = str(face_file(tmp_path / "f.mp4"))
     job = Job("v2a", "hello", voice, video=face, crop="centre", seed=3)
     one = pipeline(job)
     pipeline.sampling = replace(pipeline.sampling, particles=3)
-    several, again = pipeline(job), pipeline(job)
+    several = pipeline(job)
+    again = pipeline(job)
     assert several.wave.shape == one.wave.shape and not np.allclose(several.wave, one.wave)
     np.testing.assert_array_equal(several.wave, again.wave)
     streamed = np.concatenate([chunk.wave for chunk in pipeline.stream(job)])

@@ -30,7 +30,8 @@ def tiny_encoder(**changes):
     "changes", [{}, {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": True}]
 )
 def test_a_state_by_released_names_makes_the_same_encoder(changes):
-    encoder, settings = tiny_encoder(**changes), TINY | changes
+    encoder = tiny_encoder(**changes)
+    settings = TINY | changes
     state = released_names.speaker_encoder(encoder.state_dict(), settings["feat_extract_norm"])
     loss = {"loss_calculator.projection.weight": torch.zeros(3)}
     again = WavLMEncoder.from_released(state | loss, settings)

@@ -15,7 +15,8 @@ from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.surroundings import read_surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO, REAL = ROOT / "assets" / "demo" / "silent.mp4", ROOT.parent / "shared" / "samples" / "reference_video.mp4"
+DEMO = ROOT / "assets" / "demo" / "silent.mp4"
+REAL = ROOT.parent / "shared" / "samples" / "reference_video.mp4"
 
 
 def frames_of(path, square, count=1, start=0):
@@ -46,7 +47,8 @@ def test_large_frames_keep_their_pixels(tmp_path, wide):
     """The face is looked for in smaller pictures; the square is in pixels of the clip itself."""
     video = np.stack([cv2.resize(frame, (1440, 720)) for frame in read_video(wide)[14:22]])
     write_video(tmp_path / "large.mp4", video, 25)
-    small, large = find_square(wide, 1), find_square(tmp_path / "large.mp4", 1)
+    small = find_square(wide, 1)
+    large = find_square(tmp_path / "large.mp4", 1)
     assert abs(large.side - 3 * small.side) < 40 and abs(large.left - 3 * small.left) < 40
     assert frames_of(tmp_path / "large.mp4", large).shape[1] == large.side
 

@@ -20,7 +20,8 @@ SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 
 def drawn_states(model, asked, mode, monkeypatch):
     """The result without stop tests, and for speech and motion the states (n, D) from which patches were drawn."""
-    seen, sample = {id(model.speech_cfm): [], id(model.motion_cfm): []}, FlowHead.sample
+    seen = {id(model.speech_cfm): [], id(model.motion_cfm): []}
+    sample = FlowHead.sample
 
     def record(head, mu, *more, **settings):
         seen[id(head)].append(mu.clone())
@@ -39,7 +40,9 @@ KINDS = [{}, {"delay": 2}, {"order": "av"}, {"order": "va"}]
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_patches_are_drawn_from_the_states_of_training(mode, kind, prefix, monkeypatch):
     """What the heads see equals the training forward on the finished utterance."""
-    model, size, total = tiny_model(**kind), 4, prefix + 6
+    model = tiny_model(**kind)
+    size = 4
+    total = prefix + 6
     frames = {
         "t2av": (size * prefix, size * prefix),
         "tts": (size * prefix, 0),
@@ -96,7 +99,8 @@ def test_eight_rows_that_take_turns_in_five_places_are_eight_rows_alone(mode, de
     ids=str,
 )
 def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_the_model_is_made_for_it(kind, mode, known):
-    model, size = tiny_model(**kind), 4
+    model = tiny_model(**kind)
+    size = 4
     given, drawn = ("speech", "motion") if mode == "a2v" else ("motion", "speech")
     asked = request(**{given: 6 * size})
     changed = getattr(asked, given).clone()
@@ -155,13 +159,15 @@ def test_limits():
 
 
 def test_another_seed_is_another_utterance():
-    model, first = tiny_model(), request(max_patches=3, min_patches=3)
+    model = tiny_model()
+    first = request(max_patches=3, min_patches=3)
     one, other = (generate(model, [x], MODES["t2av"], SAMPLING)[0] for x in (first, replace(first, seed=5)))
     assert not torch.allclose(one.speech, other.speech, atol=1e-2)
 
 
 def test_half_precision_is_close_and_repeats_itself():
-    model, rows = tiny_model(), [request(max_patches=3, seed=s) for s in (1, 2)]
+    model = tiny_model()
+    rows = [request(max_patches=3, seed=s) for s in (1, 2)]
     full = generate(model, rows, MODES["t2av"], SAMPLING, use_stop=False)
     half = tiny_model().to_precision(torch.bfloat16)
     assert half.dtype == half.speech_cfm.estimator.decoder.blocks[0].attn.qkv.weight.dtype == torch.bfloat16

@@ -50,7 +50,8 @@ def decoded(path: str | Path, *arguments: str) -> bytes:
 
 
 def test_four_modes_write_their_files_and_keep_what_was_given(files, tmp_path):
-    voice, face = {"reference_audio": files["voice"]}, {"reference_video": files["face"]}
+    voice = {"reference_audio": files["voice"]}
+    face = {"reference_video": files["face"]}
     assert run(config(files, tmp_path, mode="t2av", text="hi", **voice, **face)) == 0
     assert run(config(files, tmp_path, mode="tts", text="hi", seed=4, **voice)) == 0
     assert run(config(files, tmp_path, mode="a2v", audio=files["stereo"], **face)) == 0

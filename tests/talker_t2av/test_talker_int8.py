@@ -25,13 +25,16 @@ vnni = pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor wi
 @vnni
 def test_the_pipeline_in_int8_is_near_and_repeats_itself(tmp_path):
     folder = save_talker(tmp_path)
-    voice, face = str(voice_file(tmp_path / "voice.wav")), str(face_file(tmp_path / "face.mp4"))
+    voice = str(voice_file(tmp_path / "voice.wav"))
+    face = str(face_file(tmp_path / "face.mp4"))
     job = Job("t2av", "say it", voice, face, min_seconds=0.32, max_seconds=0.32)
-    talks, pipelines = [], [TalkerPipeline.from_pretrained(folder, precision=p) for p in ("fp32", "int8", "int8")]
+    talks = []
+    pipelines = [TalkerPipeline.from_pretrained(folder, precision=p) for p in ("fp32", "int8", "int8")]
     for pipeline in pipelines:
         talks.append(pipeline(job))
     model = pipelines[1].system.model
-    mlp, head = model.llm.model.layers[0].mlp, model.speech_cfm.estimator
+    mlp = model.llm.model.layers[0].mlp
+    head = model.speech_cfm.estimator
     assert {type(mlp.both), type(mlp.down), type(head.decoder.blocks[0].attn.qkv)} == {Int8Linear}
     assert {type(head.in_proj), type(head.out_proj), type(head.decoder.input_proj)} == {PackedLinear}
     assert model.dtype == torch.float32

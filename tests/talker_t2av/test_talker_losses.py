@@ -16,7 +16,8 @@ def batch_of(rows: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch
     slots = [-(-speech // 4) for _, speech, _ in rows]
     lengths = torch.tensor([prompt + own + 2 for (prompt, *_), own in zip(rows, slots)])
     ids = [torch.randint(0, 250, (length,), generator=g) for length in lengths]
-    frames, motions = max(r[1] for r in rows), max(r[2] for r in rows)
+    frames = max(r[1] for r in rows)
+    motions = max(r[2] for r in rows)
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
@@ -33,7 +34,8 @@ ROWS = [(5, 14, 12), (7, 9, 0), (4, 21, 20)]
 
 
 def test_padding_changes_nothing():
-    model, batch = tiny_model(), batch_of(ROWS)
+    model = tiny_model()
+    batch = batch_of(ROWS)
     wider = batch | {
         "input_ids": F.pad(batch["input_ids"], (0, 3), value=9),
         "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
@@ -48,7 +50,8 @@ def test_padding_changes_nothing():
 
 
 def test_the_task_follows_the_motion():
-    model, batch = tiny_model(), batch_of(ROWS)
+    model = tiny_model()
+    batch = batch_of(ROWS)
     assert torch.equal(training_forward(model, batch).embeds[:, 0], model.task_embedding.weight[[1, 0, 1]])
 
 
@@ -67,7 +70,8 @@ def test_stop_labels_mark_the_last_patch_and_leave_two_before_it(start, length, 
 
 
 def test_placeholders_are_one_span_of_two_a_patch_where_streams_take_turns():
-    plain, turns = SequenceFormat(7, [8, 9]), SequenceFormat(7, [8, 9], order="va")
+    plain = SequenceFormat(7, [8, 9])
+    turns = SequenceFormat(7, [8, 9], order="va")
     assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)
     assert plain.slots(17, 0) == turns.slots(17, 0) == 5
     example = plain.example([1, 2], torch.zeros(17, DS), 17, torch.zeros(0, DM), torch.zeros(256))

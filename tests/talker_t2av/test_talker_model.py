@@ -110,7 +110,8 @@ def test_a_release_of_ours_comes_back(tmp_path):
 
 
 def test_a_speech_only_checkpoint_warms_the_speech_head(tmp_path):
-    source, model = tiny_model(seed=1), tiny_model(seed=2)
+    source = tiny_model(seed=1)
+    model = tiny_model(seed=2)
     before = released_state(model)
     old = {}
     for key, value in source.state_dict().items():
@@ -164,7 +165,8 @@ def test_fused_layers_change_nothing(bias):
     model = TalkerT2AV(replace(config, llm=config.llm | {"attention_bias": bias, "head_dim": 8})).eval()
     for parameter in model.llm.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
-    llm, x = model.llm.config, torch.randn(2, 5, 32)
+    llm = model.llm.config
+    x = torch.randn(2, 5, 32)
     assert llm.num_attention_heads == 2 * llm.num_key_value_heads
     cache = torch.randn(2, llm.num_hidden_layers, 2, llm.num_key_value_heads, 9, llm.head_dim)
     positions = torch.tensor([[3, 4, 5], [5, 6, 7]])

@@ -75,8 +75,10 @@ def test_frames_are_aligned_with_the_tokens_that_they_say():
     classes = token_classes(WORDS, SYMBOLS)
     said = [0, 0] + [c for token in ids[1:-1] for c in [classes[token]] * 3] + [0]
     said[4:7] = []  # a phoneme too short for a frame of its own
-    tokens, frames = np.zeros((2, len(ids) + 3), int), np.zeros((2, len(said) + 4), int)
-    tokens[:, : len(ids)], frames[:, : len(said)] = classes[ids], said
+    tokens = np.zeros((2, len(ids) + 3), int)
+    frames = np.zeros((2, len(said) + 4), int)
+    tokens[:, : len(ids)] = classes[ids]
+    frames[:, : len(said)] = said
     path = align(tokens, np.full(2, len(ids)), frames)
     assert classes[ids[0]] == 0
     assert (np.diff(path) >= 0).all() and (path < len(ids)).all()
@@ -106,7 +108,8 @@ def test_guidance_is_the_attention_that_misses_the_tokens_of_the_next_patch():
     missed = []
     for row, patches in enumerate((5, 3)):
         for patch in range(patches):
-            first, last = 1 + 4 * patch // 3, 1 + (4 * patch + 3) // 3
+            first = 1 + 4 * patch // 3
+            last = 1 + (4 * patch + 3) // 3
             missed.append(-seen[row, 9 + patch, first : last + 1].sum().log())
     torch.testing.assert_close(loss, torch.stack(missed).mean())
     assert not model.llm.model.layers[1].self_attn._forward_pre_hooks

@@ -20,7 +20,8 @@ GIVEN = {"a2v": {"speech": 20}, "v2a": {"motion": 20}}
 
 def come_and_go(decoder, asked):
     """Let a request join every second step; return the results in the order of the requests."""
-    joined, waiting = [], [*asked]
+    joined = []
+    waiting = [*asked]
     for step in range(60):
         if waiting and step % 2 == 0:
             joined.append(decoder.join(waiting.pop(0)))
@@ -51,7 +52,9 @@ def test_rows_go_on_if_there_is_no_memory_for_another(monkeypatch):
     asked = request(5, 1, max_patches=6, min_patches=6)
     alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
     decoder = BatchedDecoder(model, MODES["tts"], SAMPLING, 2)
-    row, length, zeros = decoder.join(asked), decoder.length, torch.zeros
+    row = decoder.join(asked)
+    length = decoder.length
+    zeros = torch.zeros
 
     def without_memory(*shape, **how):
         if len(shape) == 6:  # the cache
@@ -73,7 +76,8 @@ def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
     model = tiny_model()
     model.head_stop.head.weight.data.zero_()  # sigmoid(0) = 0.5 would stop at once
     model.head_stop.head.weight.data -= 1e-3
-    decoder, asked = BatchedDecoder(model, MODES["tts"], SAMPLING, 3), request(5, 1, max_patches=6, min_patches=6)
+    decoder = BatchedDecoder(model, MODES["tts"], SAMPLING, 3)
+    asked = request(5, 1, max_patches=6, min_patches=6)
     alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
     given_up = decoder.join(request(12, 7, max_patches=30, min_patches=30))
     row = decoder.join(asked)
@@ -96,7 +100,8 @@ class TestOutputsThatDie:
     @pytest.mark.parametrize("order", ["add", "av"])
     @pytest.mark.parametrize("mode", MODES)
     def test_batch(self, mode, order):
-        model, backend = tiny_model(order=order), DyingOutputs()
+        model = tiny_model(order=order)
+        backend = DyingOutputs()
         asked = [request(seed=s, max_patches=5, min_patches=3, **GIVEN.get(mode, {})) for s in (1, 2)]
         expected = generate(model, asked, MODES[mode], SAMPLING)
         for a, b in zip(expected, generate(model, asked, MODES[mode], SAMPLING, backend=backend)):
@@ -104,7 +109,8 @@ class TestOutputsThatDie:
         assert backend.captures <= 2 <= backend.replays  # of both rows, and of the one that is left
 
     def test_stream(self):
-        model, asked = tiny_model(delay=1), request(max_patches=5, min_patches=5)
+        model = tiny_model(delay=1)
+        asked = request(max_patches=5, min_patches=5)
         ways = [
             list(BatchedDecoder(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
             for backend in (None, DyingOutputs())
@@ -115,13 +121,15 @@ class TestOutputsThatDie:
 
     def test_rows_that_come_and_go(self):
         """Of four places, so that a step of three rows computes a fourth that nobody has."""
-        model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
+        model = tiny_model(1)
+        asked = [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
         results = come_and_go(BatchedDecoder(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs()), asked)
         for one, result in zip(asked, results):
             assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
     def test_particles(self):
-        model, sampling = tiny_model(), Sampling(steps=3, guidance=1.5, particles=4)
+        model = tiny_model()
+        sampling = Sampling(steps=3, guidance=1.5, particles=4)
         asked = [request(motion=16), request(9, motion=12)]
         ways = [
             Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
@@ -134,7 +142,8 @@ class TestOutputsThatDie:
 def test_a_graph_serves_steps_and_utterances_of_a_bucket():
     """Its inputs, the cache among them, keep their addresses and shapes; another bucket has a graph of its own."""
     backend = DyingOutputs()
-    decoder, seen = BatchedDecoder(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend), []
+    decoder = BatchedDecoder(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend)
+    seen = []
     step = decoder.run_step.step
     decoder.run_step.step = lambda *values: (
         seen.append([(x.data_ptr(), x.shape) for x in tensors_of(values)]) or step(*values)
@@ -150,7 +159,9 @@ def test_a_graph_serves_steps_and_utterances_of_a_bucket():
 
 def test_a_whole_step_can_be_compiled():
     """Without a compiler behind it: what is tested is that a step can be traced whole, and twice at most."""
-    model, asked, graphs = tiny_model(), [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)], []
+    model = tiny_model()
+    asked = [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)]
+    graphs = []
     torch._dynamo.reset()
     decoder = BatchedDecoder(model, MODES["t2av"], SAMPLING, 2)
     decoder.run_step.step = torch.compile(
@@ -163,7 +174,9 @@ def test_a_whole_step_can_be_compiled():
 
 def test_graphs_that_are_captured_at_the_start_serve_all_later_rows():
     """Thirty requests of several lengths, of which up to four run side by side."""
-    model, backend, sampling = tiny_model(1), DyingOutputs(), Sampling(steps=1)
+    model = tiny_model(1)
+    backend = DyingOutputs()
+    sampling = Sampling(steps=1)
     decoder = BatchedDecoder(model, MODES["t2av"], sampling, 4, backend=backend)
     decoder.warm_up(2 * BUCKET)
     captured = backend.captures

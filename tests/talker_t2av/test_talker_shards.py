@@ -60,10 +60,12 @@ def train(root, data, run, **changes):
 
 @pytest.mark.parametrize("task", ["t2av", "tts"])
 def test_an_example_is_a_text_with_what_is_stored(root, task):
-    found, stored = examples(root, task), ShardSplit(root / "shards" / "train")
+    found = examples(root, task)
+    stored = ShardSplit(root / "shards" / "train")
     assert len(found) == 7 and torch.equal(found.frames, stored.frames)
     for i in range(7):
-        item, (_, tensors) = found[i], stored[i]
+        item = found[i]
+        _, tensors = stored[i]
         assert torch.equal(item["speech"], tensors["speech"].float())
         assert torch.equal(item["speaker"], tensors["speaker"].float())
         whole = len(tensors["motion"]) // 4 * 4 if task == "t2av" else 0

@@ -70,7 +70,8 @@ def test_stages_follow_the_schedule(corpus):
 
 
 def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
-    batch, sizes = {"wave": torch.stack([speech(seed=s) for s in range(3)])}, WHISPERX_VAE | {"mel_bands": 30}
+    batch = {"wave": torch.stack([speech(seed=s) for s in range(3)])}
+    sizes = WHISPERX_VAE | {"mel_bands": 30}
     make = partial(make_task, gan_start=0)
     the_decoder_alone_goes_on_from_a_release(make, batch, speech(6720)[None], sizes, r"task\.init")
 
@@ -87,7 +88,8 @@ def test_the_posterior_is_sampled_in_training_and_its_mean_taken_at_inference():
 
 
 def test_the_semantic_head_has_two_layers_with_gelu_on_the_decoders_input():
-    task, wave = make_task(), speech(6720)[None]
+    task = make_task()
+    wave = speech(6720)[None]
     first, activation, second = task.semantic_head
     width = task.codec.config.hidden
     assert first.weight.shape == second.weight.shape == (width, width, 1) and isinstance(activation, torch.nn.GELU)
@@ -99,7 +101,8 @@ def test_the_semantic_head_has_two_layers_with_gelu_on_the_decoders_input():
 
 
 def test_kl_is_twice_the_divergence_from_the_prior():
-    mean, std = torch.randn(2, 3, 4), torch.rand(2, 3, 4) + 0.1
+    mean = torch.randn(2, 3, 4)
+    std = torch.rand(2, 3, 4) + 0.1
     prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
     exact = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), prior)
     torch.testing.assert_close(kl_divergence(mean, std), 2 * exact.sum(1).mean())

@@ -101,14 +101,16 @@ def is_buffer(key: str) -> bool:
 
 def load_case(path: Path) -> Case:
     """Read `CASE.safetensors` and `CASE.keys.json`; names ending in `_f16` are widened and lose the ending."""
-    inputs, outputs = {}, {}
+    inputs = {}
+    outputs = {}
     with safe_open(path, "pt") as file:
         meta = json.loads((file.metadata() or {}).get("meta", "{}"))
         for full in file.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
             side, _, name = full.partition(".")
             value = file.get_tensor(full)
             if name.endswith("_f16"):
-                name, value = name.removesuffix("_f16"), value.float()
+                name = name.removesuffix("_f16")
+                value = value.float()
             (inputs if side == "in" else outputs)[name] = value
     keys_file = path.with_name(path.stem + ".keys.json")
     keys = json.loads(keys_file.read_text()) if keys_file.is_file() else {}

@@ -24,8 +24,11 @@ def noise(case: Case):
 
 @runner("sedd_graph")
 def graph(case: Case):
-    x, score, mask_id = case.inputs["x"], case.inputs["score"], case.meta["n"]
-    sigma, dsigma = case.inputs["sigma"][:, 0], case.inputs["dsigma"][:, 0]
+    x = case.inputs["x"]
+    score = case.inputs["score"]
+    mask_id = case.meta["n"]
+    sigma = case.inputs["sigma"][:, 0]
+    dsigma = case.inputs["dsigma"][:, 0]
     return {
         "rate": sedd.rate(x, mask_id, score.dtype),
         "transp_rate": sedd.transposed_rate(x, mask_id, score.dtype),
@@ -45,8 +48,10 @@ def perturb(case: Case):
 
 @runner("sedd_dse")
 def score_entropy(case: Case):
-    i, schedule = case.inputs, _noise(case)
-    sigma, dsigma = schedule.sigma(i["t"]), schedule.rate(i["t"])
+    i = case.inputs
+    schedule = _noise(case)
+    sigma = schedule.sigma(i["t"])
+    dsigma = schedule.rate(i["t"])
     entropy = sedd.score_entropy(i["log_score"], i["xt"], i["x0"], sigma, case.meta["n"])
     return {"sigma": sigma, "dsigma": dsigma, "entropy": entropy, "loss": (dsigma[:, None] * entropy).sum(1)}
 
@@ -54,8 +59,11 @@ def score_entropy(case: Case):
 @runner("sedd_ce")
 def cross_entropy(case: Case):
     """The normalised posterior's loss must equal the score entropy of the same scores."""
-    i, schedule, mask_id = case.inputs, _noise(case), case.meta["n"]
-    sigma, log_q = schedule.sigma(i["t"]), i["logits"].log_softmax(-1)
+    i = case.inputs
+    schedule = _noise(case)
+    mask_id = case.meta["n"]
+    sigma = schedule.sigma(i["t"])
+    log_q = i["logits"].log_softmax(-1)
     raw = torch.nn.functional.pad(log_q - dd.log_expm1(sigma)[:, None, None], (0, 1))
     log_score = sedd.to_log_score(raw, i["xt"], sigma, scale_by_sigma=False)
     masked = i["xt"] == mask_id
@@ -77,8 +85,13 @@ def categorical(case: Case):
 
 @runner("sedd_step")
 def steps(case: Case):
-    i, schedule, n = case.inputs, _noise(case), case.meta["n"]
-    score, x, t, h = i["log_score"].exp(), i["x"], i["t"][:, 0], i["step"][:, 0]
+    i = case.inputs
+    schedule = _noise(case)
+    n = case.meta["n"]
+    score = i["log_score"].exp()
+    x = i["x"]
+    t = i["t"][:, 0]
+    h = i["step"][:, 0]
     weights = {
         "euler": sedd.euler_weights(score, x, t, h, schedule, n),
         "analytic": sedd.analytic_weights(score, x, t, h, schedule, n),
@@ -116,7 +129,8 @@ def network(case: Case):
 
 @runner("sedd_sampler")
 def sampler(case: Case):
-    net, meta = _network(case), case.meta
+    net = _network(case)
+    meta = case.meta
     uniforms = [case.inputs[f"u{i}"] for i in range(meta["steps"] + 1)]
     with torch.no_grad():
         tokens, trace, times = sedd.race_sampler(
@@ -134,8 +148,11 @@ def sampler(case: Case):
 
 @runner("sedd_levels")
 def levels(case: Case):
-    i, schedule, n = case.inputs, _noise(case), case.meta["n"]
-    sigma, rate = schedule.sigma(i["t"]), schedule.rate(i["t"])
+    i = case.inputs
+    schedule = _noise(case)
+    n = case.meta["n"]
+    sigma = schedule.sigma(i["t"])
+    rate = schedule.rate(i["t"])
     xt = torch.where(dd.masked_at(sigma, i["u"]), n, i["x0"])
     entropy = sedd.score_entropy(i["log_score"], xt, i["x0"], sigma, n)
     per_level = (rate[:, None, None] * entropy).sum(2)

@@ -79,8 +79,10 @@ def _rgb(pictures: Tensor) -> np.ndarray:
 def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
     landmarks = fill_landmarks(i["landmarks"], i["present"])
-    stable, window = list(case.meta.get("stable", align.STABLE)), case.meta.get("window", align.WINDOW)
-    points, mean = landmarks[:, stable], i["mean_face"][stable]
+    stable = list(case.meta.get("stable", align.STABLE))
+    window = case.meta.get("window", align.WINDOW)
+    points = landmarks[:, stable]
+    mean = i["mean_face"][stable]
     matrix, centre = align.avhubert_poses(points, landmarks[:, align.MOUTH], mean, window)
     crop = align.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), align.cut_poses(matrix, centre))
     homogeneous = np.concatenate([matrix, np.broadcast_to([0.0, 0.0, 1.0], (len(matrix), 1, 3))], 1)
@@ -91,14 +93,16 @@ def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
     landmarks = fill_landmarks(i["landmarks"], i["present"])
-    stable, window = case.meta.get("stable", mouth.AUTO_AVSR_STABLE), case.meta.get("window", align.WINDOW)
+    stable = case.meta.get("stable", mouth.AUTO_AVSR_STABLE)
+    window = case.meta.get("window", align.WINDOW)
     crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable, window)
     return {"matrix": matrix, "crop_grey": crop}
 
 
 @runner("arcface_align")
 def face_alignment(case: Case) -> dict[str, np.ndarray]:
-    points, picture = case.inputs["landmarks"].numpy(), _rgb(case.inputs["image_bgr"])
+    points = case.inputs["landmarks"].numpy()
+    picture = _rgb(case.inputs["image_bgr"])
     matrices = np.stack([align.face_matrix(p) for p in points])
     crops = np.stack([align.warp(picture, matrix, align.ARCFACE_SIDE) for matrix in matrices])
     return {"matrix": matrices, "crop_bgr": crops[..., ::-1].copy()}

@@ -15,7 +15,8 @@ SHORT = {"none": "u", "all": "all", "identity": "id", "expression": "emo", "lip"
 
 @runner("epfg_")
 def guidance(case: Case):
-    noise, t = LogLinearNoise(case.meta["eps"]), case.inputs["t"]
+    noise = LogLinearNoise(case.meta["eps"])
+    t = case.inputs["t"]
     log_odds = -log_expm1(noise.sigma(t)).unsqueeze(-1)
 
     def guided(scale_set: str, reading: str) -> torch.Tensor:

@@ -47,7 +47,9 @@ def build(case: Case) -> LiaX:
 @runner("liax_")
 @torch.no_grad()
 def run_network(case: Case) -> dict[str, Tensor]:
-    model, x, motion = build(case), pictures(case.inputs["lowres_u8"]), case.inputs["motion"]
+    model = build(case)
+    x = pictures(case.inputs["lowres_u8"])
+    motion = case.inputs["motion"]
     identity = model.identity(x[:1])
     out = {"z_s2r": identity.style, "motion_code": model.encode(x), "direction": model.decoder.directions(motion)}
     for i, features in enumerate(identity.maps):
@@ -78,7 +80,8 @@ def run_network(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def run_animate(case: Case) -> dict[str, Tensor]:
     """Relative motion from edited motion codes, as the official demo draws it by the same networks."""
-    model, x = build(case), pictures(case.inputs["lowres_u8"])
+    model = build(case)
+    x = pictures(case.inputs["lowres_u8"])
     chunk = case.meta["chunk_size"]
     driven, length = (len(case.outputs[f"{name}_stats"]) for name in ("animate", "edit_vid"))
 
@@ -89,7 +92,8 @@ def run_animate(case: Case) -> dict[str, Tensor]:
         return code
 
     def animate(source: Tensor, driving: Tensor, size: int) -> Tensor:
-        identity, codes = model.identity(source), model.encode(driving, size)
+        identity = model.identity(source)
+        codes = model.encode(driving, size)
         start = edited(identity)
         styles = (model.decoder.navigate_relative(identity.style, part, start, codes[:1]) for part in codes.split(size))
         return torch.cat([model.decoder(style, identity.maps) for style in styles])
@@ -104,8 +108,11 @@ def run_animate(case: Case) -> dict[str, Tensor]:
 @runner("liax_ops")
 @torch.no_grad()
 def run_blocks(case: Case) -> dict[str, Tensor]:
-    keys, inputs, weights = case.keys, case.inputs, case.weights()
-    width, out_width = case.config["in_channel"], case.config["out_channel"]
+    keys = case.keys
+    inputs = case.inputs
+    weights = case.weights()
+    width = case.config["in_channel"]
+    out_width = case.config["out_channel"]
     style_dim = case.config["style_dim"]
     flow_out, flow_in = keys["flow_res.conv1.conv.weight"][1:3]
 
@@ -116,7 +123,10 @@ def run_blocks(case: Case) -> dict[str, Tensor]:
         module.load_state_dict({k: v.squeeze(0) if v.ndim == 5 else v for k, v in own.items()})
         return module.eval()
 
-    x, style, square, feat = inputs["x"], inputs["style"], inputs["hsq"], inputs["feat"]
+    x = inputs["x"]
+    style = inputs["style"]
+    square = inputs["hsq"]
+    feat = inputs["feat"]
     out = {
         "conv3": load("conv3", ops.ConvLayer(width, out_width, 3))(x),
         "conv1": load("conv1", ops.ConvLayer(3, out_width, 1))(inputs["img"]),
@@ -138,11 +148,13 @@ def run_blocks(case: Case) -> dict[str, Tensor]:
         "flow_res": load("flow_res", ops.FlowResBlock(flow_in, flow_out, style_dim))(inputs["x32"], style),
     }
     to_rgb = load("to_rgb", ops.ToRGB(width))
-    out["to_rgb"], out["to_rgb_skip"] = to_rgb(square), to_rgb(square, inputs["rgb_skip"])
+    out["to_rgb"] = to_rgb(square)
+    out["to_rgb_skip"] = to_rgb(square, inputs["rgb_skip"])
     to_flow = load("to_flow", ops.ToFlow(width, style_dim))
     for name, skip in (("to_flow", None), ("to_flow_skip", inputs["flow_skip"])):
         results = to_flow(square, style, feat, skip)
         out |= {f"{name}_{part}": value for part, value in zip(("warp", "h", "out"), results, strict=True)}
     basis = load("direction", ops.MotionBasis(*keys["direction.weight"]))
-    out["direction"], out["direction_q"] = basis(inputs["motion"]), basis.directions()
+    out["direction"] = basis(inputs["motion"])
+    out["direction_q"] = basis.directions()
     return out

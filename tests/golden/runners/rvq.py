@@ -87,7 +87,8 @@ def _run_encoder(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _run_decoder(case: Case) -> dict[str, Tensor]:
     config = config_of(case.config)
-    quantizer, decoder = ResidualQuantizer(config).eval(), build_decoder(config).eval()
+    quantizer = ResidualQuantizer(config).eval()
+    decoder = build_decoder(config).eval()
     state = rename_all(case.weights(), RULES if config.decoder == "vocos" else ((r"^model", "decoder.model"),))
     load_strict(quantizer, _strip(state, "quantizer."), case.name)
     load_strict(decoder, _strip(state, "decoder."), case.name)
@@ -117,7 +118,8 @@ def _run_decoder(case: Case) -> dict[str, Tensor]:
 
 def _margin(quantizer, z: Tensor) -> Tensor:
     """Gap (Q, B, T) between the best and the second best distance, in the precision of `quantizer`."""
-    gaps, residual = [], z
+    gaps = []
+    residual = z
     for level in quantizer.quantizers:
         nearest = level.distances(level.in_project(residual)).topk(2, largest=False).values
         gaps.append(nearest[..., 1] - nearest[..., 0])
@@ -132,7 +134,8 @@ def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
     result = quantizer(z)
     loss = (result.latent * case.inputs["w"]).sum() + result.commitment.sum() + result.codebook.sum()
     loss.backward()
-    first, last = quantizer.quantizers[0], quantizer.quantizers[-1]
+    first = quantizer.quantizers[0]
+    last = quantizer.quantizers[-1]
     out = {
         "quantized": result.latent,
         "codes": result.codes.transpose(0, 1),
@@ -144,7 +147,8 @@ def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
         "grad_codebook_last": last.codebook.weight.grad,
     }
     if first.projected:
-        out["grad_in_v_0"], out["grad_in_g_0"] = first.in_project.weight_v.grad, first.in_project.weight_g.grad
+        out["grad_in_v_0"] = first.in_project.weight_v.grad
+        out["grad_in_g_0"] = first.in_project.weight_g.grad
         out["grad_out_v_0"] = first.out_project.weight_v.grad
     return {name: value.detach() for name, value in out.items()}
 
@@ -169,7 +173,8 @@ def run_period_discriminator(case: Case) -> dict[str, Tensor]:
 
 @runner("disc_spec")
 def run_spectrogram_discriminator(case: Case) -> dict[str, Tensor]:
-    c, stft = case.config, case.config["stft_params"]
+    c = case.config
+    stft = case.config["stft_params"]
     sizes = {"max_channels": c["max_downsample_channels"], "strides": c["downsample_scales"]}
     sizes |= {"channels": c["channels"], "kernels": c["kernel_sizes"]}
     windows = stft["fft_sizes"], stft["hop_sizes"], stft["win_lengths"]
@@ -185,8 +190,10 @@ def _learning_rate(step: int) -> float:
 
 @runner("codec_losses")
 def run_losses(case: Case) -> dict[str, Tensor]:
-    n_mels, windows = case.config["n_mels"], case.config["window_lengths"]
-    real, fake = case.inputs["real"], case.inputs["fake"]
+    n_mels = case.config["n_mels"]
+    windows = case.config["window_lengths"]
+    real = case.inputs["real"]
+    fake = case.inputs["fake"]
     bands = dict(zip(windows, n_mels, strict=True))
     out = {}
     for name in case.outputs:
@@ -196,16 +203,20 @@ def run_losses(case: Case) -> dict[str, Tensor]:
             x = fake.clone().requires_grad_()
             loss = MultiScaleMelLoss(rate, n_mels, windows, case.config["clamp"])(x, real)
             loss.backward()
-            out[name], out[f"mel_loss_{rate}"] = x.grad, loss.detach().reshape(1)
+            out[name] = x.grad
+            out[f"mel_loss_{rate}"] = loss.detach().reshape(1)
         elif parts[0] == "mel" and name.endswith("_strided"):
-            rate, window = int(parts[1]), int(parts[2])
+            rate = int(parts[1])
+            window = int(parts[2])
             out[name] = MelSpectrogram(rate, bands[window], window)(real).flatten()[::211]
         elif parts[0] == "melfb":
-            rate, window = int(parts[1]), int(parts[2])
+            rate = int(parts[1])
+            window = int(parts[2])
             out[name] = mel_filters(rate, window, bands[window]).flatten()[::53]
     out["stft_loss"] = MultiResolutionSTFTLoss()(fake, real).reshape(1)
     on_real, on_fake = discriminator_loss([[case.inputs["disc_real"]]], [[case.inputs["disc_fake"]]])
-    out["gan_disc_real"], out["gan_disc_fake"] = on_real.reshape(1), on_fake.reshape(1)
+    out["gan_disc_real"] = on_real.reshape(1)
+    out["gan_disc_fake"] = on_fake.reshape(1)
     out["gan_gen"] = generator_loss([[case.inputs["disc_fake"]]]).reshape(1)
     out["warmup_lr"] = torch.tensor([_learning_rate(step) for step in case.meta["lr_steps"]], dtype=torch.float64)
     return out

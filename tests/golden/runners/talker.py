@@ -71,22 +71,26 @@ def talker(case: Case) -> TalkerT2AV:
 @runner("rope")
 def run_rotary(case: Case) -> dict[str, Tensor]:
     c = case.config
-    rotary, x = Rotary(c["head_dim"], c["max_len"], c["base"]), case.inputs["x"]
+    rotary = Rotary(c["head_dim"], c["max_len"], c["base"])
+    x = case.inputs["x"]
     return {"y": rotate(x, *rotary.factors(x.shape[1])), "w": rotary.w[: len(case.outputs["w"])]}
 
 
 @runner("time_embedding")
 @torch.no_grad()
 def run_time_embedding(case: Case) -> dict[str, Tensor]:
-    width, t = case.config["dim"], case.inputs["t"]
+    width = case.config["dim"]
+    t = case.inputs["t"]
     return {"emb": time_features(t, width), "mlp": loaded(case, TimeMLP(width))(t)}
 
 
 @runner("block")
 @torch.no_grad()
 def run_block(case: Case) -> dict[str, Tensor]:
-    width, heads = case.config["n_embd"], case.config["n_head"]
-    block, x = loaded(case, Block(width, heads)), case.inputs["x"]
+    width = case.config["n_embd"]
+    heads = case.config["n_head"]
+    block = loaded(case, Block(width, heads))
+    x = case.inputs["x"]
     factors = Rotary(width // heads).factors(x.shape[1]) if case.config.get("rope", True) else None
     normed = block.norm1(x)
     return {
@@ -116,12 +120,17 @@ def run_head(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def run_sampler(case: Case) -> dict[str, Any]:
     """The sample as it is drawn, and the solver's path with both branches evaluated at every step."""
-    head, i, args = loaded(case, FlowHead(head_of(case))), case.inputs, case.meta["args"]
-    steps, guidance = args["n_timesteps"], args["cfg_value"]
-    sway, star = args.get("sway_sampling_coef", 1.0), args.get("use_cfg_zero_star", True)
+    head = loaded(case, FlowHead(head_of(case)))
+    i = case.inputs
+    args = case.meta["args"]
+    steps = args["n_timesteps"]
+    guidance = args["cfg_value"]
+    sway = args.get("sway_sampling_coef", 1.0)
+    star = args.get("use_cfg_zero_star", True)
     given = (i["mu"], i["cond"], i["global_cond"])
     schedule = head.schedule(steps, sway)
-    times, evaluate = schedule.times, head.branches(*given, schedule, unconditional=True)
+    times = schedule.times
+    evaluate = head.branches(*given, schedule, unconditional=True)
     path: dict[str, list[Tensor]] = {name: [] for name in ("est_t", "est_x", "est_v_cond", "est_v_uncond")}
 
     def velocity(x: Tensor, step: int) -> Tensor:
@@ -164,7 +173,8 @@ def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
 
 @runner("cfm_loss")
 def run_flow_loss(case: Case) -> dict[str, Tensor]:
-    head, i = loaded(case, FlowHead(head_of(case), **drop_rates(case))), case.inputs
+    head = loaded(case, FlowHead(head_of(case), **drop_rates(case)))
+    i = case.inputs
     draws = draws_of(case)
     mu, cond, global_cond = (i[name].clone().requires_grad_() for name in ("mu", "cond", "global_cond"))
     loss = head.loss(i["x1"], mu, cond, global_cond, draws, i.get("tgt_mask"))
@@ -202,7 +212,8 @@ def run_stop_predictor(case: Case) -> dict[str, Tensor]:
 
 @runner("llm_forward")
 def run_training_forward(case: Case) -> dict[str, Any]:
-    model, i = talker(case), case.inputs
+    model = talker(case)
+    i = case.inputs
     batch = {
         "input_ids": i["input_ids"],
         "attention_mask": i["attention_mask"],

@@ -28,13 +28,15 @@ STALE_DELAY = 5  # the script counts its placeholders with a constant of its own
 
 @runner("dataset")
 def run_dataset(case: Case) -> dict[str, Any]:
-    args, i = case.meta["args"], case.inputs
+    args = case.meta["args"]
+    i = case.inputs
     format = SequenceFormat(
         args["speech_token_id"], i["tail_ids"].tolist(), args["patch_size"], args["delay"], args["model_max_length"]
     )
     stats = MotionStats(i["motion_mean"], i["motion_std"])
     out: dict[str, Any] = {}
-    items, tasks = [], {"t2sv": [], "tts": []}
+    items = []
+    tasks = {"t2sv": [], "tts": []}
     for n, item in enumerate(args["items"]):
         tasks[item["task"]].append(item)
         raw = i.get(f"motion_raw.{n}", torch.zeros(0, len(stats.mean)))
@@ -82,7 +84,8 @@ def run_dataset(case: Case) -> dict[str, Any]:
 @torch.no_grad()
 def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tuple[dict[str, Any], Result]:
     """The loop's outputs that all routines have in common, and the new frames."""
-    kw, count = case.meta["args"]["kw"], step_limit(model, request, mode)
+    kw = case.meta["args"]["kw"]
+    count = step_limit(model, request, mode)
     sampling = Sampling(kw["cfm_steps"], kw["cfm_temperature"], kw["cfm_cfg"])
     use_stop = kw.get("use_stop", case.meta["args"].get("use_stop", False))
     noise = {stream: case.inputs.get(f"noise_{stream}") for stream in ("speech", "motion")}
@@ -91,7 +94,9 @@ def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tup
     }
     noise = {stream: z[:, 0] for stream, z in noise.items()}
     decoder = BatchedDecoder(model, mode, sampling, use_stop=use_stop)
-    row, hidden, steps = decoder.join(request, noise), [], []
+    row = decoder.join(request, noise)
+    hidden = []
+    steps = []
     while decoder.active:
         hidden.append(decoder.state.hidden.clone())
         decoder.step()
@@ -113,12 +118,16 @@ def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tup
 @runner("gen_speech", "gen_speech_motion")
 def run_method(case: Case) -> dict[str, Any]:
     """The library's two methods: with and without motion."""
-    i, model, seconds = case.inputs, talker(case), case.meta["args"]["kw"]["prefix_seconds"]
-    reference, speaker = int(i["mel_len"][0]), i["speaker_emb"][0]
+    i = case.inputs
+    model = talker(case)
+    seconds = case.meta["args"]["kw"]["prefix_seconds"]
+    reference = int(i["mel_len"][0])
+    speaker = i["speaker_emb"][0]
     prompt = i["input_ids"][0, : int(i["speech_span"][0, 0])].tolist()
     moving = case.meta["runner"] == "gen_speech_motion"
     frames = official.prefix_frames(seconds, reference, model.config.patch_size if moving else 1)
-    speech, first = i["speech_latent"][0, :frames], i["first_motion"] if moving else None
+    speech = i["speech_latent"][0, :frames]
+    first = i["first_motion"] if moving else None
     request = official.library_method(model.config, prompt, speaker, speech, reference, first)
     out, result = run_loop(case, model, MODES["t2av" if moving else "tts"], request)
     whole = torch.cat([speech, result.speech])[None]
@@ -134,10 +143,15 @@ def run_method(case: Case) -> dict[str, Any]:
 @runner("gen_infer")
 def run_script(case: Case) -> dict[str, Any]:
     """The released inference script, from latents to latents."""
-    i, model = case.inputs, talker(case)
-    size, stats, motion = model.config.patch_size, MotionStats(i["motion_mean"], i["motion_std"]), i["motion_raw"]
-    seconds, speech = case.meta["args"]["kw"]["gt_prefix_seconds"], i["speech_latent"][0]
-    prompt, speaker = i["text_ids"].tolist(), i["speaker_emb"][0]
+    i = case.inputs
+    model = talker(case)
+    size = model.config.patch_size
+    stats = MotionStats(i["motion_mean"], i["motion_std"])
+    motion = i["motion_raw"]
+    seconds = case.meta["args"]["kw"]["gt_prefix_seconds"]
+    speech = i["speech_latent"][0]
+    prompt = i["text_ids"].tolist()
+    speaker = i["speaker_emb"][0]
     request = official.inference_script(model.config, stats, prompt, speaker, speech, motion, seconds)
     out, result = run_loop(case, model, MODES["t2av"], request)
     for name in ("codec_audio_shape", "spk_audio_shape"):

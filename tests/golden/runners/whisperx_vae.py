@@ -40,7 +40,8 @@ def generated_input(case: Case, name: str) -> Tensor:
 
 
 def config_of(case: Case) -> WhisperXVAEConfig:
-    sizes, meta = case.config, case.meta
+    sizes = case.config
+    meta = case.meta
     arguments = {
         "encoder_width": sizes["in_dim"],
         "hidden": sizes["hidden"],
@@ -67,7 +68,8 @@ def inference_weights(case: Case) -> dict[str, Tensor]:
 
 def build(case: Case) -> WhisperXVAE:
     """The case's network; where it has the decoder's half alone, the rest stays on the meta device."""
-    state, config = inference_weights(case), config_of(case)
+    state = inference_weights(case)
+    config = config_of(case)
     if any(key.startswith("CodecEnc.") for key in state):
         return WhisperXVAE.from_tensors(asdict(config), rename_all(state, RULES), case.name)
     with torch.device("meta"):
@@ -129,7 +131,8 @@ def run_vae(case: Case) -> dict[str, Tensor]:
 
 @runner("whisper_logmel")
 def run_log_mel(case: Case) -> dict[str, Tensor]:
-    wave, expected = case.inputs["wav"], case.outputs
+    wave = case.inputs["wav"]
+    expected = case.outputs
     bands = expected["filters"].shape[0]
 
     padded = log_mel(pad_or_trim(wave, WINDOW), bands)
