@@ -147,6 +147,14 @@ def test_a_face_is_pasted_back_into_its_picture(tmp_path):
     assert read_surroundings(square_picture, Square(0, 0, 300)) is None
 
 
+def test_a_face_at_the_border_of_its_picture_fades_on_the_other_side_only(tmp_path):
+    around = read_surroundings(save(portrait(), tmp_path / "portrait.png"), Square(0, 50, 180))
+    (whole,) = around.paste(np.full((1, 32, 32, 3), 7, np.uint8))
+    middle = whole[140, :180]
+    assert (middle[:120] == 7).all()
+    assert np.abs(middle[179].astype(int) - portrait()[140, 179]).max() <= 1
+
+
 def test_a_large_picture_round_a_face_is_scaled_down(tmp_path):
     large = cv2.resize(portrait(), None, fx=5, fy=5)
     around = read_surroundings(save(large, tmp_path / "large.png"), Square(200, 250, 900))
