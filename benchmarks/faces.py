@@ -24,15 +24,15 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
 from engine.media.ffmpeg import command, last_line
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS
+from hicodit.conditions.upstream import UpstreamEncoderConfig
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 from scripts.arguments import within
 
-ENCODERS = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
+ENCODERS = {"tiny": TinyEncoderConfig, "upstream": UpstreamEncoderConfig}
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
 

@@ -52,8 +52,8 @@ from engine.precision import can_int8, convert_matrices, prepare_inference
 from engine.record import dated
 from engine.training.speed import counter
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS, Conditions, windows_of
+from hicodit.conditions.upstream import UpstreamEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.generation import generate, guided_posterior, windows
 from hicodit.guidance import combine
@@ -140,7 +140,7 @@ def build_hicodit(size: str) -> HiCoDiT:
     """Return the network of configs/task/model/hicodit_SIZE.yaml with random weights."""
     torch.manual_seed(0)
     sizes = read_config(f"task/model/hicodit_{size}")
-    encoders = TinyEncoderConfig(**tiny_encoders(sizes)) if size == "tiny" else ReleasedEncoderConfig()
+    encoders = TinyEncoderConfig(**tiny_encoders(sizes)) if size == "tiny" else UpstreamEncoderConfig()
     model = HiCoDiTSystem(ModelConfig(**sizes), encoders).model
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():

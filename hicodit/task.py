@@ -58,7 +58,7 @@ class HiCoDiTTask(Task):
             that ablation: inference meets an untrained adapter, or one that the score loss has trained.
         lips_alone: only the lip encoder learns, by its auxiliary loss, at a third of the time of a whole step.
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
-            encoders come trained (encoders.kind "released").
+            encoders come trained (encoders.kind "upstream").
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
         validate_splits: the held-out splits; none turns validation off.

@@ -19,7 +19,7 @@ from engine.precision import half_precision
 from engine.release import weights_digest
 from engine.settings import Group, require_range, setting
 from lia_x.networks import Decoder, Encoder
-from lia_x.released import read_official
+from lia_x.upstream import read_official
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Lip(Encoder):
     """Lip features (T, E) of AV-HuBERT, so that training reads no mouth pictures and runs no encoder.
 
     Args:
-        encoders: fields of `hicodit.conditions.released.ReleasedEncoderConfig`.
+        encoders: fields of `hicodit.conditions.upstream.UpstreamEncoderConfig`.
     """
 
     needs = "frames"
@@ -71,7 +71,7 @@ class Lip(Encoder):
 
     def __init__(self, encoders: dict[str, Any], device: torch.device) -> None:
         super().__init__(device)
-        self.encoders = make_encoders(encoder_config(encoders | {"kind": "released"}))
+        self.encoders = make_encoders(encoder_config(encoders | {"kind": "upstream"}))
         self.network = self.encoders.network(self.encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
@@ -140,7 +140,7 @@ class Expression(Encoder):
         encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders
         if encoders is not None and not encoders.learns:
             raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
-        self.crops = encoder_config({"kind": "released"}) if is_poster else encoders.config
+        self.crops = encoder_config({"kind": "upstream"}) if is_poster else encoders.config
         network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
         self.network = network.to(device).eval()
 

@@ -6,22 +6,28 @@ from typing import Any
 
 from engine.errors import UserError
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
-from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.conditions.types import EXPRESSIONS, Conditions
+from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 
 __all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "Encoders", "encoder_config", "make_encoders"]
 
-EncoderConfig = TinyEncoderConfig | ReleasedEncoderConfig
-Encoders = ConditionEncoders | ReleasedEncoders
+EncoderConfig = TinyEncoderConfig | UpstreamEncoderConfig
+Encoders = ConditionEncoders | UpstreamEncoders
 KINDS = {  # `kind` of configs/task/encoders/*.yaml -> its configuration, the encoders that it configures
     "tiny": (TinyEncoderConfig, ConditionEncoders),
-    "released": (ReleasedEncoderConfig, ReleasedEncoders),
+    "upstream": (UpstreamEncoderConfig, UpstreamEncoders),
 }
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """Make the configuration from the `values` of a YAML file. `kind` is a name of `KINDS`, by default "tiny"."""
+    """Create the configuration from the `values` of a YAML file. `kind` is a name of `KINDS`, by default "tiny".
+
+    Releases of before 2026-11-25 call the kind "upstream" "released".
+    """
     kind = values.get("kind", "tiny")
+    if kind == "released":
+        kind = "upstream"
+        values = {**values, "kind": kind}
     if kind not in KINDS:
         raise UserError(f"encoders.kind={kind} is unknown: choose {' or '.join(KINDS)}")
     try:

@@ -4,7 +4,7 @@ Axes: B batch, T video frames (25 a second), F face pictures, n pictures, H = W 
 mouth, S' of face pictures), E feature width.
 
 The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER V2; see
-`hicodit.conditions.released`) take their place behind the same three call signatures.
+`hicodit.conditions.upstream`) take their place behind the same three call signatures.
 """
 
 from __future__ import annotations

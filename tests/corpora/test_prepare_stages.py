@@ -55,7 +55,7 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
     made = {}
     for side in (128, 64):
         clip = WorkItem(info, corpus)
-        for stage in (Decode(max_side=side), Face(face_landmarks=str(tmp_path)), Crops({"kind": "released"})):
+        for stage in (Decode(max_side=side), Face(face_landmarks=str(tmp_path)), Crops({"kind": "upstream"})):
             stage(clip)
         made[side] = clip.tensors["mouth"].numpy()
     official = avhubert_mouth(read_video(corpus / "train" / "a.mp4", 25), mouth_poses(landmarks))
@@ -140,7 +140,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     assert outcome.stage == "", outcome.reason
     _, made = read_sample(tmp_path)
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
-    for stage in (Decode(), Face(), Crops({"kind": "released"})):
+    for stage in (Decode(), Face(), Crops({"kind": "upstream"})):
         stage(clip)
     lip, identity = (pipeline.steps[name].encoders for name in ("lip", "face_identity"))
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import WavLMConfig
 
-from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
+from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 from talker_t2av.speaker.encoder import WavLMEncoder
 from tests.gpu.fakes import audited, faked
 from tests.talker_t2av.talker_fixtures import VAE
@@ -19,7 +19,7 @@ WAVLM |= {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embed
 
 
 def released(name):
-    encoders = ReleasedEncoders(ReleasedEncoderConfig(lip=HUBERT, identity_blocks=(1, 1, 1, 1)))
+    encoders = UpstreamEncoders(UpstreamEncoderConfig(lip=HUBERT, identity_blocks=(1, 1, 1, 1)))
     with torch.device("meta"):  # POSTER V2 has one size
         network = encoders._read(name).eval()
     encoders._networks[name] = faked(network)

@@ -35,14 +35,14 @@ SIZES = {  # what makes a configuration or a network, and the line
     "VAE heads": (lambda: WhisperXVAEConfig(hidden=33), "hidden=33"),
     "VAE decoder": (lambda: WhisperXVAEConfig(decoder_width=20), "cannot be halved"),
     "encoders' kind": (lambda: encoder_config({"kind": "huge"}), "encoders.kind=huge is unknown"),
-    "encoders' fields": (lambda: encoder_config({"kind": "released", "lip_size": 3}), "lip_size"),
+    "encoders' fields": (lambda: encoder_config({"kind": "upstream", "lip_size": 3}), "lip_size"),
     "encoders' phonemes": (lambda: encoder_config({"phonemes": 1e9}), "phonemes=1000000000.0 must be a whole number"),
     "encoders' blocks": (
-        lambda: encoder_config({"kind": "released", "identity_blocks": (2, [[]])}),
+        lambda: encoder_config({"kind": "upstream", "identity_blocks": (2, [[]])}),
         "identity_blocks=.* must be a whole number",
     ),
     "encoders' faces": (
-        lambda: encoder_config({"kind": "released", "face_size": 120}),
+        lambda: encoder_config({"kind": "upstream", "face_size": 120}),
         "face_size=120: .* a multiple of 112",
     ),
     "lip heads": (

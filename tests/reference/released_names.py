@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.official import Rules, rename
 from lia_x import LiaX
-from lia_x.released import RULES as LIA_X
+from lia_x.upstream import RULES as LIA_X
 from talker_t2av.speaker.encoder import RULES as SPEAKER
 from whisperx_vae.upstream import RULES as WHISPERX_VAE
 

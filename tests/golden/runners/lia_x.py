@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.official import rename
 from lia_x import ops
 from lia_x.codec import Identity, LiaX
-from lia_x.released import RULES, our_state
+from lia_x.upstream import RULES, our_state
 from tests.golden.runners import Case, runner
 
 HOOKED_LEVELS = ("512", "2", "3", "4", "5", "6", "7")  # released names of the levels, coarsest first

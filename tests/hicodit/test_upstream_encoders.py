@@ -21,7 +21,7 @@ from engine.faces.source import FaceSource
 from hicodit.conditions import released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
-from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
+from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 from hicodit.data import HiCoDiTDataset
 from hicodit.evaluate import evaluate_clips, stored_conditions
 from hicodit.model import ModelConfig
@@ -74,7 +74,7 @@ def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
 def test_long_clips_are_encoded_in_windows_that_join(small_hubert, monkeypatch):
     """With the transformer's layers away what is left sees a few frames only, so spans must join without a trace."""
     network = AVHubert(replace(small_hubert.config, layers=0)).eval()
-    encoders = ReleasedEncoders(ReleasedEncoderConfig())
+    encoders = UpstreamEncoders(UpstreamEncoderConfig())
     encoders._networks["lip"] = network
     mouth = torch.rand(2, 34, 88, 88)
     frames = torch.tensor([34, 23])
@@ -112,7 +112,7 @@ class Expression(nn.Module):
 @pytest.fixture(scope="module")
 def system():
     torch.manual_seed(0)
-    config = ReleasedEncoderConfig(lip=SMALL, identity_blocks=(1, 1, 1, 1))
+    config = UpstreamEncoderConfig(lip=SMALL, identity_blocks=(1, 1, 1, 1))
     system = HiCoDiTSystem(ModelConfig(**HICODIT | {"lip_dim": 16, "face_dim": 512}), config)
     system.encoders._networks["expression"] = Expression()
     return system.eval()
@@ -139,7 +139,7 @@ def test_released_weights_are_not_part_of_a_release(system, tmp_path):
         assert all(key.startswith("model.") for key in file.keys())  # noqa: SIM118
     again = HiCoDiTSystem.from_pretrained(tmp_path / "release")
     config = again.release
-    assert config["encoders"]["kind"] == "released" and again.encoders.config.lip_dim == 16
+    assert config["encoders"]["kind"] == "upstream" and again.encoders.config.lip_dim == 16
     moved = HiCoDiTSystem.from_pretrained(tmp_path / "release", encoders=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"encoders\.folder=.*nowhere"):
         moved.encoders.identity(torch.rand(1, 1, 3, 112, 112))
@@ -174,9 +174,9 @@ def shards(system, release, tmp_path_factory):
 def calls(monkeypatch):
     """Names of the encoders, as they are called."""
     made = []
-    network = ReleasedEncoders.network
+    network = UpstreamEncoders.network
     monkeypatch.setattr(
-        ReleasedEncoders, "network", lambda self, *which: made.append(which[0]) or network(self, *which)
+        UpstreamEncoders, "network", lambda self, *which: made.append(which[0]) or network(self, *which)
     )
     return made
 
@@ -189,7 +189,7 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
         torch.nn.init.normal_(parameter, std=0.1)
     task.system.encoders._networks = system.encoders._networks
     found = []
-    for kind, expected in (("tiny", ["lip", "identity"]), ("released", [])):
+    for kind, expected in (("tiny", ["lip", "identity"]), ("upstream", [])):
         data = HiCoDiTDataset(shards / "both", codec, kind, augment=False)
         batch = data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
         calls.clear()
@@ -210,13 +210,13 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
 def test_validation_from_features_sees_what_the_pictures_show(system, release, shards, calls, tmp_path):
     codec = release.parent / "codec"
     pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
-    data = HiCoDiTDataset(shards / "both", codec, "released")
+    data = HiCoDiTDataset(shards / "both", codec, "upstream")
     found = evaluate_clips(pipeline, data, None, 3, tmp_path, ["stoi", "utmos"])
     assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
     pictures, features = (
         stored_conditions(pipeline, [data.read(i)[1] for i in range(3)])
-        for data in (HiCoDiTDataset(shards / "both", codec, kind) for kind in ("tiny", "released"))
+        for data in (HiCoDiTDataset(shards / "both", codec, kind) for kind in ("tiny", "upstream"))
     )
     assert torch.equal(features.frames, pictures.frames) and features.expression.shape == (3, 2)
     torch.testing.assert_close(features.lip[0], pictures.lip[0], rtol=2e-3, atol=2e-3)
@@ -229,7 +229,7 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
 def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(release, shards):
     assert len(HiCoDiTDataset(shards / "pictures", release.parent / "codec")) == 3
     with pytest.raises(UserError, match=r"pictures lacks the features .*stages\.{lip,face_identity}\.use=true"):
-        HiCoDiTDataset(shards / "pictures", release.parent / "codec", "released")
+        HiCoDiTDataset(shards / "pictures", release.parent / "codec", "upstream")
 
 
 def released_task(system, release, shards, **more):

@@ -35,7 +35,7 @@ NETWORKS = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
 
 
 @dataclass(frozen=True)
-class ReleasedEncoderConfig(Group, prefix="encoders."):
+class UpstreamEncoderConfig(Group, prefix="encoders."):
     """Where the checkpoints are.
 
     folder: of the three files; None gives networks with random weights, to measure time and memory.
@@ -45,7 +45,7 @@ class ReleasedEncoderConfig(Group, prefix="encoders."):
     lip, identity_blocks: sizes of the networks with random weights.
     """
 
-    kind: str = "released"
+    kind: str = "upstream"
     folder: str | None = None
     lip_file: str = "large_vox_iter5.pt"
     identity_file: str = "arcface_r100.pth"
@@ -79,17 +79,17 @@ class ReleasedEncoderConfig(Group, prefix="encoders."):
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
 
-class ReleasedEncoders:
+class UpstreamEncoders:
     """The three released encoders, loaded when first used; not trained, saved, or part of the model's state."""
 
     learns = False
 
-    def __init__(self, config: ReleasedEncoderConfig) -> None:
+    def __init__(self, config: UpstreamEncoderConfig) -> None:
         self.config = config
         self.expected: dict[str, str] = {}  # by feature, the digest of the weights that a model was trained with
         self._networks: dict[str, nn.Module] = {}
 
-    def __deepcopy__(self, memo: dict) -> ReleasedEncoders:
+    def __deepcopy__(self, memo: dict) -> UpstreamEncoders:
         return self
 
     def network(self, name: str, device: torch.device) -> nn.Module:
