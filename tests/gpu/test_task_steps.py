@@ -87,4 +87,4 @@ def test_validation_of_the_voice_encoder_sends_its_clips_to_the_device(tmp_path)
         shutil.copytree(tmp_path / "train", tmp_path / split)
     with audited() as audit:
         faked(task).eval().measure(tmp_path, Share())
-    assert dict(audit.reads) == {"talker_t2av/speaker/task.py:measure": 3 * len(data)}
+    assert audit.reads.total() == 3 * len(data)

@@ -1,4 +1,4 @@
-"""scripts/check_gpu.py on a processor that gives readings of a card: all lines pass, and a wrong one does not."""
+"""scripts/check_gpu.py on a CPU: all checks run, and a failing one does not end the others."""
 
 import json
 
@@ -13,29 +13,18 @@ from scripts import check_gpu
 from tests import forked
 from tests.gpu.dying_graphs import DyingOutputs
 
-READINGS = {
-    "hicodit seconds": 0.01, "hicodit first sound seconds": 0.01, "hicodit MiB": 200,
-    "talker seconds": 0.01, "talker first sound seconds": 0.004, "talker MiB": 200,
-    "clip t2av seconds": 0.3, "clip t2av with codecs seconds": 0.6,
-    "clip a2v seconds": 0.3, "clip a2v with codecs seconds": 0.6,
-    "hicodit_paper step seconds": 0.011, "hicodit_paper GiB": 0.13,
-    "talker_paper step seconds": 0.011, "talker_paper GiB": 0.13,
-    "all-reduce bytes/s": 400e9, "all-gather bytes/s": 350e9,
-    "service 1 clients": 9, "service 4 clients": 20, "service 16 clients": 40,
-}  # fmt: skip
 TESTED = "def test_one():\n    pass\n"
 
 
 class Processor(Machine):
-    """A processor whose readings are those of an H100: the checks run, `readings` are put in for what they measured."""
+    """A CPU in place of a card. What it measures is far from what a card would, so verdicts mean nothing."""
 
     name = "NVIDIA H100 80GB HBM3"
     rates = Rates(650e12, 50e12, 2.8e12)
 
-    def __init__(self, tests, cards=1, **readings):
-        super().__init__(torch.device("cpu"), cards, "tiny")
+    def __init__(self, tests):
+        super().__init__(torch.device("cpu"), 1, "tiny")
         self.tests = tests
-        self.readings = readings
         self.backend = DyingOutputs()
         tests.mkdir()
         (tests / "test_card.py").write_text(TESTED)
@@ -49,66 +38,38 @@ class Processor(Machine):
     def time(self, name, call, repeats=1):
         return super().time(name, call, 1)
 
-    def reading(self, name, measured):
-        assert measured > 0
-        return (READINGS | self.readings)[name]
-
     def in_process(self, measure, *arguments):
         return measure(*arguments)
 
 
-@pytest.fixture
-def check(tmp_path, monkeypatch, capsys):
-    """Run the command; return its exit code, its lines by name, and the record."""
-
-    def run(machine, *only):
-        words = ["--size", "tiny", "--out", str(tmp_path / "out"), *(("--only", *only) if only else ())]
-        monkeypatch.setattr("sys.argv", ["scripts/check_gpu.py", *words])
-        code = check_gpu.main(machine)
-        printed = capsys.readouterr().out
-        (path,) = (tmp_path / "out").glob("20*.json")
-        record = json.loads(path.read_text())
-        lines = {line["name"]: line for line in record["results"]}
-        assert len(lines) == len(record["results"])
-        assert all(f"{line['verdict']}  {name}" in printed for name, line in lines.items())
-        print(printed)  # pytest shows it with a failure
-        return code, lines, record
-
-    return run
+def run_checks(machine, tmp_path, monkeypatch, *only):
+    """Run the command; return its exit code and the lines of its record by name."""
+    words = ["--size", "tiny", "--out", str(tmp_path / "out"), *(("--only", *only) if only else ())]
+    monkeypatch.setattr("sys.argv", ["scripts/check_gpu.py", *words])
+    code = check_gpu.main(machine)
+    (path,) = (tmp_path / "out").glob("20*.json")
+    record = json.loads(path.read_text())
+    return code, {line["name"]: line for line in record["results"]}
 
 
-def not_passed(lines):
-    """Verdicts of lines other than PASS; flash-attn is installed nowhere here."""
-    return {name: line["verdict"] for name, line in lines.items() if line["verdict"] != "PASS" and name != "flash-attn"}
+def test_all_checks_run(tmp_path, monkeypatch):
+    _, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch)
+    assert {"driver", "graphs hicodit", "graphs talker", "posteriors bf16", "service 1 clients"} <= set(lines)
+    errors = [name for name, line in lines.items() if name != "flash-attn" and "Error" in line["note"]]
+    assert not errors, [lines[name]["note"] for name in errors]
+    exact = ("graphs hicodit", "graphs talker", "posteriors bf16")  # what does not depend on speed
+    assert [lines[name]["verdict"] for name in exact] == ["PASS"] * 3
 
 
-def test_a_card_that_is_right_passes_all_checks(check, tmp_path):
-    code, lines, record = check(Processor(tmp_path / "tests"))
-    assert not_passed(lines) == {} and code == 0
-    assert len(lines) == 26
-    assert lines["clip a2v, without codecs"]["value"] == pytest.approx(12 / 0.3)  # frames a second
-    assert record["card"] == Processor.name and record["results"][0]["name"] == "driver"
-    assert all(line["note"] for line in record["results"])
-    (path,) = (tmp_path / "out").iterdir()
-    assert path.name == f"{record['date']}-check-gpu-nvidia-h100-80gb-hbm3.json"
-
-
-def test_a_wrong_value_and_an_error_fail(check, tmp_path, monkeypatch):
+def test_a_check_that_raises_is_a_failure_and_the_others_run(tmp_path, monkeypatch):
     def broken(size):
         raise RuntimeError("CUDA error:\nan illegal memory access")
 
     monkeypatch.setattr(card, "build_hicodit", broken)
-    machine = Processor(tmp_path / "tests", **{"talker seconds": 0.5, "talker MiB": 2000})
-    code, lines, _ = check(machine, "hicodit", "talker")
-    assert code == 1
-    assert not_passed(lines) == {"hicodit": "FAIL", "talker real-time factor": "FAIL", "talker memory": "WARN"}
+    code, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch, "hicodit", "talker")
+    assert code == 1 and lines["hicodit"]["verdict"] == "FAIL"
     assert lines["hicodit"]["note"] == "RuntimeError: CUDA error: an illegal memory access"
-
-
-def test_eight_cards_exchange_at_the_rate_of_their_links(check, tmp_path):
-    code, lines, _ = check(Processor(tmp_path / "tests", cards=8, **{"all-gather bytes/s": 30e9}), "collectives")
-    assert code == 1 and lines["all-reduce"]["verdict"] == "PASS"  # 400 of 450 GB/s
-    assert lines["all-gather"]["verdict"] == "FAIL"  # as over PCIe
+    assert "talker memory" in lines
 
 
 def exchange(folder):
