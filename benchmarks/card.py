@@ -145,7 +145,7 @@ class Machine:
 
     @cached_property
     def stated(self) -> Card:
-        """The data sheet; of an unknown card, what was measured, with the efficiency that predictions assume."""
+        """Return the data-sheet figures of the card; for an unknown card, those that the measured rates imply."""
         if self.card is not None:
             return self.card
         memory = torch.cuda.get_device_properties(self.device).total_memory
@@ -254,7 +254,7 @@ def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"no
 
 
 def two_cards(machine: Machine) -> Iterator[Line]:
-    """DDP and FSDP2 over NCCL, and a run that goes on after one of its processes was killed."""
+    """DDP and FSDP2 over NCCL, and a run that continues after one of its processes was killed."""
     if machine.cards > 1:
         yield from card_tests(machine, "two cards", TWO_CARDS)
 
@@ -492,7 +492,7 @@ CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
 
 
 def run_checks(machine: Machine, names: Collection[str]) -> Iterator[Line]:
-    """Yield the lines of checks; one that raises becomes a FAIL, and the others go on."""
+    """Yield the lines of checks; one that raises becomes a FAIL, and the others continue."""
     for name, check in CHECKS.items():
         if name in names:
             try:

@@ -166,7 +166,7 @@ def padding_of(trainer: TrainerConfig, gpus: int, samples: int) -> float:
 def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:
     """Return a measurement of one process as it would be on each of `gpus`, `machine` of them in one machine.
 
-    DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a share of the first dimension of each
+    DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a shard of the first dimension of each
     parameter. It gathers a block for its forward and again for its backward pass, the rest once, and scatters each
     group's gradients; what it leaves whole is reduced. Two gathered blocks are counted at its peak, and not the rest:
     in one process, large gradients of the rest take as much. Both recipes of the papers are so within 7 % of a step in

@@ -76,7 +76,7 @@ def spread(folder: Path, count: int) -> list[Path]:
 
 @dataclass
 class Seen:
-    """A clip as the judge sees it: frames (T, 128, 128, 3), opening (T,), embeddings (E, 128) of unit length."""
+    """What the metrics read from a clip: frames (T, 128, 128, 3), opening (T,), embeddings (E, 128) of unit length."""
 
     name: str
     frames: np.ndarray

@@ -199,7 +199,7 @@ def change(waves: Tensor, bands: int) -> tuple[Tensor, Tensor]:
 class GridRecogniserTask(Task):
     """Train a `GridRecogniser`.
 
-    The loss is minus the logarithm of the right sentence's share of all sentences; a fifth of the CTC loss, and the
+    The loss is minus the logarithm of the right sentence's fraction of all sentences; a fifth of the CTC loss, and the
     cross entropy of the words of the alignments, which fades to a tenth of its weight in the first half.
 
     Args:

@@ -77,7 +77,7 @@ class Cluster:
         return self
 
     def _wait_for_place(self, first: Any) -> None:
-        """Wait until the first task has ended; refuse to wait for a GPU that the cluster does not get."""
+        """Wait until the first task has finished; raise UserError if no machine provides the requested GPUs."""
         deadline = time.monotonic() + (0 if self.started_ray and not self.config.address else PATIENCE)
         while not self.ray.wait([first], timeout=LOOK_EVERY)[0]:
             most = max((node["Resources"].get("GPU", 0) for node in self.ray.nodes() if node["Alive"]), default=0)

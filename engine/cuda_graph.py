@@ -62,7 +62,7 @@ class CudaGraphs:
                     run()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the device.
+            # Other threads may continue to use the device.
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = run()
 

@@ -63,7 +63,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130, a reader of the
     output that has ended 141.
     """
-    with suppress(AttributeError):  # a stream that is no file; names of files need not be text
+    with suppress(AttributeError):  # a stream that is not a file; names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:

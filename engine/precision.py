@@ -137,7 +137,7 @@ def uses_int8(precision: str, device: torch.device | str, compiled: bool = False
         require("torchao", "torchao", "int8")
         return True
     if not can_int8(device):
-        print("precision=int8 needs an x86 processor with VNNI: going on with precision=auto", file=sys.stderr)
+        print("precision=int8 needs an x86 processor with VNNI: continuing with precision=auto", file=sys.stderr)
         return False
     if compiled:
         raise UserError("precision=int8 cannot be compiled on a processor: leave out compile=true")

@@ -189,7 +189,7 @@ class Processes(Generic[Item, Result]):
                     each.is_ready(result)
                     continue
                 if word == "refused" and each.starts > 1 and len(self.processes) > 1:
-                    print(f"{result}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
+                    print(f"{result}; {len(self.processes) - 1} processes continue", file=sys.stderr, flush=True)
                     self.processes.remove(each)
                     each.end()
                     again.extend(each.tasks)
@@ -210,7 +210,7 @@ class Processes(Generic[Item, Result]):
                 yield item, Lost(f"its process died, {ATTEMPTS} times ({result})") if word == "died" else result
 
     def _give_tasks(self, fresh: Iterator[tuple[Item, int]], again: deque[tuple[Item, int]]) -> None:
-        """Give each process the tasks that it accepts, those without any first; a second attempt goes before others."""
+        """Give each process the tasks that it accepts, idle processes first; second attempts precede new items."""
         given = True
         while given:
             given = False

@@ -36,7 +36,7 @@ from engine.schema import find_field, register
 
 
 class Failed(Exception):
-    """A run of a sweep ended with another exit code than 0; the other runs go on."""
+    """A run of a sweep returned a non-zero exit code; the remaining runs continue."""
 
 
 class Ended(BaseException):

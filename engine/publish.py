@@ -53,7 +53,7 @@ def publish(
         license: the hub's name of the weights' licence, as apache-2.0; None: the card's.
 
     Raises:
-        UserError: the model is no release, no licence is named, or the hub refuses.
+        UserError: the model is not a release, no licence is named, or the hub refuses.
     """
     if not NAME.fullmatch(repository) or "@" in repository:
         raise UserError(f"{repository}: give OWNER/NAME, without a revision")

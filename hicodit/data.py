@@ -92,7 +92,7 @@ class HiCoDiTDataset:
             face's, as at inference.
         seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
         augment: shift, mirror and relight the mouth pictures; features stay as they are.
-        hide: share of the clips in which a short span of mouth pictures is hidden, if they are augmented.
+        hide: fraction of the clips in which a short span of mouth pictures is hidden, if they are augmented.
         shards: fields of `engine.shards.reader.Reading`.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
     """

@@ -33,9 +33,9 @@ def check_file(path: Path) -> None:
             meta = json.loads((file.metadata() or {})["meta"])
         shapes = json.loads(keys.read_text())
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} and {keys.name} are no golden case, or damaged: {error!r}") from error
+        raise UserError(f"{path} and {keys.name} are not a golden case, or damaged: {error!r}") from error
     if not isinstance(meta, dict) or not isinstance(shapes, dict):
-        raise UserError(f"{path} and {keys.name} are no golden case: metadata and keys must be JSON objects")
+        raise UserError(f"{path} and {keys.name} are not a golden case: metadata and keys must be JSON objects")
 
 
 def main() -> int:

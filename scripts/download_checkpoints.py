@@ -34,7 +34,7 @@ def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
     """Return the checkpoints by group."""
     groups = read_yaml(path)
     if not all(isinstance(rows, list) for rows in groups.values()):
-        raise UserError(f"{path} is no list of files: see {CATALOGUE}")
+        raise UserError(f"{path} is not a list of files: see {CATALOGUE}")
     for row in (row for rows in groups.values() for row in rows):
         row["files"] = [_remote_file(**file) for file in row["files"]]
     return groups
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     catalogue = read_catalogue(args.catalogue)
     if args.group not in (None, "all", *catalogue):
-        raise UserError(f"{args.group} is no group: there are {', '.join([*catalogue, 'all'])}")
+        raise UserError(f"{args.group} is not a group: there are {', '.join([*catalogue, 'all'])}")
     if args.group is None and not args.list:
         raise UserError(f"name a group: {', '.join([*catalogue, 'all'])}")
     if not args.list:

@@ -43,7 +43,7 @@ from talker_t2av.settings import AutoConfig
 HELP = """
 Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
 interval, the row of the true speech and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
-results.json and a cache: the same command goes on where it stopped. A file that cannot be used, and a figure whose
+results.json and a cache: the same command continues where it stopped. A file that cannot be used, and a figure whose
 network was not downloaded, are named and left out; the exit code is 1 if a file was, 2 if there is nothing to show.
 
 A manifest has a clip a line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
@@ -85,7 +85,7 @@ def evaluate_splits(config: DictConfig) -> int:
         raise UserError(f"corpus={config.corpus} needs split=[NAME], such as [seen]")
     if config.corpus and not Path(config.corpus).is_dir():
         make = f"python scripts/make_synthetic_corpus.py --version 2 --out {config.corpus}"
-        raise UserError(f"corpus={config.corpus} is no folder: name another one, or make it ({make})")
+        raise UserError(f"corpus={config.corpus} is not a folder: name another one, or make it ({make})")
     output, codes = Path(config.output), []
     for split in splits:
         summary = evaluate(config, split, output / split if len(splits) > 1 else output)
@@ -290,7 +290,7 @@ def choose_metrics(config: DictConfig, figures: list[str], split: str | None, de
         if protocol not in metric.protocols:
             raise UserError(f"protocol.{names[0]}={protocol} is unknown; choose {', '.join(metric.protocols)}")
         if protocol == "grammar" and not Path(grammar).is_file():
-            why = f"grammar={grammar} is no file" if grammar else "none is given"
+            why = f"grammar={grammar} is not a file" if grammar else "none is given"
             raise UserError(f"protocol.wer=grammar needs grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
         chosen |= dict.fromkeys(names, metric(protocol + argument, Path(config.weights), device))

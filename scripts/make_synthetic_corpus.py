@@ -87,7 +87,7 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
     except BrokenProcessPool as error:
         raise UserError(
             "a process that made clips was killed, probably for lack of memory: use fewer --workers; "
-            "the same command goes on from what was made"
+            "the same command continues from what was made"
         ) from error
     finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
         with without_interrupts():  # a second Ctrl-C must not stop the stopping

@@ -59,7 +59,7 @@ def main() -> None:
     try:
         only = re.compile(args.only)
     except re.error as error:
-        raise UserError(f"--only {args.only} is no regular expression: {error}") from error
+        raise UserError(f"--only {args.only} is not a regular expression: {error}") from error
     curves = {label: read_curves(run) for label, run in zip(labels(args.runs), args.runs)}
     names = [name for name in panels(curves.values()) if only.search(name)]
     if not names:

@@ -172,7 +172,7 @@ def read_picture(data: bytes) -> np.ndarray:
     if len(data) > MAX_PICTURE:
         raise UserError(f"a picture of {len(data):,} bytes: {MAX_PICTURE:,} at most")
     if not data.startswith(PICTURES):
-        raise UserError("a message that is no picture: send JPEG or PNG, and a text at the end")
+        raise UserError("a message that is not a picture: send JPEG or PNG, and a text at the end")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise UserError("a damaged picture")

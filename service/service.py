@@ -53,7 +53,7 @@ class Service:
     Args:
         hicodit: a pipeline, or what chooses one for each clip.
         demo: offer the bundled voice.
-        voices: folder of others, see `Voices`.
+        voices: folder of further voices, see `Voices`.
         aliases: let OpenAI's names of models and voices stand for Talker-T2AV and the default voice.
     """
 

@@ -1,4 +1,4 @@
-"""The square of a video or picture that the motion codec gets: round the face, if one is found.
+"""The square of a video or picture that the motion codec gets: around the face, if one is found.
 
 Axes: F frames, H height, W width, S side of the square.
 """
@@ -60,7 +60,7 @@ def turned(frames: np.ndarray, degrees: int) -> np.ndarray:
 
 
 def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
-    """Find the square round the face in the first `count` frames of a video, or in a picture.
+    """Find the square around the face in the first `count` frames of a video, or in a picture.
 
     If no face is found, as in a drawing, it is the largest centred square, and `remark` says so.
 
@@ -91,7 +91,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
 
 
 def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str | None = None) -> Square:
-    """Find the square round the largest face of a picture; arguments as those of `find_square`.
+    """Find the square around the largest face of a picture; arguments as those of `find_square`.
 
     A picture whose face lies on its side is turned. The remark says what was done, unless the whole picture is used as
     it is.

@@ -1,4 +1,4 @@
-"""A talking face on one time axis: frames, spectrogram, and movement round the mouth with the loudness of the sound.
+"""A talking face on one time axis: frames, spectrogram, and movement around the mouth with the loudness of the sound.
 
 Axes: F frames.
 """
@@ -46,7 +46,7 @@ def draw(talk: Talk, text: str, path: Path) -> None:
         top.set_title(shorten(text, 100), parse_math=False)
         middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
         middle.set_ylabel("mel band")
-        bottom.plot((np.arange(len(change)) + 1) / FPS, change, label="movement round the mouth, frame to frame")
+        bottom.plot((np.arange(len(change)) + 1) / FPS, change, label="movement around the mouth, frame to frame")
         bottom.plot((np.arange(len(level)) + 0.5) / FPS, level / max(level.max(), 1e-9), label="loudness")
         bottom.set_xlim(0, seconds)
         bottom.set_xlabel("seconds")

@@ -104,7 +104,7 @@ class Reference:
 
     @cached_property
     def square(self) -> Square:
-        """Square round the face in its video."""
+        """Square around the face in its video."""
         job = self.job
         box = None if job.mode == "v2a" else job.face_box
         count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # one picture of the face is enough

@@ -45,7 +45,7 @@ RATE16 = 16_000
 HOP = RATE // FPS
 HOP16 = RATE16 // FPS
 MAX_FRAMES = 30 * FPS  # the speech encoder's window
-POSITIVE_SHARE = 0.3  # released weight of positive stop labels, as a share of the ratio of negatives to positives
+POSITIVE_SHARE = 0.3  # released weight of positive stop labels, as a fraction of the ratio of negatives to positives
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TalkerConfig(Group, prefix="model."):
     order: of the tokens of a patch: add (one token, the sum of both streams), av or va (one for each; see
         `talker_t2av.request.ORDERS`).
     repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
-    stop_share: weight of the stop loss's positives, as a share of the ratio of continue to stop labels: 0.3 in the
+    stop_share: weight of the stop loss's positives, as a fraction of the ratio of continue to stop labels: 0.3 in the
         released program, 1 in the paper.
     drop_mu, drop_cond: probabilities with which the diffusion heads train without the hidden state, without the
         context patches.

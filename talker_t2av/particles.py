@@ -5,7 +5,7 @@ patch tells the timing already. The other direction was learned well: how likely
 Bayes' rule that is enough. Several drafts of the speech are drawn; before each patch every draft is weighed by how well
 the motion head, with the draft's own hidden state, predicts the given motion of that patch; where the weights have
 become too unequal, drafts are drawn anew by their weights (the bootstrap filter of Gordon, Salmond and Smith, 1993).
-This is no part of the paper.
+This is not part of the paper.
 
 Axes: R requests, B = R n rows (n drafts of each request, one after the other), S steps, K times, P frames of a patch,
 p context patches, C motion channels, D width.
@@ -83,7 +83,7 @@ class Particles(BatchedDecoder):
         return first
 
     def leave(self, *rows: Row) -> None:
-        """Take rows out once all have ended; before that they keep their places."""
+        """Remove rows once all of them have ended; until then they keep their slots."""
         if self.active and all(row.end is not None for row in self.active):
             self.lines = torch.stack(self.ancestors).cpu().tolist()  # the host reads all of them at once
             self.best = self.log_weights.argmax(1).cpu().tolist()
@@ -159,7 +159,7 @@ class Particles(BatchedDecoder):
         return errors.reshape(requests, n, TIMES).mean(-1)
 
     def resample(self, rows: Tensor) -> None:
-        """Let row i continue from the state of row `rows[i]` (B,), with the noise of row i."""
+        """Set row i to the state of row `rows[i]` (B,); the noise of row i stays."""
         for x in tensors_of((self.state, self.cache)):
             x[: len(rows)] = x[rows]
         self.ancestors.append(rows)

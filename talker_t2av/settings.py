@@ -253,7 +253,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
                 job.check_output(Path(c.output) / output)
     if any(vars(c.auto).values()) and not any(isinstance(job, Job) and job.is_auto for _, job in jobs):
         raise UserError("auto.*= is for mode=v2a text=auto: add text=auto, or leave it out")
-    if c.jobs is None:  # of several, one with a bad file is reported and the others go on
+    if c.jobs is None:  # of several, one with a bad file is reported and the others continue
         jobs[0][1].check_files()
     with writable(c.output):
         return c, jobs

@@ -22,7 +22,7 @@ MARGIN = 0.15  # of the square's side, over which the face fades into its surrou
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The still picture round a talking face.
+    """The still picture around a talking face.
 
     Attributes:
         picture: (H, W, 3) uint8. left, top, side: where the square of the face lies in it, in pixels.

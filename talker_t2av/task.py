@@ -62,7 +62,7 @@ class TalkerTask(Task):
         init: a model of the same sizes and text to start from: a release folder, or a folder with the released files.
         guided_layers: layers of the backbone with a head that is taught where in the text each patch is; see
             `alignment`. Needs data.train.phonemes.
-        head_share: share of the patches that the diffusion heads train on in a step. They cost most of a step, while
+        head_share: fraction of the patches that the diffusion heads train on in a step. They cost most of a step, while
             the backbone learns from every patch through the auxiliary losses.
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `upstream.warm_start`.

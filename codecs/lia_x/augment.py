@@ -26,11 +26,11 @@ class Augment(Group, prefix="data.train.augment."):
     """How much pairs of portraits are changed; 0 leaves a change out.
 
     Attributes:
-        background: share of pairs whose blue wall is replaced by random colours.
+        background: fraction of pairs whose blue wall is replaced by random colours.
         zoom, aspect: largest change of the size and of its ratio of width to height, as a fraction.
         shift, bend: largest displacement of the whole picture and of points in it, as fractions of the side.
         turn: largest rotation in degrees.
-        flip: share of pairs that are mirrored.
+        flip: fraction of pairs that are mirrored.
         colour: strength of the changes of brightness, contrast, gamma, hue and saturation, up to 1.
     """
 
@@ -47,8 +47,8 @@ class Augment(Group, prefix="data.train.augment."):
         """Change framing, shape and background of frames (K, H, W, 3) uint8.
 
         Returns:
-            Frames (K, S, S, 3) uint8, and the map (S, S, 2) of where in the given picture, in shares of its sides from
-            0 to 1, each of their pixels lies.
+            Frames (K, S, S, 3) uint8, and the map (S, S, 2) of the position of each of their pixels in the given picture,
+            as fractions of its sides.
         """
         if rng.random() < self.background:
             frames = replace_wall(frames, rng)
@@ -73,7 +73,7 @@ class Augment(Group, prefix="data.train.augment."):
         return (255 * (x @ mix.T.astype(np.float32))).clip(0, 255).round().astype(np.uint8)
 
     def _grid(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Where each pixel is taken from, (S, S, 2) as x and y in shares of the sides."""
+        """Where each pixel is taken from, (S, S, 2) as x and y in fractions of the sides."""
         line = (np.arange(size) + 0.5) / size - 0.5
         x, y = np.meshgrid(line, line)
         zoom = np.exp(rng.uniform(-self.zoom, self.zoom))

@@ -152,7 +152,7 @@ class LiaX(PortraitCodec):
         return self.decoder.constant.device
 
     def _check(self, pictures: Tensor, what: str, one: bool = False) -> None:
-        """Refuse what are no pictures of this model's size: any number of them, or exactly `one`."""
+        """Refuse what is not pictures of this model's size: any number of them, or exactly `one`."""
         side = self.config.size
         fits = pictures.ndim == 4 and pictures.shape[1:] == (3, side, side) and len(pictures) > 0
         if not fits or (one and len(pictures) > 1):

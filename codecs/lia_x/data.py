@@ -44,7 +44,7 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
     OpenCV reads them: several times as fast as a decoder process a clip, and pairs need no exact frame rate.
 
     Args:
-        shift: where in its share of the clip each frame is taken, in [0, 1). Frames repeat in a clip of fewer frames.
+        shift: where in its part of the clip each frame is taken, in [0, 1). Frames repeat in a clip of fewer frames.
     """
     capture = cv2.VideoCapture(str(path))
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
@@ -57,7 +57,7 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
             frames.append(cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
     capture.release()
     if not frames:
-        raise UserError(f"{path}: no frames can be read from it")
+        raise UserError(f"{path}: cannot read any frames")
     frames += frames[-1:] * (count - len(frames))  # containers may count a frame too many
     if frames[0].shape[:2] != (size, size):
         frames = [cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in frames]
@@ -238,7 +238,7 @@ def relative_change(frames: np.ndarray) -> np.ndarray:
 def held_out_frames(
     root: str | Path, split: str, count: int, size: int, share: Share
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the numbers and frames (T, H, W, 3) of a share of the first `count` clips of ROOT/SPLIT.
+    """Yield the numbers and frames (T, H, W, 3) of a part of the first `count` clips of ROOT/SPLIT.
 
     Of prepared shards, they are the pictures that the shards hold of a clip, scaled to S = `size`.
     """
@@ -316,7 +316,7 @@ def unpack_portraits(packed: Tensor, starts: Tensor, size: int, chosen: Sequence
         coded = packed[int(starts[k]) : int(starts[k + 1])].numpy()
         frame = cv2.imdecode(coded, cv2.IMREAD_COLOR) if 0 < len(coded) < MAX_PICTURE else None
         if frame is None or max(frame.shape[:2]) > MAX_SIDE:
-            raise UserError("a stored portrait is no picture: the shard is damaged; prepare it again")
+            raise UserError("a stored portrait is not a picture: the shard is damaged; prepare it again")
         frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         if frame.shape[:2] != (size, size):
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)

@@ -25,14 +25,14 @@ def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
     """How much each pixel counts, (1, 1, S, S), 1 on average.
 
     Args:
-        regions: boxes `left`, `top`, `right`, `bottom` in shares of the side, that count `weight` times as much as
+        regions: boxes `left`, `top`, `right`, `bottom` in fractions of the side, that count `weight` times as much as
             what no box covers; of overlapping boxes the last one counts.
     """
     weights = torch.ones(size, size)
     for box in regions:
         left, top, right, bottom = (round(box[side] * size) for side in ("left", "top", "right", "bottom"))
         if not (0 <= left < right <= size and 0 <= top < bottom <= size and box["weight"] > 0):
-            raise UserError(f"task.regions: {dict(box)} is no box inside the picture with a positive weight")
+            raise UserError(f"task.regions: {dict(box)} is not a box inside the picture with a positive weight")
         weights[top:bottom, left:right] = box["weight"]
     return (weights / weights.mean())[None, None]
 

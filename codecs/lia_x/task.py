@@ -70,7 +70,7 @@ class LiaXTask(Task):
         decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
         keep: `release`, a codec whose motion codes of drawn faces are kept, and the `weight` of the squared distance
             from them; needs batches that tell which faces are "drawn". Drawn faces are rebuilt from the kept codes, so
-            that a model of those codes can go on with the new decoder. None: nothing is kept.
+            that a model of those codes can continue with the new decoder. None: nothing is kept.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};

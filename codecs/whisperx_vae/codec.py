@@ -73,7 +73,7 @@ class WhisperXVAEConfig(Group):
 
     @property
     def hop(self) -> int:
-        """Samples of a latent frame."""
+        """Samples per latent frame."""
         return math.prod(self.encoder_ratios)
 
     @property

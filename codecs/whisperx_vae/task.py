@@ -125,7 +125,9 @@ class WhisperXVAETask(GANTask):
         self.semantic_head = semantic_head(config.hidden)
         if decoder_only:
             if not init or targets:
-                raise UserError("task.decoder_only=true needs task.init, the release to go on from, and targets=null")
+                raise UserError(
+                    "task.decoder_only=true needs task.init, the release to continue from, and targets=null"
+                )
             for module in (self.codec.encoder, self.codec.whisper, self.codec.in_proj, self.semantic_head):
                 module.requires_grad_(False)
         self.discriminator = WaveDiscriminators(period, spectrogram)
@@ -222,7 +224,7 @@ def _load_whisper(codec: WhisperXVAE, name: str) -> None:
     try:
         encoder = WhisperModel.from_pretrained(name).encoder
     except OSError as error:
-        raise UserError(f"task.whisper={name} is no folder or hub name of a Whisper model") from error
+        raise UserError(f"task.whisper={name} is not a folder or hub name of a Whisper model") from error
     found = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
     if found != {k: tuple(v.shape) for k, v in codec.whisper.state_dict().items()}:
         raise UserError(f"task.whisper={name} has other sizes than task.codec: choose hidden, whisper_* and mel_bands")

@@ -251,7 +251,7 @@ class Motion(CodecEncoder):
     """Motion codes (T, Dm) of the pictures by LIA-X, not normalised; codes of the source are kept.
 
     Args:
-        crop: "face" for the square round the face, as generation cuts it; "centre" for the largest in the middle.
+        crop: "face" for the square around the face, as generation cuts it; "centre" for the largest in the middle.
     """
 
     needs = "frames"
@@ -304,7 +304,7 @@ class Portraits(Step):
 
 
 def face_square(clip: WorkItem, crop: str) -> Square:
-    """Return the square to cut from a clip: round the face, as generation cuts it, or the largest in the middle."""
+    """Return the square to cut from a clip: around the face, as generation cuts it, or the largest in the middle."""
     height, width = clip.frames.shape[1:3]
     if crop == "centre":
         return Square(*centre_square(height, width))

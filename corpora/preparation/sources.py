@@ -89,7 +89,7 @@ def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
     """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
 
     Args:
-        validation: share of dev's speakers that make the split `val`; the official test speakers stay untouched.
+        validation: fraction of dev's speakers that make the split `val`; the official test speakers stay untouched.
     """
     root = existing(root)
     split_of = held_out(_folders(root / "dev" / "mp4"), {"val": validation})
@@ -144,7 +144,7 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
     """Find ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt.
 
     Args:
-        validation: share of trainval's videos that make the split `val`; they are left out of pretrain, too.
+        validation: fraction of trainval's videos that make the split `val`; they are left out of pretrain, too.
     """
     root = existing(root)
     split_of = held_out(_folders(root / "trainval"), {"val": validation})
@@ -178,7 +178,7 @@ def folder(root: str | Path, table: str = "clips.csv") -> Source:
 
 
 def existing(root: str | Path) -> Path:
-    """Return the folder of a data set, which must be there."""
+    """Return the path of a dataset folder; raise UserError if it does not exist."""
     if not Path(root).is_dir():
         raise UserError(f"source.root={root} is not a folder")
     return Path(root)
@@ -215,10 +215,10 @@ def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, st
     out.
 
     Args:
-        shares: by split, the share of the groups.
+        shares: by split, the fraction of the groups.
     """
     for split, share in shares.items():
-        require_range(f"the share of the split {split}", share, 0.0, 0.9)
+        require_range(f"the fraction of the split {split}", share, 0.0, 0.9)
     names = sorted(set(groups), key=lambda name: hashlib.sha256(name.encode()).digest())
     found: dict[str, str] = {}
     for split, share in shares.items():

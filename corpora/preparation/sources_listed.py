@@ -46,7 +46,7 @@ def listed(
         listing: instead of a table, a text file with one sound file a line; with `sounds`, with one motion file a line.
         sounds: folder of the sound STEM.wav of a motion file.
         tars: pattern of tar files under `root`, such as "shards/*.tar": paths that they hold are read there.
-        validation: share of the clips that make the split `val`; nothing tells their speakers.
+        validation: fraction of the clips that make the split `val`; nothing tells their speakers.
     """
     if (table is None) == (listing is None):
         raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
@@ -78,7 +78,7 @@ def emilia(root: str | Path, languages: list[str] | None = None, validation: flo
 
     Args:
         languages: two letters each, of the clips that are taken, such as [en]; None: all.
-        validation: share of the speakers that make the split `val`.
+        validation: fraction of the speakers that make the split `val`.
     """
     root = existing(root)
     clips = []
@@ -126,7 +126,7 @@ def youtube_ids(
             HDTF_dataset; or a CSV with a header: id, start, end in seconds, and optionally x, y (centre of the face as
             fractions of width and height), text, speaker, language, expression.
         videos: folder of the videos.
-        test, validation: shares of the videos that make the splits `test` and `val`.
+        test, validation: fractions of the videos that make the splits `test` and `val`.
     """
     root = existing(root)
     path = root / listing
@@ -184,7 +184,7 @@ def _json(path: Path) -> Iterator[Row]:
             speaker = str(clip["info"].get("Person ID") or "")
             yield {"id": found and found[1], "start": clip["start-time"], "end": clip["end-time"], "speaker": speaker}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
+        raise UserError(f"{path} is not a list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
 
 
 def _hdtf(folder: Path) -> Iterator[Row]:
@@ -237,5 +237,7 @@ def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | No
     if row.get("x") not in (None, "") and row.get("y") not in (None, ""):
         face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
-            raise UserError(f"the position of the face, {face[:2]}, lies outside the picture or is no pair of numbers")
+            raise UserError(
+                f"the position of the face, {face[:2]}, lies outside the picture or is not a pair of numbers"
+            )
     return safe_name(row["id"], "its id"), start, end, face

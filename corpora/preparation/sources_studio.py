@@ -51,7 +51,7 @@ def grid(
             speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out
             5 % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it
             for speakers 1, 2, 4 and 29. Which sentences these are is our own choice.
-        validation: share of the other speakers of "lipnet" that validate.
+        validation: fraction of the other speakers of "lipnet" that validate.
         speakers: those that are used; None: all.
         expression: label of all clips; None: none.
         clips_each: use at most so many clips of a speaker, spread evenly over the names; None: all.
@@ -108,7 +108,7 @@ def _words(path: Path) -> list[tuple[str, float, float]]:
     """Return the words of a file of lines `23750 29500 bin`, times in seconds; a file unit is 1/25,000 s."""
     rows = [line.split() for line in read_lines(path)]
     if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
-        raise UserError(f"{path} is no list of lines `start end word`: unpack alignments.zip again")
+        raise UserError(f"{path} is not a list of lines `start end word`: unpack alignments.zip again")
     return [(word, int(start) / ALIGNMENT_RATE, int(end) / ALIGNMENT_RATE) for start, end, word in rows]
 
 

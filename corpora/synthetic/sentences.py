@@ -74,7 +74,7 @@ MONTHS = (
     "December",
 )  # fmt: skip
 MOST_WORDS = 20
-_RARE = 0.15  # share of words that pocketsphinx's language model does not have: names and rare words
+_RARE = 0.15  # fraction of words that pocketsphinx's language model does not have: names and rare words
 
 
 def split_of(text: str) -> str:

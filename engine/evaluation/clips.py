@@ -70,7 +70,7 @@ def read_clips(
         raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")
     for name, folder in {"references": references, **{f"outputs.{k}": v for k, v in outputs.items()}}.items():
         if folder is not None and not folder.is_dir():
-            raise UserError(f"{name}={folder} is no folder")
+            raise UserError(f"{name}={folder} is not a folder")
     base = Path()
     if manifest is not None:
         rows = read_rows(manifest)

@@ -122,7 +122,7 @@ def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[
             out[name] = row
         except UserError as error:
             out[name] = str(error)
-        except Exception as error:  # of a package, on one odd clip: the others go on
+        except Exception as error:  # of a package, on one odd clip: the others continue
             out[name] = f"unforeseen {type(error).__name__}: {error}"
     return out, found
 

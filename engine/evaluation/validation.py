@@ -1,6 +1,6 @@
 """A trainer's validation: `engine.evaluation.measure` for waves in memory, divided over processes.
 
-Each process measures its share of the clips, and the figures come of all of them. What processes measure is kept by
+Each process measures its part of the clips, and the figures come of all of them. What processes measure is kept by
 clip, in the order of the clips, so that the figures do not depend on their number.
 
 Axes: N samples.

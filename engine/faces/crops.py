@@ -1,4 +1,4 @@
-"""Cutting pictures of mouth and face out by box, and the square round a face that a portrait codec sees.
+"""Cutting pictures of mouth and face out by box, and the square around a face that a portrait codec sees.
 
 Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
 """
@@ -21,7 +21,7 @@ FACE_SIDE = 1.1
 # from the hairline on, and more above than below; on the released model's own example this is the same square.
 SQUARE_SIDE = 1.78
 RAISE = 0.16
-CROPPED = 0.85  # share of a square picture from which on the face fills it: it has been cropped already
+CROPPED = 0.85  # fraction of a square picture from which on the face fills it: it has been cropped already
 
 
 def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
 def _crop(
     frames: Iterable[np.ndarray], track: FaceTrack, centre: tuple[float, float], side: float, size: int
 ) -> np.ndarray:
-    """Cut squares round `centre` of the boxes; it and `side` are shares of a box. Outside, pixels repeat the border."""
+    """Crop squares around `centre` of the boxes, given with `side` in fractions of a box; borders are replicated."""
     out = []
     for frame, (x, y, w, h), roll in zip(frames, track.boxes, track.roll, strict=True):
         right = (centre[0] - 0.5) * w

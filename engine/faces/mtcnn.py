@@ -136,7 +136,7 @@ def _shifted(boxes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 
 def _squares(boxes: np.ndarray) -> np.ndarray:
-    """Return squares (n, 4) round the same centres, with the longer side of each box."""
+    """Return squares (n, 4) around the same centres, with the longer side of each box."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True) / 2
     return np.trunc(np.concatenate([centres - half, centres + half], 1))

@@ -21,7 +21,7 @@ SAMPLES = 640  # of a frame's sound
 BANDS = 16  # of its spectrum
 FOLDS = 5  # parts of a clip
 GAP = 2  # frames between a part and those that predict it
-RIDGE = 0.3  # share of the variance
+RIDGE = 0.3  # fraction of the variance
 
 
 def speaking_face(blocks: Iterable[np.ndarray], tracks: Sequence[FaceTrack], wave: np.ndarray | None = None) -> int:

@@ -17,7 +17,7 @@ from engine.untrusted import read_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
 MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
-MIN_COVERAGE = 0.3  # share of a clip that must show the face
+MIN_COVERAGE = 0.3  # fraction of a clip that must show the face
 SMOOTH_SECONDS = 0.5
 ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
@@ -79,7 +79,7 @@ class FaceTrack:
 
     @property
     def coverage(self) -> float:
-        """Share of the frames in which the face was seen."""
+        """Fraction of the frames in which the face was seen."""
         return float(self.seen.mean())
 
     def unseen(self, fps: float) -> str:

@@ -17,7 +17,7 @@ from engine.media.audio import mel_picture
 def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
     """Turn bytes (T, H, W, 3) RGB into (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing, aspect not kept.
 
-    This is how LIA-X's own tools prepare a driving video; crop to a square round the face first.
+    This is how LIA-X's own tools prepare a driving video; crop to a square around the face first.
     """
     video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if video.shape[-2:] != (size, size):

@@ -1,6 +1,6 @@
 """EmoAcc and EMO-SIM by emotion2vec+ large (Ma et al. 2024, arXiv:2312.15185), run by the package funasr (MIT).
 
-EmoAcc: share of clips whose class equals that of the true speech. EMO-SIM: cosine of the utterances' embeddings. The
+EmoAcc: fraction of clips whose class equals that of the true speech. EMO-SIM: cosine of the utterances' embeddings. The
 weights have a licence of their own (FunASR's model licence).
 
 Axes: D embedding.

@@ -1,9 +1,9 @@
 """A recogniser of GRID's sentences (Cooke et al. 2006): verb, colour, preposition, letter, digit, adverb.
 
 A small network tells at each of 25 frames a second which of the 51 words is spoken, or none. A sentence's score is the
-sum over all ways to lay its six words over the frames, as in CTC (Graves et al. 2006); `transcribe` takes in each place
-the word whose sentences have the largest share of the sum over all 64,000. It hears six words in any sound, so chance
-is about 80 % of word errors: report a shuffled control beside a figure.
+sum over all ways to lay its six words over the frames, as in CTC (Graves et al. 2006). `transcribe` takes in each place
+the word whose sentences have the largest part of the sum over all 64,000. It hears six words in any sound, so chance is
+a WER of about 80 %: report a shuffled control beside a result.
 
 Axes: B batch, N samples at 16 kHz, M mel bands, T frames (25 a second), W = 51 words, S = W + 1 with "none" first.
 """

@@ -1,6 +1,6 @@
 """How well pictures are rebuilt: PSNR and SSIM of whole pictures, and of the eyes and the mouth alone.
 
-`movement` is the share of a region's variance in time that the rebuilt frames explain: 1 is all, 0 is as good as the
+`movement` is the fraction of a region's variance in time that the rebuilt frames explain: 1 is all, 0 is as good as the
 clip's mean picture. Regions are boxes of a square picture in which the face is framed as in the synthetic corpus.
 
 Axes: B pictures, T frames, C channels, H height, W width, S side.
@@ -24,7 +24,7 @@ from engine.metrics.speech import FPS
 # of SSIM's Gaussian, in pixels
 WINDOW = 11
 SIGMA = 1.5
-# Left, top, right, bottom, in shares of the side.
+# Left, top, right, bottom, in fractions of the side.
 REGIONS = {"eyes": (0.27, 0.36, 0.73, 0.58), "mouth": (0.30, 0.63, 0.70, 0.92)}
 
 
@@ -73,10 +73,12 @@ class Reconstruction(Metric):
         "ssim": Figure("SSIM", 1, 4, meaning="of whole pictures"),
         "mouth_psnr": Figure("mouth PSNR dB", 1, 2, meaning="of the mouth's region"),
         "mouth_movement": Figure(
-            "mouth movement", 1, 3, meaning="share of the mouth's variance in time that is rebuilt"
+            "mouth movement", 1, 3, meaning="fraction of the mouth's variance in time that is rebuilt"
         ),
         "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eyes' region"),
-        "eyes_movement": Figure("eyes movement", 1, 3, meaning="share of the eyes' variance in time that is rebuilt"),
+        "eyes_movement": Figure(
+            "eyes movement", 1, 3, meaning="fraction of the eyes' variance in time that is rebuilt"
+        ),
     }
     pair = True
     outputs_only = True

@@ -38,7 +38,7 @@ DTYPES = {
 class Reading(Group, prefix="data.shards."):
     """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
 
-    streams: process r of as many reads one part only; a run that goes on with another number of processes keeps those
+    streams: process r of as many reads one part only; a run that continues with another number of processes keeps those
         it began with.
     """
 

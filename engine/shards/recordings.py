@@ -108,7 +108,7 @@ class StoredWaves:
         self.shards.check_holds("wave")
         self.shards.require("wave")
         if rate != self.rate:
-            raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz are wanted")
+            raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz is required")
         self.blocks = self.shards.blocks()
 
     def __len__(self) -> int:

@@ -254,7 +254,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
-    hint = "the model was changed since: go on with the old config, or start anew with fresh=true or another run="
+    hint = "the model was changed since: continue with the old config, or start anew with fresh=true or another run="
     for key in sorted(stored.keys() ^ own.keys()):
         lacks = f"has {key!r}, which the model lacks" if key in stored else f"lacks {key!r}"
         raise UserError(f"checkpoint {folder} {lacks}; {hint}")

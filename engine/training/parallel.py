@@ -207,8 +207,8 @@ def _mesh(kind: str, device: torch.device) -> DeviceMesh:
     node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % node:
         raise UserError(
-            f"trainer.parallel=hybrid: {world} processes are not equally many on every machine ({node} on this one); "
-            "give every machine the same --nproc_per_node or take trainer.parallel=fsdp"
+            f"trainer.parallel=hybrid needs the same number of processes on every machine: {world} in total, {node} on "
+            "this one; give every machine the same --nproc_per_node, or use trainer.parallel=fsdp"
         )
     return init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
 
@@ -263,7 +263,7 @@ def _empty(p: Tensor) -> nn.Parameter:
 
 
 def _large_embeddings(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the embeddings with many weights outside of blocks: gathered alone, they hide behind other work."""
+    """Return large embeddings outside the blocks; they are gathered separately, which overlaps with computation."""
     taken = {id(module) for unit in (*blocks, *task.whole()) for module in unit.modules()}
     embeddings = [module for module in task.modules() if isinstance(module, nn.Embedding) and id(module) not in taken]
     return [module for module in embeddings if module.weight.numel() >= LARGE_EMBEDDING]

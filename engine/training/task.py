@@ -93,9 +93,9 @@ class Task(nn.Module):
         return 0
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure this process's share of a validation, in eval mode with averaged weights.
+        """Measure this process's part of a validation, in eval mode with averaged weights.
 
-        Every process measures its share of the clips; what cannot be divided is measured by the first one. Processes do
+        Every process measures its part of the clips; what cannot be divided is measured by the first one. Processes do
         not wait for each other in here. A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which
         trackers show.
         """

@@ -186,7 +186,7 @@ class Window:
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
         """Return the speed of all processes together, from `samples` a step.
 
-        `data_wait` is the share of time without data, `mfu` this process's utilisation of its device.
+        `data_wait` is the fraction of time without data, `mfu` this process's utilisation of its device.
         """
         seconds = time.perf_counter() - self.start
         return {

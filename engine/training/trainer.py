@@ -145,7 +145,7 @@ class Trainer:
                             self._save()
             self._stop_on_write_error()
             if stopping and self.step < c.steps:
-                self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
+                self._say(f"stopped at step {self.step:,}, saved; the same command continues from here")
                 return None
             return self.validate(tracker)
         finally:
@@ -154,7 +154,7 @@ class Trainer:
                 tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}."""
+        """Validate the averaged weights, each process its part of the clips; return the figures on rank 0, else {}."""
         folder = self.run / "validation" / f"step-{self.step:08d}"
         shares = self._measure(folder, Share(distributed.rank(), distributed.world_size()))
         results: dict[str, float] = {}

@@ -122,7 +122,7 @@ class _Layer(nn.Module):
 
 
 class AVHubert(nn.Module):
-    """Lip features from mouth pictures of at least 88 x 88."""
+    """AV-HuBERT's visual encoder: lip features from mouth crops of at least 88 x 88 pixels."""
 
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__()

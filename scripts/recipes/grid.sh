@@ -30,7 +30,7 @@ PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
 
 if ! compgen -G "$GRID/*" >/dev/null; then
-    echo "error: GRID=$GRID is no folder with files: set GRID to the folder that holds s1, s2, ..." >&2
+    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
     exit 2
 fi
 
@@ -108,6 +108,6 @@ if [ $# = 0 ]; then set -- prepare tokenizer tokens train evaluate; fi
 for step in "$@"; do
     case "$step" in
         prepare | tokenizer | tokens | train | evaluate) echo "--- $step"; "$step" ;;
-        *) echo "error: $step is no step: give prepare, tokenizer, tokens, train or evaluate" >&2; exit 2 ;;
+        *) echo "error: $step is not a step: give prepare, tokenizer, tokens, train or evaluate" >&2; exit 2 ;;
     esac
 done

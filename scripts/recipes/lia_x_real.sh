@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
-# Steps, in this order: prepare drawn train measure; without any, all of them. Each goes on where it stopped.
+# Steps, in this order: prepare drawn train measure; without any, all of them. Each continues where it stopped.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
@@ -15,7 +15,7 @@ PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
 
 if ! compgen -G "$GRID/*" >/dev/null; then
-    echo "error: GRID=$GRID is no folder with files: set GRID to the folder that holds s1, s2, ..." >&2
+    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
     exit 2
 fi
 
@@ -42,6 +42,6 @@ if [ $# = 0 ]; then set -- prepare drawn train measure; fi
 for step in "$@"; do
     case "$step" in
         prepare | drawn | train | measure) echo "--- $step"; "$step" ;;
-        *) echo "error: $step is no step: give prepare, drawn, train or measure" >&2; exit 2 ;;
+        *) echo "error: $step is not a step: give prepare, drawn, train or measure" >&2; exit 2 ;;
     esac
 done

@@ -98,7 +98,7 @@ def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, caps
 
 
 def test_waves_of_another_rate_are_one_line(shards):
-    with pytest.raises(UserError, match="holds waves at 24000 Hz, 16000 Hz are wanted"):
+    with pytest.raises(UserError, match="holds waves at 24000 Hz, 16000 Hz is required"):
         SpeechCrops(shards, sample_rate=16_000)
 
 

@@ -204,7 +204,7 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     assert every["s1-bbbf1n"].phonemes == [("sil", 0.0, 0.59), ("bin", 0.59, 0.8), ("blue", 0.8, 1.0)]
     assert len(source.symbols) == 51 and {"bin", "blue", "zero", "f"} <= set(source.symbols)
     (tmp_path / "s1" / "align" / "bbbf1n.align").write_text("0 sil\n")
-    with pytest.raises(UserError, match=r"bbbf1n\.align is no list of lines"):
+    with pytest.raises(UserError, match=r"bbbf1n\.align is not a list of lines"):
         by_split(source)
     with pytest.raises(UserError, match=r"source\.protocol=lips"):
         grid(tmp_path, protocol="lips")
@@ -266,7 +266,7 @@ def test_talkvid_and_celebv_hq(tmp_path):
     (clip,) = parts(tmp_path, "celebvhq.json")
     assert clip.face == pytest.approx((0.3, 0.5, 0))
     (tmp_path / "other.json").write_text('[{"start": 1}]')
-    with pytest.raises(UserError, match=r"other\.json is no list of TalkVid or CelebV-HQ"):
+    with pytest.raises(UserError, match=r"other\.json is not a list of TalkVid or CelebV-HQ"):
         parts(tmp_path, "other.json")
 
 

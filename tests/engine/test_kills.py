@@ -1,4 +1,4 @@
-"""Interruptions at random moments: a run that goes on after each equals one that was never interrupted.
+"""Interruptions at random moments: a run that continues after each equals one that was never interrupted.
 
 `KILLS=100 python -m pytest tests/engine/test_kills.py` is the long trial, with four processes on two nodes. There are
 seven kinds; after each, the same group of processes starts again:
@@ -34,7 +34,7 @@ from tests.waiting import wait_until
 KINDS = ("group", "node", "rank", "term", "usr1", "disk", "slow")
 KILLS = int(os.environ.get("KILLS", len(KINDS)))
 RANKS = 2 if len(KINDS) >= KILLS else 4  # half of them on each node
-STARTING = 0.15  # share of interruptions that may fall before the first step after a start
+STARTING = 0.15  # fraction of interruptions that may fall before the first step after a start
 SECONDS = 600.0  # in which a group has to start or to exit, on a machine that others use too
 GRACE = 10.0  # seconds for the others if one ends before the first step: torchrun ends them, here as there
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,5 +121,5 @@ def test_launcher_saves_and_asks_for_a_requeue_on_a_stop_signal(tmp_path):
     launcher.send_signal(signal.SIGUSR1)
     said, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == REQUEUE
-    assert "saved; the same command goes on from here" in said
+    assert "saved; the same command continues from here" in said
     assert list((run / "checkpoints").glob("step-*/info.json"))

@@ -134,7 +134,9 @@ def test_int8_is_taken_where_it_can_be_and_refused_in_one_line(monkeypatch, caps
     assert not uses_int8("fp32", "cpu") and not capsys.readouterr().err
     monkeypatch.setattr(engine.precision, "VNNI", ())  # as of an older processor
     assert not uses_int8("int8", "cpu") and pick_dtype("int8", "cpu") == pick_dtype("auto", "cpu")
-    assert capsys.readouterr().err == "precision=int8 needs an x86 processor with VNNI: going on with precision=auto\n"
+    assert (
+        capsys.readouterr().err == "precision=int8 needs an x86 processor with VNNI: continuing with precision=auto\n"
+    )
 
 
 @pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")

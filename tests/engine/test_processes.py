@@ -92,7 +92,7 @@ def test_a_card_that_is_lost_costs_its_item_a_second_try(tmp_path, capfd):
     results = squares(tmp_path, ["lose a card", "lose a card", "wait", 5])
     assert sorted(result for _, result in results if isinstance(result, int)) == [25]
     assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3
-    assert "card 1 is lost; 1 processes go on" in capfd.readouterr().err
+    assert "card 1 is lost; 1 processes continue" in capfd.readouterr().err
 
 
 def test_work_that_cannot_start_or_go_on_is_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Long work says how far it is: in plain lines where standard error is no terminal."""
+"""Long work says how far it is: in plain lines where standard error is not a terminal."""
 
 import re
 from time import sleep

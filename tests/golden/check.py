@@ -29,7 +29,7 @@ FORMULA = 1e-5
 SMALL = 1e-4
 FULL = 5e-4
 ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
-PICTURE = 1e-3  # share of a uint8 picture's values that rounding may leave one level off
+PICTURE = 1e-3  # fraction of a uint8 picture's values that rounding may leave one level off
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
 VERDICTS = ("pass", "FAIL", "not built")
 

@@ -48,7 +48,7 @@ def take_step(task, data, step=0, device=CUDA, use=lambda loss, module: None):
         fake = faked(task, device).train()
         # As the trainer gives it: some tensors stay on the host.
         batch = {k: v if k in task.on_host else faked(v, device) for k, v in batch_of(data).items()}
-        if hasattr(task, "teacher"):  # it is no part of the task: it comes to the device in the first step
+        if hasattr(task, "teacher"):  # it is not part of the task: it comes to the device in the first step
             fake.teacher = copy.copy(task.teacher)
             vars(fake.teacher).update({name: faked(value, device) for name, value in vars(task.teacher).items()})
         operators.counts.clear()

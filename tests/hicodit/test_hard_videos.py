@@ -101,7 +101,7 @@ def profile(base, folder):
 
 
 # kind: (made by, least and most frames, where the middle of the face is, as a share of the width of the picture that a
-# player shows, share of frames that see it)
+# player shows, fraction of frames that see it)
 TRACKS = {
     "plain, no sound": (remade("-an", "-c", "copy"), 30, 30, WHERE, 1),
     "odd sizes": (remade("-vf", "crop=171:159:0:0", "-pix_fmt", "yuv444p"), 30, 30, 86 / 171, 1),
@@ -157,7 +157,7 @@ def test_refusal(pipeline, base, tmp_path, capsys, kind):
     assert re.search(message, line), line
 
 
-# kind: (filter, least share of frames that see the face, or what the line says)
+# kind: (filter, least fraction of frames that see the face, or what the line says)
 REAL_KINDS = {
     "as it is": ("null", 1.0),
     "small in a large picture": ("scale=200:-1,pad=1280:720:900:300", 0.9),

@@ -59,7 +59,7 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
     clips = tmp_path / "in"
     clips.mkdir()
     shutil.copy(clip, clips / "a.mp4")
-    (clips / "b.mp4").write_bytes(b"this is no video")
+    (clips / "b.mp4").write_bytes(b"this is not a video")
     shutil.copy(clip, clips / "c.mp4")
     assert run(config(release, clips, tmp_path / "out", figure=False, batch_size=2)) == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.mp4", "a.wav", "c.mp4", "c.wav"]

@@ -299,7 +299,7 @@ def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
     damaged = tmp_path / "other.safetensors"
     for content, message in [
         (path.read_bytes().replace(models[1].system.speaker.digest().encode(), b"00000000"), "another speaker encoder"),
-        (b"x" * 100, "is no saved voice"),
+        (b"x" * 100, "is not a saved voice"),
         (b"x" * 2**21, "too many"),
     ]:
         damaged.write_bytes(content)

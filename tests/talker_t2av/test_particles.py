@@ -86,7 +86,7 @@ def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
     found = all_drafts(whole).unflatten(1, (-1, P))  # (B, S, P, C)
     torch.testing.assert_close(found[4:], drawn[4:])
     torch.testing.assert_close(found[:4, :3], drawn[2:3, :3].expand(4, -1, -1, -1))
-    assert (found[0, 3] - found[1, 3]).abs().max() > 1e-3  # each goes on with noise of its own
+    assert (found[0, 3] - found[1, 3]).abs().max() > 1e-3  # each continues with noise of its own
     torch.testing.assert_close(found[2], drawn[2])  # it went on as it would have alone: cache and state are its own
     assert whole.log_weights[0].eq(0).all()
 

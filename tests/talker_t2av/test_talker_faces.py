@@ -1,4 +1,4 @@
-"""The square that the motion codec sees: round the face of a real clip, and the whole of a clip that was cut before."""
+"""The square that the motion codec sees: around the face of a real clip, the whole of a cropped clip."""
 
 from dataclasses import replace
 from pathlib import Path
