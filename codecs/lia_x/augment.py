@@ -47,8 +47,8 @@ class Augment(Group, prefix="data.train.augment."):
         """Change framing, shape and background of frames (K, H, W, 3) uint8.
 
         Returns:
-            Frames (K, S, S, 3) uint8, and the map (S, S, 2) of the position of each of their pixels in the given picture,
-            as fractions of its sides.
+            Frames (K, S, S, 3) uint8, and a map (S, S, 2) with the position of each pixel in the given picture, as
+            fractions of its sides.
         """
         if rng.random() < self.background:
             frames = replace_wall(frames, rng)
