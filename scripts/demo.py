@@ -19,10 +19,8 @@ from pathlib import Path
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, Limits, set_limits
 from scripts.arguments import Parser, within
-from service.demo_actions import Demo
+from service.demo_actions import MAX_SECONDS, Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
-
-LONGEST = 60.0  # seconds of a clip or a sound
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     add("--port", type=within(1, 65_535), default=7860, help="port to listen on")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder of uploads would stay
-    set_limits(Limits(seconds=LONGEST))
+    set_limits(Limits(seconds=MAX_SECONDS))
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
         require("gradio", "gradio", "demo")
@@ -45,9 +43,18 @@ def main() -> None:
         blocks = page(Demo(Path(folder), args.weights, args.talker, args.device))
         try:
             blocks.launch(
-                server_name=args.host, server_port=args.port, share=False, show_error=False, quiet=True,
-                prevent_thread_lock=True, max_file_size="500mb", run_history=False, footer_links=[], css=blocks.rules,
-            )  # fmt: skip
+                server_name=args.host,
+                server_port=args.port,
+                share=False,
+                show_error=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size="500mb",
+                run_history=False,
+                footer_links=[],
+                css=blocks.rules,
+                js=blocks.script,
+            )
         except OSError as error:
             raise UserError(f"cannot listen on {args.host}:{args.port}: give another --port") from error
         print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)

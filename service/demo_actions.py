@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +16,8 @@ from corpora.clip_words import ClipWords
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_voice
-from engine.media.ffmpeg import probe
+from engine.media.ffmpeg import browser_plays, probe
+from engine.media.video import write_preview
 from engine.nn.ge2e import GE2EEncoder
 from engine.progress import stage
 from engine.seeding import check_seed
@@ -30,6 +32,16 @@ from talker_t2av.settings import AUTO, AutoConfig
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
+MAX_SECONDS = 60.0  # of a clip or a sound
+MAX_CHARACTERS = 1000  # of a text
+
+
+class FieldError(UserError):
+    """A mistake in one field of the page; `field` is its name there."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Demo:
         device: str = "auto",
     ) -> None:
         self.folder = folder
+        self.originals: dict[str, str] = {}  # uploaded files, by the name of the copy that browsers can play
         self.bundled = weights is None and talker == BUNDLED_TALKER
         place = pick_device(device)
         self.pipelines = PipelineChooser(partial(HiCoDiTPipeline.from_pretrained, device=place), weights)
@@ -74,12 +87,31 @@ class Demo:
                 shutil.rmtree(old, ignore_errors=True)
         return Path(tempfile.mkdtemp(prefix="made-", dir=self.folder))
 
+    def preview(self, clip: str) -> str:
+        """Return an uploaded clip, or a copy of it if browsers cannot play it; see `original`.
+
+        A file that cannot be read is returned as it is: the action says what is wrong with it.
+        """
+        if browser_plays(clip):
+            return clip
+        copy = self._new_folder() / f"{Path(clip).stem}-{uuid.uuid4().hex}.mp4"
+        try:
+            write_preview(clip, copy)
+        except UserError:
+            return clip
+        self.originals[copy.name] = clip
+        return str(copy)
+
+    def original(self, path: str | None) -> str | None:
+        """Return the uploaded file of which `path` may be a copy that browsers can play."""
+        return path and self.originals.get(Path(path).name, path)
+
     def speak(
         self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None
     ) -> Made:
         """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens."""
         if not clip:
-            raise UserError("Give a clip of a talking face.")
+            raise FieldError("the clip", "Give a clip of a talking face.")
         check_seed(seed := int(seed or 0))
         hicodit = self.pipelines.for_clip(clip)
         sampler = replace(hicodit.sampler, steps=int(steps), temperature=float(temperature))
@@ -106,16 +138,16 @@ class Demo:
                 if none is given.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
-            raise UserError("Write a text to say.")
+            raise FieldError("the text", "Write a text to say.")
         if mode != "tts" and not face:
-            raise UserError("Give a clip." if mode == "v2a" else "Give a face: a clip or a picture.")
+            raise FieldError("the face", "Give a clip." if mode == "v2a" else "Give a face: a photo or a clip.")
         if not voice and (mode in ("tts", "a2v") or is_picture(face)):
-            raise UserError("Give a sound." if mode == "a2v" else "Give a voice.")
+            raise FieldError("the voice", "Give a sound." if mode == "a2v" else "Give a voice.")
         auto = mode == "v2a" and not (text or "").strip()
         if auto and self.clip_words is None:
-            raise UserError("Write what the clip says.")
+            raise FieldError("the text", "Write what the clip says.")
         if not voice and not auto and probe(face).audio is None:
-            raise UserError("Give a voice: the clip has no sound.")
+            raise FieldError("the voice", "Give a voice: the clip has no sound.")
         check_seed(seed := int(seed or 0))
         fields = {
             "t2av": {"reference_audio": voice, "reference_video": face},
@@ -140,6 +172,20 @@ class Demo:
         video = str(folder / f"{mode}.mp4") if mode != "tts" else None
         notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *talk.remarks]
         return Made(notes, video, sound)
+
+
+def faulty_field(error: UserError, files: dict[str, str | None]) -> str:
+    """Return the name of the field that an error is about; "" if that is not known.
+
+    Args:
+        files: by name on the page, the path of what was uploaded.
+    """
+    if isinstance(error, FieldError):
+        return error.field
+    for name, path in files.items():
+        if path and path in str(error):
+            return name
+    return "the text" if re.search(r"\btext\b", str(error)) else ""
 
 
 def in_page_words(message: str, files: dict[str, str | None]) -> str:

@@ -1,9 +1,13 @@
 """The page of `scripts/demo.py`, by gradio (Apache-2.0): fields, buttons, and what they show while a model works."""
 
+import math
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,13 @@ from corpora.synthetic.sentences import plain_sentences
 from engine.errors import UserError, printable
 from engine.progress import showing
 from hicodit.pipeline import BUNDLED
-from service.demo_actions import Demo, Made, in_page_words
+from service.demo_actions import MAX_CHARACTERS, MAX_SECONDS, Demo, Made, faulty_field, in_page_words
+from talker_t2av.model import FPS, MAX_FRAMES
 
 EXAMPLES = BUNDLED.parent / "demo"
 CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.mp4")]
 VOICES = [str(EXAMPLES / name) for name in ("voice.wav", "voice_8.flac", "voice_24.flac")]
-VOICE_NAMES = ["of face 1", "of face 2", "of face 3"]
+VOICE_NAMES = ["Of face 1", "Of face 2", "Of face 3"]
 PICTURE = str(EXAMPLES / "face.png")
 SENTENCES = plain_sentences()[22:58:6]  # some of news, small talk and instructions
 SPOKEN = {  # in the examples
@@ -31,43 +36,145 @@ SPOKEN = {  # in the examples
     "voice_24.flac": "lay white in india six now",
 }
 MODES = {
-    "t2av": "a text becomes a talking face",
-    "tts": "a text becomes speech",
-    "a2v": "a face moves to a sound",
-    "v2a": "a silent clip gets a voice",
+    "t2av": "Text to talking face",
+    "tts": "Text to speech",
+    "a2v": "Sound to talking face",
+    "v2a": "Voice for a clip",
 }
+LINES = {  # what goes in, what comes out
+    "speak": "In: a clip of a talking face; its sound is not used. Out: the clip with generated speech.",
+    "t2av": "In: a text, a photo or clip of a face, seconds of a voice. Out: a video of the face saying the text.",
+    "tts": "In: a text and a few seconds of a voice. Out: the text in that voice.",
+    "a2v": "In: a sound, and a photo or clip of a face. Out: a video of that face saying the sound.",
+    "v2a": "In: a clip, what it says, a few seconds of a voice. Out: the clip with generated speech.",
+}
+FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one field
+PHOTO, CLIP = "Photo", "Clip"  # where the face is
 KNOWN = (
-    "The bundled models know drawn faces and computer voices like the examples, and any English sentence. "
-    "Long and rare words are less clear than common ones. Real footage and other languages do not work with them."
+    "The bundled models know drawn faces with computer voices like the examples, and filmed people who speak as in the "
+    "GRID corpus. A talking face says any English sentence; other languages, and free sentences of filmed people, "
+    "do not work."
 )
 OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
+CONSENT = "Use only faces and voices of people who agreed."
+REFERENCE_SECONDS = MAX_FRAMES // FPS  # of a voice, or of a sound that a face moves to
 HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT
 READS_LIPS = find_spec("pocketsphinx") is not None  # of the eval extra: recognises the words of HiCoDiT's speech
 PROGRESS = gr.Progress()  # as a default it makes gradio hand over that of the call
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events that take no time
-CSS = "@media (max-width: 640px) {.gradio-container main {padding: 8px !important}}"
+STAGES = {"conditions": "Reading the face", "decoding": "Making sound and pictures"}  # by name in the program
+SHARES = {  # of a run's time, by words of its stages
+    "finding the face": 0.15,
+    "cutting out": 0.1,
+    "reading": 0.05,
+    "conditions": 0.05,
+    "sampling": 0.45,
+    "decoding": 0.15,
+    "writing": 0.05,
+}
+USUAL = 0.2  # a text is usually said in about twice this part of the longest time
+HEIGHT = 280  # pixels of pictures
+CSS = """
+.status {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; min-height: 4.5em}
+.status.busy {color: transparent; border-color: transparent}
+.status.done {border-color: #15803d}
+.status.error {border-color: #b91c1c}
+.status.error, .field-error {color: #b91c1c; font-weight: 600}
+.dark .status.error, .dark .field-error {color: #fca5a5}
+.block:has(+ .block .field-error), .block:has(+ .field-error) {outline: 2px solid #b91c1c}
+.input-file span.error {visibility: hidden}
+@media (max-width: 640px) {
+    .gradio-container main {padding: 8px !important}
+    .input-file {height: 200px !important}
+}
+"""
+# A clip that the browser cannot play gets a copy that it can; its complaint until then is hidden.
+SCRIPT = """() => new MutationObserver(() => document.querySelectorAll(".toast-body").forEach(toast => {
+    if (toast.innerText.includes("Video not playable")) toast.style.display = "none";
+})).observe(document.body, {childList: true, subtree: true})"""
+SCROLL = """() => document.getElementById("NAME").scrollIntoView(
+    {behavior: "smooth", block: window.innerWidth < 640 ? "start" : "nearest"})"""
 
 
 class Stopped(Exception):
     """The visitor pressed Stop, or closed the page."""
 
 
+@dataclass
+class Tab:
+    """What a press of a tab's button uses and changes.
+
+    Attributes:
+        action: called with the values of `inputs`.
+        files: names on the page of those inputs that are files, and their numbers.
+        errors: lines for the errors of a field, by its name.
+        working: sessions that wait for a result.
+        changed, pressed: those of them whose inputs have changed meanwhile, or where Enter was pressed again.
+    """
+
+    name: str
+    word: str
+    action: Callable[..., Made]
+    inputs: list[Any]
+    files: dict[str, int]
+    errors: dict[str, gr.HTML]
+    buttons: list[gr.Button]
+    status: gr.HTML
+    outputs: list[Any]
+    working: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+    pressed: set[str] = field(default_factory=set)
+
+    @property
+    def shown(self) -> list[Any]:
+        """Everything that a result replaces."""
+        return [self.status, *self.errors.values(), *self.outputs]
+
+    def show(self, kind: str, text: str, wrong: str = "", made: Made | None = None) -> list[Any]:
+        """Return the values of `shown`.
+
+        Args:
+            kind: of the status: idle, busy, done or error.
+            text: of the status, or of the error of a field.
+            wrong: name of the field that is at fault.
+        """
+        made = made or Made([])
+        lines = [
+            gr.update(value=f'<div class="field-error" role="alert">{escape(text)}</div>', visible=True)
+            if name == wrong
+            else gr.update(value="", visible=False)
+            for name in self.errors
+        ]
+        files = [made.video, made.sound, made.figure][: len(self.outputs)]
+        return [status_line(kind, f"Not done: see {wrong}, marked red." if wrong else text), *lines, *files]
+
+
+def status_line(kind: str, text: str) -> str:
+    return f'<div class="status {kind}" role="status">{escape(text)}</div>'
+
+
 def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
-    """Return visibility and labels of the page's parts; `source` of the face is "a clip" or "a picture"."""
+    """Return visibility and labels of the page's parts; `source` of the face is `CLIP` or `PHOTO`."""
     file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
-    by_clip = mode == "v2a" or (mode != "tts" and source == "a clip")
-    text = f"what {file} says" if file else "text to say"
-    voice = "sound that the face moves to" if mode == "a2v" else "voice to speak with"
+    has_source = mode in ("t2av", "a2v")
+    by_clip = mode == "v2a" or (has_source and source == CLIP)
+    text = f"What {file} says" if file else "Text to say"
+    voice = "Voice to speak with (its first 30 s)"
+    if mode == "a2v":
+        voice = f"Sound that the face moves to (up to {REFERENCE_SECONDS} s)"
     if mode == "v2a" and READS_LIPS:
-        text, voice = f"{text} (empty: read from the lips)", f"{voice} (empty: one that fits the face)"
+        text += " (empty: read from the lips)"
+        voice += "; empty: one that fits the face"
+    clip = f"Clip that gets the voice (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip with the face"
     return {
-        "text": {"label": text},
+        "line": {"value": LINES[mode]},
+        "text": {"label": f"{text}, up to {MAX_CHARACTERS:,} characters"},
         "sentences": {"visible": not file},
         "voice": {"label": voice},
-        "source": {"visible": mode in ("t2av", "a2v")},
-        "clip": {"visible": by_clip, "label": "clip that gets the voice" if mode == "v2a" else "face"},
+        "source": {"visible": has_source},
+        "clip": {"visible": by_clip, "label": clip},
         "clips": {"visible": by_clip},
-        "picture": {"visible": mode in ("t2av", "a2v") and not by_clip},
+        "picture": {"visible": has_source and not by_clip},
         "video": {"visible": mode != "tts"},
         "sound": {"visible": mode != "a2v"},
     }
@@ -85,7 +192,7 @@ def page(demo: Demo) -> gr.Blocks:
     """Make the page, which `launch` opens."""
     stopped: set[str] = set()  # sessions whose run shall end
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS}")
+        gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS} **{CONSENT}**")
         with gr.Tab("Speech for a clip"):
             _speech_tab(demo, stopped)
         with gr.Tab("Talking face"):
@@ -96,50 +203,65 @@ def page(demo: Demo) -> gr.Blocks:
 
         blocks.unload(leave)
     blocks.rules = CSS
+    blocks.script = SCRIPT
     return blocks
 
 
 def _speech_tab(demo: Demo, stopped: set[str]) -> None:
+    gr.Markdown(LINES["speak"])
     with gr.Row():
         with gr.Column():
-            clip = gr.Video(CLIPS[0], height=280, sources=["upload"], label="silent clip")
-            gr.Examples([[path] for path in CLIPS], clip, label="example clips")
-            with gr.Accordion("Another voice than one that fits the face", open=False, visible=HAS_GE2E):
+            clip = _clip_field(demo, f"Clip of a talking face (up to {MAX_SECONDS:.0f} s)")
+            clip_error = _error_line()
+            buttons = _buttons("Speak")
+            gr.Examples([[path] for path in CLIPS], clip, label="Example clips")
+            with gr.Accordion("Voice (without one: a voice that fits the face)", open=False, visible=HAS_GE2E):
                 voice = _voice_field(None)
+                voice_error = _error_line()
             settings = _settings(demo.hicodit.sampler, demo.hicodit.guidance.all, 128, 1.5)
         with gr.Column():
-            buttons, status, outputs = _results("Speak", "clip with its speech")
+            status, outputs = _results("speak", "Speak", "Clip with its speech")
             figure = gr.Image(
-                label="mouth, spectrogram, tokens", show_label=False, interactive=False, buttons=["download"],
+                label="Mouth, spectrogram, tokens", show_label=False, interactive=False, buttons=["download"],
             )  # fmt: skip
     files = {"the clip": 0, "the voice": 1}
-    _connect(stopped, demo.speak, [clip, voice, *settings], files, buttons, status, [*outputs, figure])
+    errors = {"the clip": clip_error, "the voice": voice_error}
+    inputs = [clip, voice, *settings]
+    tab = Tab("speak", "Speak", demo.speak, inputs, files, errors, buttons, status, [*outputs, figure])
+    _connect(demo, tab, [buttons[0].click], stopped)
 
 
 def _talk_tab(demo: Demo, stopped: set[str]) -> None:
+    start = looks("t2av", PHOTO)
+    line = gr.Markdown(LINES["t2av"])
     with gr.Row():
         with gr.Column():
-            mode = gr.Radio([(words, name) for name, words in MODES.items()], value="t2av", label="what happens")
-            text = gr.Textbox(SENTENCES[0], label="text to say", max_length=1000)
-            sentences = gr.Examples([[sentence] for sentence in SENTENCES], text, label="example sentences")
-            voice = _voice_field(VOICES[0])
-            source = gr.Radio(["a clip", "a picture"], value="a clip", label="the face is in")
-            clip = gr.Video(CLIPS[0], height=280, sources=["upload"], label="face")
+            mode = gr.Radio([(words, name) for name, words in MODES.items()], value="t2av", label="What to make")
+            text = gr.Textbox(SENTENCES[0], lines=1, max_lines=6, max_length=MAX_CHARACTERS, **start["text"])
+            text_error = _error_line()
+            buttons = _buttons("Talk")
+            sentences = gr.Examples([[sentence] for sentence in SENTENCES], text, label="Example sentences")
+            source = gr.Radio([PHOTO, CLIP], value=PHOTO, label="Where the face is")
             picture = gr.Image(
-                PICTURE, type="filepath", image_mode=None, sources=["upload"], height=280, visible=False, label="face"
-            )
+                PICTURE, type="filepath", image_mode=None, sources=["upload"], height=HEIGHT, label="Photo of the face",
+                elem_classes="input-file", **start["picture"],
+            )  # fmt: skip
             picture.preprocess = lambda file: file and file.path  # the reader of faces checks it, not gradio
-            clips = gr.Examples([[path] for path in CLIPS], clip, label="example faces")
+            clip = _clip_field(demo, **start["clip"])
+            face_error = _error_line()
+            clips = gr.Examples([[path] for path in CLIPS], clip, label="Example clips", **start["clips"])
+            voice = _voice_field(VOICES[0])
+            voice_error = _error_line()
             settings = _settings(demo.talker.sampling, demo.talker.sampling.guidance, 50, 1.0)
         with gr.Column():
-            buttons, status, outputs = _results("Talk", "talking face")
+            status, outputs = _results("talk", "Talk", "Talking face")
     parts = {
-        "text": text, "sentences": sentences.dataset, "voice": voice, "source": source, "clip": clip,
+        "line": line, "text": text, "sentences": sentences.dataset, "voice": voice, "source": source, "clip": clip,
         "clips": clips.dataset, "picture": picture, "video": outputs[0], "sound": outputs[1],
     }  # fmt: skip
 
     def talk(mode: str, text: str, voice: str, source: str, clip: str, picture: str, *rest: Any) -> Made:
-        by_picture = source == "a picture" and mode in ("t2av", "a2v")
+        by_picture = source == PHOTO and mode in ("t2av", "a2v")
         return demo.talk(mode, text, voice, picture if by_picture else clip, *rest)
 
     def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> dict[Any, Any]:
@@ -147,77 +269,168 @@ def _talk_tab(demo: Demo, stopped: set[str]) -> None:
         updates["text"]["value"] = text_for(mode, text, voice, clip)
         return {parts[name]: gr.update(**look) for name, look in updates.items()}
 
-    for field in (mode, source, voice, clip):  # an example brings its own label along
-        field.change(adapt, [mode, source, text, voice, clip], [*parts.values()], **QUIET)
-    inputs, files = [mode, text, voice, source, clip, picture], {"the sound": 2, "the clip": 4, "the picture": 5}
-    _connect(stopped, talk, [*inputs, *settings], files, buttons, status, outputs)
+    for changed in (mode, source, voice, clip):  # an example brings its own label along
+        changed.change(adapt, [mode, source, text, voice, clip], [*parts.values()], **QUIET)
+    inputs = [mode, text, voice, source, clip, picture, *settings]
+    files = {"the voice": 2, "the clip": 4, "the photo": 5}
+    errors = {"the text": text_error, "the voice": voice_error, "the face": face_error}
+    tab = Tab("talk", "Talk", talk, inputs, files, errors, buttons, status, outputs)
+    _connect(demo, tab, [buttons[0].click, text.submit], stopped)
+
+
+def _clip_field(demo: Demo, label: str, visible: bool = True) -> gr.Video:
+    clip = gr.Video(
+        CLIPS[0], height=HEIGHT, sources=["upload"], label=label, visible=visible, elem_classes="input-file"
+    )
+    clip.upload(demo.preview, clip, clip, queue=False, show_progress="minimal", api_visibility="private")
+    return clip
 
 
 def _voice_field(value: str | None) -> gr.Audio:
-    voice = gr.Audio(value, type="filepath", label="voice to speak with", buttons=[])
-    gr.Examples([[path] for path in VOICES], voice, label="example voices", example_labels=VOICE_NAMES)
+    label = looks("t2av", PHOTO)["voice"]["label"]
+    voice = gr.Audio(value, type="filepath", sources=["upload", "microphone"], label=label, buttons=[])
+    gr.Examples([[path] for path in VOICES], voice, label="Example voices", example_labels=VOICE_NAMES)
     return voice
 
 
 def _settings(sampler: Any, guidance: float, steps: int, temperature: float) -> list[Any]:
     with gr.Accordion("Settings", open=False):
         return [
-            gr.Slider(1, steps, sampler.steps, step=1, label="steps (more take longer)"),
-            gr.Slider(0, temperature, sampler.temperature, step=0.05, label="temperature (0: always the likeliest)"),
-            gr.Slider(0, 5.0, guidance, step=0.1, label="guidance (how closely the inputs are followed)"),
-            gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="seed (another one, another result)"),
+            gr.Slider(1, steps, sampler.steps, step=1, label="Steps (more take longer)"),
+            gr.Slider(0, temperature, sampler.temperature, step=0.05, label="Temperature (0: always the likeliest)"),
+            gr.Slider(0, 5.0, guidance, step=0.1, label="Guidance (how closely the inputs are followed)"),
+            gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed (another one, another result)"),
         ]
 
 
-def _results(word: str, label: str) -> tuple[list[gr.Button], gr.Textbox, list[Any]]:
+def _error_line() -> gr.HTML:
+    return gr.HTML(visible=False)
+
+
+def _buttons(word: str) -> list[gr.Button]:
     with gr.Row():
-        buttons = [gr.Button(word, variant="primary"), gr.Button("Stop", variant="stop", interactive=False)]
-    status = gr.Textbox(f"Press {word}.", label="status", lines=1, max_lines=6, interactive=False)
-    video = gr.Video(label=label, height=280, interactive=False, buttons=["download"])
-    return buttons, status, [video, gr.Audio(label="speech alone", interactive=False, buttons=["download"])]
+        return [gr.Button(word, variant="primary", scale=4), gr.Button("Stop", scale=0, min_width=80, **STOP[False])]
 
 
-def _connect(
-    stopped: set[str], action: Callable, inputs: list[Any], files: dict[str, int], buttons: list[Any], status: Any,
-    outputs: list[Any],
-) -> None:  # fmt: skip
-    """Let the buttons run and stop `action`; `files` are its inputs that are files, by their names on the page."""
-    idle = [gr.update(interactive=True), gr.update(interactive=False)]
+STOP = {  # by whether there is a run
+    False: {"variant": "secondary", "size": "sm", "interactive": False},
+    True: {"variant": "stop", "size": "lg", "interactive": True},
+}
+
+
+def _button_updates(is_running: bool) -> list[dict[str, Any]]:
+    return [gr.update(interactive=not is_running), gr.update(**STOP[is_running])]
+
+
+def _results(name: str, word: str, label: str) -> tuple[gr.HTML, list[Any]]:
+    status = gr.HTML(status_line("idle", f"Press {word}."), elem_id=f"{name}-status")
+    video = gr.Video(label=label, height=HEIGHT, interactive=False, buttons=["download"])
+    return status, [video, gr.Audio(label="Speech alone", interactive=False, buttons=["download"])]
+
+
+class Course:
+    """How far a run is, by the stages that it reports."""
+
+    def __init__(self) -> None:
+        self.done = 0.0
+
+    def at(self, step: int, total: int | None, what: str) -> tuple[float, str]:
+        """Return the fraction of the run that is done, which never falls, and a line about its stage."""
+        begin = 0.0
+        for words, share in SHARES.items():
+            if words in what:
+                self.done = max(self.done, begin + share * self._fraction(step, total, what))
+                break
+            begin += share
+        bound = _bound(what)
+        if bound and total:
+            return self.done, f"Generating: {step / total * bound:.1f} s so far, at most {bound} s"
+        line = STAGES.get(what, what)
+        return self.done, line[:1].upper() + line[1:]
+
+    def _fraction(self, step: int, total: int | None, what: str) -> float:
+        """Return the fraction of a stage; where the model decides when the text is said, one that slows down."""
+        if not total:
+            return 0.0
+        return 1 - math.exp(-step / total / USUAL) if _bound(what) else step / total
+
+
+def _bound(what: str) -> float | None:
+    """Return the most seconds that a stage may generate, if only that is known."""
+    bound = re.search(r"sampling at most ([\d.]+) s", what)
+    return float(bound[1]) if bound else None
+
+
+def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> None:
+    """Let the triggers start the tab's action, Stop end it, and changed inputs remove what they did not make."""
 
     def begin(request: gr.Request) -> list[Any]:
+        if request.session_hash in tab.working:
+            tab.pressed.add(request.session_hash)
+            return [gr.skip()] * len(everything)
         stopped.discard(request.session_hash)
-        return [*reversed(idle), "Waits for its turn.", *[None] * len(outputs)]
+        tab.changed.discard(request.session_hash)
+        tab.pressed.discard(request.session_hash)
+        tab.working.add(request.session_hash)
+        return [*_button_updates(True), *tab.show("busy", "Working.")]
 
     def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
         def report(step: int, total: int | None, what: str) -> None:
             if request.session_hash in stopped:
                 raise Stopped
-            progress((step, total), desc=what, unit="")
+            done, line = course.at(step, total, what)
+            progress(done, desc=line)
 
-        paths = {name: values[number] for name, number in files.items()}
-        start, result = time.monotonic(), Made([])
+        if request.session_hash in tab.pressed:  # one run is enough
+            tab.pressed.discard(request.session_hash)
+            return [gr.skip()] * len(everything)
+        values = list(values)
+        for number in tab.files.values():
+            values[number] = demo.original(values[number])
+        paths = {name: values[number] for name, number in tab.files.items()}
+        start = time.monotonic()
+        course = Course()
         try:
             with showing(report):
-                result = action(*values)
-            notes = [*result.notes, f"done in {time.monotonic() - start:.1f} s"]
-            note = " ".join(in_page_words(note, paths) for note in notes)
+                made = tab.action(*values)
+            notes = [*made.notes, f"done in {time.monotonic() - start:.1f} s"]
+            if request.session_hash in tab.changed:
+                notes.append("the inputs have changed since")
+            shown = tab.show("done", " ".join(in_page_words(note, paths) for note in notes), made=made)
         except Stopped:
-            note = "Stopped."
+            shown = tab.show("idle", "Stopped.")
         except UserError as error:
             print(printable(f"error shown on the page: {error}"), file=sys.stderr, flush=True)
-            note = f"This did not work. {in_page_words(str(error), paths)}"
+            wrong = faulty_field(error, paths)
+            if wrong not in tab.errors:
+                wrong = FACE_FILES.get(wrong, "")
+            shown = tab.show("error", in_page_words(str(error), paths), wrong)
         except Exception:
             traceback.print_exc()
-            note = "This did not work: a fault of the program. The terminal of the server says more."
-        return [*idle, note, *[result.video, result.sound, result.figure][: len(outputs)]]
+            shown = tab.show("error", "A fault of the program. The terminal of the server says more.")
+        finally:
+            tab.working.discard(request.session_hash)
+        return [*_button_updates(False), *shown]
 
     def stop(request: gr.Request) -> list[Any]:
         stopped.add(request.session_hash)
-        return [*idle, "Stopped."]
+        tab.working.discard(request.session_hash)
+        return [*_button_updates(False), status_line("idle", "Stopped.")]
 
-    everything = [*buttons, status, *outputs]
-    start = buttons[0].click(begin, None, everything, **QUIET)
+    def reset(value: Any, request: gr.Request) -> list[Any]:
+        if request.session_hash in tab.working:
+            if not (isinstance(value, str) and demo.original(value) != value):  # a copy is no new clip
+                tab.changed.add(request.session_hash)
+            return [gr.skip()] * len(tab.shown)
+        return tab.show("idle", f"Press {tab.word}.")
+
+    everything = [*tab.buttons, *tab.shown]
+    start = gr.on(triggers, begin, None, everything, **QUIET)
+    gr.on(triggers, None, None, None, js=SCROLL.replace("NAME", f"{tab.name}-status"), **QUIET)
     running = start.then(
-        run, inputs, everything, show_progress_on=status, concurrency_id="models", api_name=action.__name__
+        run, tab.inputs, everything, show_progress_on=tab.status, concurrency_id="models", api_name=tab.name
     )
-    buttons[1].click(stop, None, [*buttons, status], **QUIET, cancels=[running])  # also one that waits for its turn
+    # Stop also ends a run that waits for its turn.
+    tab.buttons[1].click(stop, None, [*tab.buttons, tab.status], **QUIET, cancels=[running])
+    for changed in tab.inputs:
+        changed.change(reset, changed, tab.shown, **QUIET)

@@ -161,6 +161,18 @@ class Streams:
     seconds: float
 
 
+PLAYABLE = {".mp4", ".m4v", ".mov", ".webm"}, {"h264", "vp8", "vp9", "av1"}  # containers and codecs of video
+
+
+def browser_plays(path: str | Path) -> bool:
+    """Return whether common browsers play a video file; False also for what is no video."""
+    containers, codecs = PLAYABLE
+    try:
+        return Path(path).suffix.lower() in containers and probe(path).video in codecs
+    except UserError:
+        return False
+
+
 def probe(path: str | Path) -> Streams:
     """Return which streams a media file has."""
     path = check_readable(path)

@@ -185,6 +185,22 @@ def write_video(
             raise UserError(f"cannot write {path}: {last_line(log.read().decode(errors='replace'))}")
 
 
+def write_preview(video_path: str | Path, out_path: str | Path) -> None:
+    """Write a copy of a video that browsers play, an .mp4 of at most `limits.seconds` and 640 pixels.
+
+    Raises:
+        UserError: the video cannot be decoded.
+    """
+    scale = "scale=w='min(iw,640)':h='min(ih,640)':force_original_aspect_ratio=decrease:force_divisible_by=2"
+    streams = ["-map", "0:V:0", "-map", "0:a:0?", "-t", f"{LIMITS.seconds:g}"]
+    encoding = ["-vf", f"bwdif=deint=interlaced,{scale}", *_H264, "-preset", "veryfast", "-c:a", "aac"]
+    with atomic_output(out_path) as staging:
+        call = command("-v", "error", *source(video_path), *streams, *encoding, "-f", "mp4", f"file:{staging}")
+        result = subprocess.run(call, capture_output=True, text=True, errors="replace")
+        if result.returncode != 0:
+            raise UserError(f"{video_path} cannot be decoded: {last_line(result.stderr)}")
+
+
 def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, comment: str = "") -> None:
     """Write the picture of `video_path` with new sound: H.264 is copied, anything else re-encoded; sound is AAC.
 

@@ -16,6 +16,7 @@ import soundfile
 from imageio_ffmpeg import count_frames_and_secs
 
 from engine.errors import UserError
+from engine.media.ffmpeg import command, probe
 from engine.progress import showing, stage
 from service import demo_actions as actions
 
@@ -115,13 +116,50 @@ def test_words_that_only_the_server_knows_are_left_out():
     assert words("sampler.steps=0 must be a whole number") == "The terminal of the server says why."
 
 
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("/tmp/up/x.mp4: no face found", "the clip"),
+        ("the text has 2,100 bytes, and 2,000 is the most", "the text"),
+        ("seed=-1 must be a whole number", ""),
+    ],
+)
+def test_errors_belong_to_a_field(message, field):
+    assert actions.faulty_field(UserError(message), {"the clip": "/tmp/up/x.mp4", "the voice": None}) == field
+    assert actions.faulty_field(actions.FieldError("the face", message), {}) == "the face"
+
+
+@pytest.mark.parametrize("suffix", [".mpg", ".avi", ".mkv"])
+def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_path, suffix):
+    clip = tmp_path / f"mine{suffix}"
+    subprocess.run(command("-v", "error", "-i", CLIP, str(clip)), check=True)
+    copy = demo.preview(str(clip))
+    assert Path(copy).suffix == ".mp4" and probe(copy).video == "h264"
+    assert demo.original(copy) == str(clip)  # which is what the model reads
+    assert demo.preview(CLIP) == demo.original(CLIP) == CLIP
+    clip.write_bytes(b"no video")
+    assert demo.preview(str(clip)) == str(clip)
+
+
+def test_progress_never_falls_and_does_not_jump_where_the_length_is_not_known(page_of):
+    course = page_of.Course()
+    stages = ["reading and encoding the files", "a.mp4 (2.3 s): finding the face", "conditions"]
+    stages += ["sampling at most 8.0 s"] * 16 + ["decoding", "writing the files"]
+    steps = [course.at(step, 50 if "sampling" in what else None, what) for step, what in enumerate(stages, -2)]
+    done = [fraction for fraction, _ in steps]
+    assert done == sorted(done) and max(np.diff(done)) < 0.2 and 0.9 < done[-1] < 1
+    assert steps[12][1] == "Generating: 1.6 s so far, at most 8.0 s"
+    assert steps[2][1] == "Reading the face" and steps[-1][1] == "Writing the files"
+    assert page_of.Course().at(5, 10, "sampling 2.3 s of speech")[1] == "Sampling 2.3 s of speech"
+
+
 class SlowDemo:
     """Buttons that work until they are stopped, but only the first time."""
 
     bundled = True
 
     def __init__(self, demo):
-        self.hicodit, self.talker = demo.hicodit, demo.talker
+        self.hicodit, self.talker, self.preview, self.original = demo.hicodit, demo.talker, demo.preview, demo.original
         self.begun, self.ended, self.calls = threading.Event(), threading.Event(), 0
 
     def speak(self, *given):
@@ -137,7 +175,9 @@ class SlowDemo:
             self.ended.set()
         return actions.Made(["it worked"])
 
-    def talk(self, *given):
+    def talk(self, mode, text, *given):
+        if not text:
+            raise actions.FieldError("the text", "Write a text to say.")
         raise RuntimeError("at /secret/path")
 
 
@@ -189,8 +229,41 @@ def test_stop_ends_a_run_and_the_queue_goes_on(served):
 
 
 def test_an_error_of_the_program_shows_no_paths(served):
-    result = client_of(served[1]).predict("tts", "x", None, "a clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
-    assert "a fault of the program" in result[0] and "secret" not in str(result)
+    result = client_of(served[1]).predict("tts", "x", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
+    assert "A fault of the program" in result[0] and "secret" not in str(result)
+
+
+def test_an_error_is_shown_at_its_field(served):
+    result = client_of(served[1]).predict("tts", "", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
+    assert 'class="status error"' in result[0] and "Not done: see the text, marked red." in result[0]
+    text, voice, face = (line["value"] for line in result[1:4])
+    assert 'role="alert">Write a text to say.<' in text and voice == face == ""
+
+
+def test_labels_are_sentences_and_enter_starts(served):
+    config = httpx.get(f"{served[1]}config").json()
+    labels = [part["props"].get("label") for part in config["components"] if part["type"] not in ("tabitem", "form")]
+    assert len(labels) > 20 and [label for label in labels if label and not label[0].isupper()] == []
+    text = next(part["id"] for part in config["components"] if part["type"] == "textbox")
+    starts = [d for d in config["dependencies"] if [text, "submit"] in d["targets"]]
+    assert len(starts) == 2  # one resets the page, one scrolls to the result
+
+
+def test_a_changed_input_removes_the_result_unless_a_run_goes_on(served):
+    url = served[1]
+    config = httpx.get(f"{url}config").json()
+    clip = next(part["id"] for part in config["components"] if part["type"] == "video")
+    button = next(part["id"] for part in config["components"] if part["props"].get("value") == "Speak")
+
+    def press(part, event, *values):
+        index = next(d["id"] for d in config["dependencies"] if [part, event] in d["targets"] and d["backend_fn"])
+        given = {"data": values, "fn_index": index, "session_hash": "visitor"}
+        return httpx.post(f"{url}gradio_api/run/predict", json=given).json()["data"]
+
+    status, *_, video, sound, figure = press(clip, "change", None)
+    assert "Press Speak." in status and video is sound is figure is None
+    press(button, "click")
+    assert all(value.keys() <= {"__type__", "props"} for value in press(clip, "change", None))  # nothing is replaced
 
 
 def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path):
