@@ -43,7 +43,7 @@ SPEECH = {
     "reference_audio": base64.b64encode(VOICE.read_bytes()).decode(),
 }  # fmt: skip
 WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
-    ("audio/speech", {"json": SPEECH | {"model": "tts-1"}}, 400),
+    ("audio/speech", {"json": SPEECH | {"model": "whisper-1"}}, 404),
     ("audio/speech", {"json": SPEECH | {"reference_audio": "?"}}, 400),
     ("audio/speech", {"json": SPEECH | {"input": "x" * 5000}}, 400),
     ("audio/speech", {"json": SPEECH | {"speed": 0}}, 400),

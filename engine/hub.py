@@ -21,7 +21,11 @@ def release_folder(source: str | Path) -> Path:
     OWNER/NAME is searched on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
     stays a path. Without a network, an earlier copy is used. OWNER/NAME@REVISION names a branch, tag or commit. A
     bundled release, assets/NAME, is found from every folder.
+
+    Raises:
+        UserError: the folder is that of a training run, or the hub's repository cannot be downloaded.
     """
+    refuse_run(source)
     name = NAME.fullmatch(str(source))
     if name is None or Path(source).exists() or Path(name[1]).exists():
         return Path(source)
@@ -47,8 +51,23 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         raise UserError(f"{repository} is not a local folder, and {why}") from error
 
 
+def refuse_run(source: str | Path, key: str = "") -> None:
+    """Raise UserError if a folder is that of a training run: its release is a folder in it.
+
+    Args:
+        key: name of the setting that has this value.
+    """
+    release = Path(source) / "release"
+    is_run = (release / "model.safetensors").is_file() and not (Path(source) / "model.safetensors").exists()
+    if is_run:
+        setting = f"{key}=" if key else ""
+        raise UserError(f"{setting}{source} is the folder of a training run: give its release, {setting}{release}")
+
+
 def check_release(key: str, source: str | None) -> None:
     """Check that the release that the setting `key` names exists; a name on the hub passes."""
+    if source is not None:
+        refuse_run(source, key)
     if source is not None and not Path(source).exists():
         name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():

@@ -143,7 +143,9 @@ def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
     description, _, examples = text.partition("Examples:")
     choices = {group: choice for group, choice in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
     config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
-    lines = [description.strip(), "", "Settings, as key=value (default):"]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in description.strip().split("\n\n")]
+    lines = ["\n\n".join(textwrap.fill(paragraph, _width(), break_on_hyphens=False) for paragraph in paragraphs)]
+    lines += ["", "Settings, as key=value (default):"]
     lines += _table(_settings(config_name, config, choices))
     for group, choice in choices.items():
         lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
@@ -208,15 +210,19 @@ def _headline(path: Path) -> str:
     return next((line.lstrip("# ").strip() for line in lines if line[:1] == "#" and "@package" not in line), "")
 
 
+def _width() -> int:
+    """Return the number of columns that help is wrapped at."""
+    return max(80, min(shutil.get_terminal_size((120, 24)).columns, 140))
+
+
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     """Return the lines of a table whose last column is wrapped at the width of the terminal."""
-    width = max(80, min(shutil.get_terminal_size((120, 24)).columns, 140))
     columns = [min(36, max((len(row[i]) for row in rows), default=0)) for i in range(len(rows[0]) - 1)] if rows else []
     lines = []
     for *cells, sentence in rows:
         start = "  " + "".join(f"{cell:<{column}}  " for cell, column in zip(cells, columns))
         rest = " " * (2 + sum(column + 2 for column in columns))
-        wrapped = textwrap.wrap(sentence, max(30, width - len(rest)), break_on_hyphens=False) or [""]
+        wrapped = textwrap.wrap(sentence, max(30, _width() - len(rest)), break_on_hyphens=False) or [""]
         lines.append((start + wrapped[0]).rstrip())
         lines += [rest + line for line in wrapped[1:]]
     return lines

@@ -92,6 +92,25 @@ def override(settings: T, changes: Mapping[str, Any]) -> T:
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
+def with_arguments(settings: T, arguments: Mapping[str, Any], others: Collection[str] = ()) -> T:
+    """Return the group `settings` changed by the keyword arguments of a method, whose names alone are in errors.
+
+    Args:
+        others: names of the method's other arguments.
+
+    Raises:
+        UserError: an argument is unknown, or its value is not allowed.
+    """
+    names = [field.name for field in dataclasses.fields(settings)]
+    for name in arguments:
+        if name not in names:
+            raise UserError(f"unknown argument {name[:80]!r}; {nearest(name, [*names, *others])}")
+    try:
+        return dataclasses.replace(settings, **arguments)
+    except UserError as error:
+        raise UserError(str(error).removeprefix(settings.prefix)) from error
+
+
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
     """Check that `value` is of the type `hint`, within the bounds or choices in the metadata of a `setting`."""
     kind, takes_none = kind_of(hint)

@@ -7,7 +7,7 @@ W width, S' side of face pictures.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from engine.precision import convert_matrices, pick_dtype, prepare_inference, us
 from engine.progress import stage
 from engine.publish import publish
 from engine.release import find_codec
+from engine.seeding import check_seed
+from engine.settings import require_range, with_arguments
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
@@ -44,11 +46,12 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
 
+Video = str | Path | np.ndarray | Tensor  # a file, or frames as of `as_frames`
 GENERATED = generated_comment("HiCoDiT", "speech")  # metadata of files
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Speech:
     """Generated speech and what it was generated from.
 
@@ -70,6 +73,12 @@ class Speech:
     evaluations: int = 0
     remarks: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return the facts without the arrays."""
+        levels, length = self.tokens.shape
+        remarks = f", remarks={list(self.remarks)}" if self.remarks else ""
+        return f"Speech({len(self.wave) / self.rate:.2f} s at {self.rate} Hz, {levels} x {length} tokens{remarks})"
+
     def save(self, path: str | Path) -> None:
         """Write the speech as 16-bit WAV; the file appears whole or not at all.
 
@@ -85,6 +94,7 @@ class HiCoDiTPipeline:
     pipeline = HiCoDiTPipeline.from_pretrained()
     speech = pipeline("clip.mp4", seed=0)        # speech.wave (N,) float32, speech.rate
     speech.save("speech.wav")
+    one, other = pipeline(["one.mp4", "other.mp4"], seed=[0, 1])  # one batch
     """
 
     def __init__(
@@ -174,13 +184,13 @@ class HiCoDiTPipeline:
         """
         return publish(self.folder, self.parts, repository, license, private)
 
-    def crops(self, video: str | Path | np.ndarray, face: str | int = "largest", face_box: Any = None) -> Crops:
+    def crops(self, video: Video, face: str | int = "largest", face_box: Any = None) -> Crops:
         """Return the crops of one face; arguments as those of `all_crops`."""
         return next(self.all_crops(video, face, face_box))
 
     def all_crops(
         self,
-        video: str | Path | np.ndarray,
+        video: Video,
         face: str | int = "all",
         face_box: Any = None,
         strips: Sequence[Path] | None = None,
@@ -188,7 +198,7 @@ class HiCoDiTPipeline:
         """Find faces in a clip and cut out the pictures of mouth and face of each.
 
         Args:
-            video: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
+            video: a file of any size and frame rate, or frames at 25 fps, as of `as_frames`.
             face: which of several; see `engine.faces.track.follow_faces`.
             face_box: position of the face, in place of detection; see `engine.faces.track.track_of_boxes`. Pixels are
                 those of the clip as a player shows it.
@@ -198,10 +208,10 @@ class HiCoDiTPipeline:
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
         """
-        array = isinstance(video, np.ndarray)
+        array = not isinstance(video, str | Path)
         name = "the clip" if array else str(video)
-        if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
-            raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
+        if array:
+            video = as_frames(video)
 
         frames = ArrayFrames(video) if array else ClipFrames(video, FPS)
         stated = len(video) if array else round(probe(video).seconds * FPS)
@@ -369,7 +379,8 @@ class HiCoDiTPipeline:
             frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 a second.
             settings: fields of `hicodit.streaming.StreamSettings`, such as `lookahead=0.8`.
         """
-        stream = SpeechStream(self, StreamSettings(**settings), seed, identity)
+        chosen = with_arguments(StreamSettings(), settings, ("seed", "identity"))
+        stream = SpeechStream(self, chosen, seed, identity)
         for block in iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames:
             for frame in [block] if block.ndim == 3 else block:
                 if (chunk := stream.push(frame)) is not None and len(chunk.wave):
@@ -378,7 +389,66 @@ class HiCoDiTPipeline:
             yield chunk
 
     def __call__(
-        self, video: str | Path | np.ndarray, seed: int = 0, identity: np.ndarray | None = None, **sampler: object
-    ) -> Speech:
-        """Generate the speech of a clip; keyword arguments override fields of the sampler, as in `steps=16`."""
-        return self.run([self.crops(video)], [seed], identity, replace(self.sampler, **sampler))[0]
+        self,
+        video: Video | Sequence[Video],
+        seed: int | Sequence[int] = 0,
+        identity: np.ndarray | None = None,
+        fps: float | None = None,
+        **sampler: object,
+    ) -> Speech | list[Speech]:
+        """Generate the speech of a clip, or of a list of clips as one batch.
+
+        Args:
+            video: a file of any size and frame rate, or frames as of `as_frames`; or a list of them.
+            seed: one for all clips, or one each.
+            identity: (256,) GE2E vector of a voice, in place of those of the faces.
+            fps: frames a second of given frames, 25 by default.
+            sampler: fields of `hicodit.settings.SamplerConfig` that override the release's, as in `steps=16`.
+
+        Returns:
+            The speech; for a list of clips, a list.
+
+        Raises:
+            UserError: as by `all_crops`, or an argument is not allowed.
+        """
+        settings = with_arguments(self.sampler, sampler, ("seed", "identity", "fps"))
+        is_batch = isinstance(video, list | tuple)
+        videos = list(video) if is_batch else [video]
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
+        if len(seeds) != len(videos):
+            raise UserError(f"{len(seeds)} seeds for {len(videos)} clips: give one for all, or one each")
+        for each in seeds:
+            check_seed(each)
+        crops = [self.crops(_at_25_fps(each, fps)) for each in videos]
+        speeches = self.run(crops, seeds, identity, settings) if crops else []
+        return speeches if is_batch else speeches[0]
+
+
+def as_frames(video: np.ndarray | Tensor) -> np.ndarray:
+    """Return frames (T, H, W, 3), or (T, 3, H, W), uint8 RGB, as an array (T, H, W, 3).
+
+    Raises:
+        UserError: another shape or type.
+    """
+    frames = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
+    if not isinstance(frames, np.ndarray):
+        raise UserError(f"a clip of type {type(video).__name__}: give a file, an array or a tensor")
+    if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
+        frames = np.moveaxis(frames, 1, -1)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        given = f"frames of shape {frames.shape} and type {frames.dtype}"
+        raise UserError(f"{given}: give (T, H, W, 3) or (T, 3, H, W) uint8 RGB")
+    return np.ascontiguousarray(frames)
+
+
+def _at_25_fps(video: Video, fps: float | None) -> Video:
+    """Return a clip whose frames, if they are given, are repeated or dropped to be 25 a second."""
+    if fps is None:
+        return video
+    if isinstance(video, str | Path):
+        raise UserError(f"fps={fps:g} is for frames: the file {video} states its own")
+    require_range("fps", fps, 1.0, 1000.0)
+    frames = as_frames(video)
+    count = max(1, round(len(frames) / fps * FPS))
+    times = (np.arange(count) + 0.5) / FPS
+    return frames[np.minimum((times * fps).astype(int), len(frames) - 1)]

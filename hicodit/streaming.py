@@ -35,7 +35,7 @@ HOP = 4  # video frames: 160 ms
 MIN_MARGIN = 5  # video frames between the newest picture and a settled token, where the look-ahead has room for them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpeechChunk:
     """A part of the sound: wave (N,) float32 at `rate` Hz, and when it came.
 
@@ -48,6 +48,10 @@ class SpeechChunk:
     needed: int
     compute: float
     tokens: np.ndarray
+
+    def __repr__(self) -> str:
+        """Return the facts without the arrays."""
+        return f"SpeechChunk({len(self.wave) / self.rate:.2f} s at {self.rate} Hz, computed in {self.compute:.3f} s)"
 
 
 class SpeechStream:

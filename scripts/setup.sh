@@ -42,7 +42,11 @@ install() {
 }
 stamp=".venv/ready-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
-    echo "making .venv with $("$python" --version) (once; a few minutes, mostly downloads)"
+    if [ -x .venv/bin/python ]; then
+        echo "adding ${extras:-what has changed} to .venv (mostly downloads)"
+    else
+        echo "making .venv with $("$python" --version) (once; a few minutes, mostly downloads)"
+    fi
     "$python" -m venv .venv
     install -e ".${extras:+[$extras]}"
     case ",$extras," in *,prepare,*) install --no-deps clearvoice ;; esac # it asks for numpy 1, but runs with 2

@@ -229,7 +229,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed)
         for prompt, most, seed in zip(prompts, limits, seeds)
     )
-    reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
+    reference.remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
     remarks = tuple(dict.fromkeys(reference.remarks))
     surroundings = None
     if picture is not None and job.paste_back:

@@ -3,6 +3,7 @@
     pipeline = TalkerPipeline.from_pretrained()
     talk = pipeline.t2av("set red in hotel three again", reference_audio="voice.wav", reference_video="face.mp4")
     talk.save("talk.mp4")
+    one, other = pipeline([Job("tts", "one", "voice.wav"), Job("tts", "other", "voice.wav", seed=1)])  # one batch
     for chunk in pipeline.stream(Job("tts", "hello", reference_audio="voice.wav")): play(chunk.wave)
 
 Axes: N samples at 24 kHz, F frames at 25 a second, P frames of a patch, S picture side, Dm motion channels, Ds speech
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from engine.media.video import write_video
 from engine.precision import pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.publish import publish
+from engine.settings import nearest
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
@@ -44,14 +46,14 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
-CUT_OFF = "cut off at the longest length allowed: max_seconds= sets it"  # a remark
+CUT_OFF = "cut off at the longest length allowed: max_seconds sets it"  # a remark
 TEMPLATE = 32  # tokens of a prompt beside its text
 PAUSE = 5  # frames between two parts of a long text
 PARTS_AT_ONCE = 8  # rows of a batch
 KEPT = 2  # loops that are kept for later jobs, with their memory and graphs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Talk:
     """The result of one job.
 
@@ -72,6 +74,11 @@ class Talk:
     stopped: bool
     remarks: tuple[str, ...] = ()
     surroundings: Surroundings | None = None
+
+    def __repr__(self) -> str:
+        """Return the facts without the arrays."""
+        remarks = f", remarks={list(self.remarks)}" if self.remarks else ""
+        return f"Talk({_facts(self.wave, self.frames)}, stopped={self.stopped}{remarks})"
 
     @property
     def comment(self) -> str:
@@ -97,12 +104,25 @@ class Talk:
             write_video(path, self.pictures(), FPS, self.wave, RATE, comment=self.comment)
 
 
-@dataclass(frozen=True)
+def _facts(wave: np.ndarray, frames: np.ndarray | None) -> str:
+    """Describe a sound (N,) and pictures (F, H, W, 3)."""
+    sound = f"{len(wave) / RATE:.2f} s at {RATE} Hz"
+    if frames is None:
+        return sound
+    count, height, width, _ = frames.shape
+    return f"{sound}, {count} frames of {width} x {height}"
+
+
+@dataclass(frozen=True, repr=False)
 class Chunk:
     """A part of the result: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Sound may lag behind the picture."""
 
     wave: np.ndarray
     frames: np.ndarray | None
+
+    def __repr__(self) -> str:
+        """Return the facts without the arrays."""
+        return f"Chunk({_facts(self.wave, self.frames)})"
 
 
 class TalkerPipeline:
@@ -157,22 +177,23 @@ class TalkerPipeline:
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
-        return self(Job("t2av", text, reference_audio, reference_video, **more))
+        return self(_job("t2av", text, reference_audio=reference_audio, reference_video=reference_video, **more))
 
     def tts(self, text: str, reference_audio: str, **more: Any) -> Talk:
         """Say a text with a voice."""
-        return self(Job("tts", text, reference_audio, **more))
+        return self(_job("tts", text, reference_audio=reference_audio, **more))
 
     def a2v(self, audio: str, reference_video: str, text: str = "", **more: Any) -> Talk:
         """Let a face say a given sound; `text` is what the sound says."""
-        return self(Job("a2v", text, reference_video=reference_video, audio=audio, **more))
+        return self(_job("a2v", text, reference_video=reference_video, audio=audio, **more))
 
     def v2a(self, video: str, reference_audio: str | None = None, text: str = "", **more: Any) -> Talk:
         """Give a clip a voice; `text` is what its lips say."""
-        return self(Job("v2a", text, reference_audio, video=video, **more))
+        return self(_job("v2a", text, reference_audio=reference_audio, video=video, **more))
 
-    def __call__(self, job: Job) -> Talk:
-        return self.run([job])[0]
+    def __call__(self, job: Job | Sequence[Job]) -> Talk | list[Talk]:
+        """Generate a job, or a list of jobs, of which those of one mode are one batch."""
+        return self.run([job])[0] if isinstance(job, Job) else self.run(job)
 
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
         """Generate several jobs; those of one mode are one batch."""
@@ -342,6 +363,15 @@ class TalkerPipeline:
         if prepared.mode.open_ended and not stopped:
             remarks += (CUT_OFF,)
         return Talk(np.asarray(wave), frames, speech, motion, stopped, remarks, prepared.surroundings)
+
+
+def _job(mode: str, text: str, **more: Any) -> Job:
+    """Make a job from arguments of a method; paths may be `Path`s."""
+    names = {field.name for field in fields(Job)}
+    for name in more:
+        if name not in names:
+            raise UserError(f"unknown argument {name[:80]!r}; {nearest(name, names)}")
+    return Job(mode, text, **{name: str(value) if isinstance(value, Path) else value for name, value in more.items()})
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:

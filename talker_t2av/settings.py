@@ -94,22 +94,22 @@ class Job(Group):
         super().__post_init__()
         for name in FILES:
             if getattr(self, name) == "":
-                raise UserError(f"{name}= is empty: name a file, or leave it out")
+                raise UserError(f"{name} is empty: name a file, or leave it out")
         if self.compat != "paper" and self.mode not in ("t2av", "tts"):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
-            raise UserError(f"mode={self.mode} needs text=... to say")
+            raise UserError(f"mode={self.mode} needs a text to say")
         size = len(self.text.encode(errors="replace"))
         most = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
         if size > most:
             raise UserError(f"the text has {size:,} bytes, and {most:,} is the most: make several jobs of it")
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
-                raise UserError(f"mode={self.mode} needs {name}=FILE")
+                raise UserError(f"mode={self.mode} needs {name}, a file")
         if self.mode == "v2a" and is_picture(self.video):
             raise UserError(f"video={self.video} is a picture: give the clip that is to get a voice")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
-            raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
+            raise UserError(f"mode={self.mode} needs reference_audio, a recording of the voice to speak with")
         if is_voice(self.reference_audio) and (self.prefix_seconds or self.compat != "paper"):
             raise UserError(f"reference_audio={self.reference_audio} is a saved voice: prefixes need the recording")
         if self.prefix_seconds and self.mode in ("a2v", "v2a") and not (self.reference_audio and self.reference_video):
@@ -145,7 +145,7 @@ class Job(Group):
     def voice_file(self) -> str:
         """File whose sound is the voice."""
         if not (file := self.find_voice()):
-            raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio=FILE")
+            raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio, a recording")
         return file
 
     def find_voice(self) -> str | None:

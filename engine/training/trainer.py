@@ -110,7 +110,13 @@ class Trainer:
         tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         window = Window()
         stopping = False
-        self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
+        if self.step < c.steps:
+            self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
+        else:
+            self._say(
+                f"{self.run} is finished: all {c.steps:,} steps are done; it is validated, and its release is written, "
+                "again. Another run=FOLDER, or fresh=true, starts anew"
+            )
         self.task.train()
         try:
             with (

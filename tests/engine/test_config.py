@@ -110,6 +110,10 @@ def test_help_lists_settings_with_defaults_and_sentences(monkeypatch, capsys):
     assert re.search(r"^  batch_size +8 +number of clips", text, re.MULTILINE)
     assert re.search(r"^  fast +Eight steps", text, re.MULTILINE) and "python infer.py input=clip.mp4" in text
     assert max(map(len, text.splitlines())) <= 140
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command(monkeypatch, infer, "--help") == 0
+    before_examples = capsys.readouterr().out.partition("Examples:")[0]
+    assert max(map(len, before_examples.splitlines())) <= 80
     assert command(monkeypatch, train, RECIPE, "--help") == 0
     assert re.search(r"^  task\.phoneme_weight +0\.2 +weight of", capsys.readouterr().out, re.MULTILINE)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.hub import check_release, release_folder
 from engine.release import compact, find_codec, read_release, save_release, to_float16, weights_digest
 
 
@@ -53,3 +54,13 @@ def test_a_codec_is_found_in_the_release_beside_it_bundled_or_where_it_was(tmp_p
     assert find_codec(model, "x/tiny", ("codec",), bundled) == str(model / "tiny")
     with pytest.raises(UserError, match=r"names 5 as its codec"):
         find_codec(model, 5, ("codec",), bundled)
+
+
+def test_the_folder_of_a_run_is_refused_with_the_name_of_its_release(tmp_path):
+    run = tmp_path / "run"
+    save_release(run / "release", "toy", {}, state(), "card")
+    assert release_folder(run / "release") == run / "release"
+    with pytest.raises(UserError, match=f"{run} is the folder of a training run: give its release, {run}/release$"):
+        release_folder(run)
+    with pytest.raises(UserError, match=f"^weights={run} is the folder .* weights={run}/release$"):
+        check_release("weights", str(run))

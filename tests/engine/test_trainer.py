@@ -68,10 +68,12 @@ def test_worker_processes_and_counting_of_operations_change_no_digit(tmp_path, c
     assert_same_state(plain, changed)
 
 
-def test_finished_run_is_not_trained_again_and_fresh_starts_anew(tmp_path):
+def test_finished_run_is_not_trained_again_and_fresh_starts_anew(tmp_path, capsys):
     trainer(tmp_path, steps=6).fit()
+    assert "is finished" not in capsys.readouterr().out
     again = trainer(tmp_path, ToySet(trouble_at=1), steps=6)  # would crash at the first sample
     assert again.fit() is not None and again.step == 6
+    assert f"{tmp_path} is finished: all 6 steps are done" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="died"):
         trainer(tmp_path, ToySet(trouble_at=1), fresh=True).fit()
 

@@ -270,3 +270,47 @@ def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
     other.save(tmp_path / "other", "a test")
     with pytest.raises(UserError, match="levels of 8 codes"):
         HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
+
+
+def test_a_list_of_clips_is_a_batch_with_a_seed_each(pipeline, clip):
+    frames = talking_head(20)
+    one, other = pipeline([clip, frames], seed=[3, 4], steps=2)
+    assert np.array_equal(one.tokens, pipeline(clip, seed=3, steps=2).tokens)
+    assert np.array_equal(other.tokens, pipeline(frames, seed=4, steps=2).tokens)
+    same = pipeline([frames, frames], seed=3, steps=2)
+    assert np.array_equal(same[0].tokens, same[1].tokens)
+    with pytest.raises(UserError, match="3 seeds for 2 clips: give one for all, or one each"):
+        pipeline([clip, clip], seed=[1, 2, 3])
+    with pytest.raises(UserError, match="seed=-1"):
+        pipeline([clip], seed=[-1])
+
+
+def test_frames_may_be_tensors_and_of_another_rate(pipeline):
+    frames = talking_head(20)
+    expected = pipeline(frames, steps=2).tokens
+    tensor = torch.from_numpy(frames)
+    for given in (tensor, tensor.movedim(-1, 1)):
+        assert np.array_equal(pipeline(given, steps=2).tokens, expected)
+    assert np.array_equal(pipeline(frames.repeat(2, 0), fps=50, steps=2).tokens, expected)
+    assert pipeline(frames, fps=12.5, steps=2).tokens.shape[1] == 80  # 1.6 s
+    with pytest.raises(UserError, match=r"frames of shape \(20, 128, 128, 3\) and type float32"):
+        pipeline(tensor.float())
+    with pytest.raises(UserError, match=r"fps=0 must be a number from 1\.0 to 1,000\.0"):
+        pipeline(frames, fps=0)
+    with pytest.raises(UserError, match=r"fps=30 is for frames: the file clip\.mp4 states its own"):
+        pipeline("clip.mp4", fps=30)
+
+
+def test_errors_name_the_arguments_of_the_call(pipeline):
+    with pytest.raises(UserError, match=r"^unknown argument 'stepz'; did you mean steps"):
+        pipeline(talking_head(20), stepz=2)
+    with pytest.raises(UserError, match=r"^steps=0 must be a whole number"):
+        pipeline(talking_head(20), steps=0)
+    with pytest.raises(UserError, match=r"^unknown argument 'look_ahead'; did you mean lookahead"):
+        next(pipeline.stream(talking_head(20), look_ahead=1.0))
+
+
+def test_a_result_is_shown_without_its_arrays(pipeline):
+    speech = pipeline(talking_head(20), steps=2)
+    assert repr(speech) == "Speech(0.80 s at 24000 Hz, 12 x 40 tokens)"
+    assert repr(replace(speech, remarks=("why",))).endswith("tokens, remarks=['why'])")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,3 +38,24 @@ def test_all_extras_resolve_together_to_the_versions_of_constraints(tmp_path):
     lacking = found - set(constraints.lower().replace("_", "-").split())
     lacking = {name for name in lacking if not name.startswith(("speaking-faces==", "setuptools=="))}
     assert not lacking, "constraints.txt lacks these"
+
+
+def test_a_second_call_says_that_it_adds_extras(tmp_path):
+    """With a stand-in for Python that makes no environment and installs nothing."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python"
+    make = f'mkdir -p .venv/bin; ln -sf "{python}" .venv/bin/python; exit 0'
+    python.write_text(
+        f'#!/bin/sh\ncase "$1 $2" in "-m venv") {make};; "-m pip") exit 0;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+
+    def set_up(*extras):
+        call = ["bash", tmp_path / "scripts" / "setup.sh", *extras]
+        return subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHON": str(python)}).stdout
+
+    assert set_up().startswith("making .venv with Python 3")
+    assert set_up("demo", "serve").startswith("adding demo,serve to .venv")
+    assert set_up("demo", "serve") == ""

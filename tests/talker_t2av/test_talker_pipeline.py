@@ -242,3 +242,24 @@ def test_the_library_routines_hear_the_prefix_alone(pipeline, mode):
     assert talk.frames is None or len(talk.frames) == len(talk.motion) + prefix
     with pytest.raises(UserError, match="reference voice"):  # 0.24 s of sound are too short for the speaker encoder
         pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.24, **video))
+
+
+def test_a_list_of_jobs_is_a_batch_and_results_are_shown_without_their_arrays(pipeline):
+    voice, face = Path(pipeline.files["voice"]), Path(pipeline.files["face"])
+    lengths = {"min_seconds": 0.48, "max_seconds": 0.48}
+    jobs = [Job("tts", TEXT, str(voice), seed=seed, **lengths) for seed in (1, 2)]
+    for job, talk in zip(jobs, pipeline(jobs)):
+        np.testing.assert_allclose(talk.wave, pipeline(job).wave, atol=2e-4)
+    talk = pipeline.t2av(TEXT, reference_audio=voice, reference_video=face, **lengths)
+    assert repr(talk).startswith("Talk(0.48 s at 24000 Hz, 12 frames of 32 x 32, stopped=")
+    assert repr(next(pipeline.stream(jobs[0]))).startswith("Chunk(")
+
+
+def test_errors_name_the_arguments_of_the_call(pipeline):
+    voice = pipeline.files["voice"]
+    with pytest.raises(UserError, match=r"^unknown argument 'max_second'; did you mean max_seconds"):
+        pipeline.tts(TEXT, voice, max_second=1)
+    with pytest.raises(UserError, match=r"needs a text to say$"):
+        pipeline.tts(" ", voice)
+    with pytest.raises(UserError, match=r"needs reference_audio, a recording of the voice to speak with$"):
+        pipeline.tts(TEXT, None)
