@@ -85,6 +85,10 @@ def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
         summary.report("clips", tmp_path, " of input=x")
 
 
+def test_a_job_that_is_alone_in_its_batch_fails_as_others_do():
+    assert run([1, 3, 2])[0].failed == [("job2", "2 is even")]
+
+
 @pytest.mark.parametrize(("job", "message"), [(2, "2 is even"), (7, "the disk is full")])
 def test_the_error_of_a_single_job_is_raised(job, message, capsys):
     with pytest.raises(UserError, match=message):
