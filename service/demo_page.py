@@ -43,10 +43,10 @@ MODES = {
 }
 LINES = {  # what goes in, what comes out
     "speak": "In: a clip of a talking face; its sound is not used. Out: the clip with generated speech.",
-    "t2av": "In: a text, a photo or clip of a face, seconds of a voice. Out: a video of the face saying the text.",
-    "tts": "In: a text and a few seconds of a voice. Out: the text in that voice.",
+    "t2av": "In: a text, a photo or clip of a face, a recording of a voice. Out: a video of the face saying the text.",
+    "tts": "In: a text and a recording of a voice. Out: the text in that voice.",
     "a2v": "In: a sound, and a photo or clip of a face. Out: a video of that face saying the sound.",
-    "v2a": "In: a clip, what it says, a few seconds of a voice. Out: the clip with generated speech.",
+    "v2a": "In: a clip, what it says, a recording of a voice. Out: the clip with generated speech.",
 }
 FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one field
 PHOTO, CLIP = "Photo", "Clip"  # where the face is
@@ -81,7 +81,7 @@ CSS = """
 .status.error {border-color: #b91c1c}
 .status.error, .field-error {color: #b91c1c; font-weight: 600}
 .dark .status.error, .dark .field-error {color: #fca5a5}
-.block:has(+ .block .field-error), .block:has(+ .field-error) {outline: 2px solid #b91c1c}
+.block:has(+ .block .field-error), .form:has(+ .block .field-error) textarea {outline: 2px solid #b91c1c}
 .input-file span.error {visibility: hidden}
 @media (max-width: 640px) {
     .gradio-container main {padding: 8px !important}
@@ -94,6 +94,10 @@ SCRIPT = """() => new MutationObserver(() => document.querySelectorAll(".toast-b
 })).observe(document.body, {childList: true, subtree: true})"""
 SCROLL = """() => document.getElementById("NAME").scrollIntoView(
     {behavior: "smooth", block: window.innerWidth < 640 ? "start" : "nearest"})"""
+SCROLL_TO_ERROR = """() => setTimeout(() => {
+    const lines = [...document.querySelectorAll(".field-error")];
+    lines.find(line => line.offsetParent)?.scrollIntoView({behavior: "smooth", block: "center"});
+}, 300)"""
 
 
 class Stopped(Exception):
@@ -344,7 +348,7 @@ class Course:
             begin += share
         bound = _bound(what)
         if bound and total:
-            return self.done, f"Generating: {step / total * bound:.1f} s so far, at most {bound} s"
+            return self.done, f"Generating: {step / total * bound:.1f} s of at most {bound} s"
         line = STAGES.get(what, what)
         return self.done, line[:1].upper() + line[1:]
 
@@ -430,6 +434,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
     running = start.then(
         run, tab.inputs, everything, show_progress_on=tab.status, concurrency_id="models", api_name=tab.name
     )
+    running.then(None, None, None, js=SCROLL_TO_ERROR, **QUIET)
     # Stop also ends a run that waits for its turn.
     tab.buttons[1].click(stop, None, [*tab.buttons, tab.status], **QUIET, cancels=[running])
     for changed in tab.inputs:

@@ -148,7 +148,7 @@ def test_progress_never_falls_and_does_not_jump_where_the_length_is_not_known(pa
     steps = [course.at(step, 50 if "sampling" in what else None, what) for step, what in enumerate(stages, -2)]
     done = [fraction for fraction, _ in steps]
     assert done == sorted(done) and max(np.diff(done)) < 0.2 and 0.9 < done[-1] < 1
-    assert steps[12][1] == "Generating: 1.6 s so far, at most 8.0 s"
+    assert steps[12][1] == "Generating: 1.6 s of at most 8.0 s"
     assert steps[2][1] == "Reading the face" and steps[-1][1] == "Writing the files"
     assert page_of.Course().at(5, 10, "sampling 2.3 s of speech")[1] == "Sampling 2.3 s of speech"
 
