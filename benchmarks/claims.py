@@ -32,6 +32,8 @@ from scripts.evaluate import evaluate
 
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
+MADE_OF = {"derive", "weights"}  # keys of a variant that needs the release of another one
+FEW = 10  # speakers: with fewer, intervals are over clips in place of speakers
 Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
 
 
@@ -40,6 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="+", help="those that are measured; the first is compared with the others")
     parser.add_argument("--seeds", type=within(0), nargs="+", default=[0, 1, 2], help="of what is trained")
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="folder of the corpus")
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        default=Path("outputs/grid/test.jsonl"),
+        help="test clips of claims on GRID; `scripts/recipes/grid.sh evaluate` writes it",
+    )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        help="prepared clips to train on (default: CORPUS/shards/RECIPE; on GRID data/shards/hicodit_grid_cpu)",
+    )
     parser.add_argument(
         "--evaluate", nargs="*", action="extend", default=[], metavar="SETTING", help="settings of evaluate.py for all"
     )
@@ -59,13 +72,13 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     if unknown := [name for name in chosen if name not in claim["variants"]]:
         raise UserError(f"--variants {unknown[0]} is unknown; choose {', '.join(claim['variants'])}")
     measured: dict[str, list[Pairs]] = {}
-    for name in sorted(chosen, key=lambda name: "derive" in claim["variants"][name]):  # from those that are there then
+    for name in sorted(chosen, key=lambda name: not MADE_OF.isdisjoint(claim["variants"][name])):  # the trained ones first
         trained = "train" in claim or "derive" in claim["variants"][name]
         for seed in args.seeds if trained else [0]:
             pairs, true, speakers = measure(args, claim, name, seed)
             measured.setdefault(name, []).append(pairs)
             measured[TRUTH], groups = [true], {**groups, **speakers}
-    figures, x = [*(hicodit_models.LOSSES if "losses" in claim else ()), *claim["figures"]], claim.get("x")
+    figures, x = [*claim.get("losses", ()), *claim["figures"]], claim.get("x")
     rows = compare({name: measured[name] for name in [*chosen, TRUTH]}, [*figures, x] if x else figures, groups)
     yield from ((row, line(row)) for row in rows)
     path = dated(args.out, f"claims-{args.claim}.png")
@@ -81,27 +94,41 @@ def measure(
 ) -> tuple[Pairs, Pairs, dict[str, str]]:
     """Train and measure a variant, where that is missing; return its pairs, those of true clips, and the speakers."""
     variant, folder = claim["variants"][name], args.runs / args.claim / f"{name}-{seed}"
-    recipe = "talker" if "table=synthetic_talker" in claim["evaluate"] else "hicodit_tiny"
-    shards = args.corpus / "shards" / recipe
+    on_grid = "table=grid" in claim["evaluate"]
+    shards = args.shards or prepared_clips(args.corpus, claim)
     settings = dict(variant.get("generate") or {})
-    if "train" in claim or "derive" in variant:
+    if "weights" in variant:
+        settings["weights"] = str(folder.with_name(f"{variant['weights']}-{seed}") / "release")
+    elif "train" in claim or "derive" in variant:
         settings["weights"] = str(train(args, claim, variant, seed, folder, shards))
     if "model" in variant:
         settings["model"] = variant["model"]
-    words = [*claim["evaluate"], f"corpus={args.corpus}", "media=false", f"output={folder}", *args.evaluate]
+    clips = f"manifest={args.manifest}" if on_grid else f"corpus={args.corpus}"
+    words = [*claim["evaluate"], clips, "media=false", f"output={folder}", *args.evaluate]
     config = load("evaluate", [*words, f"device={args.device}"])
     OmegaConf.set_struct(config, False)
     config.systems, config.compare = {name: settings}, False
-    summary = evaluate(config, config.split[0], folder / "evaluation")
+    split = config.split[0] if config.split else None
+    summary = evaluate(config, split, folder / "evaluation")
     cells = summary["systems"]
     pairs, true = ({f: c["pairs"] for f, c in cells.get(which, {}).items() if "pairs" in c} for which in (name, TRUTH))
-    if "losses" in claim:
+    if "losses" in claim and "weights" not in variant:
         path = folder / "losses.json"
         if not path.is_file():
-            losses = in_own_process(hicodit_models.losses, settings["weights"], shards / config.split[0], config.clips)
+            source = shards / (split or "test")
+            losses = in_own_process(hicodit_models.losses, settings["weights"], source, config.clips)
             path.write_text(json.dumps(losses))
-        pairs |= json.loads(path.read_text())
-    return pairs, true, summary["speakers"]
+        losses = json.loads(path.read_text())
+        pairs |= {figure: losses[figure] for figure in claim["losses"]}
+    speakers = summary["speakers"]
+    return pairs, true, speakers if len(set(speakers.values())) >= FEW else {}
+
+
+def prepared_clips(corpus: Path, claim: Mapping[str, Any]) -> Path:
+    """Return where the shards of a claim lie by default."""
+    if "table=grid" in claim["evaluate"]:
+        return Path("data/shards/hicodit_grid_cpu")
+    return corpus / "shards" / ("talker" if "table=synthetic_talker" in claim["evaluate"] else "hicodit_tiny")
 
 
 def train(

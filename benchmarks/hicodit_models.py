@@ -61,8 +61,8 @@ def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) ->
 
 
 @torch.inference_mode()
-def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Measure `LOSSES` of `clips` clips of prepared shards: figure -> clip -> (a, b).
+def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dict[str, tuple[float, float]]]:
+    """Measure `LOSSES` of `clips` clips of prepared shards, or of all: figure -> clip -> (a, b).
 
     Score entropy in nats per token of levels 1-2 and of the others, at `TIMES`, with conditions from pictures alone;
     and by how much it grows with another clip's expressions, and with its face. Every model meets the same masks.
@@ -70,7 +70,7 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
     codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
     data = HiCoDiTDataset(shards, codec, augment=False)
-    samples = [data.read(index) for index in spread(len(data), clips)]
+    samples = [data.read(index) for index in spread(len(data), clips or len(data))]
     conditions = [stored_conditions(pipeline, [clip]) for _, clip in samples]
     others = derangement(len(samples), np.random.default_rng(0))
     pairs: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in LOSSES}
