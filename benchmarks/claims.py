@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     if unknown := [name for name in chosen if name not in claim["variants"]]:
         raise UserError(f"--variants {unknown[0]} is unknown; choose {', '.join(claim['variants'])}")
     measured: dict[str, list[Pairs]] = {}
-    for name in sorted(chosen, key=lambda name: not MADE_OF.isdisjoint(claim["variants"][name])):  # the trained ones first
+    trained_first = sorted(chosen, key=lambda name: not MADE_OF.isdisjoint(claim["variants"][name]))
+    for name in trained_first:
         trained = "train" in claim or "derive" in claim["variants"][name]
         for seed in args.seeds if trained else [0]:
             pairs, true, speakers = measure(args, claim, name, seed)
