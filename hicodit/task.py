@@ -23,6 +23,7 @@ from engine.evaluation.validation import ByClip, Share, spread
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
+from engine.settings import require_choice
 from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
@@ -30,7 +31,7 @@ from hicodit.conditions.types import Conditions
 from hicodit.data import FACE, FEATURES, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
-from hicodit.model import TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
+from hicodit.model import CONDITIONS, TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
@@ -67,6 +68,7 @@ class HiCoDiTTask(Task):
         index: index.json of the training shards, or its URL. The release takes along its digests of features (inference
             and fine-tuning refuse encoders that make others) and what found the faces. None: not recorded.
         new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
+        frozen: condition encoders that keep the weights of `init`, of lip, identity and expression.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class HiCoDiTTask(Task):
         recipe: str = "",
         init: str | None = None,
         new_tokens: bool = False,
+        frozen: Sequence[str] = (),
         index: str | None = None,
     ) -> None:
         super().__init__()
@@ -128,6 +131,10 @@ class HiCoDiTTask(Task):
             self.system.encoders.lip.requires_grad_(True)
         if init:
             self._start_from(init, new_tokens)
+        for name in frozen:
+            require_choice("task.frozen", name, CONDITIONS)
+            if self.system.encoders.learns:
+                getattr(self.system.encoders, name).requires_grad_(False)
 
     def _start_from(self, init: str, new_tokens: bool) -> None:
         """Take over the weights of a release."""
