@@ -14,12 +14,13 @@ from engine.metrics.phonemes import DurationDistance, PhonemeErrors
 from engine.metrics.picture import Reconstruction
 from engine.metrics.quality import DNSMOS, ESTOI, PESQ, STOI, UTMOS
 from engine.metrics.speaker import OwnVoice, SpeakerSimilarity
-from engine.metrics.speech import Endings, MouthOpening, Prosody, Synchrony
+from engine.metrics.speech import Endings, MouthOpening, PitchContour, Prosody, Synchrony
 from engine.metrics.words import LipWords, WordErrors
 
 CLASSES = (
     WordErrors, LipWords, PhonemeErrors, DNSMOS, UTMOS, MCD, LipSync, Emotion, SpeakerSimilarity, PESQ, STOI, ESTOI,
-    DurationDistance, FID, FVD, Bitrate, OwnVoice, Prosody, Synchrony, Endings, Reconstruction, MouthOpening, Stated,
+    DurationDistance, FID, FVD, Bitrate, OwnVoice, Prosody, PitchContour, Synchrony, Endings, Reconstruction,
+    MouthOpening, Stated,
 )  # fmt: skip
 METRICS: dict[str, type[Metric]] = {figure: metric for metric in CLASSES for figure in metric.figures}
 

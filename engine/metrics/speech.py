@@ -4,6 +4,7 @@
   Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip that changes its expression
   has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half second). The right way is that
   of the means over all true clips' parts of the two expressions.
+- Pitch contour: how the pitch follows that of the true speech in time, over the frames in which both are voiced.
 - Endings: a model that decides itself when to stop may stop late, early, or never. An output is in time with 0.02 to
   0.3 s of quiet after the last speech, late with more and cut with less. It runs away if only the limit of its length
   ended it: `stopped` is false in ID.json.
@@ -35,6 +36,7 @@ WINDOW = 0.01  # seconds of a power measurement
 PITCH_HOP = 0.016  # seconds of a frame of `pitch`
 FRAMES = 1 / PITCH_HOP  # a second
 LOWEST, HIGHEST = 60.0, 500.0  # Hz, between which a pitch is looked for
+MIN_VOICED = 10  # frames over which two pitches are compared
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 LATE, CUT = 0.3, 0.02  # seconds of quiet; the synthetic corpus has 0.12 s and more
 SHIFT = 5  # video frames: 200 ms
@@ -132,6 +134,34 @@ class Prosody(Metric):
                 right = moved == np.sign(levels[second] - levels[first])
                 row |= {f"{name}_right_way": (float(value), 1) for name, value in zip(NAMES, right)}
         return finished
+
+
+class PitchContour(Metric):
+    figures: ClassVar = {
+        "f0_correlation": Figure("F0 r", 1, 2, meaning="correlation in time of log F0 with that of the true speech"),
+        "log_f0_rmse": Figure("log F0 RMSE", -1, 3, meaning="difference to the true log F0, root mean square, nepers"),
+    }
+    needs = ("librosa",)
+    pair = True
+
+    def load(self) -> None:
+        self.pitch_of = lru_cache(CACHED)(lambda path: pitch(wave_of(path, RATE), RATE))
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        made = self.pitch_of(take.audio)
+        true = self.pitch_of(truth.audio)
+        frames = min(len(made), len(true))
+        made = made[:frames]
+        true = true[:frames]
+        voiced = (made > 0) & (true > 0)
+        if voiced.sum() < MIN_VOICED:
+            raise UserError(f"fewer than {MIN_VOICED} frames are voiced in both")
+        made = np.log(made[voiced])
+        true = np.log(true[voiced])
+        return {
+            "f0_correlation": (float(correlation(np.stack([made, true], -1))), 1),
+            "log_f0_rmse": (float(np.sqrt(np.mean((made - true) ** 2))), 1),
+        }
 
 
 def ends_of(truth: Take) -> tuple[str, str]:

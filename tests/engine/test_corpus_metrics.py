@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from engine.errors import UserError
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.speaker import OwnVoice, nearest
-from engine.metrics.speech import Endings, Prosody, loudness, spans_around_change, speech_end, synchrony
+from engine.metrics.speech import Endings, PitchContour, Prosody, loudness, spans_around_change, speech_end, synchrony
 from engine.metrics.words import WordErrors
 
 RATE = 24_000
@@ -61,6 +62,23 @@ def test_a_change_is_right_where_prosody_moves_as_in_the_true_clips():
     assert found["b"]["energy_correlation"] == (-20.0, -30.0)
     phonemes = [["a", 0.1, 0.5], ["b", 0.5, 0.9], ["c", 1.0, 1.4]]
     assert spans_around_change({"phonemes": phonemes, "change": 1.0}) == [(0.1, 0.9), (1.0, 1.4)]
+
+
+def test_a_pitch_contour_is_compared_where_both_are_voiced():
+    pytest.importorskip("librosa")
+    time = np.arange(RATE) / RATE
+
+    def tone(factor):
+        phase = 2 * np.pi * factor * (150 * time + 30 * time**2)  # from 150 to 210 Hz
+        return Take(Sound(0.1 * sum(np.sin(k * phase) / k for k in range(1, 6)), RATE))
+
+    metric = PitchContour()
+    metric.load()
+    row = metric.measure(tone(1.2), tone(1.0))
+    assert row["f0_correlation"][0] > 0.98
+    assert row["log_f0_rmse"][0] == pytest.approx(np.log(1.2), abs=0.02)
+    with pytest.raises(UserError, match="fewer than 10 frames"):
+        metric.measure(Take(Sound(np.zeros(RATE), RATE)), tone(1.0))
 
 
 def test_prosody_before_and_after_a_change_is_that_of_its_sound():
