@@ -49,17 +49,12 @@ up to 190 bytes (bundled model: 40), which are spoken with one voice and short p
 job that fails is reported and the others continue (exit code 1 at the end). Existing files are replaced only when the
 new ones are complete.
 
-mode=v2a text=auto takes the words of NAME.txt beside the clip NAME, else those of auto.heard, else those that
-auto.recogniser finds in speech that HiCoDiT generates from the clip. Without another voice, that speech gives it, too.
-The line about the result and NAME.json say where both came from.
-
 Examples:
 python infer.py model=talker_t2av
 python infer.py model=talker_t2av mode=t2av text="set red in hotel three" reference_audio=V.wav reference_video=F.mp4
 python infer.py model=talker_t2av mode=tts text="lay green by alpha one now" reference_audio=V.wav output=spoken seed=3
 python infer.py model=talker_t2av mode=a2v audio=speech.wav reference_video=F.mp4 text="what it says"
 python infer.py model=talker_t2av mode=v2a video=silent.mp4 reference_audio=V.wav text="what the lips say"
-python infer.py model=talker_t2av mode=v2a video=silent.mp4 text=auto
 python infer.py model=talker_t2av jobs=many.jsonl batch_size=16 sampling.steps=6 sampling.guidance=1
 python infer.py model=talker_t2av weights=DOWNLOADED text="hello" reference_audio=V.wav reference_video=F.mp4
 """
@@ -77,8 +72,6 @@ def infer(config: DictConfig) -> int:
     with showing():
         with stage("loading"):  # importing PyTorch takes seconds
             inference = import_module(f"{config.model}.inference")
-            if config.model == "talker_t2av" and any(getattr(job, "is_auto", False) for _, job in settings[1]):
-                settings = *settings, import_module("corpora.clip_words").finder(*settings)
         return inference.run(*settings)
 
 

@@ -121,13 +121,13 @@ def _span(line: Word, point: str) -> str:
     return f"{clock(line.begin)} --> {clock(line.end)}"
 
 
-def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool, **about: str) -> None:
+def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
     """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
 
     Args:
-        origin: what placed the words: text or recogniser. about: more facts for STEM.json.
+        origin: what placed the words: text or recogniser.
     """
-    content = {"origin": origin, **about, "words": [asdict(word) for word in words]}
+    content = {"origin": origin, "words": [asdict(word) for word in words]}
     write_json(stem.with_name(f"{stem.name}.json"), content)
     if subtitles:
         lines = cues(words)

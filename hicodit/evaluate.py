@@ -47,7 +47,7 @@ def write_outputs(
     sampler: str = "release",
     sampling: Mapping[str, float | str] | None = None,
     guidance: Mapping[str, float] | None = None,
-    voice: bool | None = None,
+    voice: bool = False,
     expressions: str = "own",
     seed: int = 0,
     batch_size: int = 8,
@@ -72,7 +72,7 @@ def write_outputs(
     tokens = pipeline.codec
     ge2e = GE2EEncoder(device) if voice else None
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
-    facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
+    facts |= {"voice": voice, "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
     others = derangement(len(clips), np.random.default_rng(0))

@@ -37,8 +37,7 @@ from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.program import run_program, runs
 from engine.record import origin, portable, write_record
-from engine.settings import ClusterConfig, Limits, make, require_choice, set_limits
-from talker_t2av.settings import AutoConfig
+from engine.settings import ClusterConfig, Limits, require_choice, set_limits
 
 HELP = """
 Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
@@ -202,11 +201,6 @@ def generate(
 ) -> None:
     """Write the outputs of a model for clips to `folder`, where they are missing. chosen: which of all batches."""
     if model in MODELS:
-        if settings.get("words") == "heard" and model == "talker_t2av":
-            from corpora.clip_words import ClipWords  # with the networks of both models
-
-            auto = make(AutoConfig, settings["auto"] or {}, "generate.auto.")
-            settings = {**settings, "find_words": ClipWords(auto, device, settings["precision"], transcripts=False)}
         import_module(MODELS[model]).write_outputs(clips, folder, device, chosen=chosen, **settings)
         return
     kind, bundled = CODECS[model]

@@ -9,10 +9,8 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
-from corpora.clip_words import ClipWords
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_voice
@@ -25,10 +23,9 @@ from hicodit.bundled import PipelineChooser
 from hicodit.inference import write_speech
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.faces import is_picture
-from talker_t2av.inference import describe, write_talk
+from talker_t2av.inference import write_talk
 from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
-from talker_t2av.settings import AUTO, AutoConfig
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
@@ -77,9 +74,6 @@ class Demo:
         self.pipelines = PipelineChooser(partial(HiCoDiTPipeline.from_pretrained, device=place), weights)
         self.hicodit = self.pipelines.load_all()[0]  # whose settings the page shows
         self.talker = TalkerPipeline.from_pretrained(talker, place)
-        self.clip_words = None  # what finds the words of a clip, by a recogniser that knows the bundled HiCoDiT's
-        if weights is None and find_spec("pocketsphinx"):
-            self.clip_words = ClipWords(AutoConfig(), device, transcripts=False, pipelines=self.pipelines)
 
     def _new_folder(self) -> Path:
         for old in self.folder.glob("made-*"):
@@ -134,8 +128,7 @@ class Demo:
 
         Args:
             voice: also the sound of a2v.
-            face: clip or picture with the face; the clip of v2a. Without a text, its words are found, and a voice
-                if none is given.
+            face: clip or picture with the face; the clip of v2a.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
             raise FieldError("the text", "Write a text to say.")
@@ -143,10 +136,9 @@ class Demo:
             raise FieldError("the face", "Give a clip." if mode == "v2a" else "Give a face: a photo or a clip.")
         if not voice and (mode in ("tts", "a2v") or is_picture(face)):
             raise FieldError("the voice", "Give a sound." if mode == "a2v" else "Give a voice.")
-        auto = mode == "v2a" and not (text or "").strip()
-        if auto and self.clip_words is None:
+        if mode == "v2a" and not (text or "").strip():
             raise FieldError("the text", "Write what the clip says.")
-        if not voice and not auto and probe(face).audio is None:
+        if not voice and probe(face).audio is None:
             raise FieldError("the voice", "Give a voice: the clip has no sound.")
         check_seed(seed := int(seed or 0))
         fields = {
@@ -155,12 +147,7 @@ class Demo:
             "a2v": {"audio": voice, "reference_video": face},
             "v2a": {"reference_audio": voice, "video": face},
         }[mode]
-        text = AUTO if auto else text or ""
-        job, notes = Job(mode, text, seed=seed, **{name: path for name, path in fields.items() if path}), []
-        if auto:
-            with stage("reading the lips"):
-                job, origin = self.clip_words(job)
-            notes.append(describe(origin))
+        job = Job(mode, text or "", seed=seed, **{name: path for name, path in fields.items() if path})
         changes = {"steps": int(steps), "temperature": float(temperature), "guidance": float(guidance)}
         self.talker.sampling = replace(self.talker.sampling, **changes)
         prepared = self.talker.prepare(job)
@@ -170,7 +157,7 @@ class Demo:
             write_talk(job, mode, talk, folder)
         sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
         video = str(folder / f"{mode}.mp4") if mode != "tts" else None
-        notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *talk.remarks]
+        notes = [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *talk.remarks]
         return Made(notes, video, sound)
 
 

@@ -59,7 +59,6 @@ OTHERS = "This page runs other weights than the bundled ones. The examples fit t
 CONSENT = "Use only faces and voices of people who agreed."
 REFERENCE_SECONDS = MAX_FRAMES // FPS  # of a voice, or of a sound that a face moves to
 HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT
-READS_LIPS = find_spec("pocketsphinx") is not None  # of the eval extra: recognises the words of HiCoDiT's speech
 PROGRESS = gr.Progress()  # as a default it makes gradio hand over that of the call
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events that take no time
 STAGES = {"conditions": "Reading the face", "decoding": "Making sound and pictures"}  # by name in the program
@@ -166,9 +165,6 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     voice = "Voice to speak with (its first 30 s)"
     if mode == "a2v":
         voice = f"Sound that the face moves to (up to {REFERENCE_SECONDS} s)"
-    if mode == "v2a" and READS_LIPS:
-        text += " (empty: read from the lips)"
-        voice += "; empty: one that fits the face"
     clip = f"Clip that gets the voice (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip with the face"
     return {
         "line": {"value": LINES[mode]},

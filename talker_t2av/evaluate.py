@@ -16,11 +16,10 @@ from engine.evaluation.resynthesis import rebuild, rebuild_wave
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
 from engine.settings import override, require_choice
-from talker_t2av.jobs import FindWords
 from talker_t2av.model import FPS, MAX_FRAMES, RATE
 from talker_t2av.pipeline import BUNDLED, Job, TalkerPipeline
 from talker_t2av.request import MODES
-from talker_t2av.settings import AUTO, COMPAT, MAX_TEXT
+from talker_t2av.settings import COMPAT, MAX_TEXT
 
 GIVEN = {"a2v": "audio", "v2a": "video"}
 
@@ -36,14 +35,11 @@ def write_outputs(
     sampling: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 8,
-    words: str = "given",
-    voice: bool | None = None,
     driving: str | None = None,
     compat: str = "paper",
     prefix_seconds: float = 0.0,
     one_pass: bool = False,
     chosen: slice = ALL_BATCHES,
-    find_words: FindWords | None = None,
     **other: object,
 ) -> None:
     """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
@@ -55,8 +51,6 @@ def write_outputs(
         codecs: release folders by name (speech, motion, speaker), other than the release's own.
         mode: one of the four, or resynthesis: true speech and motion through the codecs alone, on the prompt's face.
         sampling: settings that override the release's. other: settings of other models.
-        words: given: the clip's own; heard (v2a): those that `find_words` finds for its picture.
-        voice: false (v2a with heard words): the voice that `find_words` finds, in place of the prompt's.
         driving: folder with ID.wav of each clip, to which faces move in a2v; None: the true speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as those of the released program do.
@@ -65,12 +59,7 @@ def write_outputs(
         chosen: which of all batches of clips to write.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
-    require_choice("generate.words", words, ("given", "heard"))
     require_choice("generate.compat", compat, COMPAT)
-    if (words == "heard") != (find_words is not None) or (words == "heard" and mode != "v2a"):
-        raise UserError(f"generate.words={words} with generate.mode={mode}: words are heard for v2a")
-    if voice is False and words != "heard":
-        raise UserError("generate.voice=false: Talker-T2AV has a voice of its own only with generate.words=heard")
     if driving is not None and mode != "a2v":
         raise UserError(
             f"generate.driving={driving} with generate.mode={mode}: faces move to given speech in a2v alone"
@@ -82,7 +71,7 @@ def write_outputs(
     pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
     pipeline.sampling = override(pipeline.sampling, (sampling or {}) | ({"text_bytes": MAX_TEXT} if one_pass else {}))
     facts = {"mode": mode, "sampling": asdict(pipeline.sampling), "precision": precision}
-    asked = {} if words == "given" else {"words": words, "voice": voice is not False}
+    asked = {}
     if driving is not None:
         asked["driving"] = Path(driving).name
     if compat != "paper" or prefix_seconds:
@@ -95,21 +84,21 @@ def write_outputs(
     def driving_audio(clip: Clip) -> Path | None:
         return clip.truth.audio if driving is None else find_take(Path(driving), clip.id).audio
 
-    def job(i: int, clip: Clip) -> tuple[Job, Mapping[str, str]]:
+    def job(i: int, clip: Clip) -> Job:
         sound, face, true = clip.prompt.audio, clip.prompt.video, clip.truth
-        if (sound is None and mode != "a2v" and voice is not False) or (face is None and mode in ("t2av", "a2v")):
+        if (sound is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
             raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
         if true.source is None and mode == "v2a":
             raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
         if mode == "a2v" and driving_audio(clip) is None:
             raise UserError(f"generate.driving={driving} has no sound of this clip")
-        files = {"reference_audio": sound} if mode != "a2v" else {"audio": driving_audio(clip)}
-        files = {} if voice is False else files
-        files |= {"reference_video": face} if mode in ("t2av", "a2v") else {}
-        files |= {"video": true.source} if mode == "v2a" else {}
-        text = (true.text or "") if find_words is None else AUTO
-        own = Job(mode, text, seed=seed + i, **{name: str(path) for name, path in files.items()}, **protocol)
-        return (own, {}) if find_words is None else find_words(own)
+        files = {"audio": driving_audio(clip)} if mode == "a2v" else {"reference_audio": sound}
+        if mode in ("t2av", "a2v"):
+            files["reference_video"] = face
+        if mode == "v2a":
+            files["video"] = true.source
+        paths = {name: str(path) for name, path in files.items()}
+        return Job(mode, true.text or "", seed=seed + i, **paths, **protocol)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if mode == "resynthesis":
@@ -117,9 +106,9 @@ def write_outputs(
                 write_take(folder, clip.id, *resynthesise(pipeline, clip))
             return
         jobs = [job(i, clip) for i, clip in batch]
-        for (_, clip), (_, origin), talk in zip(batch, jobs, pipeline.run([each for each, _ in jobs])):
+        for (_, clip), talk in zip(batch, pipeline.run(jobs)):
             wave = wave_of(driving_audio(clip), RATE) if mode == "a2v" else talk.wave
-            write_take(folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped), **origin)
+            write_take(folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped))
 
     def inputs(clip: Clip) -> list[Path | str | None]:
         given = clip.truth.audio if mode == "resynthesis" else clip.prompt.audio

@@ -6,33 +6,27 @@ Axes: N samples at 24 kHz, F frames at 25 a second.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.device import count_devices, pick_device
 from engine.errors import UserError
-from engine.files import all_or_none, writable, write_json
+from engine.files import all_or_none, writable
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
 from engine.word_times import WordTimes, write_words
 from talker_t2av.figure import draw
-from talker_t2av.jobs import FindWords, PreparedJob
+from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of
 from talker_t2av.system import BUNDLED
 
 
-def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]], finder: Callable[[], FindWords] | None = None) -> int:
-    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed.
-
-    Args:
-        finder: makes, in each process, what completes jobs with the text `auto`; can be pickled.
-    """
-    build = partial(TalkRunner, c, finder)
+def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
+    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
+    build = partial(TalkRunner, c)
     batches = batched(jobs, c.batch_size)
     with writable(c.output):
         devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
@@ -51,8 +45,7 @@ class TalkRunner(JobRunner):
 
     name_errors = True
 
-    def __init__(self, c: InferConfig, finder: Callable[[], FindWords] | None, index: int | None = None) -> None:
-        self.find_words = finder() if finder else None
+    def __init__(self, c: InferConfig, index: int | None = None) -> None:
         self.config = c
         self.device = pick_device(c.device, index)
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
@@ -67,11 +60,7 @@ class TalkRunner(JobRunner):
         """Read and encode the files of a job."""
         if isinstance(job, UserError):
             raise job
-        if not job.is_auto:
-            return self.pipeline.prepare(job)
-        job, origin = self.find_words(job)
-        prepared = self.pipeline.prepare(job)
-        return replace(prepared, origin=origin, remarks=(describe(origin), *prepared.remarks))
+        return self.pipeline.prepare(job)
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:
         """Generate the results of a batch."""
@@ -79,19 +68,19 @@ class TalkRunner(JobRunner):
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
         """Write the files of a job, all or none. Return a line about them, and the seconds of speech."""
-        c, job, origin, rate = self.config, prepared.job, prepared.origin, self.pipeline.rate
+        c = self.config
+        job = prepared.job
+        rate = self.pipeline.rate
         with all_or_none(c.output) as staging:
             write_talk(job, name, talk, staging)
             if c.figure and talk.frames is not None:
                 draw(talk, job.text, staging / f"{name}.png")
             if self.times is not None:
                 words = self.times.align(job.text, talk.wave, rate)
-                write_words(staging / name, words, "text", subtitles=job.mode != "tts", **origin)
-            elif origin:
-                write_json(staging / f"{name}.json", origin)
+                write_words(staging / name, words, "text", subtitles=job.mode != "tts")
         files = outputs_of(job, name, c.figure, c.timestamps)
-        files += [f"{name}.json"] if origin and not c.timestamps else []
-        remark, seconds = f" ({'; '.join(talk.remarks)})" if talk.remarks else "", len(talk.wave) / rate
+        remark = f" ({'; '.join(talk.remarks)})" if talk.remarks else ""
+        seconds = len(talk.wave) / rate
         return f"{name}, {seconds:.1f} s -> {', '.join(files)}{remark}", seconds
 
 
@@ -113,8 +102,3 @@ def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
         talk.save(video)
     elif job.mode == "v2a":
         mux_audio(job.video, talk.wave, TalkerPipeline.rate, video, talk.comment)
-
-
-def describe(origin: Mapping[str, str]) -> str:
-    """Return a remark on the words that were found for a clip, and where they and the voice come from."""
-    return f"{origin['text']!r}, words: {origin['text_origin']}; voice: {origin['voice_origin']}"

@@ -6,8 +6,8 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,9 +35,6 @@ from talker_t2av.text import split_text
 # Seconds: slow speech takes less than MARGIN and SLOW_BYTE for each byte of text, or SLOW_PHONEME for each phoneme.
 MARGIN, SLOW_BYTE, SLOW_PHONEME = 1.5, 0.15, 0.2
 
-# Completes a job with the text `auto`: the job with words and a voice, and facts of text, text_origin, voice_origin.
-FindWords = Callable[[Job], tuple[Job, Mapping[str, str]]]
-
 
 @dataclass(frozen=True)
 class PreparedJob:
@@ -50,7 +47,6 @@ class PreparedJob:
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remarks: one-line notes to the user about the files.
         surroundings: what the generated face is pasted into; None: it is not.
-        origin: for the text `auto`, the words and where they and the voice come from; see `FindWords`.
     """
 
     job: Job
@@ -61,7 +57,6 @@ class PreparedJob:
     frames: int | None
     remarks: tuple[str, ...] = ()
     surroundings: Surroundings | None = None
-    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
@@ -193,8 +188,6 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     Args:
         text_bytes: longer texts are split.
     """
-    if job.is_auto:
-        raise UserError("text=auto is for infer.py, which finds the words: give the text, or none")
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
     split = mode.open_ended and job.compat == "paper"
     texts = split_text(job.text, text_bytes) if split else [job.text]

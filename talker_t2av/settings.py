@@ -27,7 +27,6 @@ MAX_SPEECH_TEXT = 16_384  # bytes of a text that is spoken without pictures
 COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
-AUTO = "auto"  # as the text of v2a: words and, if none is given, a voice are found for the clip
 NEEDED = {"t2av": ("reference_video",), "tts": (), "a2v": ("reference_video", "audio"), "v2a": ("video",)}  # files
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SAVED_VOICE = ".safetensors"
@@ -48,8 +47,7 @@ class Job(Group):
     )
     text: str = setting(
         "",
-        about="text to speak, up to 2,000 bytes (tts: 16,384); a2v, v2a: what the given audio or video says; v2a: auto "
-        "finds it",
+        about="text to speak, up to 2,000 bytes (tts: 16,384); a2v, v2a: what the given audio or video says",
     )
     reference_audio: str | None = setting(
         None,
@@ -132,11 +130,6 @@ class Job(Group):
         return [name for name, needed in needs.items() if getattr(self, name) is not None and not needed]
 
     @property
-    def is_auto(self) -> bool:
-        """Whether words and, if none is given, a voice are to be found."""
-        return self.mode == "v2a" and self.text == AUTO
-
-    @property
     def keeps_prefix(self) -> bool:
         """Whether the result begins with the prefix, as that of the released programs does."""
         return self.compat != "paper"
@@ -144,18 +137,14 @@ class Job(Group):
     @property
     def voice_file(self) -> str:
         """File whose sound is the voice."""
-        if not (file := self.find_voice()):
-            raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio, a recording")
-        return file
-
-    def find_voice(self) -> str | None:
-        """Return the file whose sound is the voice; None if none of the files has sound."""
         if self.reference_audio:
             return self.reference_audio
         if self.mode == "a2v":
             return self.audio
-        videos = (video for video in (self.reference_video, self.video) if video and not is_picture(video))
-        return next((video for video in videos if probe(video).audio), None)
+        for video in (self.reference_video, self.video):
+            if video and not is_picture(video) and probe(video).audio:
+                return video
+        raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio, a recording")
 
     def check_files(self) -> None:
         """Check the files that the mode uses, without decoding them."""
@@ -171,7 +160,7 @@ class Job(Group):
         if self.face_box is not None:
             track_of_boxes(read_boxes(self.face_box), 1)
         speaks = MODES[self.mode].speech == "generated" and not is_voice(self.reference_audio)
-        if speaks and (self.find_voice() or not self.is_auto):
+        if speaks:
             require_stream(self.voice_file, "audio")
 
     def check_output(self, target: Path) -> None:
@@ -197,25 +186,6 @@ class CodecFolders:
 
 
 @dataclass(frozen=True)
-class AutoConfig(Group, prefix="auto."):
-    """Where text=auto finds words if there is no transcript NAME.txt beside the clip."""
-
-    heard: str | None = setting(
-        None,
-        about="a lip reader's output, such as Auto-AVSR's: a manifest (.jsonl) with id and heard, a folder of "
-        "NAME.txt, or a text",
-    )
-    recogniser: str | None = setting(
-        None,
-        about="recogniser of the speech that HiCoDiT generates from the clip: a folder with Whisper, a grammar "
-        "(.jsgf) or a language model (.arpa); null: that of the synthetic corpus, for the bundled HiCoDiT",
-    )
-    hicodit: str | None = setting(
-        None, about="HiCoDiT's release, whose speech is also the voice if none is given; null: the bundled model"
-    )
-
-
-@dataclass(frozen=True)
 class InferConfig(RunConfig, Job):
     """Settings of `infer.py model=talker_t2av`: a job, or what the jobs of a file share, and how to run them."""
 
@@ -231,7 +201,6 @@ class InferConfig(RunConfig, Job):
     codecs: CodecFolders = group(
         CodecFolders, about="release folders of codecs; null: those that belong to the weights"
     )
-    auto: AutoConfig = group(AutoConfig, about="with text=auto")
     sampling: dict[str, Any] = group(Sampling, unset=True, about="null: the release's setting")
 
 
@@ -242,17 +211,12 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
     """Return the settings and the jobs with their names; in place of a wrong line of `jobs`, its error."""
     c = make(InferConfig, plain(config))
     folders = {f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}
-    c.begin({"weights": c.weights, **folders, "auto.hicodit": c.auto.hicodit})
-    for name in ("heard", "recogniser"):
-        if (path := getattr(c.auto, name)) and not Path(path).exists():
-            raise UserError(f"auto.{name}={path}: there is no such file or folder")
+    c.begin({"weights": c.weights, **folders})
     jobs = read_jobs(c)
     for name, job in jobs:
         if isinstance(job, Job):
             for output in outputs_of(job, name, c.figure, c.timestamps):
                 job.check_output(Path(c.output) / output)
-    if any(vars(c.auto).values()) and not any(isinstance(job, Job) and job.is_auto for _, job in jobs):
-        raise UserError("auto.*= is for mode=v2a text=auto: add text=auto, or leave it out")
     if c.jobs is None:  # of several, one with a bad file is reported and the others continue
         jobs[0][1].check_files()
     with writable(c.output):
@@ -264,7 +228,7 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
-        return [(safe_name(c.name or c.mode, "name="), _make_job(fields_))]
+        return [(safe_name(c.name or c.mode, "name="), Job(**fields_))]
     path, jobs = Path(c.jobs), []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
         try:
@@ -272,7 +236,7 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
                 row = parse_object(line, "the line", {"name", *JOB_FIELDS}, '{"text": "hello"}')
                 name = row.pop("name", f"{number:04d}")
                 name = safe_name(str(name) if type(name) is int else name, "name=")
-                jobs.append((name, _make_job({**common, **row})))
+                jobs.append((name, Job(**{**common, **row})))
         except UserError as error:
             jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
@@ -294,7 +258,7 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
         if given is not None:
             job[given[0]] = given[1]
         job.setdefault("text", (DEMO / f"{'voice' if mode == 'a2v' else 'silent'}.txt").read_text().strip())
-    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job and (mode, job.get("text")) != ("v2a", AUTO):
+    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job:
         job.setdefault("reference_audio", voice)
     if mode in ("t2av", "a2v"):
         job.setdefault("reference_video", face)
@@ -304,14 +268,12 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
 def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
     """Return the names of the files of a job: NAME.wav, or the given sound as it is; NAME.mp4 unless tts; NAME.png.
 
-    NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words; for the
-    text `auto`, NAME.json says where words and voice come from.
+    NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words.
     """
     suffix = Path(job.audio).suffix if job.mode == "a2v" else ".wav"
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]
     video = [] if job.mode == "tts" else [f"{name}.mp4"]
     words = [f"{name}{end}" for end in (WORD_FILES if video else WORD_FILES[:1])] if timestamps else []
-    words = words or ([f"{name}.json"] if job.is_auto else [])
     return sound + video + ([f"{name}.png"] if figure and job.mode in ("t2av", "a2v") else []) + words
 
 
@@ -322,13 +284,3 @@ def is_voice(path: str | Path | None) -> bool:
 
 def is_picture(path: str | Path) -> bool:
     return Path(path).suffix.lower() in PICTURES
-
-
-def _make_job(values: dict[str, Any]) -> Job:
-    """Return a job of a command line, where the text `auto` is no word to say."""
-    job = Job(**values)
-    if job.text == AUTO and not job.is_auto:
-        raise UserError(
-            f"text={AUTO} belongs to mode=v2a, which finds what a clip says: write the text of mode={job.mode}"
-        )
-    return job

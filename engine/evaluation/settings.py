@@ -46,10 +46,10 @@ class GenerateConfig(Group, prefix="generate."):
     guidance: dict[str, Any] = setting(
         {}, about="hicodit: guidance scales that override the sampler's, as in {all:2.25}"
     )
-    voice: bool | None = setting(
-        None,
-        about="true: the voice of another clip of the speaker, or of reference_audio in the manifest; false: the "
-        "face's; null: hicodit false, talker_t2av true",
+    voice: bool = setting(
+        False,
+        about="hicodit: true: the voice of another clip of the speaker, or of reference_audio in the manifest; false: "
+        "the face's",
     )
     expressions: str = setting(
         "own", about="hicodit: own, shuffled (those of another clip) or exchanged (the first and the last of the clip)"
@@ -68,13 +68,6 @@ class GenerateConfig(Group, prefix="generate."):
     )
     one_pass: bool = setting(
         False, about="talker_t2av: long texts at once, up to 30 s, as in the paper; false: in parts"
-    )
-    words: str = setting(
-        "given",
-        about="talker_t2av: given, or heard (v2a): words that a lip reader or a recogniser finds, as with text=auto",
-    )
-    auto: dict[str, Any] = setting(
-        {}, about="of words=heard, as for text=auto: {heard: FILE, recogniser: FOLDER, hicodit: FOLDER}"
     )
     levels: int | None = setting(None, 1, 64, "rvq_codec: number of levels to decode; null: all")
     seed: int = setting(0, *SEEDS, "clip i is generated with seed + i")

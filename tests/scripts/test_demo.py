@@ -69,15 +69,6 @@ def test_each_mode_makes_its_streams(demo):
     assert made.sound and count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
 
 
-def test_a_silent_clip_alone_gets_words_and_a_voice(demo, monkeypatch):
-    pytest.importorskip("pocketsphinx")
-    made = demo.talk("v2a", " ", None, CLIP, 2, 0.3, 2.0, 0)
-    assert made.sound and "recogniser, on HiCoDiT's speech" in made.notes[0] and "place" in made.notes[0]
-    monkeypatch.setattr(demo, "clip_words", None)  # as with other weights, or without pocketsphinx
-    with pytest.raises(UserError, match="Write what the clip says"):
-        demo.talk("v2a", "", None, CLIP, 2, 0.3, 2.0, 0)
-
-
 @pytest.mark.parametrize(
     ("mode", "text", "voice", "face", "shown"),
     [
@@ -85,6 +76,7 @@ def test_a_silent_clip_alone_gets_words_and_a_voice(demo, monkeypatch):
         ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
         ("t2av", " ", VOICE, CLIP, "Write a text to say."),
         ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no sound."),
+        ("v2a", " ", VOICE, CLIP, "Write what the clip says."),
         ("a2v", "", "long.wav", CLIP, "The sound lasts longer than 30 s: give a part of it."),
         ("tts", SENTENCE * 500, VOICE, None, "16,384 is the most"),
     ],

@@ -22,7 +22,6 @@ from engine.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
-AUTO = "model=talker_t2av mode=v2a text=auto video=clip.mp4"
 SPEAK = "model=talker_t2av mode=tts text=a reference_audio=sounds/voice.wav"
 SHARDS = "source.root=corpus output=shards"
 TRAIN = [
@@ -70,15 +69,6 @@ INFER = [
     ("model=talker_t2av output=file", "cannot write to output=file"),
     (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace the input"),
     ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
-    ("model=talker_t2av mode=tts text=auto", "text=auto belongs to mode=v2a"),
-    ("model=talker_t2av mode=v2a auto.heard=file", "auto.*= is for mode=v2a text=auto"),
-    (f"{AUTO} auto.heard=nowhere", "auto.heard=nowhere: there is no such file"),
-    (f"{AUTO} auto.heard=bad.jsonl", "bad.jsonl, line 1"),
-    (f"{AUTO} auto.recogniser=nowhere", "auto.recogniser=nowhere: there is no such file"),
-    (f"{AUTO} auto.recogniser=sounds", "not there: sounds/config.json"),
-    (f"{AUTO} auto.hicodit=nowhere", "auto.hicodit=nowhere: not found"),
-    (f"{AUTO} auto.hicodit=damaged", "clip.mp4 has no words: give auto.recogniser=FOLDER of Whisper"),
-    (f"{AUTO} auto.hicodit=damaged auto.recogniser={ROOT}/assets/demo/grammar.jsgf", "model.safetensors is damaged"),
 ]
 NO_APPLE = [] if torch.backends.mps.is_available() else [("device=mps", "but PyTorch has no Apple GPU here")]
 REPORT = "references=sounds output=report"
@@ -96,8 +86,6 @@ EVALUATE = [
     (f"hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
     (f"hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
     (f"hicodit {OWN} split=[]", "needs split="),
-    (f"talker_t2av {OWN} only=[tts] generate.words=heard", "generate.words=heard with generate.mode=tts"),
-    (f"talker_t2av {OWN} only=[v2a] generate.words=heard generate.auto='{{{{lips: x}}}}'", "generate.auto.lips"),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
@@ -132,7 +120,6 @@ PACKAGES = [  # command, module that is not installed, the line
     (f"train {HICODIT}", "resemblyzer", "this needs resemblyzer"),
     (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
     ("train experiment=talker_synthetic init=assets/talker_t2av_tiny lora.rank=4", "peft", "setup.sh finetune"),
-    (f"infer {AUTO}", "pocketsphinx", "setup.sh eval"),
     ("scripts.serve", "fastapi", "setup.sh serve"),
     ("scripts.demo", "gradio", "setup.sh demo"),
     (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
