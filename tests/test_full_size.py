@@ -20,7 +20,7 @@ from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.types import EXPRESSIONS
 from lia_x import LiaX, LiaXConfig
-from lia_x import released as lia_x
+from lia_x import upstream as lia_x
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec import upstream as rvq
 from talker_t2av.model import TalkerConfig, TalkerT2AV

@@ -18,7 +18,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.faces.source import FaceSource
-from hicodit.conditions import released
+from hicodit.conditions import upstream
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
@@ -79,8 +79,8 @@ def test_long_clips_are_encoded_in_windows_that_join(small_hubert, monkeypatch):
     mouth = torch.rand(2, 34, 88, 88)
     frames = torch.tensor([34, 23])
     whole = encoders.lip(mouth, frames)
-    monkeypatch.setattr(released, "WINDOW_FRAMES", 20)
-    monkeypatch.setattr(released, "CONTEXT_FRAMES", 6)
+    monkeypatch.setattr(upstream, "WINDOW_FRAMES", 20)
+    monkeypatch.setattr(upstream, "CONTEXT_FRAMES", 6)
     parts = encoders.lip(mouth, frames)
     assert parts.shape == whole.shape
     assert torch.allclose(parts[0], whole[0], atol=1e-5)
