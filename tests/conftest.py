@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.logging import LogCaptureHandler
 
 from engine import processes
 from engine.errors import UserError
@@ -47,6 +49,19 @@ def signals_end_processes_again():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_is_as_before():
+    """A handler that a test leaves would write to its captured stream, which is closed when later tests log."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    level = root.level
+    yield
+    for handler in list(root.handlers):
+        if handler not in handlers and not isinstance(handler, LogCaptureHandler):
+            root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture
