@@ -32,7 +32,7 @@ def loading(what: str, name: str) -> Iterator[None]:
     """Turn the errors of a library that cannot load the weights `name` into one line."""
     try:
         yield
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError, AssertionError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what} {name} cannot be loaded: {reason}") from error
 

@@ -124,7 +124,7 @@ PACKAGES = [  # command, module that is not installed, the line
     ("scripts.demo", "gradio", "setup.sh demo"),
     (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
     (f"scripts.prepare_data {SHARDS} stages.enhance.use=true", "clearvoice", "setup.sh prepare"),
-    (f"scripts.prepare_data {SHARDS} stages.heard_expression.use=true", "funasr", "setup.sh emotion"),
+    (f"scripts.prepare_data {SHARDS} workers=0 stages.heard_expression.use=true", "funasr", "setup.sh emotion"),
 ]
 PROGRAMS = {"train": TRAIN, "infer": INFER + NO_APPLE, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
 ROWS = [(program, words, message) for program, rows in PROGRAMS.items() for words, message in rows]
