@@ -16,17 +16,18 @@ from engine.codec import Codec
 from engine.device import to_device
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
+from engine.nn.vocos import VocosDecoder
 from engine.release import load_strict, weights_digest
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
 from rvq_codec.upstream import read_official
-from rvq_codec.vocos import VocosDecoder
 
 
 def build_decoder(config: RVQCodecConfig) -> VocosDecoder | DACDecoder:
     if config.decoder == "conv":
         return DACDecoder(config.latent_channels, config.conv_width, config.conv_ratios)
-    return VocosDecoder(config)
+    blocks = config.vocos_dim, config.vocos_intermediate, config.vocos_layers
+    return VocosDecoder(config.latent_channels, *blocks, config.n_fft, config.hop)
 
 
 class RVQCodec(Codec):

@@ -22,6 +22,7 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
+from engine.nn.vocos import ConvNeXtBlock
 from engine.training import distributed
 from engine.training.gan import GANTask
 from engine.training.task import Release
@@ -29,7 +30,6 @@ from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, war
 from rvq_codec.codec import RVQCodec
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
-from rvq_codec.vocos import ConvNeXtBlock
 
 SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes
 DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
+from engine.nn.vocos import VocosDecoder
 from engine.release import weights_digest
 from engine.settings import Group, setting
 from whisperx_vae.upstream import read_official
@@ -38,7 +39,10 @@ class WhisperXVAEConfig(Group):
         encoder_width, encoder_ratios: of the DAC encoder; the product of the ratios is the hop.
         hidden: C, width of the encoder's output and of the Whisper states.
         latent_dim: Z.
+        decoder: "dac" (released), or "vocos", which needs less time on a CPU.
         decoder_width, decoder_ratios: of the DAC decoder.
+        vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: of the Vocos decoder, whose frames
+            are `vocos_hop` samples long.
         mel_bands: M.
         whisper_context: Whisper frames (50 a second) of its fixed window; twice as many mel frames go in.
         whisper_heads, whisper_layers: of the Whisper encoder.
@@ -49,8 +53,15 @@ class WhisperXVAEConfig(Group):
     encoder_ratios: tuple[int, ...] = setting((2, 4, 10, 12), 1, 2**10)
     hidden: int = setting(1280, 1, 2**14)
     latent_dim: int = setting(32, 1, 2**14)
+    decoder: str = setting("dac", choices=("dac", "vocos"))
     decoder_width: int = setting(1536, 1, 2**16)
     decoder_ratios: tuple[int, ...] = setting((12, 10, 4, 2), 1, 2**10)
+    vocos_channels: int = setting(128, 1, 2**14)
+    vocos_dim: int = setting(256, 1, 2**14)
+    vocos_intermediate: int = setting(768, 1, 2**16)
+    vocos_layers: int = setting(8, 1, 256)
+    vocos_hop: int = setting(480, 1, 2**16)
+    n_fft: int = setting(720, 2, 2**16)
     mel_bands: int = setting(128, 1, 2**10)
     whisper_context: int = setting(1500, 1, 2**16)
     whisper_heads: int = setting(20, 1, 256)
@@ -58,13 +69,20 @@ class WhisperXVAEConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.hidden % (2 * self.whisper_heads):
+            raise UserError(f"hidden={self.hidden} must be an even multiple of whisper_heads={self.whisper_heads}")
+        if self.decoder == "vocos":
+            if self.hop % self.vocos_hop or (self.n_fft - self.vocos_hop) % 2:
+                raise UserError(
+                    f"vocos_hop={self.vocos_hop} must divide the hop of {self.hop}, and n_fft={self.n_fft} must be "
+                    "larger by an even number"
+                )
+            return
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
                 f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "
                 "different products: they must make the same hop"
             )
-        if self.hidden % (2 * self.whisper_heads):
-            raise UserError(f"hidden={self.hidden} must be an even multiple of whisper_heads={self.whisper_heads}")
         if self.decoder_width % 2 ** len(self.decoder_ratios):
             raise UserError(
                 f"decoder_width={self.decoder_width} cannot be halved {len(self.decoder_ratios)} times, "
@@ -80,6 +98,21 @@ class WhisperXVAEConfig(Group):
     def max_frames(self) -> int:
         """Latent frames that fit Whisper's window."""
         return self.whisper_context // 2
+
+
+class UpsampledVocos(VocosDecoder):
+    """A Vocos decoder of frames that are a part of a latent frame: (B, C, T) -> (B, 1, hop T)."""
+
+    def __init__(self, config: WhisperXVAEConfig):
+        channels, blocks = config.vocos_channels, (config.vocos_dim, config.vocos_intermediate, config.vocos_layers)
+        super().__init__(channels, *blocks, config.n_fft, config.vocos_hop)
+        ratio = config.hop // config.vocos_hop
+        steps = {"stride": ratio, "padding": math.ceil(ratio / 2), "output_padding": ratio % 2}
+        self.up = nn.ConvTranspose1d(config.hidden, channels, 2 * ratio, **steps)
+        self.reach = math.ceil(self.reach / ratio) + 1  # in latent frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.up(x))
 
 
 class WhisperXVAE(Codec):
@@ -108,8 +141,12 @@ class WhisperXVAE(Codec):
         self.whisper = WhisperEncoder(whisper)  # mel (B, M, 2 * context) -> states (B, context, C)
         self.in_proj = WNConv1d(config.hidden, 2 * config.latent_dim, 1)
         self.out_proj = WNConv1d(config.latent_dim, config.hidden, 1)
-        self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
-        self.reach = self.decoder.reach
+        if config.decoder == "vocos":
+            self.decoder = UpsampledVocos(config)
+            self.reach = self.decoder.reach, self.decoder.reach
+        else:
+            self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
+            self.reach = self.decoder.reach
 
     def frames(self, samples: int) -> int:
         """Latent frames of a wave of `samples` samples: floor(N / 960) for the released ratios."""
@@ -190,7 +227,7 @@ class WhisperXVAE(Codec):
         return self.encode_window(wave[..., : frames * self.hop], mel)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, Z) -> waves (B, 1, hop * T) in (-1, 1).
+        """Latents (B, T, Z) -> waves (B, 1, hop * T); those of a DAC decoder are in (-1, 1).
 
         Raises:
             UserError: the latents have another shape or no frame.

@@ -8,24 +8,26 @@ Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.codec import load_like
+from engine.codec import load_codec, load_like
 from engine.errors import UserError
 from engine.hub import check_release
 from engine.media.audio import resample
-from engine.nn.audio_losses import MultiScaleMelLoss
+from engine.nn.audio_losses import CompressedSpectrumLoss, DisturbanceLoss, MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
+from engine.nn.vocos import ConvNeXtBlock
 from engine.shards.recordings import load_waves
 from engine.training.gan import GANTask
 from engine.training.task import Release
+from rvq_codec import RVQCodec
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -85,7 +87,9 @@ class WhisperXVAETask(GANTask):
     Args:
         codec: fields of `WhisperXVAEConfig`.
         mel: `n_mels`, `windows`, `clamp` of the mel loss.
-        weights: of the losses `mel`, `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`.
+        weights: of the losses `mel`, `spectrum` (of compressed complex spectra), `disturbance` (of loudness, after
+            PESQ), `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`. Those of the wave that
+            have no weight are not computed.
         period, spectrogram: arguments of the two families of discriminators.
         targets: `root`, `split` and `clips` that the features' statistics are taken from, `until`, and `noise`: the
             largest deviation of the noise on features that the decoder sees. None for no features at all.
@@ -93,6 +97,8 @@ class WhisperXVAETask(GANTask):
         decoder_only: the latents stay those of `init`: only the decoder learns, from samples of the posterior.
         whisper: folder or hub name of a transformers Whisper model.
         init: release folder to start from instead of random weights; the decoder then never learns from features.
+        parts_of: release folders, also of other speech codecs: each tensor starts as the first one among theirs that
+            has its name and shape, instead of random. The decoder then never learns from features.
         validation: `root`, `splits` and `clips` (per split); None turns it off.
     """
 
@@ -110,14 +116,18 @@ class WhisperXVAETask(GANTask):
         decoder_only: bool = False,
         whisper: str | None = None,
         init: str | None = None,
+        parts_of: Sequence[str] = (),
         validation: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         config = WhisperXVAEConfig(**codec)
         self.codec = load_like(WhisperXVAE, init, config) if init else WhisperXVAE(config)
+        if init and parts_of:
+            raise UserError("task.init and task.parts_of: give one of them")
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
+            _copy_parts(self.codec, parts_of)
         self.frozen_whisper = whisper is not None
         self.decoder_only = decoder_only
         if self.frozen_whisper:
@@ -132,6 +142,8 @@ class WhisperXVAETask(GANTask):
                 module.requires_grad_(False)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
+        kinds = {"spectrum": CompressedSpectrumLoss, "disturbance": lambda: DisturbanceLoss(config.sample_rate)}
+        self.wave_losses = nn.ModuleDict({name: make() for name, make in kinds.items() if weights.get(name)})
         self.weights = dict(weights)
         self.gan_start = gan_start
         self.validation = validation
@@ -142,7 +154,7 @@ class WhisperXVAETask(GANTask):
             waves = load_waves(targets["root"], targets["split"], targets["clips"], config.sample_rate)
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
             self.targets.fit([torch.from_numpy(wave) for wave in waves])
-            self.targets_until = 0 if init else targets["until"]
+            self.targets_until = 0 if init or parts_of else targets["until"]
             self.noise = targets["noise"]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -150,7 +162,7 @@ class WhisperXVAETask(GANTask):
         return {"discriminator": self.discriminator, "generator": generator}
 
     def blocks(self) -> list[nn.Module]:
-        units = [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock))]
+        units = [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock, ConvNeXtBlock))]
         return [*units, *self.codec.whisper.layers]
 
     def train(self, mode: bool = True) -> WhisperXVAETask:
@@ -194,6 +206,7 @@ class WhisperXVAETask(GANTask):
 
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         losses = {"mel": self.mel_loss(run["fake"], run["real"])}
+        losses |= {name: loss(run["fake"], run["real"]) for name, loss in self.wave_losses.items()}
         if not self.decoder_only:
             losses["semantic"] = semantic_loss(run["semantic"].float(), run["states"].float())
             if run["targets"] is not None:
@@ -214,6 +227,15 @@ class WhisperXVAETask(GANTask):
             usage="from whisperx_vae import WhisperXVAE\n\n"
             'latents = WhisperXVAE.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
+
+
+def _copy_parts(codec: WhisperXVAE, folders: Sequence[str]) -> None:
+    """Copy every tensor of the releases that has the name and shape of one of `codec`'s; earlier folders come first."""
+    own = codec.state_dict()
+    for folder in reversed(folders):
+        found = load_codec(folder, {kind.kind: kind for kind in (RVQCodec, WhisperXVAE)}).state_dict()
+        own |= {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    codec.load_state_dict(own)
 
 
 def _load_whisper(codec: WhisperXVAE, name: str) -> None:

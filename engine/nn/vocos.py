@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvq_codec.config import RVQCodecConfig
-
 
 class ConvNeXtBlock(nn.Module):
     """Depthwise conv k7, LayerNorm, two linear layers with GELU between, a learned scale, plus the input. (B, C, T)."""
@@ -32,15 +30,13 @@ class ConvNeXtBlock(nn.Module):
 
 
 class VocosBackbone(nn.Module):
-    """(B, latent channels, T) -> (B, T, C)."""
+    """(B, in_channels, T) -> (B, T, C)."""
 
-    def __init__(self, config: RVQCodecConfig):
+    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int):
         super().__init__()
-        dim = config.vocos_dim
-        layers = config.vocos_layers
-        self.embed = nn.Conv1d(config.latent_channels, dim, 7, padding=3)
+        self.embed = nn.Conv1d(in_channels, dim, 7, padding=3)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, config.vocos_intermediate, 1 / layers) for _ in range(layers))
+        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, intermediate, 1 / layers) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,16 +78,20 @@ class ISTFTHead(nn.Module):
 
 
 class VocosDecoder(nn.Module):
-    """(B, latent channels, T) -> (B, 1, T * hop), not clamped. `n_fft` - `hop` must be even."""
+    """(B, in_channels, T) -> (B, 1, T * hop), not clamped.
 
-    def __init__(self, config: RVQCodecConfig):
+    Args:
+        in_channels: channels of a frame.
+        dim, intermediate, layers: of the ConvNeXt blocks.
+        n_fft, hop: of the inverse STFT, in samples; `n_fft` - `hop` must be even.
+    """
+
+    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int, n_fft: int, hop: int):
         super().__init__()
-        n_fft = config.n_fft
-        hop = config.hop
-        self.backbone = VocosBackbone(config)
-        self.head = ISTFTHead(config.vocos_dim, n_fft, hop)
+        self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
+        self.head = ISTFTHead(dim, n_fft, hop)
         # Frames on each side that a frame's sound depends on: convolutions over seven frames, and windows that overlap.
-        self.reach = 3 * (config.vocos_layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
+        self.reach = 3 * (layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
