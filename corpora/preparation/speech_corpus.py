@@ -68,7 +68,7 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
 
 
-def _read(path: Path) -> np.ndarray:
+def read_recording(path: Path) -> np.ndarray:
     """Read a recording (N,) at `RATE`.
 
     A G.722 file has no header that would tell its format, so `read_audio` refuses it; here its suffix is trusted.
@@ -100,7 +100,7 @@ def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
     """Write a recording as WAV and yield its row once per repetition; nothing if it is too short."""
     target = folder / f"{recording.name}.wav"
     if not target.is_file():
-        wave = _read(recording.path)
+        wave = read_recording(recording.path)
         if len(wave) < LEAST_SECONDS * RATE:
             return
         write_wav(target, wave, RATE)

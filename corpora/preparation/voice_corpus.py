@@ -1,0 +1,215 @@
+"""Human speech with its text and phonemes, in the layout of the synthetic corpus's version 3, on which Talker trains.
+
+Recordings of people come with words alone. espeak-ng speaks the same text; dynamic time warping of cepstra (Sakoe &
+Chiba, 1978) says which part of the recording is which part of its speech, and so when each phoneme sounds.
+
+Axes: N samples, T frames of 10 ms, C cepstra.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from corpora.preparation.sources_studio import grid
+from corpora.preparation.speech_corpus import RATE, Recording, read_recording
+from corpora.synthetic.corpus import LONGEST, resample, write_wave
+from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.visemes import FPS
+from engine.errors import UserError
+from engine.files import write_json, write_text
+from engine.nn.mel import mel_filters
+from engine.progress import track
+from engine.shards.recordings import read_manifest
+
+HOP, WINDOW, BANDS, CEPSTRA = RATE // 100, RATE // 40, 40, 13
+LEVEL = 10 ** (-25 / 20)  # RMS of the synthetic corpus's neutral speech
+MARGIN = 0.15  # seconds of silence that are kept at both ends
+QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
+WORST = 4.2  # mean distance of cepstra on the path; above it, text and recording differ
+LONGEST_FACTOR = 2.5  # recording over espeak-ng's speech, and the inverse; beyond it, they differ
+VOICES = ("pitch 100 130", "pitch 190 240\nformant 0 115 100 100\nformant 1 115 100 100\nformant 2 115 100 100")
+
+
+def grid_sentences(root: Path, speakers: list[str]) -> dict[str, list[Recording]]:
+    """Find GRID's sentences of the splits train, val and test, as `source.protocol=seen` has them.
+
+    The letter A is spelled "ay", as espeak-ng takes it for the article.
+    """
+    source = grid(root, protocol="seen", speakers=speakers)
+    found = {}
+    for split in source.splits:
+        clips = source.clips(split)
+        texts = [" ".join("ay" if word == "a" else word for word in clip.text.split()) for clip in clips]
+        rows = [Recording(c.key, root / c.video, c.speaker, text) for c, text in zip(clips, texts, strict=True)]
+        found[split] = rows
+    return found
+
+
+def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
+    """Find the prompts of one language below `sounds` that `transcripts` has a line for, `path/name: What is said.`
+
+    What stands in brackets is no speech; such prompts are left out.
+    """
+    opened = gzip.open if transcripts.suffix == ".gz" else open
+    rows = []
+    with opened(transcripts, "rt", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, colon, text = line.strip().partition(":")
+            path = sounds / f"{name}.g722"
+            if line.startswith(";") or not colon or any(c in text for c in "[]<>()\"") or not path.is_file():
+                continue
+            text = text.replace("*", " star ").replace("#", " pound ")
+            rows.append(Recording(name.replace("/", "-"), path, sounds.name, " ".join(text.split())))
+    return rows
+
+
+def cepstra(wave: np.ndarray) -> np.ndarray:
+    """Return the mel cepstra (T, C) of a wave (N,) at `RATE`, each of zero mean and unit variance."""
+    frames = torch.from_numpy(np.ascontiguousarray(wave)).float().unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW)
+    mel = (torch.fft.rfft(frames, 1024).abs() @ mel_filters(RATE, 1024, BANDS)).clamp_min(1e-3).log()
+    angles = torch.pi / BANDS * torch.outer(torch.arange(BANDS) + 0.5, torch.arange(CEPSTRA))
+    found = mel @ angles.cos()
+    return ((found - found.mean(0)) / found.std(0).clamp_min(1e-6)).numpy()
+
+
+def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+    """Align frames (T1, C) and (T2, C): for each frame of `one` the last frame of `other` on the cheapest path, (T1,),
+    and the mean distance on it.
+    """
+    distance = np.sqrt(np.maximum(0, (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T))
+    rows, columns = distance.shape
+    total = np.full((rows + 1, columns + 1), np.inf)
+    total[0, 0] = 0.0
+    for diagonal in range(rows + columns - 1):
+        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
+        j = diagonal - i
+        before = np.minimum(np.minimum(total[i, j + 1], total[i + 1, j]), total[i, j])
+        total[i + 1, j + 1] = before + distance[i, j]
+    place, length, i, j = np.zeros(rows, int), 1, rows - 1, columns - 1
+    place[i] = j
+    while i or j:
+        steps = total[i, j], total[i, j + 1], total[i + 1, j]  # both, only `one`, only `other`
+        best = int(np.argmin(steps))
+        i, j = (i - 1, j - 1) if best == 0 else (i - 1, j) if best == 1 else (i, j - 1)
+        place[i] = max(place[i], j)
+        length += 1
+    return place, float(total[-1, -1] / length)
+
+
+def trim(wave: np.ndarray) -> np.ndarray:
+    """Cut the quiet ends of a wave (N,), but for `MARGIN`, and bring it to `LEVEL`."""
+    frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
+    power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
+    floor, top = np.percentile(10 * np.log10(power + 1e-10), [5, 95])
+    loud = np.flatnonzero(10 * np.log10(power + 1e-10) > np.clip(0.7 * floor + 0.3 * top, top - QUIET[0], top - QUIET[1]))
+    margin = round(MARGIN * RATE / HOP)
+    first, last = max(0, loud[0] - margin), min(len(frames), loud[-1] + 1 + margin)
+    speech = wave[first * HOP : last * HOP]
+    speech = speech * (LEVEL / max(1e-6, float(np.sqrt(np.mean(speech**2)))))
+    return speech * min(1.0, 0.97 / float(np.abs(speech).max()))
+
+
+def label(
+    wave: np.ndarray, text: str, synthesizer: Synthesizer, voices: Sequence[str] = VOICES
+) -> tuple[str, list[tuple[str, float, float]]] | None:
+    """Align a trimmed recording (N,) with `text`.
+
+    Args:
+        voices: lines of espeak-ng's voice files; the one that comes nearest counts.
+
+    Returns:
+        that voice, and the phonemes (symbol, start s, end s); None: the recording is of another text.
+    """
+    best: tuple[float, str, list] = (np.inf, "", [])
+    heard, silence = cepstra(wave), np.zeros(round(MARGIN * RATE), np.float32)
+    for lines in voices:
+        spoken = synthesizer.speak(text, lines)
+        model = np.concatenate([silence, resample(spoken.wave, spoken.rate, RATE), silence])
+        if not 1 / LONGEST_FACTOR < len(wave) / len(model) < LONGEST_FACTOR:
+            return None
+        place, cost = warp(cepstra(model), heard)
+        times = np.concatenate([[0], (place + 1) * HOP / RATE])
+        frames = np.arange(len(times)) * HOP / RATE
+        phonemes = []
+        for symbol, start, end in spoken.phonemes:
+            first, last = np.interp([start + MARGIN, end + MARGIN], frames, times)
+            phonemes.append((symbol, round(float(first), 4), round(float(max(last, first + 0.01)), 4)))
+        best = min(best, (cost, lines, phonemes), key=lambda found: found[0])
+    return best[1:] if best[0] < WORST else None
+
+
+def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.ndarray, list]:
+    """Cut a recording (N,) to its phonemes and `MARGIN` seconds on both sides: noise may hide its quiet ends."""
+    first = max(0.0, phonemes[0][1] - MARGIN)
+    speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
+    return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes]
+
+
+def _rows(recordings: Iterable[Recording], out: Path, split: str, others: int, rng: np.random.Generator) -> Iterator:
+    """Write each recording, and `others` more of it at other speeds, and yield their rows; those in doubt are left out.
+
+    Speed moves pitch and formants along, which makes more voices than there are.
+    """
+    synthesizer, folder = Synthesizer(), out / split
+    folder.mkdir(parents=True, exist_ok=True)
+    recordings, known = list(recordings), {}  # speaker -> espeak-ng's voice that is nearest
+    for recording in track(recordings, len(recordings), split):
+        wave = trim(read_recording(recording.path))
+        speeds = [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
+        labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
+        if labels is None:
+            continue
+        voice, phonemes = labels
+        known.setdefault(recording.speaker, [voice])
+        wave, phonemes = cut(wave, phonemes)
+        for number, speed in enumerate(speeds):
+            other = wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+            factor = len(other) / len(wave)
+            frames = len(other) // (RATE // FPS)
+            if frames > LONGEST:
+                continue
+            name = recording.name if speed == 1 else f"{recording.name}-{number}"
+            write_wave(folder / f"{name}.wav", other)
+            moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
+            yield _row(name, split, recording.text, moved, f"{recording.speaker}-{number}", frames)
+
+
+def _row(name: str, split: str, text: str, phonemes: list, voice: str, frames: int) -> dict:
+    facts = {"id": name, "split": split, "text": text, "phonemes": phonemes, "voice": voice, "expression": "neutral"}
+    return facts | {"frames": frames, "seconds": frames / FPS}
+
+
+def write_voices(
+    out: Path, people: dict[str, list[Recording]], synthetic: Path | None, clips: int, others: int, seed: int, facts: dict
+) -> dict[str, int]:
+    """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
+
+    Args:
+        others: copies of each training recording at other speeds.
+        facts: for corpus.json.
+
+    Returns:
+        how many clips each split has.
+    """
+    counts, rng = {}, np.random.default_rng(seed)
+    for split, recordings in people.items():
+        rows = list(_rows(recordings, out, split, others if split == "train" else 0, rng))
+        if synthetic is not None:
+            name = "train" if split == "train" else "dev"
+            for row in read_manifest(synthetic, name)[: clips if split == "train" else len(recordings)]:
+                target = out / split / f"{row['id']}.wav"
+                if not target.exists():
+                    target.symlink_to((synthetic / name / f"{row['id']}.wav").resolve())
+                rows.append(row | {"split": split})
+        if not rows:
+            raise UserError(f"the split {split} has no recording whose text could be told")
+        write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        counts[split] = len(rows)
+    write_json(out / "corpus.json", facts | {"version": 3, "rate": RATE, "clips": counts})
+    return counts
