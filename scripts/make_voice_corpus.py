@@ -26,7 +26,7 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=Path, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
-    add("--others", type=within(0), default=1, help="copies of each training recording at other speeds, as other voices")
+    add("--others", type=within(0), default=1, help="copies of each training recording at other speeds: other voices")
     add("--synthetic", type=Path, help="folder of a synthetic corpus of version 3")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
     add("--seed", type=within(0), default=0, help="of the speeds")

@@ -41,8 +41,8 @@ class WhisperXVAEConfig(Group):
         latent_dim: Z.
         decoder: "dac" (released), or "vocos", which needs less time on a CPU.
         decoder_width, decoder_ratios: of the DAC decoder.
-        vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: of the Vocos decoder, whose frames
-            are `vocos_hop` samples long.
+        vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: of the Vocos decoder, whose
+            frames are `vocos_hop` samples long.
         mel_bands: M.
         whisper_context: Whisper frames (50 a second) of its fixed window; twice as many mel frames go in.
         whisper_heads, whisper_layers: of the Whisper encoder.

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.codec import load_codec, load_like
+from engine.codec import load_like
 from engine.errors import UserError
-from engine.hub import check_release
+from engine.hub import check_release, release_folder
 from engine.media.audio import resample
 from engine.nn.audio_losses import CompressedSpectrumLoss, DisturbanceLoss, MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
 from engine.nn.vocos import ConvNeXtBlock
+from engine.release import read_release, release_kind
 from engine.shards.recordings import load_waves
 from engine.training.gan import GANTask
 from engine.training.task import Release
-from rvq_codec import RVQCodec
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -233,7 +233,8 @@ def _copy_parts(codec: WhisperXVAE, folders: Sequence[str]) -> None:
     """Copy every tensor of the releases that has the name and shape of one of `codec`'s; earlier folders come first."""
     own = codec.state_dict()
     for folder in reversed(folders):
-        found = load_codec(folder, {kind.kind: kind for kind in (RVQCodec, WhisperXVAE)}).state_dict()
+        folder = release_folder(folder)
+        _, found = read_release(folder, release_kind(folder))
         own |= {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     codec.load_state_dict(own)
 

@@ -62,7 +62,7 @@ def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
         for line in lines:
             name, colon, text = line.strip().partition(":")
             path = sounds / f"{name}.g722"
-            if line.startswith(";") or not colon or any(c in text for c in "[]<>()\"") or not path.is_file():
+            if line.startswith(";") or not colon or any(c in text for c in '[]<>()"') or not path.is_file():
                 continue
             text = text.replace("*", " star ").replace("#", " pound ")
             rows.append(Recording(name.replace("/", "-"), path, sounds.name, " ".join(text.split())))
@@ -106,8 +106,9 @@ def trim(wave: np.ndarray) -> np.ndarray:
     """Cut the quiet ends of a wave (N,), but for `MARGIN`, and bring it to `LEVEL`."""
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
-    floor, top = np.percentile(10 * np.log10(power + 1e-10), [5, 95])
-    loud = np.flatnonzero(10 * np.log10(power + 1e-10) > np.clip(0.7 * floor + 0.3 * top, top - QUIET[0], top - QUIET[1]))
+    level = 10 * np.log10(power + 1e-10)
+    floor, top = np.percentile(level, [5, 95])
+    loud = np.flatnonzero(level > np.clip(0.7 * floor + 0.3 * top, top - QUIET[0], top - QUIET[1]))
     margin = round(MARGIN * RATE / HOP)
     first, last = max(0, loud[0] - margin), min(len(frames), loud[-1] + 1 + margin)
     speech = wave[first * HOP : last * HOP]
@@ -186,7 +187,13 @@ def _row(name: str, split: str, text: str, phonemes: list, voice: str, frames: i
 
 
 def write_voices(
-    out: Path, people: dict[str, list[Recording]], synthetic: Path | None, clips: int, others: int, seed: int, facts: dict
+    out: Path,
+    people: dict[str, list[Recording]],
+    synthetic: Path | None,
+    clips: int,
+    others: int,
+    seed: int,
+    facts: dict,
 ) -> dict[str, int]:
     """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
+from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder
 from engine.nn.mel import log_mel, pad_or_trim
@@ -100,6 +101,28 @@ def test_reach_is_exact(ratios):
     (slope,) = torch.autograd.grad(sound.abs().sum(), frames)
     used = slope.abs().sum((0, 1)).nonzero().flatten()
     assert (t - int(used.min()), int(used.max()) - t) == (before, after)
+
+
+VOCOS = {
+    "decoder": "vocos", "vocos_channels": 6, "vocos_dim": 8, "vocos_intermediate": 12, "vocos_layers": 2,
+    "vocos_hop": 480, "n_fft": 720,
+}  # fmt: skip
+
+
+def test_a_vocos_decoder_streams_what_it_decodes():
+    torch.manual_seed(0)
+    codec = WhisperXVAE(WhisperXVAEConfig(**asdict(TINY) | VOCOS)).eval()
+    latents = torch.randn(1, 30, 6)
+    wave = codec.decode(latents)
+    assert wave.shape == (1, 1, 30 * 960)
+    streamed = torch.cat(list(codec.decode_stream(latents.split(4, dim=1))), -1)
+    torch.testing.assert_close(streamed, wave, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"vocos_hop": 500}, {"n_fft": 721}])
+def test_a_vocos_decoder_must_fit_the_hop(changes):
+    with pytest.raises(UserError, match="must divide the hop of 960"):
+        WhisperXVAEConfig(**asdict(TINY) | VOCOS | changes)
 
 
 def speechlike(samples, seed=0):

@@ -1,0 +1,62 @@
+"""Human speech for Talker: which prompts are taken, and where the phonemes of a recording are."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from corpora.preparation.speech_corpus import RATE
+from corpora.preparation.voice_corpus import MARGIN, cut, label, prompt_sentences, trim, warp
+from corpora.synthetic.corpus import resample
+from corpora.synthetic.speech import Synthesizer
+
+TEXT = "lay red by seven again"
+
+
+@pytest.fixture(scope="module")
+def synthesizer():
+    return Synthesizer()
+
+
+@pytest.fixture(scope="module")
+def spoken(synthesizer):
+    """A slower voice than those that recordings are compared with, and its samples at 24 kHz in noise."""
+    found = synthesizer.speak(TEXT, "pitch 80 110", words_per_minute=130)
+    speech = resample(found.wave, found.rate, RATE)
+    wave = np.random.default_rng(0).normal(0, 1e-3, len(speech) + 2 * RATE).astype(np.float32)
+    wave[RATE : RATE + len(speech)] += speech
+    return found, wave
+
+
+def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
+    (tmp_path / "digits").mkdir()
+    for name in ("digits/1", "beep", "press"):
+        (tmp_path / f"{name}.g722").touch()
+    lines = "; a remark\ndigits/1: one\nbeep: [a tone]\npress: Press * then #\nmissing: hello\n"
+    with gzip.open(tmp_path / "texts.gz", "wt") as file:
+        file.write(lines)
+    rows = prompt_sentences(tmp_path, tmp_path / "texts.gz")
+    assert [(row.name, row.text) for row in rows] == [("digits-1", "one"), ("press", "Press star then pound")]
+
+
+def test_a_path_follows_frames_that_are_repeated():
+    frames = np.random.default_rng(0).normal(size=(6, 3))
+    place, cost = warp(frames, frames.repeat(2, 0))
+    assert place.tolist() == [1, 3, 5, 7, 9, 11] and cost < 1e-6
+
+
+def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
+    truth, wave = spoken
+    trimmed = trim(wave)
+    assert abs(len(trimmed) / RATE - len(truth.wave) / truth.rate - 2 * MARGIN) < 0.15
+    _, phonemes = label(trimmed, TEXT, synthesizer)
+    speech, phonemes = cut(trimmed, phonemes)
+    assert [p[0] for p in phonemes] == [p[0] for p in truth.phonemes]
+    shift = phonemes[0][1] - truth.phonemes[0][1]
+    late = [found[1] - shift - true[1] for found, true in zip(phonemes, truth.phonemes)]
+    assert np.abs(late).mean() < 0.04
+    assert abs(len(speech) / RATE - phonemes[-1][2] - MARGIN) < 0.02
+
+
+def test_a_recording_of_another_length_is_refused(synthesizer, spoken):
+    assert label(trim(spoken[1]), "one", synthesizer) is None
