@@ -67,7 +67,8 @@ def record_name(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    claim, groups = CLAIMS[args.claim], {}
+    claim = CLAIMS[args.claim]
+    groups = {}
     chosen = args.variants or [*claim["variants"]]
     if unknown := [name for name in chosen if name not in claim["variants"]]:
         raise UserError(f"--variants {unknown[0]} is unknown; choose {', '.join(claim['variants'])}")
@@ -78,8 +79,10 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         for seed in args.seeds if trained else [0]:
             pairs, true, speakers = measure(args, claim, name, seed)
             measured.setdefault(name, []).append(pairs)
-            measured[TRUTH], groups = [true], {**groups, **speakers}
-    figures, x = [*claim.get("losses", ()), *claim["figures"]], claim.get("x")
+            measured[TRUTH] = [true]
+            groups |= speakers
+    figures = [*claim.get("losses", ()), *claim["figures"]]
+    x = claim.get("x")
     rows = compare({name: measured[name] for name in [*chosen, TRUTH]}, [*figures, x] if x else figures, groups)
     yield from ((row, line(row)) for row in rows)
     path = dated(args.out, f"claims-{args.claim}.png")
@@ -94,7 +97,8 @@ def measure(
     args: argparse.Namespace, claim: dict[str, Any], name: str, seed: int
 ) -> tuple[Pairs, Pairs, dict[str, str]]:
     """Train and measure a variant, where that is missing; return its pairs, those of true clips, and the speakers."""
-    variant, folder = claim["variants"][name], args.runs / args.claim / f"{name}-{seed}"
+    variant = claim["variants"][name]
+    folder = args.runs / args.claim / f"{name}-{seed}"
     on_grid = "table=grid" in claim["evaluate"]
     shards = args.shards or prepared_clips(args.corpus, claim)
     settings = dict(variant.get("generate") or {})
@@ -108,7 +112,8 @@ def measure(
     words = [*claim["evaluate"], clips, "media=false", f"output={folder}", *args.evaluate]
     config = load("evaluate", [*words, f"device={args.device}"])
     OmegaConf.set_struct(config, False)
-    config.systems, config.compare = {name: settings}, False
+    config.systems = {name: settings}
+    config.compare = False
     split = config.split[0] if config.split else None
     summary = evaluate(config, split, folder / "evaluation")
     cells = summary["systems"]
@@ -141,9 +146,11 @@ def train(
     shards: Path,
 ) -> Path:
     """Train a variant, or derive it from another one, where that is missing; return its release."""
-    source, settings = variant.get("derive"), [*claim.get("train", ()), f"data.corpus={args.corpus}"]
+    source = variant.get("derive")
+    settings = [*claim.get("train", ()), f"data.corpus={args.corpus}"]
     settings += [f"data.root={shards}", f"trainer.seed={seed}", *args.train, *variant.get("train", ())]
-    done, wanted = folder / "trained.json", json.dumps([source, settings])
+    done = folder / "trained.json"
+    wanted = json.dumps([source, settings])
     if done.is_file() and done.read_text() == wanted:
         return folder / "release"
     shutil.rmtree(folder, ignore_errors=True)  # also what was measured of an older model
@@ -165,7 +172,8 @@ def compare(
     measured: Mapping[str, Sequence[Pairs]], figures: Sequence[str], groups: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Return a row for each system: the `estimate` of each figure, and of its difference to the first system."""
-    rows, (first, *_) = [], measured
+    rows = []
+    first = next(iter(measured))
     clips = sorted({clip for models in measured.values() for pairs in models for of in pairs.values() for clip in of})
     speakers = [groups.get(clip, clip) for clip in clips]
 

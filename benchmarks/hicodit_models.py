@@ -91,7 +91,9 @@ def entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, key: str) ->
 
     tokens: (1, K, L).
     """
-    noise, conditioning, out = LogLinearNoise(), model.prepare(conditions), torch.zeros(2)
+    noise = LogLinearNoise()
+    conditioning = model.prepare(conditions)
+    out = torch.zeros(2)
     for number, moment in enumerate(TIMES):
         t = torch.full((1,), moment)
         uniforms = torch.rand(tokens.shape[1:], generator=generator_for(0, "claims", key, number))

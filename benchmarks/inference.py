@@ -254,7 +254,8 @@ def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: t
 
     own, theirs = take_turns(args.rounds, lambda: loop(model), official)  # (rounds, patches)
     took, reference = (float(np.median(times.mean(1))) for times in (own, theirs))
-    flops, operators = _flops(lambda: loop(plain)) / patches, _operators(lambda: loop(model))
+    flops = _flops(lambda: loop(plain)) / patches
+    operators = _operators(lambda: loop(model))
     return {
         "model": "talker_t2av", "size": size, "batch": batch, "seconds": 0.16 * patches,
         "sampler": f"{sampling.steps} steps", "precision": precision, "step_ms": 1e3 * took,

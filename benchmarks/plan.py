@@ -194,7 +194,8 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
     ]
     *blocks, rest = ([shards * numbers(sizes, shards, trained) for trained in (False, True)] for sizes in one.groups)
     travels = 2 if half else 4  # bytes of a block's number
-    scattered, whole = 4 * sum(trained for _, trained in (*blocks, rest)), 4 * numbers(one.whole, 1, True)
+    scattered = 4 * sum(trained for _, trained in (*blocks, rest))
+    whole = 4 * numbers(one.whole, 1, True)
     sent = {"allgather": 2 * travels * sum(b for b, _ in blocks) + 4 * rest[0], "reduce_scatter": scattered}
     calls = {"allgather": 2 * len(blocks) + bool(rest[0])}
     calls["reduce_scatter"] = sum(trained > 0 for _, trained in (*blocks, rest))
@@ -255,7 +256,8 @@ def measure_samples(
         print(f"{samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
         return measure_fake(make_task, trainer, lambda task: random_batch(task, samples * rows, seconds), half)
 
-    one, many = run(1), run(most)
+    one = run(1)
+    many = run(most)
     if shards and trainer.precision == "bf16":
         one = replace(one, sharded=run(1, half=True).beside)
 

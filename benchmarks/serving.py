@@ -116,8 +116,12 @@ async def _send(client: Any, number: int, kind: str) -> tuple[Any, int]:
 
 async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> dict[str, Any]:
     """Send all requests, as many at a time as there are clients, to the server with the id `process`."""
-    waiting, seconds, answers = iter(enumerate(kinds)), [], Counter()
-    memory, begin, every = [], time.monotonic(), max(1, len(kinds) // 10)
+    waiting = iter(enumerate(kinds))
+    seconds = []
+    answers = Counter()
+    memory = []
+    begin = time.monotonic()
+    every = max(1, len(kinds) // 10)
 
     async def one(number: int, kind: str) -> str:
         start = time.monotonic()
@@ -160,7 +164,8 @@ def resident_megabytes(process: int) -> int:
 
 def save_released_size(folder: Path) -> None:
     """Write a release with random weights of the released size, and the tokenizer and codecs of the bundled one."""
-    model, bundled = build_talker("base"), TalkerT2AV.from_pretrained(BUNDLED).release
+    model = build_talker("base")
+    bundled = TalkerT2AV.from_pretrained(BUNDLED).release
     model.save(
         folder, "Random weights.", {name: value for name, value in bundled.items() if name not in ("kind", "model")}
     )

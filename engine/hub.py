@@ -36,7 +36,8 @@ def release_folder(source: str | Path) -> Path:
 
 @lru_cache
 def _snapshot(repository: str, revision: str | None) -> Path:
-    offline, endpoint = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "", constants.ENDPOINT
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    endpoint = constants.ENDPOINT
     try:
         if not offline:
             check_reachable(endpoint)

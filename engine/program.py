@@ -119,7 +119,9 @@ def _use_output_dir(config: DictConfig, key: str) -> None:
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the flags of a command line, with their values, and its overrides."""
     known = get_args_parser()._option_string_actions
-    flags, overrides, remaining = [], [], deque(words)
+    flags = []
+    overrides = []
+    remaining = deque(words)
     while remaining:
         word = remaining.popleft()
         if not word.startswith("-"):

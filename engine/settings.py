@@ -58,7 +58,9 @@ class Group:
     def __post_init__(self) -> None:
         hints = hints_of(type(self))
         for field in dataclasses.fields(self):
-            name, value, hint = field.name, getattr(self, field.name), hints[field.name]
+            name = field.name
+            value = getattr(self, field.name)
+            hint = hints[field.name]
             check_value(f"{self.prefix}{name}", value, hint, field.metadata)
             if get_origin(hint) is tuple:  # YAML and JSON give lists
                 object.__setattr__(self, name, tuple(value))
@@ -116,7 +118,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
     kind, takes_none = kind_of(hint)
     if value is None and (takes_none or kind is None):
         return
-    bounds, choices = metadata.get("bounds"), metadata.get("choices")
+    bounds = metadata.get("bounds")
+    choices = metadata.get("choices")
     if kind is list and not is_a(value, list):
         raise UserError(f"{name}={str(value)[:40]} must be {KINDS[list]}")
     for item in value if kind is list else [value]:

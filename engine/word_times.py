@@ -24,7 +24,9 @@ from engine.metrics.recogniser import RATE, hear
 
 FRAME = 0.01  # seconds of a frame of pocketsphinx
 QUIET = 0.1  # seconds of silence on both sides, without which the first and the last word lose their edges
-CUE_WORDS, CUE_GAP = 7, 0.6  # words of a subtitle at most; a longer pause (seconds) begins a new one
+# words of a subtitle at most; a longer pause (seconds) begins a new one
+CUE_WORDS = 7
+CUE_GAP = 0.6
 SOUNDS = "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z"  # roughly, of the letters a to z
 MOST_ADDED = 10_000  # words, after which an aligner is made anew: its dictionary never forgets one
 SILENT = 1e-3  # peak of a wave without speech, -60 dB
@@ -56,7 +58,8 @@ class WordTimes:
             self._added = 0
             self._aligner = self._sphinx.Decoder(self._config(lm=None, beam=1e-100, pbeam=1e-100, wbeam=1e-80))
         written = [word for word in text.split() if _key(word)]
-        keys, sounds = [_key(word) for word in written], dict(zip(ascii_lowercase, SOUNDS.split()))
+        keys = [_key(word) for word in written]
+        sounds = dict(zip(ascii_lowercase, SOUNDS.split()))
         for key in dict.fromkeys(keys):
             if self._aligner.lookup_word(key) is None:
                 phones = " ".join(sounds[letter] for letter in key if letter in sounds)
@@ -83,13 +86,15 @@ class WordTimes:
 
     def _spans(self, decoder: Any, wave: np.ndarray, rate: int) -> list[Word]:
         wave = resample_wave(wave, rate, RATE)
-        words, last = [], len(wave) / RATE
+        words = []
+        last = len(wave) / RATE
         if not np.abs(wave).max(initial=0) > SILENT:
             return []
         hear(decoder, np.pad(wave, round(QUIET * RATE)))
         for segment in (decoder.seg() or ()) if decoder.hyp() else ():
             name = re.sub(r"\(\d+\)$", "", segment.word)  # a second pronunciation
-            begin, end = segment.start_frame * FRAME - QUIET, (segment.end_frame + 1) * FRAME - QUIET
+            begin = segment.start_frame * FRAME - QUIET
+            end = (segment.end_frame + 1) * FRAME - QUIET
             if name[0] not in "<[":
                 words.append(Word(name, round(max(0.0, begin), 3), round(min(last, end), 3)))
         return words

@@ -31,7 +31,9 @@ from hicodit.generation import generate, windows
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from hicodit.settings import with_preset
 
-WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
+# that a validation keeps of each split
+WAVES = 4
+VIDEOS = 2
 EXPRESSIONS = ("own", "shuffled", "exchanged")
 
 
@@ -112,7 +114,8 @@ def write_outputs(
 
 def exchange(classes: np.ndarray) -> np.ndarray:
     """Put the first and the last of the classes (J,) in each other's place, wherever they occur."""
-    first, last = classes[0], classes[-1]
+    first = classes[0]
+    last = classes[-1]
     return np.where(classes == first, last, np.where(classes == last, first, classes))
 
 

@@ -85,7 +85,8 @@ def evaluate_splits(config: DictConfig) -> int:
     if config.corpus and not Path(config.corpus).is_dir():
         make = f"python scripts/make_synthetic_corpus.py --version 2 --out {config.corpus}"
         raise UserError(f"corpus={config.corpus} is not a folder: name another one, or make it ({make})")
-    output, codes = Path(config.output), []
+    output = Path(config.output)
+    codes = []
     for split in splits:
         summary = evaluate(config, split, output / split if len(splits) > 1 else output)
         if len(splits) > 1:
@@ -165,7 +166,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         write_json(output / "results.json", portable(summary))
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
-        place, what = Path(f"{config.record}-{split}" if split else config.record), {"settings": summary["settings"]}
+        place = Path(f"{config.record}-{split}" if split else config.record)
+        what = {"settings": summary["settings"]}
         write_record(place.parent, place.name, summary["title"], headline(summary), device, **what)
     return summary
 
@@ -173,7 +175,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
 def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return (model, settings) of each system that generates outputs."""
     wanted = plain(config)
-    systems, known = wanted["systems"] or ({config.model: {}} if config.model else {}), (*MODELS, *CODECS)
+    systems = wanted["systems"] or ({config.model: {}} if config.model else {})
+    known = (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
     if config.model in CODECS:  # of a table of several codecs
         systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
@@ -266,7 +269,8 @@ def protocol_notes(
     defaults = compose("evaluate", table).protocol
     notes = []
     for metric, names in metrics_of([*figures]).items():
-        own, here = protocol_of(metric, defaults), metrics[names[0]].kind
+        own = protocol_of(metric, defaults)
+        here = metrics[names[0]].kind
         titles = ", ".join(metric.figures[f].title for f in names if f in stated)
         if own != here and titles:
             notes.append(f"the paper's {titles} by {own}, those above by {here}: the two cannot be compared")
@@ -275,7 +279,8 @@ def protocol_notes(
 
 def choose_metrics(config: DictConfig, figures: list[str], split: str | None, device: str) -> dict[str, Metric]:
     """Return by figure the metric that measures it, with the protocol of the settings."""
-    chosen, given = {}, plain(config.protocol)
+    chosen = {}
+    given = plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
     arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
     given |= {"own_voice_first": "shards"} if arguments["shards"] else {}

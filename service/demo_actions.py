@@ -113,7 +113,8 @@ class Demo:
         identity = GE2EEncoder().embed(read_voice(voice, 16_000), 16_000) if voice else None
         crops = hicodit.crops(clip)
         speech = hicodit.run([crops], [seed], identity, sampler)[0]
-        folder, stem = self._new_folder(), Path(clip).stem
+        folder = self._new_folder()
+        stem = Path(clip).stem
         with stage("writing the files"):
             write_speech(Path(clip), speech, folder, stem, figure=True)
         video, figure, sound = (str(folder / f"{stem}.{kind}") for kind in ("mp4", "png", "wav"))

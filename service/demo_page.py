@@ -49,7 +49,9 @@ LINES = {  # what goes in, what comes out
     "v2a": "In: a clip, what it says, a recording of a voice. Out: the clip with generated speech.",
 }
 FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one field
-PHOTO, CLIP = "Photo", "Clip"  # where the face is
+# where the face is
+PHOTO = "Photo"
+CLIP = "Clip"
 KNOWN = (
     "The bundled models know drawn faces with computer voices like the examples, and filmed people who speak as in the "
     "GRID corpus. A talking face says any English sentence; other languages, and free sentences of filmed people, "

@@ -98,7 +98,8 @@ class Alignment:
         pointer = at[row, patch]
         start = batch["speech_span"][row, 0]
         row, query, first, last = to_device(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
-        mask, place = to_device(mask, device), torch.arange(mask.shape[1], device=device)
+        mask = to_device(mask, device)
+        place = torch.arange(mask.shape[1], device=device)
         meant = (place >= first[:, None]) & (place <= last[:, None])
         visible = (place <= query[:, None]) & mask.bool()[row]
         losses = []

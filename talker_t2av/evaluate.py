@@ -85,7 +85,9 @@ def write_outputs(
         return clip.truth.audio if driving is None else find_take(Path(driving), clip.id).audio
 
     def job(i: int, clip: Clip) -> Job:
-        sound, face, true = clip.prompt.audio, clip.prompt.video, clip.truth
+        sound = clip.prompt.audio
+        face = clip.prompt.video
+        true = clip.truth
         if (sound is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
             raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
         if true.source is None and mode == "v2a":
@@ -125,6 +127,7 @@ def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int,
     wave = wave_of(clip.truth.audio, RATE)
     if clip.truth.source is None or clip.prompt.video is None:
         raise UserError("no picture of the clip, or no other one of its speaker")
-    frames, face = read_video(clip.truth.source, FPS), next(iter(read_video(clip.prompt.video, FPS)))
+    frames = read_video(clip.truth.source, FPS)
+    face = next(iter(read_video(clip.prompt.video, FPS)))
     drawn = rebuild(pipeline.system.motion, frames, face)
     return rebuild_wave(pipeline.system.speech, wave), RATE, drawn

@@ -33,7 +33,9 @@ from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
 # Seconds: slow speech takes less than MARGIN and SLOW_BYTE for each byte of text, or SLOW_PHONEME for each phoneme.
-MARGIN, SLOW_BYTE, SLOW_PHONEME = 1.5, 0.15, 0.2
+MARGIN = 1.5
+SLOW_BYTE = 0.15
+SLOW_PHONEME = 0.2
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Reference:
     """
 
     def __init__(self, job: Job, system: TalkerSystem) -> None:
-        self.job, self.system, self.remarks = job, system, []
+        self.job = job
+        self.system = system
+        self.remarks = []
 
     @cached_property
     def wave(self) -> Tensor:
@@ -139,8 +143,12 @@ class Reference:
 
         Return the reference's motion (F, Dm), of one frame without a prefix, and the frames of the prefix, too.
         """
-        job, c, normalise = self.job, self.system.model.config, self.system.stats.normalise
-        mode, seconds, motion = MODES[job.mode], job.prefix_seconds, torch.zeros(0, c.motion_dim)
+        job = self.job
+        c = self.system.model.config
+        normalise = self.system.stats.normalise
+        mode = MODES[job.mode]
+        seconds = job.prefix_seconds
+        motion = torch.zeros(0, c.motion_dim)
         speech = encode_speech(self.system, self.wave) if seconds else torch.zeros(0, c.speech_dim)
         frames = len(speech)
         if mode.motion == "generated" or (seconds and mode.motion == "given"):
@@ -160,8 +168,11 @@ class Reference:
 
     def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
         """Make the request of an official routine; return as `paper_request` does."""
-        job, c, stats = self.job, self.system.model.config, self.system.stats
-        seconds, moving = job.prefix_seconds, MODES[job.mode].motion != "absent"
+        job = self.job
+        c = self.system.model.config
+        stats = self.system.stats
+        seconds = job.prefix_seconds
+        moving = MODES[job.mode].motion != "absent"
         if job.compat == "library" or not moving:
             frames = official.prefix_frames(seconds, self.frames, c.patch_size if moving else 1)
             speech = torch.zeros(0, c.speech_dim)
@@ -172,7 +183,8 @@ class Reference:
             motion = self.motion(max(1, frames)) if moving else torch.zeros(0, c.motion_dim)
             first = stats.normalise(motion[0]) if moving else None
             return official.library_method(c, prompt, speaker, speech, self.frames, first), motion, frames
-        motion, speech = self.motion(), encode_speech(self.system, self.wave)
+        motion = self.motion()
+        speech = encode_speech(self.system, self.wave)
         request = official.inference_script(c, stats, prompt, self.speaker(), speech, motion, seconds)
         return request, motion, len(request.motion)
 
@@ -188,7 +200,9 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     Args:
         text_bytes: longer texts are split.
     """
-    mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
+    mode = MODES[job.mode]
+    size = system.model.config.patch_size
+    reference = Reference(job, system)
     split = mode.open_ended and job.compat == "paper"
     texts = split_text(job.text, text_bytes) if split else [job.text]
     system.require(job.mode)
@@ -197,7 +211,8 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     request, motion, frames = make(prompts[0])
     if job.prefix_seconds and not frames:
         raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
-    wave, total = None, None
+    wave = None
+    total = None
     if mode.speech == "given":
         with stage("reading"):
             wave = read_audio(job.audio, RATE)

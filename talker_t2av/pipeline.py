@@ -138,7 +138,8 @@ class TalkerPipeline:
     fps = FPS
 
     def __init__(self, system: TalkerSystem, sampling: Sampling | None = None, compile: bool = False) -> None:
-        self.system, self.compile = system, compile
+        self.system = system
+        self.compile = compile
         self.sampling = sampling or system.sampling
         self._idle: dict[Any, BatchedDecoder] = {}
 
@@ -158,7 +159,8 @@ class TalkerPipeline:
                 With int8, faces are drawn as with auto. Speech is decoded in float32.
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
-        dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
+        dtype = pick_dtype(precision, device)
+        int8 = uses_int8(precision, device, compile)
         system = TalkerSystem(folder, codecs, device)
         fuse_layers(system.model.to_precision(dtype))
         prepare_inference(system.model, int8, device, compile)
@@ -248,9 +250,11 @@ class TalkerPipeline:
         groups: dict[tuple[str, str], list[int]] = {}
         for i, each in enumerate(prepared):
             groups.setdefault((each.job.mode, each.job.compat), []).append(i)
-        model, talks = self.system.model, dict[int, Talk]()
+        model = self.system.model
+        talks = dict[int, Talk]()
         for jobs in groups.values():
-            first, requests = prepared[jobs[0]], [request for i in jobs for request in prepared[i].requests]
+            first = prepared[jobs[0]]
+            requests = [request for i in jobs for request in prepared[i].requests]
             most = sum(step_limit(model, request, first.mode) for request in requests)
             seconds = most * model.config.patch_size / FPS
             places = min(len(requests), max(len(jobs), PARTS_AT_ONCE))
@@ -277,18 +281,21 @@ class TalkerPipeline:
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
-        done, last = 0, None
+        done = 0
+        last = None
         with self.decoder(prepared.mode, 1, single=True) as decoder:
             for number, request in enumerate(prepared.requests):
                 sound_begins = motion_begins = number > 0  # after a pause
                 for wave in self._waves(decoder, prepared, request, fresh):
                     wave = wave[: limit - done] if limit is not None else wave
                     if sound_begins and len(wave):
-                        wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
+                        wave = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave])
+                        sound_begins = False
                     if motion_begins and fresh:
                         fresh.insert(0, bridge(last, fresh[0][0]))
                         motion_begins = False
-                    done, last = done + len(wave), fresh[-1][-1] if fresh else last
+                    done = done + len(wave)
+                    last = fresh[-1][-1] if fresh else last
                     frames = face.show(fresh)
                     fresh.clear()
                     if frames is not None and prepared.surroundings is not None:
@@ -339,7 +346,8 @@ class TalkerPipeline:
         Between the parts of a long text are pauses, in which the face moves on to where the next part begins.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
-        moved, wave = list[Tensor](), prepared.wave
+        moved = list[Tensor]()
+        wave = prepared.wave
         for result in results:
             if result.motion is not None:
                 moved += [bridge(moved[-1][-1], result.motion[0])] if moved else []
@@ -349,7 +357,8 @@ class TalkerPipeline:
                 before = to_device(prepared.request.speech, self.system.device)  # the decoder needs the prefix
                 begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
                 end = begin + prepared.frames * HOP if prepared.frames else None
-                pause, waves = torch.zeros(PAUSE * HOP, device=self.system.device), []
+                pause = torch.zeros(PAUSE * HOP, device=self.system.device)
+                waves = []
                 for result in results:
                     decoded = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0]
                     waves += [pause] if waves else []

@@ -116,7 +116,8 @@ class Job(Group):
     @property
     def unused(self) -> list[str]:
         """Names of the inputs that the job has, but that the mode does not use."""
-        mode, prefix = MODES[self.mode], self.prefix_seconds > 0
+        mode = MODES[self.mode]
+        prefix = self.prefix_seconds > 0
         needs = {
             "reference_audio": mode.speech == "generated" or prefix,
             "reference_video": mode.motion == "generated"
@@ -229,7 +230,8 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
         return [(safe_name(c.name or c.mode, "name="), Job(**fields_))]
-    path, jobs = Path(c.jobs), []
+    path = Path(c.jobs)
+    jobs = []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
         try:
             if line.strip():
@@ -251,8 +253,10 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
 
 def with_demo(values: dict[str, Any]) -> dict[str, Any]:
     """Add the bundled voice, face and sentence to the fields of a job where it lacks them."""
-    mode, job = values.get("mode", "t2av"), dict(values)
-    voice, face = str(DEMO / "voice.wav"), str(DEMO / "silent.mp4")
+    mode = values.get("mode", "t2av")
+    job = dict(values)
+    voice = str(DEMO / "voice.wav")
+    face = str(DEMO / "silent.mp4")
     given = {"a2v": ("audio", voice), "v2a": ("video", face)}.get(mode)
     if given is None or given[0] not in job:  # the words of the bundled file
         if given is not None:

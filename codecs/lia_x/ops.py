@@ -177,8 +177,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = math.sqrt(0.5)  # halves the variance of the sum
-        x, residual = self.skip(x), self.conv2(self.conv1(x), half)
-        return torch.add(residual, x, alpha=half)
+        residual = self.conv2(self.conv1(x), half)
+        return torch.add(residual, self.skip(x), alpha=half)
 
 
 class FlowResBlock(nn.Module):

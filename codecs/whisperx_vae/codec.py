@@ -104,7 +104,8 @@ class UpsampledVocos(VocosDecoder):
     """A Vocos decoder of frames that are a part of a latent frame: (B, C, T) -> (B, 1, hop T)."""
 
     def __init__(self, config: WhisperXVAEConfig):
-        channels, blocks = config.vocos_channels, (config.vocos_dim, config.vocos_intermediate, config.vocos_layers)
+        channels = config.vocos_channels
+        blocks = (config.vocos_dim, config.vocos_intermediate, config.vocos_layers)
         super().__init__(channels, *blocks, config.n_fft, config.vocos_hop)
         ratio = config.hop // config.vocos_hop
         steps = {"stride": ratio, "padding": math.ceil(ratio / 2), "output_padding": ratio % 2}

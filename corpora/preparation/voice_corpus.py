@@ -27,7 +27,10 @@ from engine.nn.mel import mel_filters
 from engine.progress import track
 from engine.shards.recordings import read_manifest
 
-HOP, WINDOW, BANDS, CEPSTRA = RATE // 100, RATE // 40, 40, 13
+HOP = RATE // 100
+WINDOW = RATE // 40
+BANDS = 40
+CEPSTRA = 13
 LEVEL = 10 ** (-25 / 20)  # RMS of the synthetic corpus's neutral speech
 MARGIN = 0.15  # seconds of silence that are kept at both ends
 QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
@@ -91,7 +94,10 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
         j = diagonal - i
         before = np.minimum(np.minimum(total[i, j + 1], total[i + 1, j]), total[i, j])
         total[i + 1, j + 1] = before + distance[i, j]
-    place, length, i, j = np.zeros(rows, int), 1, rows - 1, columns - 1
+    place = np.zeros(rows, int)
+    length = 1
+    i = rows - 1
+    j = columns - 1
     place[i] = j
     while i or j:
         steps = total[i, j], total[i, j + 1], total[i + 1, j]  # both, only `one`, only `other`
@@ -110,7 +116,8 @@ def trim(wave: np.ndarray) -> np.ndarray:
     floor, top = np.percentile(level, [5, 95])
     loud = np.flatnonzero(level > np.clip(0.7 * floor + 0.3 * top, top - QUIET[0], top - QUIET[1]))
     margin = round(MARGIN * RATE / HOP)
-    first, last = max(0, loud[0] - margin), min(len(frames), loud[-1] + 1 + margin)
+    first = max(0, loud[0] - margin)
+    last = min(len(frames), loud[-1] + 1 + margin)
     speech = wave[first * HOP : last * HOP]
     speech = speech * (LEVEL / max(1e-6, float(np.sqrt(np.mean(speech**2)))))
     return speech * min(1.0, 0.97 / float(np.abs(speech).max()))
@@ -128,7 +135,8 @@ def label(
         that voice, and the phonemes (symbol, start s, end s); None: the recording is of another text.
     """
     best: tuple[float, str, list] = (np.inf, "", [])
-    heard, silence = cepstra(wave), np.zeros(round(MARGIN * RATE), np.float32)
+    heard = cepstra(wave)
+    silence = np.zeros(round(MARGIN * RATE), np.float32)
     for lines in voices:
         spoken = synthesizer.speak(text, lines)
         model = np.concatenate([silence, resample(spoken.wave, spoken.rate, RATE), silence])
@@ -157,9 +165,12 @@ def _rows(recordings: Iterable[Recording], out: Path, split: str, others: int, r
 
     Speed moves pitch and formants along, which makes more voices than there are.
     """
-    synthesizer, folder = Synthesizer(), out / split
+    synthesizer = Synthesizer()
+    folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
-    recordings, known = list(recordings), {}  # speaker -> espeak-ng's voice that is nearest
+    # speaker -> espeak-ng's voice that is nearest
+    recordings = list(recordings)
+    known = {}
     for recording in track(recordings, len(recordings), split):
         wave = trim(read_recording(recording.path))
         speeds = [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
@@ -204,7 +215,8 @@ def write_voices(
     Returns:
         how many clips each split has.
     """
-    counts, rng = {}, np.random.default_rng(seed)
+    counts = {}
+    rng = np.random.default_rng(seed)
     for split, recordings in people.items():
         rows = list(_rows(recordings, out, split, others if split == "train" else 0, rng))
         if synthetic is not None:

@@ -65,7 +65,8 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
     Args:
         seconds: decoded length. log: what ffmpeg wrote.
     """
-    errors, total = errors_of(log), stated_seconds(log)
+    errors = errors_of(log)
+    total = stated_seconds(log)
     if span is not None:
         total = min(total, span[1]) - span[0]
     if errors and seconds < total - SHORT:
@@ -75,7 +76,8 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
 def stated_bytes(path: Path) -> int:
     """Return the size that the header of an AVI, AIFF, AU, ASF or MP3 file states for the file; 0 if it states none."""
     with path.open("rb") as file:
-        head, start = file.read(4096), 0
+        head = file.read(4096)
+        start = 0
         if head[:3] == b"ID3":  # each byte of its size holds 7 bits
             start = 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
             file.seek(start)
@@ -105,7 +107,8 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 def check_complete(path: Path) -> None:
     """Raise UserError if the file is shorter than its header states."""
-    size, stated = path.stat().st_size, stated_bytes(path)
+    size = path.stat().st_size
+    stated = stated_bytes(path)
     if stated - size > max(4096, stated // 1000):
         raise UserError(f"{path} is damaged: it ends after {size:,} of the {stated:,} bytes that it states: {REPAIR}")
 

@@ -86,18 +86,21 @@ def iter_video(
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         try:
-            frames, have = None, 0
+            frames = None
+            have = 0
             while (frame := _read_ppm(process.stdout)) is not None:
                 if frames is None:
                     frames = np.empty((max(1, min(block, BLOCK_BYTES // frame.nbytes)), *frame.shape), np.uint8)
                 frames[have] = frame
-                have, count = have + 1, count + 1
+                have = have + 1
+                count = count + 1
                 if count > LIMITS.seconds * fps:
                     raise UserError(f"{path} has more than {LIMITS.seconds:g} s of video (limits.seconds): cut it")
                 if have == len(frames):
                     _check_times(path, os.pread(log.fileno(), LOG_BYTES, 0))
                     yield frames
-                    frames, have = None, 0
+                    frames = None
+                    have = 0
             code = process.wait()
             log.seek(0)
             _check_times(path, log.read(LOG_BYTES))

@@ -35,10 +35,14 @@ FPS = 25  # video frames a second
 WINDOW = 0.01  # seconds of a power measurement
 PITCH_HOP = 0.016  # seconds of a frame of `pitch`
 FRAMES = 1 / PITCH_HOP  # a second
-LOWEST, HIGHEST = 60.0, 500.0  # Hz, between which a pitch is looked for
+# Hz, between which a pitch is looked for
+LOWEST = 60.0
+HIGHEST = 500.0
 MIN_VOICED = 10  # frames over which two pitches are compared
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
-LATE, CUT = 0.3, 0.02  # seconds of quiet; the synthetic corpus has 0.12 s and more
+# seconds of quiet; the synthetic corpus has 0.12 s and more
+LATE = 0.3
+CUT = 0.02
 SHIFT = 5  # video frames: 200 ms
 NAMES = ("pitch_range", "energy")
 WAY = "moves the right way where the expression changes"
@@ -61,7 +65,8 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
     Its path search matters: frame by frame, resynthesised speech loses so many octaves that the pitch ranges of clips
     no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
     """
-    librosa, low_rate = require_librosa(), 12_000
+    librosa = require_librosa()
+    low_rate = 12_000
     wave = resample_wave(wave, rate, low_rate)
     f0, _, _ = librosa.pyin(wave, fmin=LOWEST, fmax=HIGHEST, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)
@@ -80,9 +85,11 @@ def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) 
     Args:
         shift: frames by which the sound is moved against the mouth; positive: it comes later.
     """
-    mouth, level = opening[max(shift, 0) :], loudness(wave, rate)[max(-shift, 0) :]
+    mouth = opening[max(shift, 0) :]
+    level = loudness(wave, rate)[max(-shift, 0) :]
     length = min(len(mouth), len(level))
-    mouth, level = mouth[:length], level[:length]
+    mouth = mouth[:length]
+    level = level[:length]
     if len(mouth) < 2 or np.ptp(mouth) == 0 or np.ptp(level) == 0:
         return 0.0
     return float(np.corrcoef(mouth, level)[0, 1])
@@ -112,7 +119,9 @@ class Prosody(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         wave = wave_of(take.audio, RATE)
-        f0, row, parts = pitch(wave, RATE), truth.about, []
+        f0 = pitch(wave, RATE)
+        row = truth.about
+        parts = []
         for start, end in spans_around_change(row) if row.get("change") is not None else ():
             part = wave[int(start * RATE) : int(end * RATE)]
             parts.append((pitch_range(f0[int(start * FRAMES) : int(end * FRAMES)]), energy(part)))
@@ -189,8 +198,10 @@ class Endings(Metric):
     pair = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        wave, true = wave_of(take.audio, RATE), wave_of(truth.audio, RATE)
-        quiet, stopped = len(wave) / RATE - speech_end(wave, RATE), bool(take.about.get("stopped", True))
+        wave = wave_of(take.audio, RATE)
+        true = wave_of(truth.audio, RATE)
+        quiet = len(wave) / RATE - speech_end(wave, RATE)
+        stopped = bool(take.about.get("stopped", True))
         return {
             "ends_in_time": (float(stopped and CUT <= quiet <= LATE), 1),
             "ends_late": (float(quiet > LATE), 1),
@@ -214,7 +225,8 @@ class Synchrony(Metric):
         self.read_opening = _reader(self.argument)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        opening, wave = self.read_opening(take.video or take.source), wave_of(take.audio, RATE)
+        opening = self.read_opening(take.video or take.source)
+        wave = wave_of(take.audio, RATE)
         shifts = {"synchrony": 0, "synchrony_late": SHIFT, "synchrony_early": -SHIFT}
         return {name: (synchrony(opening, wave, RATE, shift), 1) for name, shift in shifts.items()}
 
@@ -227,13 +239,16 @@ class MouthOpening(Metric):
     }
     protocols = ("drawn",)
     inputs = ("video",)
-    pair, outputs_only, pictured = True, True, True
+    pair = True
+    outputs_only = True
+    pictured = True
 
     def load(self) -> None:
         self.read_opening = _reader(self.argument)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        made, true = self.read_opening(take.video), self.read_opening(truth.video)
+        made = self.read_opening(take.video)
+        true = self.read_opening(truth.video)
         length = min(len(made), len(true))
         if np.ptp(made[:length]) == 0 or np.ptp(true[:length]) == 0:
             raise UserError("the mouth does not move")

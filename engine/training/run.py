@@ -71,7 +71,9 @@ def run(config: DictConfig, command: str) -> int:
 
 def check_inputs(config: DictConfig) -> None:
     """Find releases, folders and packages that the run needs, before hours of making data for it."""
-    task, data, trainer = config.task, config.data, config.trainer
+    task = config.task
+    data = config.data
+    trainer = config.trainer
     if config.lora.rank and not task.get("init"):
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
     named = {"init": task.get("init"), "task.codec": task.get("codec")}
@@ -81,7 +83,8 @@ def check_inputs(config: DictConfig) -> None:
             refuse_run(place, key)
         if isinstance(place, str) and not release_folder(place).exists():
             raise UserError(f"{key}={place}: there is no such file or folder")
-    validation, splits = task.get("validation") or {}, data.get("splits")
+    validation = task.get("validation") or {}
+    splits = data.get("splits")
     for key, count in (("validate_clips", task.get("validate_clips")), ("validation.clips", validation.get("clips"))):
         require_range(f"task.{key}", 1 if count is None else count, 1, 10**6)
     metrics_of(validation.get("metrics") or ())

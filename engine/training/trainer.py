@@ -68,7 +68,9 @@ class Trainer:
         self.config = c = make(TrainerConfig, config).shared_among(distributed.world_size())
         if len(dataset) == 0:
             raise UserError("the training set is empty")
-        self.run, self.record, self.fresh = Path(run), record or {}, fresh
+        self.run = Path(run)
+        self.record = record or {}
+        self.fresh = fresh
         self.code = checkpoint.code_version()
         self.device = pick_device(c.device)
         self.parallel = ParallelTask(task, c, self.device)
