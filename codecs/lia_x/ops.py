@@ -177,8 +177,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = math.sqrt(0.5)  # halves the variance of the sum
+        skipped = self.skip(x)
         residual = self.conv2(self.conv1(x), half)
-        return torch.add(residual, self.skip(x), alpha=half)
+        return torch.add(residual, skipped, alpha=half)
 
 
 class FlowResBlock(nn.Module):
