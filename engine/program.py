@@ -12,6 +12,7 @@ def main() -> int:
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import shutil
@@ -91,6 +92,10 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
     is_sweep = bool({"-m", "--multirun"} & set(flags))
     wants_full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
     arguments = sys.argv
+    reports_errors = logging.raiseExceptions
+    logging.raiseExceptions = (
+        False  # Hydra logs its `--info`: a reader that ends, as `head` does, is no error of logging
+    )
     sys.argv = [arguments[0], "--config-name", config_name, *prepared(config_name, overrides, is_sweep), *flags]
     try:
         one_line = nullcontext() if wants_full_errors else explained(config_name, overrides)
@@ -104,6 +109,7 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
         return end.args[0]
     finally:
         sys.argv = arguments
+        logging.raiseExceptions = reports_errors
     return 0
 
 

@@ -84,10 +84,15 @@ def test_a_server_that_never_ends_is_left(tmp_path):
     server.shutdown()
 
 
-def test_a_reader_that_ends_early_is_no_error():
-    command = f"{sys.executable} infer.py model=talker_t2av --help | true; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("infer.py model=talker_t2av --help", 141), ("train.py experiment=hicodit_minute --info defaults", 0)],
+    ids=["help", "info, which Hydra logs"],
+)
+def test_a_reader_that_ends_early_is_no_error(words, code):
+    command = f"{sys.executable} {words} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("141\n", "")
+    assert (done.stdout, done.stderr) == (f"{code}\n", "")
 
 
 def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
