@@ -19,6 +19,7 @@ from typing import Any
 from engine import STARTED
 from engine.cluster import Cluster
 from engine.errors import UserError, printable, require
+from engine.files import writable
 from engine.hub import check_release
 from engine.processes import Lost, Processes, Work
 from engine.progress import current, stage
@@ -250,6 +251,28 @@ class JobRunner(Work[Batch, Summary]):
                 raise
             line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
             batch.summary.failed.append((name if self.name_errors else "", line))
+
+
+def run_jobs(
+    build: Callable[..., JobRunner], jobs: Sequence[tuple[str, Any]], batch_size: int, c: RunConfig
+) -> Summary:
+    """Do the (name, job) pairs of a command in batches: in this process, or in several as the settings say.
+
+    Args:
+        build: makes the `JobRunner` of a process, from the index of its GPU if there are several; it is pickled.
+    """
+    from engine.device import count_devices  # slow to import
+
+    batches = batched(jobs, batch_size)
+    with writable(c.output):
+        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
+        if devices > 1 or c.executor == "ray":
+            return run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
+        runner = build()
+        summary = Summary(len(jobs), runner.details)
+        for part in runner.run_all(batches):
+            summary.add(part)
+        return summary
 
 
 def run_in_processes(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
-from engine.device import count_devices, pick_device
+from engine.batch_runner import JobRunner, run_jobs
+from engine.device import pick_device
 from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
-from engine.files import all_or_none, writable
+from engine.files import all_or_none
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
 from engine.nn.ge2e import GE2EEncoder
@@ -33,16 +33,8 @@ from hicodit.streaming import SpeechChunk
 def run(c: InferConfig, clips: list[Path]) -> int:
     """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
     build = partial(StreamRunner if c.stream else ClipRunner, c)
-    batches = batched([(str(clip), clip) for clip in clips], 1 if c.stream else c.batch_size)
-    with writable(c.output):
-        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
-        if devices > 1 or c.executor == "ray":
-            summary = run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
-        else:
-            runner = build()
-            summary = Summary(len(clips), runner.details)
-            for part in runner.run_all(batches):
-                summary.add(part)
+    jobs = [(str(clip), clip) for clip in clips]
+    summary = run_jobs(build, jobs, 1 if c.stream else c.batch_size, c)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 

@@ -9,10 +9,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
-from engine.device import count_devices, pick_device
+from engine.batch_runner import JobRunner, run_jobs
+from engine.device import pick_device
 from engine.errors import UserError
-from engine.files import all_or_none, writable
+from engine.files import all_or_none
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
@@ -26,17 +26,7 @@ from talker_t2av.system import BUNDLED
 
 def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
     """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
-    build = partial(TalkRunner, c)
-    batches = batched(jobs, c.batch_size)
-    with writable(c.output):
-        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
-        if devices > 1 or c.executor == "ray":
-            summary = run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
-        else:
-            runner = build()
-            summary = Summary(len(jobs), runner.details)
-            for part in runner.run_all(batches):
-                summary.add(part)
+    summary = run_jobs(partial(TalkRunner, c), jobs, c.batch_size, c)
     return summary.report("jobs", Path(c.output))
 
 
