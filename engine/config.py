@@ -20,11 +20,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from engine.errors import UserError
-from engine.instantiate import build, check_targets, target
+from engine.instantiate import check_targets
 from engine.schema import find_field, find_schema, register
 from engine.settings import KINDS, kind_of, nearest, require_choice
-
-__all__ = ["CONFIGS", "build", "check", "compose", "explained", "load", "plain", "prepared", "read_preset", "target"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from engine.codec import load_codec
-from engine.config import CONFIGS, compose, plain, target
+from engine.config import CONFIGS, compose, plain
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
@@ -33,6 +33,7 @@ from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.files import writable, write_json
+from engine.instantiate import target
 from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.program import run_program, runs

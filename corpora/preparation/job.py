@@ -18,9 +18,10 @@ from corpora.preparation.clip import FPS, Outcome, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.steps import Steps, earlier_samples, without_device
 from engine.cluster import Cluster
-from engine.config import build, plain, target
+from engine.config import plain
 from engine.errors import UserError
 from engine.files import writable
+from engine.instantiate import build, target
 from engine.processes import Lost, Processes
 from engine.progress import track
 from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits

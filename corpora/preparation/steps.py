@@ -24,10 +24,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Step, WorkItem
-from engine.config import build, target
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.files import checksum
+from engine.instantiate import build, target
 from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
 from engine.shards.writer import dumps, write_sample

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import target
 from engine.errors import UserError, require
+from engine.instantiate import target
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, cosine, wave_of
 from engine.nn.ge2e import RATE, GE2EEncoder
 from engine.release import load_strict

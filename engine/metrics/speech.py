@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.config import target
 from engine.errors import UserError, require_librosa
 from engine.evaluation.statistics import correlation
+from engine.instantiate import target
 from engine.media.audio import resample_wave
 from engine.media.video import read_video
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.config import build, plain, target
+from engine.config import plain
 from engine.errors import UserError, require
 from engine.files import refuse_links, require_space
 from engine.hub import refuse_run, release_folder
+from engine.instantiate import build, target
 from engine.metrics.registry import metrics_of
 from engine.release import check_replaceable
 from engine.settings import Limits, make, require_range, set_limits

@@ -8,10 +8,10 @@ import torch
 from drawn_faces import draw_face
 
 from corpora.preparation.job import prepare
-from engine.config import build
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE
+from engine.instantiate import build
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import write_video
 from engine.shards.recordings import SpeechCrops, load_waves

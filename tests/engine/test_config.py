@@ -12,8 +12,9 @@ from test_trainer import records, train_arguments
 
 import infer
 import train
-from engine.config import build, compose, load
+from engine.config import compose, load
 from engine.errors import UserError
+from engine.instantiate import build
 from engine.schema import find_field, find_schema
 from engine.settings import check_value, hints_of, kind_of
 from engine.training import run

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from corpora.preparation.sources_listed import tar_members
-from engine.config import build
 from engine.evaluation.clips import read_clips
+from engine.instantiate import build
 from engine.release import read_release, save_release
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.recordings import read_manifest
