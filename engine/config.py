@@ -106,7 +106,7 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
         if field is not None:
             raise UserError(f"{word}: {name} is a setting with a default and cannot be removed: change it")
         return word
-    if key == name and config_name == "evaluate" and _is_mapping(config_name, name):
+    if key == name and _is_mapping(config_name, name):
         key = f"++{name}"  # names of systems, splits and figures are the user's
         word = f"{key}{equals}{text}"
     is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
