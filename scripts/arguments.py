@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import UserError
@@ -45,3 +46,10 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], Any] = in
 
     read.__name__ = kind.__name__
     return read
+
+
+def existing_folder(word: str) -> Path:
+    """Read an argument that names a folder, which must exist; the `type` of such an argument."""
+    if not Path(word).is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is not a folder")
+    return Path(word)

@@ -17,25 +17,22 @@ from corpora.preparation.speech_corpus import (
     synthetic_recordings,
     write_corpus,
 )
-from engine.errors import UserError, run_cli
-from scripts.arguments import Parser, within
+from engine.errors import run_cli
+from scripts.arguments import Parser, existing_folder, within
 
 
 def main() -> None:
     parser = Parser(__doc__, "python scripts/make_speech_corpus.py")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
-    add("--grid", type=Path, required=True, help="folder of GRID")
+    add("--grid", type=existing_folder, required=True, help="folder of GRID")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
-    add("--prompts", type=Path, help="folder of the prompts, as in /usr/share/asterisk/sounds")
-    add("--synthetic", type=Path, help="folder of a synthetic corpus")
+    add("--prompts", type=existing_folder, help="folder of the prompts, as in /usr/share/asterisk/sounds")
+    add("--synthetic", type=existing_folder, help="folder of a synthetic corpus")
     add("--synthetic-clips", type=within(1), default=1200, help="clips of the synthetic corpus")
     args = parser.parse_args()
-    for folder in (args.grid, args.prompts, args.synthetic):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
     found = grid_recordings(args.grid, args.speakers.split(","), args.new_speakers.split(","))
     splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}
     if args.prompts:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from corpora.preparation.voice_corpus import grid_sentences, prompt_sentences, write_voices
 from engine.errors import UserError, run_cli
-from scripts.arguments import Parser, within
+from scripts.arguments import Parser, existing_folder, within
 
-SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
+SOUNDS = "/usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 
 
@@ -22,18 +22,15 @@ def main() -> None:
     parser = Parser(__doc__, "python scripts/make_voice_corpus.py")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
-    add("--grid", type=Path, required=True, help="folder of GRID")
+    add("--grid", type=existing_folder, required=True, help="folder of GRID")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
-    add("--prompts", type=Path, default=SOUNDS, help="folder of the English prompts")
+    add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
     add("--others", type=within(0), default=1, help="copies of each training recording at other speeds: other voices")
-    add("--synthetic", type=Path, help="folder of a synthetic corpus of version 3")
+    add("--synthetic", type=existing_folder, help="folder of a synthetic corpus of version 3")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
     add("--seed", type=within(0), default=0, help="of the speeds")
     args = parser.parse_args()
-    for folder in (args.grid, args.prompts, args.synthetic):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
     if not args.transcripts.is_file():
         raise UserError(f"{args.transcripts} is not there: install asterisk-core-sounds-en, or give --transcripts")
     people = grid_sentences(args.grid, args.speakers.split(","))

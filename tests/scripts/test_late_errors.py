@@ -97,6 +97,8 @@ PREPARE = [
 SCRIPTS = [
     ("make_synthetic_corpus --out file", "cannot write to --out=file"),
     ("make_synthetic_corpus --out corpus --clips -1", "--clips -1: give 1 or more"),
+    ("make_speech_corpus --out made --grid nowhere", "--grid nowhere is not a folder"),
+    ("make_voice_corpus --out made --grid corpus --prompts nowhere", "--prompts nowhere is not a folder"),
     ("download_checkpoints hicodit --to file", "cannot write to --to=file"),
     ("export sounds out", "sounds has no checkpoint to export"),
     ("export sounds out --best wer", "--best wer is not"),
