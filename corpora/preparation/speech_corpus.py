@@ -42,15 +42,19 @@ def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[
         speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does.
         new_speakers: all of their sentences are the split `new`.
     """
-    found: dict[str, list[Recording]] = {}
+    found: dict[str, list[Recording]] = {"train": [], "val": [], "test": []}
+    found |= grid_splits(root, speakers)
+    found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
+    return found
+
+
+def grid_splits(root: Path, speakers: Sequence[str]) -> dict[str, list[Recording]]:
+    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences."""
     source = grid(root, protocol="seen", speakers=speakers)
-    splits = [(split, split, source) for split in ("train", "val", "test")]
-    everything = grid(root, protocol="seen", speakers=new_speakers)
-    splits += [("new", split, everything) for split in ("train", "val", "test")]
-    for name, split, where in splits:
-        clips = where.clips(split) if split in where.splits else []
-        rows = [Recording(clip.key, root / clip.video, clip.speaker, clip.text) for clip in clips]
-        found.setdefault(name, []).extend(rows)
+    found = {}
+    for split in source.splits:
+        clips = source.clips(split)
+        found[split] = [Recording(clip.key, root / clip.video, clip.speaker, clip.text) for clip in clips]
     return found
 
 

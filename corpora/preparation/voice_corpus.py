@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from corpora.preparation.sources_studio import grid
-from corpora.preparation.speech_corpus import RATE, Recording, read_recording
+from corpora.preparation.speech_corpus import RATE, Recording, grid_splits, read_recording
 from corpora.synthetic.corpus import LONGEST, resample, write_wave
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
@@ -40,17 +41,14 @@ VOICES = ("pitch 100 130", "pitch 190 240\nformant 0 115 100 100\nformant 1 115 
 
 
 def grid_sentences(root: Path, speakers: list[str]) -> dict[str, list[Recording]]:
-    """Find GRID's sentences of the splits train, val and test, as `source.protocol=seen` has them.
+    """Find GRID's sentences of the splits train, val and test, as `grid_splits` does.
 
     The letter A is spelled "ay", as espeak-ng takes it for the article.
     """
-    source = grid(root, protocol="seen", speakers=speakers)
     found = {}
-    for split in source.splits:
-        clips = source.clips(split)
-        texts = [" ".join("ay" if word == "a" else word for word in clip.text.split()) for clip in clips]
-        rows = [Recording(c.key, root / c.video, c.speaker, text) for c, text in zip(clips, texts, strict=True)]
-        found[split] = rows
+    for split, recordings in grid_splits(root, speakers).items():
+        texts = [re.sub(r"\ba\b", "ay", recording.text) for recording in recordings]
+        found[split] = [replace(recording, text=text) for recording, text in zip(recordings, texts, strict=True)]
     return found
 
 
@@ -160,7 +158,7 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes]
 
 
-def _rows(recordings: Iterable[Recording], out: Path, split: str, others: int, rng: np.random.Generator) -> Iterator:
+def _rows(recordings: Sequence[Recording], out: Path, split: str, others: int, rng: np.random.Generator) -> Iterator:
     """Write each recording, and `others` more of it at other speeds, and yield their rows; those in doubt are left out.
 
     Speed moves pitch and formants along, which makes more voices than there are.
@@ -168,9 +166,7 @@ def _rows(recordings: Iterable[Recording], out: Path, split: str, others: int, r
     synthesizer = Synthesizer()
     folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
-    # speaker -> espeak-ng's voice that is nearest
-    recordings = list(recordings)
-    known = {}
+    known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in track(recordings, len(recordings), split):
         wave = trim(read_recording(recording.path))
         speeds = [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from corpora.preparation.speech_corpus import RATE
-from corpora.preparation.voice_corpus import MARGIN, cut, label, prompt_sentences, trim, warp
+from corpora.preparation.voice_corpus import MARGIN, cut, grid_sentences, label, prompt_sentences, trim, warp
 from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
 
@@ -26,6 +26,15 @@ def spoken(synthesizer):
     wave = np.random.default_rng(0).normal(0, 1e-3, len(speech) + 2 * RATE).astype(np.float32)
     wave[RATE : RATE + len(speech)] += speech
     return found, wave
+
+
+def test_the_letter_a_of_a_sentence_is_spelled(tmp_path):
+    (tmp_path / "s1").mkdir()
+    for name in ("bbaa1a", "lgafzs"):
+        (tmp_path / "s1" / f"{name}.mpg").touch()
+    found = grid_sentences(tmp_path, ["s1"])
+    texts = {row.name: row.text for rows in found.values() for row in rows}
+    assert texts == {"s1-bbaa1a": "bin blue at ay one again", "s1-lgafzs": "lay green at f zero soon"}
 
 
 def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
