@@ -10,6 +10,15 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.settings import DEVICES, require_choice
 
+_own_gpu: int | None = None  # see `use_gpu`
+
+
+def use_gpu(number: int) -> None:
+    """Let `pick_device` return another GPU in each worker process: the one of this number, counted around."""
+    global _own_gpu
+    count = torch.cuda.device_count()
+    _own_gpu = number % count if count else None
+
 
 def pick_device(name: str, index: int | None = None) -> torch.device:
     """Return the device of this process.
@@ -17,7 +26,7 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
     Args:
         name: auto (the GPU if there is one, else the processor), cpu, cuda or mps. auto never chooses mps, Apple's GPU,
             on which few of our networks were tried.
-        index: of the GPU; by default torchrun's LOCAL_RANK, else 0.
+        index: of the GPU; by default that of `use_gpu`, else torchrun's LOCAL_RANK, else 0.
 
     Raises:
         UserError: there is no such device.
@@ -31,6 +40,8 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if index is None:
+        index = _own_gpu
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Step, WorkItem
-from engine.device import pick_device
+from engine.device import pick_device, use_gpu
 from engine.errors import UserError
 from engine.files import checksum
 from engine.instantiate import build, target
@@ -46,7 +46,8 @@ class Steps(Work[WorkItem, Outcome]):
         stages: their settings by name.
         device: of the networks.
         symbols: phonemes of the source.
-        number: of the worker process, which uses one thread, as more processes use a machine better; None: no worker.
+        number: of the worker process, which uses one thread, as more processes use a machine better, and one of the
+            GPUs, which the processes share; None: no worker.
 
     Attributes:
         steps: by name.
@@ -66,6 +67,7 @@ class Steps(Work[WorkItem, Outcome]):
         if number is not None:
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
+            use_gpu(number)  # of the steps and of the engines in them
         offered = {"device": pick_device(device), "symbols": symbols}
         self.steps: dict[str, Step] = {}
         self.digests: dict[str, str] = {}

@@ -14,6 +14,7 @@ from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
 from corpora.preparation.sources import synthetic
 from corpora.preparation.steps import Steps
+from engine import device
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.faces.clip import find_faces
@@ -192,3 +193,14 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
         heard("bored", None)
     with pytest.raises(UserError, match=r"seconds=0 must be a number from 0\.5 to 30"):
         HeardExpression(None, 0)
+
+
+def test_worker_processes_share_the_gpus(monkeypatch):
+    """Steps and the engines in them, which ask for a device themselves, get the GPU of their process."""
+    monkeypatch.setattr(device, "_own_gpu", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    stages = {"mean": {"_target_": "tests.corpora.preparation_fakes.Mean"}}
+    for number, index in ((None, 0), (0, 0), (1, 1), (2, 0), (3, 1)):
+        steps = Steps(stages, "auto", None, number)
+        assert steps.steps["mean"].device == device.pick_device("auto") == torch.device("cuda", index)
