@@ -368,16 +368,16 @@ def talker(machine: Machine) -> Iterator[Line]:
     yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
 
 
-# Frames a second that Talker-T2AV's paper states for one H20 (arXiv 2604.23586, version 2, Table 2).
+# Frames per second that Talker-T2AV's paper states for one H20 (arXiv 2604.23586, version 2, Table 2).
 PAPER_SPEED = {"t2av": 24.0, "a2v": 30.0}
 
 
 @torch.inference_mode()
 def clip(machine: Machine) -> Iterator[Line]:
-    """The paper's speed protocol: frames a second of one clip of 5 s, T2AV and A2V, without and with the codecs.
+    """The paper's speed protocol: frames per second of one clip of 5 s, T2AV and A2V, without and with the codecs.
 
     The paper does not say whether codecs count. Without them, patches are generated from a prompt and, in A2V, given
-    latents. With them, A2V also encodes the given sound; both modes encode the portrait and draw every frame, and T2AV
+    latents. With them, A2V also encodes the given audio; both modes encode the portrait and draw every frame, and T2AV
     decodes the speech. Weights are random; 32 patches of 4 frames make the clip (at the tiny size, 3).
     """
     patches = 32 if machine.size == "base" else 3
@@ -427,12 +427,12 @@ def _speed(
     """
     weights = common.nbytes(model.parameters()) / MIB
     took = machine.time(name, lambda: speak(whole, False))
-    sound = machine.time(f"{name} first sound", lambda: speak(first, False))
+    sound = machine.time(f"{name} first audio", lambda: speak(first, False))
     peak = machine.peak(name)
     low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(whole, True)))
     yield line(f"{name} real-time factor", took / seconds, "", low / seconds, high / seconds, note)
     low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(first, True)))
-    yield line(f"{name} first sound", sound, "s", low, high, note)
+    yield line(f"{name} first audio", sound, "s", low, high, note)
     yield line(f"{name} memory", peak, "MiB", weights, 2 * weights + 1024, "the weights, to twice those and 1 GiB")
 
 
@@ -465,7 +465,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
 
 
 def service(machine: Machine) -> Iterator[Line]:
-    """Requests a second of the web service with the bundled models, each for half a second of speech."""
+    """Requests per second of the web service with the bundled models, each for half a second of speech."""
     requests = 48 if machine.size == "base" else 4
     parser = argparse.ArgumentParser()
     serving.add_arguments(parser)

@@ -190,7 +190,7 @@ def run_program(threads: int, program: str, *words: str, **environment: str) -> 
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
     call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
     if code := subprocess.run(call, env=os.environ | settings).returncode:
-        raise UserError(f"{program} ended with {code}, its last lines say why; the same command goes on")
+        raise UserError(f"{program} ended with {code}, its last lines say why; the same command continues")
 
 
 def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:

@@ -4,7 +4,7 @@ The program that trains is run: task, AdamW, average. Weights, gradients and act
 without data). What depends on a batch alone (lengths, masks) is computed for real, as shapes depend on it.
 
 Fake tensors are the processor's: PyTorch runs no backward pass of CUDA tensors without a driver. Sizes and operations
-are those of a GPU but for what autocast keeps in float32, where the two differ in a few operators.
+are those of a GPU except for what autocast keeps in float32, where the two differ in a few operators.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def film(root: Path, args: argparse.Namespace) -> float:
-    """Make what is missing of the footage with its lists, of distinct sentences; return its seconds of training."""
+    """Create what is missing of the footage with its lists, of distinct sentences; return its seconds of training."""
     maker = ClipMaker(root, SEED, 2)
     counts = {"train": args.clips, "val": args.val_clips, "test": args.test_clips}
     splits = iter([split for split, count in counts.items() for _ in range(count)])
@@ -135,7 +135,8 @@ def motion_stats(work: Path, shards: Path) -> Path:
 
 
 def draw(footage: Path, outputs: Path, path: Path) -> None:
-    """Write the picture of the first test sentence: faces and spectrograms of the true clip, before and after."""
+    """Write the picture of the first test sentence: faces and spectrograms of the ground-truth clip, before and
+    after."""
     row = json.loads((footage / f"{path.stem}.jsonl").read_text().splitlines()[0])
     true = footage / "unseen" / row["id"]
     takes = {"the person": (true.with_suffix(".wav"), true.with_suffix(".mp4"))}

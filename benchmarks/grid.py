@@ -1,8 +1,8 @@
 """The recipe of docs/one_card.md on a stand-in for GRID: words by training step, from bundled and from random weights.
 
-The stand-in has GRID's folders, names, pictures, sound and alignments, with drawn faces and synthetic voices that no
+The stand-in has GRID's folders, names, pictures, audio and alignments, with cartoon faces and synthetic voices that no
 bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is said as its
-code word ("foxtrot"), because letters that look alike on drawn lips could not be told apart. scripts/recipes/grid.sh
+code word ("foxtrot"), because letters that look alike on drawn lips could not be distinguished. scripts/recipes/grid.sh
 prepares, trains at the size of the bundled model and evaluates. What is finished is not done again.
 """
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     begin = time.monotonic()
     render(args.work / "grid", grammar, args)
     yield took("rendering", begin)
-    tokenizer = args.work / "rvq" / "release"  # the bundled one knows such sound, so that none is trained
+    tokenizer = args.work / "rvq" / "release"  # the bundled one knows such audio, so that none is trained
     shutil.copytree(ROOT / "assets" / "rvq_tiny", tokenizer, dirs_exist_ok=True)
     shutil.copytree(BUNDLED, args.work / "untrained" / "release", dirs_exist_ok=True)  # the recipe only evaluates it
     prepare = f"""device={args.device} splits=[train,val] stages.wave.use=false

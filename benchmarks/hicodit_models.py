@@ -36,7 +36,7 @@ SHARED = ("encoders.lip.", "encoders.expression.")  # parts that may start train
 
 
 def start(folder: Path, settings: list[str], seed: int, encoders: str | Path) -> Path:
-    """Write a release with random weights, but for the `SHARED` parts, which are those of the release `encoders`."""
+    """Write a release with random weights, except for the `SHARED` parts, which are those of the release `encoders`."""
     task = plain(compose("train", settings).task)
     torch.manual_seed(seed)
     system = HiCoDiTSystem(ModelConfig(**task["model"]), encoder_config(task["encoders"]))

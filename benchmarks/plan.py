@@ -71,7 +71,7 @@ EFFICIENCY = {  # assumptions, not measurements
     "compute": 0.5,  # of the peak, in matrix products and attention
     "memory": 0.7,  # of the bandwidth, in other operators, each of which reads and writes its tensors (no fusion)
     "network": 0.7,  # of link and network
-    "hidden": 0.7,  # of the computing time, behind which exchange goes on
+    "hidden": 0.7,  # of the computing time, behind which exchange continues
     "latency": 10e-6,  # seconds of a collective, for each doubling of its ranks
     "launch": 5e-6,  # seconds in which the host starts an operator; a step takes at least that for all of them
     "full": 0.92,  # of the memory that may be used

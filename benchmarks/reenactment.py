@@ -7,7 +7,7 @@ cosine of embeddings of dlib's face recognition network, on which nothing here w
 cosine's scale, `same_person` compares two clips of one person, `other_people` clips of two. The codec `copy` repeats
 the first frame.
 
-With --drawn, it also rebuilds held-out drawn faces of a synthetic corpus, and once more from the motion codes of the
+With --drawn, it also rebuilds held-out cartoon faces of a synthetic corpus, and once more from the motion codes of the
 codec named by --codes, as a model of those codes would have them rebuilt.
 """
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=within(1), default=4, help="of each person, spread over the names")
     parser.add_argument("--drawn", type=Path, help="synthetic corpus")
     parser.add_argument("--drawn-clips", type=within(1), default=8, help="of each of its held-out splits")
-    parser.add_argument("--codes", help="release whose motion codes of drawn faces are decoded, too")
+    parser.add_argument("--codes", help="release whose motion codes of cartoon faces are decoded, too")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of true and rebuilt frames, to be looked at")
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     people = {folder.name: [judge.read(path) for path in spread(folder, args.clips)] for folder in args.people}
     if len(people) > 1 and args.clips > 1:
         result = {"same_person": _cosine(people, 0, 1), "other_people": _cosine(people, 1, 0)}
-        yield result, "identity, true clips: " + _line(result)
+        yield result, "identity, ground-truth clips: " + _line(result)
     for name in args.codecs:
         codec = Copy() if name == COPY else LiaX.from_pretrained(name)
         for result in chain(_self(codec, people, judge, args), _cross(codec, people, judge), _drawn(codec, args)):
@@ -189,7 +189,7 @@ def _drawn(codec, args) -> Iterator[dict[str, Any]]:
                 found["psnr_of_codes"].append(reconstruction(frames, shown)["psnr"])
                 found["opening_of_codes"].append(correlation(reader(frames), reader(shown)))
                 found["code_error"].append(float(((own - codes).square().mean() / codes.var(0).mean()).sqrt()))
-        yield {"what": f"drawn faces, {split}", **_means(found)}
+        yield {"what": f"cartoon faces, {split}", **_means(found)}
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -213,7 +213,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def write_sheet(path: Path, true: np.ndarray, made: np.ndarray, count: int = 32, zoom: int = 3) -> None:
-    """Write `count` pairs of true frames and rebuilt ones below them, `zoom` times as large."""
+    """Write `count` pairs of ground-truth frames and rebuilt ones below them, `zoom` times as large."""
     at = np.linspace(0, len(true) - 1, count).round().astype(int)
     rows = [np.concatenate([np.concatenate(list(f[k]), 1) for f in (true, made)]) for k in at.reshape(-1, 8)]
     sheet = cv2.resize(np.concatenate(rows), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""The web service under load, over loopback: requests a second, latencies, and what becomes of bad requests.
+"""The web service under load, over loopback: requests per second, latencies, and what becomes of bad requests.
 
 Starts `scripts/serve.py` with the bundled models. First, for each number of clients, requests for speech of half a
 second through /v1; then a longer run of 16 clients of which a tenth of the requests are wrong, a twentieth are cut off

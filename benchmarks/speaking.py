@@ -1,7 +1,7 @@
-"""In how many clips of two faces the one that speaks is chosen: with the sound, and without.
+"""In how many clips of two faces the one that speaks is chosen: with the audio, and without.
 
-Two drawn faces of the synthetic corpus stand side by side, in sizes that differ by up to a half. One speaks a clip's
-sentence. For preparation, which has the sound, the other speaks another sentence. For a silent clip, it only moves its
+Two cartoon faces of the synthetic corpus stand side by side, in sizes that differ by up to a half. One speaks a clip's
+sentence. For preparation, which has the audio, the other speaks another sentence. For a silent clip, it only moves its
 head and eyes. The files are read as `scripts/prepare_data.py` and `infer.py face=speaking` read them.
 """
 

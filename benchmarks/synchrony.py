@@ -1,12 +1,12 @@
-"""Which clips of prepared shards have sound and picture out of step, and by how many frames.
+"""Which clips of prepared shards have audio and picture out of step, and by how many frames.
 
 For each speaker, least squares predict a coarse log-mel spectrogram from the mouth's main components in seven
 neighbouring frames; the speaker's clips are divided in ten parts, each predicted from the other nine. A clip's lag is
-the shift of its sound at which the prediction agrees best with it. Clips with a lag of more than a frame are not
+the shift of its audio at which the prediction agrees best with it. Clips with a lag of more than a frame are not
 learned from in two further rounds. A constant lag of all clips of a speaker cannot be seen in this way. The method is
 tried on the same clips with known shifts.
 
-Axes: n clips, T frames (25 a second), C components of a mouth, M = 20 mel bands.
+Axes: n clips, T frames (25 per second), C components of a mouth, M = 20 mel bands.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def features(mouth: Tensor, wave: Tensor, rate: int) -> tuple[Tensor, Tensor]:
-    """Return small mouth pictures (T, P) and the log-mel spectrogram (T, M) of each frame, less their means."""
+    """Return small mouth crops (T, P) and the log-mel spectrogram (T, M) of each frame, less their means."""
     samples = wave.float() / 32768 if wave.dtype == torch.int16 else wave.float()
     mel = log_mel(torch.from_numpy(resample_wave(samples.numpy(), rate, RATE).copy()), BANDS)
     frames = min(len(mouth), mel.shape[1] // PER_FRAME)
@@ -128,7 +128,7 @@ def neighbours(main: Tensor) -> Tensor:
 
 
 def agreements(predicted: Tensor, sounds: Tensor) -> Tensor:
-    """Correlate predictions (n, T, M) with the sounds shifted by -LARGEST to LARGEST frames: (n, lags)."""
+    """Correlate predictions (n, T, M) with the audio shifted by -LARGEST to LARGEST frames: (n, lags)."""
     middle = centred(predicted[:, LARGEST:-LARGEST])
     shifted = (sounds[:, LARGEST + lag : sounds.shape[1] - LARGEST + lag] for lag in range(-LARGEST, LARGEST + 1))
     return torch.stack([(middle * centred(part)).sum((1, 2)) for part in shifted], 1)
@@ -141,5 +141,5 @@ def centred(part: Tensor) -> Tensor:
 
 
 def lags_of(predicted: Tensor, sounds: Tensor) -> Tensor:
-    """Return the best lag of each clip (n,), positive where the sound comes late."""
+    """Return the best lag of each clip (n,), positive where the audio comes late."""
     return agreements(predicted, sounds).argmax(1) - LARGEST

@@ -85,7 +85,7 @@ def build_task(
 
 
 def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
-    """Return a batch of a task. Talker's rows have three words a second; the first half are T2AV, the others TTS."""
+    """Return a batch of a task. Talker's rows have three words per second; the first half are T2AV, the others TTS."""
     frames = round(25 * seconds)
     if isinstance(task, HiCoDiTTask):
         model = task.system.model.config
@@ -185,6 +185,6 @@ def line(r: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {value:.2f}" for name, value in r["seconds_by_part"].items())
     memory = ", ".join(f"{name} {value:.1f}" for name, value in r["gib_by_part"].items())
     return (
-        f"{how}: {r['step_s']:.2f} s a step ({parts}), {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.0%}, "
+        f"{how}: {r['step_s']:.2f} s per step ({parts}), {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.0%}, "
         f"{r['peak_gib']:.1f} GiB ({memory})"
     )

@@ -4,7 +4,7 @@ It must hear generated speech and people that it does not know. So each clip is 
 that leave the words: length, formants, colour, noise, and in half of the clips the voice itself, whose harmonics make
 way for a pulse train or a whisper under the same spectral envelope.
 
-Axes: B batch, N samples at 16 kHz, F = 201 frequencies, M mel bands, T mel frames (100 a second).
+Axes: B batch, N samples at 16 kHz, F = 201 frequencies, M mel bands, T mel frames (100 per second).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ UNKNOWN = -100  # label of a frame without an alignment
 
 @cache
 def sound_of(path: Path) -> Tensor:
-    """Return the sound (N,) of a clip; all are kept, 200 kB each."""
+    """Return the audio (N,) of a clip; all are kept, 200 kB each."""
     return torch.from_numpy(read_audio(path, RATE).copy())
 
 
@@ -287,7 +287,7 @@ class GridRecogniserTask(Task):
         speakers = ", ".join(self.speakers)
         about = f"""Speech -> a sentence of GRID: verb, colour, preposition, letter, digit, adverb. Convolutions and a
 bidirectional GRU on log-mel bands, {millions:.2f} M weights. It is the judge of words in `table=grid` and hears six
-words in any sound: chance is about 80 % of word errors. Trained on recordings of speakers {speakers} of the
+words in any audio: chance is about 80 % of word errors. Trained on recordings of speakers {speakers} of the
 GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0.
 
 `word_errors`, `letter_errors`: in per cent, of recordings; `new` are speakers that it was not trained on."""

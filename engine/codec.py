@@ -1,6 +1,6 @@
 """What the models know of a codec: its rates, the form of its code, `encode` and `decode`.
 
-Axes: B batch, N samples, L code frames, Q levels, Z channels, T pictures, S side of a picture.
+Axes: B batch, N samples, L code frames, Q levels, Z channels, T frames, S side of a picture.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Codec(Pretrained):
 
     @property
     def frame_rate(self) -> float:
-        """Code frames a second."""
+        """Code frames per second."""
         return self.sample_rate / self.hop
 
     def frames(self, samples: int) -> int:
@@ -109,7 +109,7 @@ class StreamDecoder:
         self.fades = self.after < reach
         self.latest: Tensor | None = None  # the last frames, of which the first `returned` were returned
         self.returned = 0
-        self.tail: Tensor | None = None  # how the last wave went on
+        self.tail: Tensor | None = None  # how the last wave continued
 
     @torch.no_grad()
     def push(self, chunk: Tensor, last: bool = False) -> Tensor | None:
@@ -154,11 +154,11 @@ class PortraitCodec(Codec):
         raise NotImplementedError
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Encode pictures (T, 3, S, S) in [-1, 1], which may lie on the host -> motion (T, Z)."""
+        """Encode frames (T, 3, S, S) in [-1, 1], which may lie on the host -> motion (T, Z)."""
         raise NotImplementedError
 
     def decode(self, code: Tensor, identity: Any) -> Tensor:
-        """Decode motion (T, Z) and what `identity` returned -> pictures (T, 3, S, S), not clamped."""
+        """Decode motion (T, Z) and what `identity` returned -> frames (T, 3, S, S), not clamped."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the steps of a loop: one launch a step in place of thousands.
+"""CUDA graphs of the steps of a loop: one launch per step in place of thousands.
 
 `GraphedStep` wraps a step function. On CUDA it captures the function once for each key (shapes, types, constants) and
 replays the capture; on a CPU it calls the function as it is. Capture needs no compiler and takes the time of four
@@ -169,7 +169,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def _key(value: Any, tensors: list[Tensor] | None) -> Hashable:
     """Return what two arguments must have in common to share a graph.
 
-    Their tensors are collected in `tensors`, in the order of `map_tensors`; None: they are told apart by address.
+    Their tensors are collected in `tensors`, in the order of `map_tensors`; None: they are distinguished by address.
     """
     if isinstance(value, Tensor):
         if tensors is not None:

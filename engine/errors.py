@@ -48,7 +48,8 @@ def require_librosa() -> ModuleType:
 
 
 def leaving_out(source: object, total: int) -> Callable[[str, object], None]:
-    """Return what says, once a clip, that a clip of the data set `source` of `total` clips cannot be used, and why."""
+    """Return what says, once per clip, that a clip of the data set `source` of `total` clips cannot be used, and
+    why."""
     return partial(_leave_out, set(), source, total)
 
 

@@ -53,13 +53,13 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, atomically."""
     with atomic_output(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, atomically."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
@@ -89,7 +89,7 @@ def _named(folder: str | Path, setting: str) -> Path:
 
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
-    """Make the folder that `setting` names, or fail before any work; new folders that stay empty are removed."""
+    """Create the folder that `setting` names, or fail before any work; new folders that stay empty are removed."""
     folder = _named(folder, setting)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     with report_os_errors(f"cannot write to {setting}={folder}"):

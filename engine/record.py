@@ -50,7 +50,7 @@ def dated(folder: Path, name: str) -> Path:
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
-    """Make a record: `what` the results measure, `about` (such as settings), `origin`, and the results."""
+    """Create a record: `what` the results measure, `about` (such as settings), `origin`, and the results."""
     return {"what": what, **about, **origin(device), "results": results}
 
 

@@ -47,7 +47,7 @@ class Pretrained(nn.Module):
         Config: dataclass of the constructor's argument, which is `config`.
         max_extra_tensors, max_extra_params: how many tensors, and elements of them, the network may have that its
             release does not store, such as tables.
-        release: the whole config.yaml of the folder that the network was loaded from, but for the kind; else {}.
+        release: the whole config.yaml of the folder that the network was loaded from, except for the kind; else {}.
     """
 
     kind: ClassVar[str]
@@ -66,7 +66,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
-        """Make a network with random weights. `arguments` are the whole config.yaml except the kind."""
+        """Create a network with random weights. `arguments` are the whole config.yaml except the kind."""
         return cls(cls.Config(**arguments))
 
     def stored(self) -> dict[str, Tensor]:
@@ -115,7 +115,8 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Self:
-        """Make a network with these fields of its config and the tensors of `state`; none is initialised or copied."""
+        """Create a network with these fields of its config and the tensors of `state`; none is initialised or
+        copied."""
         return build_with(lambda: cls(cls.Config(**sizes)), state, source)
 
     def digest(self) -> str:
@@ -219,7 +220,7 @@ COMPACT_FROM = 4096  # numbers; smaller tensors are not worth the rounding
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Return `to_float16(state)` with large matrices in 8 bits: a quarter of the download in float32.
 
-    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 a row: the row's
+    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 per row: the row's
     largest magnitude over 127, so that rounding is at most 0.4 % of it. `read_release` undoes it.
 
     Args:
@@ -362,12 +363,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
         shape = tuple(state[key].shape)
         wanted = tuple(value.shape)
         if shape != wanted:
-            raise UserError(f"{source} has {key!r} with shape {shape}, the config asks for {wanted}")
+            raise UserError(f"{source} has {key!r} with shape {shape}, the config requires {wanted}")
     module.load_state_dict(state, assign=assign)
 
 
 def build_with(make: Callable[[], N], state: Mapping[str, Tensor], source: str | Path) -> N:
-    """Make a network with the tensors of `state`, strictly, in float32 and eval mode; no others are allocated."""
+    """Create a network with the tensors of `state`, strictly, in float32 and eval mode; no others are allocated."""
     with torch.device("meta"):
         network = make()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

@@ -197,7 +197,7 @@ class Limits(Group, prefix="limits."):
 
     pixels: int = setting(2**24, 2**8, 2**31, "most pixels of a video frame (4K has 8,294,400)")
     picture_pixels: int = setting(2**26, 2**8, 2**31, "most pixels of an image")
-    seconds: float = setting(3600.0, 0.1, 1e6, "greatest length of a video or audio file in seconds")
+    seconds: float = setting(3600.0, 0.1, 1e6, "maximum length of a video or audio file in seconds")
     gap: float = setting(60.0, 0.1, 1e6, "most seconds between two frames of a video; more are damaged time stamps")
 
 

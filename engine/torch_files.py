@@ -44,7 +44,7 @@ class StandIn:
 
 
 def stand_in(name: str) -> type[StandIn]:
-    """Make a class of inert objects in place of the class or function `name` (MODULE.NAME)."""
+    """Create a class of inert objects in place of the class or function `name` (MODULE.NAME)."""
     return type(name.rpartition(".")[2], (StandIn,), {"__module__": f"stand_in.{name.rpartition('.')[0]}"})
 
 
@@ -59,7 +59,7 @@ def read_torch(path: str | Path) -> Any:
     """Return what `torch.save` wrote to `path`, with stand-ins for foreign objects.
 
     Tensors of the zip format stay on disk until used; those of the format used until PyTorch 1.5 are read at once, and
-    such a file must hold nothing but tensors and plain containers.
+    such a file must hold only tensors and plain containers.
 
     Raises:
         UserError: the file is missing, damaged, compressed, or a TorchScript program.

@@ -1,6 +1,6 @@
-"""The two bundled releases, one for drawn faces and one for filmed ones, and the choice between them.
+"""The two bundled releases, one for cartoon faces and one for real ones, and the choice between them.
 
-Axes: T frames, H height, W width, n pictures, S picture side.
+Axes: T frames, H height, W width, n images, S image side.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ DRAWN = BUNDLED
 FILMED = BUNDLED.parent / "hicodit_grid"
 LOOK_FRAMES = 32  # of the beginning of a clip, that are looked at
 PICTURES = 4
-SIDE = 64  # pixels of the face pictures
+SIDE = 64  # pixels of the face crops
 MAX_SIDE = 640  # pixels of the frames
 STEP = 1.5  # of 255: neighbouring pixels that differ by less are flat
-FLAT_FRACTION = 0.4  # drawn faces have 0.46 or more, those of GRID at most 0.35
+FLAT_FRACTION = 0.4  # cartoon faces have 0.46 or more, those of GRID at most 0.35
 
 
 def flat_fraction(faces: np.ndarray) -> float:
     """Return the fraction of horizontal neighbours in pictures (n, S, S, 3) uint8 that are equally bright.
 
-    A drawn face has areas of one colour; skin, and the noise of a camera, have hardly any.
+    A cartoon face has areas of one colour; skin, and the noise of a camera, have hardly any.
     """
     grey = faces.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return float((np.abs(np.diff(grey, axis=-1)) < STEP).mean())
@@ -41,7 +41,7 @@ def flat_fraction(faces: np.ndarray) -> float:
 def bundled_weights(video: str | Path | np.ndarray) -> Path:
     """Return the folder of the bundled release that suits a clip, by its first faces.
 
-    A clip without a face gets the release for filmed faces: generation then reports what is wrong.
+    A clip without a face gets the release for real faces: generation then reports what is wrong.
 
     Args:
         video: a file, or frames (T, H, W, 3) uint8.

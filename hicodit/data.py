@@ -1,6 +1,6 @@
 """The data set of HiCoDiT: clips of prepared shards.
 
-Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face pictures, S picture side,
+Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face crops, S image side,
 E lip feature width.
 """
 
@@ -37,7 +37,7 @@ MAX_HIDDEN = 7  # frames that are hidden at once
 
 
 def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Move, turn, scale, mirror, relight and partly cover mouth pictures (T, S, S) in [0, 1], the same way in a clip.
+    """Move, turn, scale, mirror, relight and partly cover mouth crops (T, S, S) in [0, 1], the same way in a clip.
 
     Brightness and contrast need no change: the lip encoder takes them out of every picture.
     """
@@ -62,7 +62,7 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def hide_span(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace a random span of mouth pictures (T, S, S) by their mean, so that words are also read from what is around.
+    """Replace a random span of mouth crops (T, S, S) by their mean, so that words are also read from what is around.
 
     Masking in time, as lip reading trains with it (arXiv 2202.13084, Section 3.3), of up to `MAX_HIDDEN` frames.
     """
@@ -75,7 +75,7 @@ def hide_span(mouth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def picture_frames(length: int, count: int) -> np.ndarray:
-    """Return the frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
+    """Return the frames (F,) of a clip's stored face crops: `count` of them, evenly spread between its ends."""
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
 
 
@@ -91,8 +91,8 @@ class HiCoDiTDataset:
         expression: the condition in training: "heard", the voice's in each half second, as in the paper, or "seen", the
             face's, as at inference.
         seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
-        augment: shift, mirror and relight the mouth pictures; features stay as they are.
-        hide: fraction of the clips in which a short span of mouth pictures is hidden, if they are augmented.
+        augment: shift, mirror and relight the mouth crops; features stay as they are.
+        hide: fraction of the clips in which a short span of mouth crops is hidden, if they are augmented.
         shards: fields of `engine.shards.reader.Reading`.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
     """
@@ -197,7 +197,7 @@ class HiCoDiTDataset:
         return item | {"face_expression": whole["expression"][at]}
 
     def _crop(self, clip: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a random part of a clip that is too long. Its face pictures may be from anywhere in the clip.
+        """Return a random part of a clip that is too long. Its face crops may be from anywhere in the clip.
 
         Parts begin at whole seconds, where a window of expression does.
         """

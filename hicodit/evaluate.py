@@ -134,7 +134,8 @@ def evaluate_clips(
 
     Args:
         recogniser: for word errors, see `words_by`.
-        metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
+        metrics: names of `engine.metrics.registry`. The ground-truth speech is what the tokenizer makes of the
+            ground-truth tokens.
     """
     chosen = spread(len(data), clips)
     own = share.range(len(chosen))
@@ -169,7 +170,7 @@ def evaluate_clips(
 def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Tensor]]) -> Conditions:
     """Encode prepared clips (`HiCoDiTDataset.read`): from their pictures, or from features where they hold those.
 
-    Each frame whose expression is read takes the nearest of the stored face pictures.
+    Each frame whose expression is read takes the nearest of the stored face crops.
     """
     system = pipeline.system
     if "lip" in clips[0]:

@@ -1,4 +1,4 @@
-"""The `infer.py` job: clips in, for each a WAV, the clip with its new sound, and a figure.
+"""The `infer.py` job: clips in, for each a WAV, the clip with its new audio, and a figure.
 
 Axes: T video frames, N samples.
 """
@@ -144,12 +144,12 @@ class StreamRunner(ClipRunner):
         seconds = len(wave) / rate
         compute = sum(chunk.compute for chunk in chunks)
         first = chunks[0].needed / FPS + chunks[0].compute
-        figures = f"first sound after {first:.2f} s, {compute / seconds:.2f} s of computing for a second"
+        figures = f"first audio after {first:.2f} s, {compute / seconds:.2f} s of computing for a second"
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
 
 def write_speech(clip: Path, speech: Speech, folder: Path, stem: str, figure: bool) -> None:
-    """Write the speech of a clip, the clip with this sound and, if asked for, the figure: STEM.wav, .mp4 and .png."""
+    """Write the speech of a clip, the clip with this audio and, if asked for, the figure: STEM.wav, .mp4 and .png."""
     speech.save(folder / f"{stem}.wav")
     mux_audio(clip, speech.wave, speech.rate, folder / f"{stem}.mp4", GENERATED)
     if figure:

@@ -96,7 +96,7 @@ class AdaLNBlock(nn.Module):
     """Pre-norm attention and MLP, both modulated and gated.
 
     The modulation is computed outside, for all blocks of a stage at once. With temporal scales, the modulated inputs of
-    attention and of the MLP are also multiplied by one scalar a frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c],
+    attention and of the MLP are also multiplied by one scalar per frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c],
     HiCoDiT's dual-scale AdaLN. The residual stream `h` keeps its precision under autocast.
     """
 

@@ -1,8 +1,8 @@
 """The score network of HiCoDiT (arXiv 2604.15923): stages of AdaLN blocks over groups of RVQ levels, coarse to fine.
 
 Axes: B clips, G guidance branches, U of them that differ in the low stage, R rows of a stage (its branches times B), K
-token levels, L token frames (50 a second), T video frames (25 a second), J expression windows (2 a second), C width,
-E condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
+token levels, L token frames (50 per second), T video frames (25 per second), J expression windows (2 a second), C
+width, E condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
 
 Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
 3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. `expression_context`
@@ -11,9 +11,9 @@ all levels that takes all conditions; *single scale* has plain AdaLN, where the 
 identity and time in one global condition of all blocks.
 
 What the paper leaves open was chosen here:
-- a group of levels enters as the mean of its levels' embeddings (DEmoFace), one table of N + 1 rows a level;
+- a group of levels enters as the mean of its levels' embeddings (DEmoFace), one table of N + 1 rows per level;
 - both concatenations are followed by a linear layer from 2C to C, here as two layers that are added;
-- lip features are repeated twice to reach 50 a second;
+- lip features are repeated twice to reach 50 per second;
 - heads of levels 1-2 read the low stage, the others the high stage, each after a modulated norm;
 - a null condition is a learned vector, for expression a row of its table; positions are rotary;
 - heads give normalised log posteriors, and the AdaLN condition is 128 wide.

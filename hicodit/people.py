@@ -1,9 +1,9 @@
 """How unlike the people of the training clips a face is: a remark for whoever reads the result, never a refusal.
 
-A release may hold people.json: means over the clips of each person of random projections of the face picture, their
+A release may hold people.json: means over the clips of each person of random projections of the face crop, their
 spread within a person, and the distance from which a face counts as unlike. No picture can be made from so few numbers.
 
-Axes: n face pictures, S' their side, D = 24 features, P people.
+Axes: n face crops, S' their side, D = 24 features, P people.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def projection() -> np.ndarray:
 
 
 def face_features(faces: np.ndarray) -> np.ndarray:
-    """Return features (D,) of the face pictures (n, S', S', 3) of a clip, at equal brightness and contrast."""
+    """Return features (D,) of the face crops (n, S', S', 3) of a clip, at equal brightness and contrast."""
     small = [cv2.resize(face.mean(-1), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for face in faces.astype(np.float32)]
     mean = np.mean(small, axis=0).ravel()
     return (mean - mean.mean()) / (mean.std() + 1e-6) @ projection()
@@ -71,7 +71,7 @@ class KnownPeople:
         write_json(folder / FILE, rounded)
 
     def distance(self, faces: np.ndarray) -> float:
-        """Return the distance of a clip's face pictures from the nearest person; about 1 for a known one."""
+        """Return the distance of a clip's face crops from the nearest person; about 1 for a known one."""
         steps = (face_features(faces) - self.means) / self.scale
         return float(np.sqrt(np.square(steps).mean(1)).min())
 

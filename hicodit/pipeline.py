@@ -1,7 +1,7 @@
 """A silent clip in, a waveform out.
 
-Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds, H height,
-W width, S' side of face pictures.
+Axes: B batch, T video frames (25 per second), L = 2 T token frames, K token levels, N samples, J half seconds, H
+height, W width, S' side of face crops.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Speech:
         return f"Speech({len(self.wave) / self.rate:.2f} s at {self.rate} Hz, {levels} x {length} tokens{remarks})"
 
     def save(self, path: str | Path) -> None:
-        """Write the speech as 16-bit WAV; the file appears whole or not at all.
+        """Write the speech as 16-bit WAV; the file is written atomically.
 
         Raises:
             UserError: the name does not end in .wav, or the file cannot be written.
@@ -261,7 +261,7 @@ class HiCoDiTPipeline:
             if mouth is None:
                 mouth = np.empty((len(track), *mouths.shape[1:]), mouths.dtype)
             mouth[start : start + len(block)] = mouths
-            first = -(-start // every)  # number of the block's first face picture
+            first = -(-start // every)  # number of the block's first face crop
             index = np.arange(first * every - start, len(block), every)
             if len(index):
                 pictures = config.cut_faces(block[index], track[start + index])
@@ -373,10 +373,10 @@ class HiCoDiTPipeline:
         identity: np.ndarray | None = None,
         **settings: object,
     ) -> Iterator[SpeechChunk]:
-        """Yield sound in hops of 160 ms while frames come; the chunks' waves concatenate to the speech of the clip.
+        """Yield audio in hops of 160 ms while frames arrive; the chunks' waves concatenate to the speech of the clip.
 
         Args:
-            frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 a second.
+            frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 per second.
             settings: fields of `hicodit.streaming.StreamSettings`, such as `lookahead=0.8`.
         """
         chosen = with_arguments(StreamSettings(), settings, ("seed", "identity"))
@@ -402,7 +402,7 @@ class HiCoDiTPipeline:
             video: a file of any size and frame rate, or frames as of `as_frames`; or a list of them.
             seed: one for all clips, or one each.
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
-            fps: frames a second of given frames, 25 by default.
+            fps: frames per second of given frames, 25 by default.
             sampler: fields of `hicodit.settings.SamplerConfig` that override the release's, as in `steps=16`.
 
         Returns:
@@ -442,7 +442,7 @@ def as_frames(video: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _at_25_fps(video: Video, fps: float | None) -> Video:
-    """Return a clip whose frames, if they are given, are repeated or dropped to be 25 a second."""
+    """Return a clip whose frames, if they are given, are repeated or dropped to be 25 per second."""
     if fps is None:
         return video
     if isinstance(video, str | Path):

@@ -68,7 +68,7 @@ class GuidanceScales(Group, prefix="guidance."):
         return tuple(self.exponents())
 
 
-LOOKAHEAD = 0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its sound waits for"
+LOOKAHEAD = 0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its audio waits for"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ClipConfig:
     model: str = setting("hicodit", about="hicodit or talker_t2av")
     weights: str | None = setting(
         None,
-        about="release folder, or OWNER/NAME on the hub; null: the bundled one for filmed or drawn faces",
+        about="release folder, or OWNER/NAME on the hub; null: the bundled one for filmed or cartoon faces",
     )
     codec: str | None = setting(None, about="release folder of the tokenizer; null: the one that the weights name")
     input: str | None = setting(None, about="a clip, or a folder of clips; null: the bundled silent clip")
@@ -105,7 +105,7 @@ class ClipConfig:
     )
     seed: int = setting(0, *SEEDS, SEED)
     stream: bool = setting(
-        False, about="sound in hops of 160 ms while the pictures come, without access to the whole clip; no figure"
+        False, about="audio in hops of 160 ms while the pictures arrive, without access to the whole clip; no figure"
     )
     lookahead: float = setting(*LOOKAHEAD)
     face: str = setting("largest", about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face")

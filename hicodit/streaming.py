@@ -1,11 +1,11 @@
-"""Speech while the face is still talking: frames in, hops of 160 ms of sound out, after a bounded look-ahead.
+"""Speech while the face is still talking: frames in, hops of 160 ms of audio out, after a bounded look-ahead.
 
 At each hop the network sees the last `window` seconds of pictures and the settled tokens. All other tokens up to the
-newest picture are sampled, and those further than the margin from it are settled. Sound is decoded from
+newest picture are sampled, and those further than the margin from it are settled. Audio is decoded from
 settled tokens alone, once there are as many after it as the codec's `reach`, or as the look-ahead allows. A long enough
-look-ahead gives the sound of offline decoding of the same tokens; with a shorter one each hop is faded into the next.
+look-ahead gives the audio of offline decoding of the same tokens; with a shorter one each hop is faded into the next.
 
-Axes: n frames of a block, H height, W width, T video frames (25 a second), K token levels, L token frames (50 a
+Axes: n frames of a block, H height, W width, T video frames (25 per second), K token levels, L token frames (50 per
 second), N samples.
 """
 
@@ -37,10 +37,10 @@ MIN_MARGIN = 5  # video frames between the newest picture and a settled token, w
 
 @dataclass(frozen=True, repr=False)
 class SpeechChunk:
-    """A part of the sound: wave (N,) float32 at `rate` Hz, and when it came.
+    """A part of the audio: wave (N,) float32 at `rate` Hz, and when it came.
 
-    needed: video frames that had to be there for it. compute: seconds between the last of them and the sound.
-    tokens: (K, L) that were settled since the chunk before; they run ahead of the sound.
+    needed: video frames that had to be there for it. compute: seconds between the last of them and the audio.
+    tokens: (K, L) that were settled since the chunk before; they run ahead of the audio.
     """
 
     wave: np.ndarray
@@ -55,11 +55,11 @@ class SpeechChunk:
 
 
 class SpeechStream:
-    """One talking face: `push` its frames, take its sound. Memory does not grow with the length.
+    """One talking face: `push` its frames, take its audio. Memory does not grow with the length.
 
     Args:
         pipeline: a `HiCoDiTPipeline`, whose file imports this one.
-        identity: (256,) GE2E vector of a voice; None: the face's, as it is seen before the first sound.
+        identity: (256,) GE2E vector of a voice; None: the face's, as it is seen before the first audio.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SpeechStream:
         self._moved = 0  # frames that were forgotten since the face was followed last
 
     def push(self, frame: np.ndarray) -> SpeechChunk | None:
-        """Add a frame (H, W, 3) uint8 RGB; return sound after every fourth, as soon as the look-ahead is filled."""
+        """Add a frame (H, W, 3) uint8 RGB; return audio after every fourth, as soon as the look-ahead is filled."""
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
             raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: give (H, W, 3) uint8 RGB")
         if self.frames and frame.shape != self.frames[0].shape:
@@ -98,7 +98,7 @@ class SpeechStream:
         return self._advance(last=False) if self.received >= due else None
 
     def finish(self) -> SpeechChunk | None:
-        """Return the rest of the sound; None if there was no frame."""
+        """Return the rest of the audio; None if there was no frame."""
         if not self.received:
             return None
         if self.received < MIN_FRAMES:

@@ -1,6 +1,6 @@
 """A HiCoDiT model with its condition encoders, which are trained, released and loaded together.
 
-Axes: F face pictures, S' their side, J half seconds.
+Axes: F face crops, S' their side, J half seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hicodit.settings import GuidanceScales, SamplerConfig
 from rvq_codec import RVQCodec
 
 CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers that can be chosen
-PICTURES = 512  # face pictures whose expression is read at once
+PICTURES = 512  # face crops whose expression is read at once
 
 
 class HiCoDiTSystem(Pretrained):
@@ -48,11 +48,11 @@ class HiCoDiTSystem(Pretrained):
         self.encoders = make_encoders(encoders)
 
     def voice_pictures(self, frames: int) -> list[int]:
-        """Return the indices of the face pictures that predict the voice of a clip: four, a fifth of it apart."""
+        """Return the indices of the face crops that predict the voice of a clip: four, a fifth of it apart."""
         return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
 
     def read_expressions(self, faces: Tensor) -> Tensor:
-        """Predict class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8; any device."""
+        """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1], or uint8; any device."""
         device = next(self.parameters()).device
         parts = (to_device(part, device) for part in faces.split(PICTURES))  # of a long clip, all would take gigabytes
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
@@ -66,7 +66,7 @@ class HiCoDiTSystem(Pretrained):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any], encoders: str | None = None) -> HiCoDiTSystem:
-        """Make the system with random weights; released encoders are loaded.
+        """Create the system with random weights; released encoders are loaded.
 
         Args:
             arguments: the whole config.yaml except the kind.

@@ -191,7 +191,7 @@ class HiCoDiTTask(Task):
         They are score entropy by group of levels, with one t a clip and masks independent by level and frame; the
         distance of the voice that the face predicts from the heard one; and those of the tiny encoders.
 
-        Identity and expression come from the sound's side, as the paper trains them. With the features of encoders that
+        Identity and expression come from the audio's side, as the paper trains them. With the features of encoders that
         do not learn, no encoder runs.
         """
         if self.lips_alone:

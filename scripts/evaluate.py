@@ -42,11 +42,11 @@ from engine.settings import ClusterConfig, Limits, require_choice, set_limits
 
 HELP = """
 Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
-interval, the row of the true speech and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
+interval, the row of the ground truth and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
 results.json and a cache: the same command continues where it stopped. A file that cannot be used, and a figure whose
 network was not downloaded, are named and left out; the exit code is 1 if a file was, 2 if there is nothing to show.
 
-A manifest has a clip a line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
+A manifest has a clip per line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
 references=, or those that output, reference and video name (paths from the manifest's folder). Several systems side by
 side, with tests that say which figures show one to be better: outputs={one: DIR, other: DIR}. model=NAME generates the
 outputs first, in float32 unless generate.precision says otherwise; systems= several of them.
@@ -143,7 +143,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if config.exchanged:
             clips = with_exchanged(clips)
         workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
-        names = ", ".join(clips[0].takes) or "true speech alone"
+        names = ", ".join(clips[0].takes) or "ground-truth speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
         results = measure(clips, dict.fromkeys(metrics.values()), workers, cache)
         metrics = with_free_words(metrics, results)
@@ -245,14 +245,14 @@ def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str
 
 
 def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
-    """Return the aims and the paper's rows by name, values by figure; of true-speech rows, those of `true_speech`."""
+    """Return the aims and the paper's rows by name, values by figure; of ground-truth rows, those of `true_speech`."""
     rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
     true = [name for name in rows if "true speech" in name]
     if config.true_speech is not None:
         chosen = [name for name in true if config.true_speech in name]
         if not chosen:
             known = ", ".join(n.removeprefix("paper: ").removesuffix(" true speech") for n in true) or "none"
-            raise UserError(f"true_speech={config.true_speech} is none of the table's true-speech rows: {known}")
+            raise UserError(f"true_speech={config.true_speech} is none of the table's ground-truth rows: {known}")
         rows = {name: row for name, row in rows.items() if name not in true or name in chosen}
     aim = config.aim.get(split or "")
     return ({"aim": dict(aim)} if aim else {}) | rows

@@ -1,4 +1,4 @@
-"""Make a release folder: from a training run, from several releases, or a smaller copy of one.
+"""Create a release folder: from a training run, from several releases, or a smaller copy of one.
 
     python scripts/export.py runs/NAME FOLDER [--step N | --best 'min wer_seen']
     python scripts/export.py --average A:0.7 B:0.3 FOLDER [--only decoder.]

@@ -1,4 +1,4 @@
-"""Make the synthetic talking-face corpus: GRID-style sentences spoken by espeak-ng voices and shown by drawn faces.
+"""Create the synthetic talking-face corpus: GRID-style sentences spoken by espeak-ng voices and shown by cartoon faces.
 
 Splits: train; seen (training voices, held-out sentences); unseen (held-out voices, held-out sentences). Each clip is
 H.264 video (128 x 128, 25 fps, no audio), a 24 kHz mono WAV of exactly 960 samples per frame, and a JSON description. A
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(root: Path, seed: int, version: int, more: int) -> None:
-    """Make the folders, or refuse a folder that holds another corpus."""
+    """Create the folders, or refuse a folder that holds another corpus."""
     about = root / "corpus.json"
     if about.is_file():
         old = json.loads(about.read_text())
@@ -77,7 +77,7 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
 
 
 def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], workers: int) -> None:
-    """Make the clips of a corpus: folder, seed, version, number of more voices."""
+    """Create the clips of a corpus: folder, seed, version, number of more voices."""
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent)
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them

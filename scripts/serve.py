@@ -1,7 +1,7 @@
 """Serve the models to other programs: `python scripts/serve.py` (needs the extra `serve`).
 
 /v1/...            OpenAI's interface: models, audio/speech, videos; see docs/service.md
-WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
+WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 per second, then a text -> audio in hops of 160 ms
 GET /health, GET /docs
 
 Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is

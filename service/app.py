@@ -102,7 +102,7 @@ class LiveFace:
         self.settings = StreamSettings(**fields)
         self.rate = chooser.load_all()[0].codec.sample_rate
         self.count = 0  # pictures so far
-        self.first: list[np.ndarray] = []  # pictures before the choice; a hop of them, from which no sound is due yet
+        self.first: list[np.ndarray] = []  # pictures before the choice; a hop of them, from which no audio is due yet
         self.stream: SpeechStream | None = None
 
     def push(self, data: bytes) -> bytes:
@@ -133,9 +133,9 @@ class LiveFace:
 
 
 async def _follow(socket: WebSocket, chooser: PipelineChooser) -> None:
-    """Receive {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 a second, then a text.
+    """Receive {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 per second, then a text.
 
-    Send the rate, then sound (16-bit samples) in hops of 160 ms.
+    Send the rate, then audio (16-bit samples) in hops of 160 ms.
     """
     first = await _receive(socket)
     example = '{"lookahead": 0.4, "seed": 0}'

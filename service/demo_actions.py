@@ -29,7 +29,7 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
-MAX_SECONDS = 60.0  # of a clip or a sound
+MAX_SECONDS = 60.0  # of a clip or audio
 MAX_CHARACTERS = 1000  # of a text
 
 
@@ -103,7 +103,7 @@ class Demo:
     def speak(
         self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None
     ) -> Made:
-        """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens."""
+        """Create the clip with its new audio, the audio alone, and a figure of mouth, spectrogram and tokens."""
         if not clip:
             raise FieldError("the clip", "Give a clip of a talking face.")
         check_seed(seed := int(seed or 0))
@@ -125,10 +125,10 @@ class Demo:
         self, mode: str, text: str, voice: str | None, face: str | None, steps: int, temperature: float,
         guidance: float, seed: int | None,
     ) -> Made:  # fmt: skip
-        """Make the video, and the sound alone where it was generated.
+        """Create the video, and the audio alone where it was generated.
 
         Args:
-            voice: also the sound of a2v.
+            voice: also the audio of a2v.
             face: clip or picture with the face; the clip of v2a.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
@@ -136,11 +136,11 @@ class Demo:
         if mode != "tts" and not face:
             raise FieldError("the face", "Give a clip." if mode == "v2a" else "Give a face: a photo or a clip.")
         if not voice and (mode in ("tts", "a2v") or is_picture(face)):
-            raise FieldError("the voice", "Give a sound." if mode == "a2v" else "Give a voice.")
+            raise FieldError("the voice", "Give audio." if mode == "a2v" else "Give a voice.")
         if mode == "v2a" and not (text or "").strip():
             raise FieldError("the text", "Write what the clip says.")
         if not voice and probe(face).audio is None:
-            raise FieldError("the voice", "Give a voice: the clip has no sound.")
+            raise FieldError("the voice", "Give a voice: the clip has no audio.")
         check_seed(seed := int(seed or 0))
         fields = {
             "t2av": {"reference_audio": voice, "reference_video": face},

@@ -38,14 +38,14 @@ SPOKEN = {  # in the examples
 MODES = {
     "t2av": "Text to talking face",
     "tts": "Text to speech",
-    "a2v": "Sound to talking face",
+    "a2v": "Audio to talking face",
     "v2a": "Voice for a clip",
 }
 LINES = {  # what goes in, what comes out
-    "speak": "In: a clip of a talking face; its sound is not used. Out: the clip with generated speech.",
+    "speak": "In: a clip of a talking face; its audio is not used. Out: the clip with generated speech.",
     "t2av": "In: a text, a photo or clip of a face, a recording of a voice. Out: a video of the face saying the text.",
     "tts": "In: a text and a recording of a voice. Out: the text in that voice.",
-    "a2v": "In: a sound, and a photo or clip of a face. Out: a video of that face saying the sound.",
+    "a2v": "In: audio, and a photo or clip of a face. Out: a video of that face, lip-synced to the audio.",
     "v2a": "In: a clip, what it says, a recording of a voice. Out: the clip with generated speech.",
 }
 FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one field
@@ -53,17 +53,17 @@ FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one f
 PHOTO = "Photo"
 CLIP = "Clip"
 KNOWN = (
-    "The bundled models know drawn faces with computer voices like the examples, and filmed people who speak as in the "
-    "GRID corpus. A talking face says any English sentence; other languages, and free sentences of filmed people, "
+    "The bundled models know cartoon faces with computer voices like the examples, and real people who speak as in the "
+    "GRID corpus. A talking face says any English sentence; other languages, and free sentences of real people, "
     "do not work."
 )
 OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
 CONSENT = "Use only faces and voices of people who agreed."
-REFERENCE_SECONDS = MAX_FRAMES // FPS  # of a voice, or of a sound that a face moves to
+REFERENCE_SECONDS = MAX_FRAMES // FPS  # of a voice, or of audio that a face moves to
 HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT
 PROGRESS = gr.Progress()  # as a default it makes gradio hand over that of the call
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events that take no time
-STAGES = {"conditions": "Reading the face", "decoding": "Making sound and pictures"}  # by name in the program
+STAGES = {"conditions": "Reading the face", "decoding": "Making audio and pictures"}  # by name in the program
 SHARES = {  # of a run's time, by words of its stages
     "finding the face": 0.15,
     "cutting out": 0.1,
@@ -160,13 +160,13 @@ def status_line(kind: str, text: str) -> str:
 
 def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is `CLIP` or `PHOTO`."""
-    file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
+    file = {"a2v": "the audio", "v2a": "the clip"}.get(mode)
     has_source = mode in ("t2av", "a2v")
     by_clip = mode == "v2a" or (has_source and source == CLIP)
     text = f"What {file} says" if file else "Text to say"
     voice = "Voice to speak with (its first 30 s)"
     if mode == "a2v":
-        voice = f"Sound that the face moves to (up to {REFERENCE_SECONDS} s)"
+        voice = f"Audio that the face moves to (up to {REFERENCE_SECONDS} s)"
     clip = f"Clip that gets the voice (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip with the face"
     return {
         "line": {"value": LINES[mode]},
@@ -191,7 +191,7 @@ def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
 
 
 def page(demo: Demo) -> gr.Blocks:
-    """Make the page, which `launch` opens."""
+    """Create the page, which `launch` opens."""
     stopped: set[str] = set()  # sessions whose run shall end
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS} **{CONSENT}**")

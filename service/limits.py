@@ -16,6 +16,6 @@ class ServeLimits(Group, prefix="--"):
     streams: int = setting(8, 0, 10_000, "open streams; more are refused")
     megabytes: int = setting(32, 1, 1024, "largest body")
     videos: int = setting(64, 1, 10_000, "finished videos of /v1/videos that are kept, for an hour")
-    seconds: float = setting(60.0, 0.2, 36_000.0, "longest clip, sound or stream")
+    seconds: float = setting(60.0, 0.2, 36_000.0, "longest clip, audio or stream")
     characters: int = setting(4096, 1, 4096, "longest text; it is spoken in parts, which are split at sentences")
     grace: float = setting(60.0, 0.0, 3600.0, "seconds in which accepted requests are finished after SIGTERM")

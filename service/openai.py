@@ -81,7 +81,7 @@ def openai_error(status: int, message: str) -> dict[str, Any]:
 
 
 class SoundStream(StreamingResponse):
-    """Sound that is sent while it is generated."""
+    """Audio that is sent while it is generated."""
 
     async def stream_response(self, send: Send) -> None:
         """Send the chunks; if the worker ends meanwhile, the connection is closed, so that the client notices."""
@@ -140,7 +140,7 @@ def openai_routes(service: Service) -> APIRouter:
             parts = encode(waves, rate, body.response_format, body.speed)
             first = await while_connected(
                 request, anext(parts)
-            )  # errors before the first sound still have their status
+            )  # errors before the first audio still have their status
 
             async def chunks() -> AsyncIterator[bytes]:
                 yield first

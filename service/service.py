@@ -139,7 +139,7 @@ class Service:
 
 
 async def request_folder() -> AsyncIterator[Path]:
-    """Make a folder for the files of a request, which is deleted when the answer is sent: a dependency of routes."""
+    """Create a folder for the files of a request, which is deleted when the answer is sent: a dependency of routes."""
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         yield Path(folder)
 

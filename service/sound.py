@@ -1,4 +1,4 @@
-"""Sound of Talker-T2AV while it is generated, and waves as bytes of a sound format, by imageio-ffmpeg's binary."""
+"""Audio of Talker-T2AV while it is generated, and waveforms in an audio format, by imageio-ffmpeg's binary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
 
 
 async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncIterator[torch.Tensor]:
-    """Yield the sound (1, 1, N) of a tts job, with pauses between the parts of a long text.
+    """Yield the audio (1, 1, N) of a tts job, with pauses between the parts of a long text.
 
     stream: as it is generated; else each part when it is done, which takes less work.
     """
@@ -73,11 +73,11 @@ def samples(wave: torch.Tensor) -> bytes:
 
 
 async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed: float = 1.0) -> AsyncIterator[bytes]:
-    """Encode waves (1, 1, N) as they come.
+    """Encode waves (1, 1, N) as they arrive.
 
     Args:
         kind: one of `FORMATS`; the header of a WAV stream cannot state its length.
-        speed: that of the sound is multiplied by this, and the pitch is kept.
+        speed: that of the audio is multiplied by this, and the pitch is kept.
     """
     if kind == "pcm" and speed == 1:
         async for wave in waves:

@@ -157,7 +157,7 @@ def video_routes(service: Service) -> APIRouter:
 
 
 async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) -> None:
-    """Make a video; what goes wrong becomes its error."""
+    """Create a video; what goes wrong becomes its error."""
     with place:
         try:
             video.status = "in_progress"
@@ -172,7 +172,7 @@ async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) ->
 
 
 async def _talk(service: Service, video: Video, job: Job) -> None:
-    """Make a talking face."""
+    """Create a talking face."""
     talker = service.talker
     prepared = await asyncio.to_thread(talker.prepare, job)
     most = sum(request.max_patches for request in prepared.requests)

@@ -4,7 +4,7 @@ An example is a text with its speech latents and, for T2AV, its motion; TTS exam
 half: an item of `TalkerPairs` is one example of each.
 
 Axes: B batch, T tokens, F speech frames, Fm motion frames, Ds / Dm speech / motion channels, G speaker embedding,
-n clips. Latents come 25 a second.
+n clips. Latents come 25 per second.
 """
 
 from __future__ import annotations

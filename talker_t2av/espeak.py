@@ -1,4 +1,4 @@
-"""A process of its own that reads text with espeak-ng, which is GPL-3.0: started by `talker_t2av.phonemes` alone.
+"""A separate process that reads text with espeak-ng, which is GPL-3.0: started by `talker_t2av.phonemes` alone.
 
 It imports nothing of this project. Each line of its input is a JSON text; each line of its output is the JSON list of
 the text's clauses, as pairs of espeak-ng's phoneme mnemonics and the stop that ends the clause, or "".

@@ -44,14 +44,15 @@ def write_outputs(
 ) -> None:
     """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
 
-    FOLDER/ID.wav and, in t2av and a2v, ID.mkv. a2v moves a face to the true speech, or to that of `driving`; v2a speaks
-    for the true picture. Clip i is generated with seed + i.
+    FOLDER/ID.wav and, in t2av and a2v, ID.mkv. a2v moves a face to the ground-truth speech, or to that of `driving`;
+    v2a speaks for the true picture. Clip i is generated with seed + i.
 
     Args:
         codecs: release folders by name (speech, motion, speaker), other than the release's own.
-        mode: one of the four, or resynthesis: true speech and motion through the codecs alone, on the prompt's face.
+        mode: one of the four, or resynthesis: ground-truth speech and motion through the codecs alone, on the prompt's
+            face.
         sampling: settings that override the release's. other: settings of other models.
-        driving: folder with ID.wav of each clip, to which faces move in a2v; None: the true speech.
+        driving: folder with ID.wav of each clip, to which faces move in a2v; None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as those of the released program do.
         one_pass: generate a text of any length at once, up to 30 s, until the stop predictor ends it, in place of
@@ -93,7 +94,7 @@ def write_outputs(
         if true.source is None and mode == "v2a":
             raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
         if mode == "a2v" and driving_audio(clip) is None:
-            raise UserError(f"generate.driving={driving} has no sound of this clip")
+            raise UserError(f"generate.driving={driving} has no audio of this clip")
         files = {"audio": driving_audio(clip)} if mode == "a2v" else {"reference_audio": sound}
         if mode in ("t2av", "a2v"):
             files["reference_video"] = face

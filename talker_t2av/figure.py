@@ -1,4 +1,4 @@
-"""A talking face on one time axis: frames, spectrogram, and movement around the mouth with the loudness of the sound.
+"""A talking face on one time axis: frames, spectrogram, and movement around the mouth with the loudness of the audio.
 
 Axes: F frames.
 """

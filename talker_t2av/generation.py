@@ -134,7 +134,7 @@ class BatchedDecoder:
         use_stop: let the stop head end rows; it never does where a given stream sets the length.
         check_every: steps between two reads of the stop tests, each of which makes an accelerator wait for the host.
             Results do not depend on it; rows may be computed past their end. By default 1 on a CPU, where a patch
-            in vain costs more than a read, and 4 elsewhere.
+            needlessly costs more than a read, and 4 elsewhere.
         compile: compile the step with `torch.compile`.
         backend: see `GraphedStep`.
 
@@ -359,7 +359,7 @@ class BatchedDecoder:
         return [self.result(row) for row in joined]
 
     def stream(self, request: Request) -> Iterator[Patch]:
-        """Generate one request and yield its patches as they come, none of them after its end."""
+        """Generate one request and yield its patches as they arrive, none of them after its end."""
         row = self.join(request)
         try:
             while row.end is None:
@@ -446,7 +446,7 @@ class BatchedDecoder:
             cache = zeros(*shape, dtype=self.model.dtype)
         for old, new in zip(before, tensors_of((state, plan, cache))):
             new[tuple(slice(0, size) for size in old.shape)] = old
-        # Only now: if there is no memory for the above, the rows that run go on as they are.
+        # Only now: if there is no memory for the above, the rows that run continue as they are.
         self.state = state
         self.plan = plan
         self.cache = cache

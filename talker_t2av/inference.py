@@ -1,6 +1,6 @@
-"""The `infer.py model=talker_t2av` job: texts, sounds or clips in, speech and talking faces out.
+"""The `infer.py model=talker_t2av` job: texts, audio or clips in, speech and talking faces out.
 
-Axes: N samples at 24 kHz, F frames at 25 a second.
+Axes: N samples at 24 kHz, F frames at 25 per second.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class TalkRunner(JobRunner):
 
 
 def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
-    """Write sound and video of a job to `folder`.
+    """Write audio and video of a job to `folder`.
 
-    Given streams stay as they are: in a2v the sound, sample for sample, in v2a the pictures.
+    Given streams stay as they are: in a2v the audio, sample for sample, in v2a the pictures.
     """
     video = folder / f"{name}.mp4"
     if job.mode == "a2v":

@@ -1,6 +1,6 @@
 """Read and encode the files of a job: voices, faces, given streams and prefixes become requests of the loop.
 
-Axes: N samples at 24 kHz, F frames at 25 a second, Ds / Dm speech / motion channels, G speaker embedding, S picture
+Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S picture
 side.
 """
 
@@ -46,7 +46,7 @@ class PreparedJob:
         requests: what the loop generates, one for each part of the text.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
-        wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
+        wave: (N,) given audio at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remarks: one-line notes to the user about the files.
         surroundings: what the generated face is pasted into; None: it is not.
     """
@@ -139,7 +139,7 @@ class Reference:
         return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
     def paper_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Make the request as in training.
+        """Create the request as in training.
 
         Return the reference's motion (F, Dm), of one frame without a prefix, and the frames of the prefix, too.
         """
@@ -167,7 +167,7 @@ class Reference:
         return request, motion, frames
 
     def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Make the request of an official routine; return as `paper_request` does."""
+        """Create the request of an official routine; return as `paper_request` does."""
         job = self.job
         c = self.system.model.config
         stats = self.system.stats
@@ -254,10 +254,10 @@ def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
-    """Encode sound (N,) at 24 kHz to latents (F, Ds) on the CPU."""
+    """Encode audio (N,) at 24 kHz to latents (F, Ds) on the CPU."""
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
-        raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
+        raise UserError(f"{len(wave) / RATE:.3f} s of audio is too short: give {HOP / RATE} s or more")
     return system.speech.encode(to_device(wave[None, None], system.device))[0].cpu()
 
 

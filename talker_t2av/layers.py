@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def product_type(device: torch.device) -> torch.dtype | None:
     """Return the type that autocast takes for products, where no gradients are needed; None elsewhere.
 
-    What is multiplied next is then written in that type at once: a cast of its own is one more launch on a GPU.
+    What is multiplied next is then written in that type at once: its own cast is one more launch on a GPU.
     """
     if torch.is_grad_enabled() or not torch.is_autocast_enabled(device.type):
         return None

@@ -157,8 +157,8 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
     """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
     Args:
-        batch: of `talker_t2av.data.collate`. All but ids, phonemes, latents and embeddings should be on the host, where
-            shapes and places are computed.
+        batch: of `talker_t2av.data.collate`. All except ids, phonemes, latents and embeddings should be on the host,
+            where shapes and places are computed.
         share: of the patches that the heads train on, drawn at random.
     """
     c = model.config

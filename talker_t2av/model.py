@@ -38,8 +38,8 @@ LLM_SIZES = {
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
 FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
-FPS = 25  # latent frames a second, speech and motion
-# samples a second of the speech codec, and of Whisper and the speaker encoders
+FPS = 25  # latent frames per second, speech and motion
+# samples per second of the speech codec, and of Whisper and the speaker encoders
 RATE = 24_000
 RATE16 = 16_000
 HOP = RATE // FPS
@@ -208,7 +208,7 @@ class TalkerT2AV(Pretrained):
         return model.eval()
 
     def load_tensors(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Make the tensors of `state` (released names) the model's own, in float32."""
+        """Use the tensors of `state` (released names) as those of the model, in float32."""
         state = upstream.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)
         self.llm.tie_weights()

@@ -44,7 +44,7 @@ def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
 
 
 def voice_frames(prefix: int) -> int:
-    """Count the frames of sound, zero-padded if need be, that both methods give the speaker encoder."""
+    """Count the frames of audio, zero-padded if need be, that both methods give the speaker encoder."""
     return prefix or MAX_FRAMES
 
 
@@ -56,7 +56,7 @@ def library_method(
     reference: int,
     first_motion: Tensor | None = None,
 ) -> Request:
-    """Make the request of `generate_speech` or, with `first_motion`, of `generate_speech_motion`.
+    """Create the request of `generate_speech` or, with `first_motion`, of `generate_speech_motion`.
 
     Args:
         speaker: (G,), see `voice_frames`.
@@ -90,7 +90,7 @@ def inference_script(
     motion: Tensor,
     prefix_seconds: float,
 ) -> Request:
-    """Make the request of the released command line, which continues a reference.
+    """Create the request of the released command line, which continues a reference.
 
     Args:
         stats: mean and standard deviation of the motion channels.

@@ -1,11 +1,12 @@
-"""A particle filter for V2A: several drafts of the speech are drawn side by side, and those that fit the motion go on.
+"""A particle filter for V2A: several drafts of the speech are drawn side by side, and those that fit the motion
+continue.
 
-The language model reads the given motion, but its speech hardly listens to it: in training the true speech before a
-patch tells the timing already. The other direction was learned well: how likely the motion is after a given speech. By
-Bayes' rule that is enough. Several drafts of the speech are drawn; before each patch every draft is weighed by how well
-the motion head, with the draft's own hidden state, predicts the given motion of that patch; where the weights have
-become too unequal, drafts are drawn anew by their weights (the bootstrap filter of Gordon, Salmond and Smith, 1993).
-This is not part of the paper.
+The language model reads the given motion, but its speech hardly listens to it: in training the ground-truth speech
+before a patch tells the timing already. The other direction was learned well: how likely the motion is after a given
+speech. By Bayes' rule that is enough. Several drafts of the speech are drawn; before each patch every draft is weighed
+by how well the motion head, with the draft's own hidden state, predicts the given motion of that patch; where the
+weights have become too unequal, drafts are drawn anew by their weights (the bootstrap filter of Gordon, Salmond and
+Smith, 1993). This is not part of the paper.
 
 Axes: R requests, B = R n rows (n drafts of each request, one after the other), S steps, K times, P frames of a patch,
 p context patches, C motion channels, D width.

@@ -32,7 +32,7 @@ HELPER = Path(__file__).with_name("espeak.py")
 
 
 class Phonemizer:
-    """Reads text by espeak-ng in a process of its own, which stays and is started again if it died."""
+    """Reads text by espeak-ng in a separate process, which stays and is started again if it died."""
 
     def __init__(self, language: str) -> None:
         if language not in LANGUAGES:
@@ -59,7 +59,7 @@ class Phonemizer:
         return " ".join(token for i, token in enumerate(tokens) if token != PAUSE or tokens[i - 1] != PAUSE)
 
     def _token(self, name: str) -> str:
-        """A mnemonic's token, or that of the nearest phoneme; "" for what is no sound."""
+        """A mnemonic's token, or that of the nearest phoneme; "" for a mark that is not pronounced."""
         if name.startswith(PAUSE):
             return PAUSE
         name = name.strip("%=|!_")

@@ -6,7 +6,7 @@
     one, other = pipeline([Job("tts", "one", "voice.wav"), Job("tts", "other", "voice.wav", seed=1)])  # one batch
     for chunk in pipeline.stream(Job("tts", "hello", reference_audio="voice.wav")): play(chunk.wave)
 
-Axes: N samples at 24 kHz, F frames at 25 a second, P frames of a patch, S picture side, Dm motion channels, Ds speech
+Axes: N samples at 24 kHz, F frames at 25 per second, P frames of a patch, S image side, Dm motion channels, Ds speech
 channels.
 """
 
@@ -58,8 +58,8 @@ class Talk:
     """The result of one job.
 
     Attributes:
-        wave: (N,) float32 in [-1, 1] at 24 kHz; in a2v the given sound.
-        frames: (F, S, S, 3) uint8 at 25 frames a second; None where no face is drawn (tts, v2a).
+        wave: (N,) float32 in [-1, 1] at 24 kHz; in a2v the given audio.
+        frames: (F, S, S, 3) uint8 at 25 frames per second; None where no face is drawn (tts, v2a).
         speech: (F, Ds) new latents, without the pauses between parts of a long text; motion: (F, Dm) new motion, not
             normalised; None where given or absent.
         stopped: the stop head ended it; False: it ran to the limit, or a given stream set its length.
@@ -91,7 +91,7 @@ class Talk:
         return self.frames if self.surroundings is None else self.surroundings.paste(self.frames)
 
     def save(self, path: str | Path) -> None:
-        """Write the video with its sound (.mp4, .mov or .mkv), or the sound alone (.wav), whole or not at all.
+        """Write the video with its audio (.mp4, .mov or .mkv), or the audio alone (.wav), atomically.
 
         Raises:
             UserError: another suffix, a video without pictures (tts, v2a), or the file cannot be written.
@@ -99,13 +99,13 @@ class Talk:
         if Path(path).suffix.lower() == ".wav":
             write_wav(path, self.wave, RATE, comment="" if self.speech is None else self.comment)
         elif self.frames is None:
-            raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the sound as .wav")
+            raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the audio as .wav")
         else:
             write_video(path, self.pictures(), FPS, self.wave, RATE, comment=self.comment)
 
 
 def _facts(wave: np.ndarray, frames: np.ndarray | None) -> str:
-    """Describe a sound (N,) and pictures (F, H, W, 3)."""
+    """Describe audio (N,) and pictures (F, H, W, 3)."""
     sound = f"{len(wave) / RATE:.2f} s at {RATE} Hz"
     if frames is None:
         return sound
@@ -115,7 +115,7 @@ def _facts(wave: np.ndarray, frames: np.ndarray | None) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """A part of the result: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Sound may lag behind the picture."""
+    """A part of the result: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Audio may lag behind the picture."""
 
     wave: np.ndarray
     frames: np.ndarray | None
@@ -178,7 +178,7 @@ class TalkerPipeline:
         return publish(folder, self.system.parts, repository, license, private)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
-        """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
+        """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's audio."""
         return self(_job("t2av", text, reference_audio=reference_audio, reference_video=reference_video, **more))
 
     def tts(self, text: str, reference_audio: str, **more: Any) -> Talk:
@@ -186,7 +186,7 @@ class TalkerPipeline:
         return self(_job("tts", text, reference_audio=reference_audio, **more))
 
     def a2v(self, audio: str, reference_video: str, text: str = "", **more: Any) -> Talk:
-        """Let a face say a given sound; `text` is what the sound says."""
+        """Let a face say given audio; `text` is what the audio says."""
         return self(_job("a2v", text, reference_video=reference_video, audio=audio, **more))
 
     def v2a(self, video: str, reference_audio: str | None = None, text: str = "", **more: Any) -> Talk:
@@ -213,7 +213,7 @@ class TalkerPipeline:
         """Save the voice of a recording as a file for `reference_audio` (NAME.safetensors).
 
         Raises:
-            UserError: the recording cannot be read, or holds no sound.
+            UserError: the recording cannot be read, or holds no audio.
         """
         speaker = Reference(Job("tts", "-", str(recording)), self.system).speaker()
         save_voice(path, speaker, self.system.voice_digest)
@@ -270,7 +270,7 @@ class TalkerPipeline:
     def stream(self, job: Job) -> Iterator[Chunk]:
         """Generate a job and yield its result in chunks as patches arrive.
 
-        The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
+        The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The audio of a
         frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
         draft, whatever `sampling.particles` is: what was heard cannot be taken back.
 
@@ -306,7 +306,7 @@ class TalkerPipeline:
     def _waves(
         self, decoder: BatchedDecoder, prepared: PreparedJob, request: Request, fresh: list[Tensor]
     ) -> Iterator[np.ndarray]:
-        """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
+        """Yield audio (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
         steps = decoder.stream(request)
         if prepared.wave is not None:
@@ -375,7 +375,7 @@ class TalkerPipeline:
 
 
 def _job(mode: str, text: str, **more: Any) -> Job:
-    """Make a job from arguments of a method; paths may be `Path`s."""
+    """Create a job from arguments of a method; paths may be `Path`s."""
     names = {field.name for field in fields(Job)}
     for name in more:
         if name not in names:
@@ -403,7 +403,7 @@ class Face:
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
         """Render frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
 
-        The first call also renders the prefix if it belongs to the result. Frames after the end of a given sound are
+        The first call also renders the prefix if it belongs to the result. Frames after the end of given audio are
         left out.
         """
         if self.identity is None or not patches:

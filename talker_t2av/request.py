@@ -71,7 +71,7 @@ class Sampling(Group, prefix="sampling."):
         "a part may not fit into the 30 s that the model was trained on",
     )
     particles: int = setting(
-        1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face go on; 1: a single one"
+        1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face continue; 1: a single one"
     )
     particle_temperature: float = setting(0.8, 0.0, 2.0, "v2a: scale of the initial noise of several drafts")
 

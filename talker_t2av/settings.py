@@ -137,7 +137,7 @@ class Job(Group):
 
     @property
     def voice_file(self) -> str:
-        """File whose sound is the voice."""
+        """File whose audio is the voice."""
         if self.reference_audio:
             return self.reference_audio
         if self.mode == "a2v":
@@ -145,7 +145,7 @@ class Job(Group):
         for video in (self.reference_video, self.video):
             if video and not is_picture(video) and probe(video).audio:
                 return video
-        raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio, a recording")
+        raise UserError(f"{self.reference_video or self.video} has no audio: give reference_audio, a recording")
 
     def check_files(self) -> None:
         """Check the files that the mode uses, without decoding them."""
@@ -191,7 +191,7 @@ class InferConfig(RunConfig, Job):
     """Settings of `infer.py model=talker_t2av`: a job, or what the jobs of a file share, and how to run them."""
 
     model: str = setting("talker_t2av", about="talker_t2av or hicodit")
-    jobs: str | None = setting(None, about="JSONL file with one job a line, whose settings override those given here")
+    jobs: str | None = setting(None, about="JSONL file with one job per line, whose settings override those given here")
     name: str | None = setting(
         None, about='name of the output files; null: the mode, or for jobs their "name" or line number'
     )
@@ -270,7 +270,7 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
-    """Return the names of the files of a job: NAME.wav, or the given sound as it is; NAME.mp4 unless tts; NAME.png.
+    """Return the names of the files of a job: NAME.wav, or the given audio as it is; NAME.mp4 unless tts; NAME.png.
 
     NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words.
     """

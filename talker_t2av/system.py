@@ -146,7 +146,7 @@ class TalkerSystem:
         _check_channels("speech latents", self.model.config.speech_dim, codec.channels)
         if (codec.sample_rate, codec.frame_rate) != (RATE, FPS):
             raise UserError(
-                f"the model needs speech at {RATE} Hz in {FPS} latents a second, not at {codec.sample_rate} Hz in "
+                f"the model needs speech at {RATE} Hz in {FPS} latents per second, not at {codec.sample_rate} Hz in "
                 f"{codec.frame_rate:g}: use the codec of its own release"
             )
         return codec

@@ -67,7 +67,7 @@ class TalkerTask(Task):
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `upstream.warm_start`.
         freeze_embeddings: do not train the word embeddings.
-        sampling: fields of `Sampling`: defaults that are saved with the release, but for `particles` of a model that
+        sampling: fields of `Sampling`: defaults that are saved with the release, except for `particles` of a model that
             cannot weigh drafts.
         validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `metrics`: figures of
             `engine.metrics.registry`; `grammar`: what hears the words, see `words_by`; `corpus`: folder of the

@@ -122,7 +122,7 @@ def language_of(text: Mapping[str, str] | None) -> str | None:
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     """Render the chat of the user's turn `MARK` and the assistant's turn `SPEECH`.
 
-    A template is a program and may never end, so one that is not ours runs in a process of its own.
+    A template is a program and may never end, so one that is not ours runs in a separate process.
     """
     if tokenizer.chat_template == BYTE_TEMPLATE:
         return f"<|user|>{MARK}<|assistant|>{SPEECH}<|end|>"
@@ -164,7 +164,7 @@ def split_text(text: str, most: int) -> list[str]:
 
 
 def phoneme_tokenizer(language: str) -> TalkerTokenizer:
-    """Make a tokenizer with one token for each phoneme of a language, with its stress, and for each stop."""
+    """Create a tokenizer with one token for each phoneme of a language, with its stress, and for each stop."""
     names = [BYTE_SPECIALS[0], *LANGUAGES[language]]
     vocabulary = {name: number for number, name in enumerate(names)}
     assert len(vocabulary) == len(names), "two phonemes have one name"
@@ -174,7 +174,7 @@ def phoneme_tokenizer(language: str) -> TalkerTokenizer:
 
 
 def byte_tokenizer() -> TalkerTokenizer:
-    """Make a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
+    """Create a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
     Texts are put in lower case, and white space at both ends is removed.
     """

@@ -45,7 +45,7 @@ def start_group(
 
 
 def run(*words: Any, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Do what `python WORDS` does in a folder, in a process of its own, and return its exit code and what it prints."""
+    """Do what `python WORDS` does in a folder, in a separate process, and return its exit code and what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder) / "out", Path(folder) / "err"
         process = _start(logs, {}, program, (cwd, list(map(str, words))))

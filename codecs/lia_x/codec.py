@@ -1,6 +1,6 @@
-"""LIA-X: a portrait video as one identity picture and a short motion code a frame (Wang et al., 2025).
+"""LIA-X: a portrait video as one identity picture and a short motion code per frame (Wang et al., 2025).
 
-Axes: B pictures, T frames, S side of the square picture, C channels, D style, M motion.
+Axes: B images, T frames, S side of the square picture, C channels, D style, M motion.
 Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M).
 """
 
@@ -114,9 +114,9 @@ class LiaX(PortraitCodec):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> LiaX:
-        """Make a network with random weights. `arguments` are the fields of `LiaXConfig`.
+        """Create a network with random weights. `arguments` are the fields of `LiaXConfig`.
 
-        A release may also have `keeps`, the digest of an earlier codec whose motion codes of drawn faces it decodes.
+        A release may also have `keeps`, the digest of an earlier codec whose motion codes of cartoon faces it decodes.
         """
         return cls(LiaXConfig(**{name: value for name, value in arguments.items() if name != "keeps"}))
 

@@ -41,7 +41,7 @@ MAX_SIDE = 4096
 def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -> np.ndarray:
     """`count` evenly spaced frames of a video, (count, S, S, 3) RGB bytes, resized by area averages.
 
-    OpenCV reads them: several times as fast as a decoder process a clip, and pairs need no exact frame rate.
+    OpenCV reads them: several times as fast as a decoder process per clip, and pairs need no exact frame rate.
 
     Args:
         shift: where in its part of the clip each frame is taken, in [0, 1). Frames repeat in a clip of fewer frames.
@@ -65,7 +65,7 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
 
 
 class FramePairs(torch.utils.data.Dataset):
-    """Two different frames of a clip, one pair a clip and epoch.
+    """Two different frames of a clip, one pair per clip and epoch.
 
     Of recordings, `frames` pictures of each clip of ROOT/SPLIT are decoded into one file in the folder `cache` the
     first time (S x S x 3 bytes each); later they are read from there, memory-mapped. A clip that cannot be read is left
@@ -73,12 +73,12 @@ class FramePairs(torch.utils.data.Dataset):
     without pictures are left out and counted.
 
     Args:
-        root, split: recordings, a folder and the split whose manifest names the clips (ID.mp4, square pictures of one
+        root, split: recordings, a folder and the split whose manifest names the clips (ID.mp4, square images of one
             face; others are squeezed); or prepared shards, ROOT/SPLIT/index.json in a folder or at a URL.
         size: S.
         frames: K, at least 2; shards have their own.
         cache: folder for the decoded frames; not used for shards.
-        tracks: known movements, one number a frame, that the manifest has under `mouth` or `pose`, and the factor of
+        tracks: known movements, one number per frame, that the manifest has under `mouth` or `pose`, and the factor of
             each. Not for shards.
         shards: fields of `engine.shards.reader.Reading`.
     """
@@ -153,10 +153,10 @@ class FramePairs(torch.utils.data.Dataset):
 
 
 class RealAndDrawn(torch.utils.data.Dataset):
-    """Pairs of drawn faces as they are, and of real people changed at random; no shuffling by blocks.
+    """Pairs of cartoon faces as they are, and of real people changed at random; no shuffling by blocks.
 
     Args:
-        drawn: pairs of drawn faces. people: pairs of real ones, from prepared shards.
+        drawn: pairs of cartoon faces. people: pairs of real ones, from prepared shards.
         size: S.
         regions: see `region_weights`; they move with the picture.
         drawn_repeats: how often an epoch has each drawn clip.

@@ -1,6 +1,6 @@
 """Losses between pictures, and the networks that they need.
 
-Axes: B pictures, C channels, S side, H height, W width. Pictures are (B, 3, S, S) in [-1, 1].
+Axes: B images, C channels, S side, H height, W width. Pictures are (B, 3, S, S) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Perceptual(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's residual discriminator (Karras et al., 2020) for square pictures.
+    """StyleGAN2's residual discriminator (Karras et al., 2020) for square images.
 
     Args:
         size: S, 4 times a power of two.

@@ -1,6 +1,6 @@
 """LIA-X's networks: a picture to style, motion and feature maps, and these to a picture by a pyramid of warps.
 
-Axes: B pictures, C channels, S side of a level's square maps, D style, M motion.
+Axes: B images, C channels, S side of a level's square maps, D style, M motion.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Building blocks of the LIA-X networks: the StyleGAN2 family (Karras et al., 2020) in plain PyTorch.
 
-Axes: B pictures, C channels, O output channels, H height, W width, S side of a square map, D style.
+Axes: B images, C channels, O output channels, H height, W width, S side of a square map, D style.
 Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
 ("equalised"), so that every weight learns at the same pace.
 
@@ -251,7 +251,7 @@ class MotionBasis(nn.Module):
         self.weight = nn.Parameter(torch.randn(style_dim, motion_dim))
 
     def directions(self) -> Tensor:
-        """Compute (D, motion): one unit vector a column."""
+        """Compute (D, motion): one unit vector per column."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.linalg.qr(self.weight.float() + 1e-8).Q
 

@@ -31,7 +31,7 @@ MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
 
 
 def _start(config: LiaXConfig) -> LiaX:
-    """Make a codec of random weights, but without flow yet and with larger motion codes."""
+    """Create a codec of random weights, but without flow yet and with larger motion codes."""
     codec = LiaX(config)
     # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
     for level in codec.decoder.levels:
@@ -68,9 +68,9 @@ class LiaXTask(Task):
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
         init: release folder to start from instead of random weights; all its levels stay, whatever `growth` says.
         decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
-        keep: `release`, a codec whose motion codes of drawn faces are kept, and the `weight` of the squared distance
-            from them; needs batches that tell which faces are "drawn". Drawn faces are rebuilt from the kept codes, so
-            that a model of those codes can continue with the new decoder. None: nothing is kept.
+        keep: `release`, a codec whose motion codes of cartoon faces are kept, and the `weight` of the squared distance
+            from them; needs batches that tell which faces are "drawn". Cartoon faces are rebuilt from the kept codes,
+            so that a model of those codes can continue with the new decoder. None: nothing is kept.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
@@ -144,7 +144,7 @@ class LiaXTask(Task):
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """Return the losses of a part; batch["frames"] is (B, 2, S, S, 3) bytes, batch["tracks"] (B, 2, L).
 
-        The codec runs once a step, for both parts.
+        The codec runs once per step, for both parts.
         """
         if "_run" not in batch:
             frames = _pictures(batch["frames"])
@@ -230,7 +230,7 @@ class LiaXTask(Task):
         return self.release_of(
             "codec",
             title="LIA-X",
-            about="Portrait video to motion codes, one a frame, and back to video with a source picture.",
+            about="Portrait video to motion codes, one per frame, and back to video with a source picture.",
             usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',
             extra={"keeps": self.keeps} if self.keeps else None,
         )

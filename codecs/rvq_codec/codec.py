@@ -1,4 +1,4 @@
-"""The MaskGCT acoustic codec: wave <-> residual codes at 24 kHz, 50 frames a second (Wang et al., 2024).
+"""The MaskGCT acoustic codec: wave <-> residual codes at 24 kHz, 50 frames per second (Wang et al., 2024).
 
 Axes: B batch, N samples, C latent channels, Q levels, L frames. Waves (B, 1, N) in [-1, 1], codes (B, Q, L) int64.
 """

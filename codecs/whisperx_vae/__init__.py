@@ -1,4 +1,4 @@
-"""Speech as Gaussian latents: wave <-> (T, 32) latents at 25 frames a second (WhisperX-VAE)."""
+"""Speech as Gaussian latents: wave <-> (T, 32) latents at 25 frames per second (WhisperX-VAE)."""
 
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 

@@ -1,4 +1,4 @@
-"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents a second, with Whisper's states added to the acoustic features.
+"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents per second, with Whisper's states added to the acoustic features.
 
 Axes: B batch, N samples at 24 kHz, T latent frames, C hidden channels, Z latent channels, M mel bands, F mel frames.
 Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples, two Whisper frames, four mel frames.
@@ -44,7 +44,7 @@ class WhisperXVAEConfig(Group):
         vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: of the Vocos decoder, whose
             frames are `vocos_hop` samples long.
         mel_bands: M.
-        whisper_context: Whisper frames (50 a second) of its fixed window; twice as many mel frames go in.
+        whisper_context: Whisper frames (50 per second) of its fixed window; twice as many mel frames go in.
         whisper_heads, whisper_layers: of the Whisper encoder.
     """
 
@@ -159,7 +159,7 @@ class WhisperXVAE(Codec):
         return log_mel(pad_or_trim(wave16, window), self.config.mel_bands)
 
     def semantic(self, mel: Tensor) -> Tensor:
-        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 a second."""
+        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 per second."""
         expected = (self.config.mel_bands, 2 * self.config.whisper_context)
         if mel.ndim != 3 or mel.shape[1:] != expected:
             raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")

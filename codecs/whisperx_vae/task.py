@@ -223,7 +223,7 @@ class WhisperXVAETask(GANTask):
         return self.release_of(
             "codec",
             title="WhisperX-VAE",
-            about="A 24-kHz wave to latents, 25 a second, and back.",
+            about="A 24-kHz wave to latents, 25 per second, and back.",
             usage="from whisperx_vae import WhisperXVAE\n\n"
             'latents = WhisperXVAE.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )

@@ -1,6 +1,6 @@
 """One clip on its way through the steps.
 
-Axes: T video frames (25 a second), H height, W width, N samples at 24 kHz, N16 at 16 kHz, Dm motion
+Axes: T video frames (25 per second), H height, W width, N samples at 24 kHz, N16 at 16 kHz, Dm motion
 channels.
 """
 
@@ -42,7 +42,7 @@ class SourceClip:
 
     Attributes:
         key: of the sample: letters, digits, _ and -; unique in the split.
-        video: its pictures, None if there are none. audio: its sound, None if the video carries it.
+        video: its pictures, None if there are none. audio: its audio, None if the video carries it.
         text: the spoken words, None if unknown. text_file: a file that holds them: a JSON with the key `text`, lines of
             which one begins with `Text:`, or plain text.
         expression: one of the whole clip, or one of each half second.
@@ -81,7 +81,7 @@ class Outcome:
     Attributes:
         stage, reason: the step that rejected it, and why; "" if its sample was written.
         machine_fault: the reason may lie in the machine rather than in the clip.
-        seconds: by step, wall-clock and processor time. frames: of the clip, at 25 a second.
+        seconds: by step, wall-clock and processor time. frames: of the clip, at 25 per second.
     """
 
     stage: str = ""
@@ -100,7 +100,7 @@ class WorkItem:
         shard, places: an earlier shard that holds its sample: offset and size of KEY.json, and of KEY.safetensors.
         unchanged: steps whose results are copied from there.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
-        all_frames: (T', H, W, 3) with those after the end of the sound. scaled_down: they are smaller than the video.
+        all_frames: (T', H, W, 3) with those after the end of the audio. scaled_down: they are smaller than the video.
         track: of the face in `frames`.
         face_frames, face_track: the frames that mouth and face are cut from, and the track in their pixels: those that
             inference uses, so that the crops are the same.
@@ -132,7 +132,7 @@ class WorkItem:
     unpacked: tempfile.TemporaryDirectory | None = None
 
     def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
-        """Cut mouth pictures (T, S, S) uint8 grey, as `encoders` needs them."""
+        """Cut mouth crops (T, S, S) uint8 grey, as `encoders` needs them."""
         pictures = []
         start = 0
         for block in self._face_blocks():
@@ -141,7 +141,7 @@ class WorkItem:
         return torch.from_numpy(np.concatenate(pictures))
 
     def cut_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
-        """Cut face pictures (F, S', S', 3) uint8 RGB of the frames `at`, which are in ascending order."""
+        """Cut face crops (F, S', S', 3) uint8 RGB of the frames `at`, which are in ascending order."""
         pictures = []
         start = 0
         at = np.asarray(at)
@@ -188,7 +188,7 @@ class Step:
 
     Attributes:
         needs: "frames" for a step that skips clips without pictures, else "".
-        reusable: false for a step that always runs, as one that changes the pictures or the sound for later steps.
+        reusable: false for a step that always runs, as one that changes the pictures or the audio for later steps.
         tensors, facts: names of the tensors and of the JSON's values that the step adds to a sample.
     """
 

@@ -1,8 +1,8 @@
-"""Networks of others that steps use, each a small class around a library, called with sound (N,) float32.
+"""Networks of others that steps use, each a small class around a library, called with audio (N,) float32.
 
 Recognisers of words and languages return a `Transcript`, and one of emotions a name for each of several sounds; both
 have a `name`. Speaker counters return the seconds that each speaker talks, the longest first. Enhancers return clean
-sound (N,) at their own `rate`.
+audio (N,) at their own `rate`.
 
 Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
 
@@ -149,7 +149,7 @@ class VoiceWindows:
         seconds = len(wave) / RATE16
         speech = self.encoder.audio.preprocess_wav(np.asarray(wave, np.float32))
         if len(speech) == 0:
-            raise UserError("no speech was found in its sound")
+            raise UserError("no speech was found in its audio")
         windows = self.encoder.network.embed_utterance(speech, return_partials=True, rate=4)[1]  # (W, 256)
         likeness = windows @ windows.T / np.outer(*2 * [np.linalg.norm(windows, axis=1)])
         fraction = (likeness[likeness.mean(0).argmax()] >= self.least).mean()  # of windows with the main voice

@@ -1,4 +1,4 @@
-"""Stages that reject clips by language, number of speakers or words that do not fit the sound; and enhancement.
+"""Stages that reject clips by language, number of speakers or words that do not fit the audio; and enhancement.
 
 The paper filters VoxCeleb2 in this way. Networks are those of `corpora.preparation.engines`, or others called alike.
 
@@ -64,7 +64,7 @@ class SingleSpeaker(Step):
 
     Args:
         counter: measures how long each speaker talks.
-        others: seconds that all but the first speaker may talk, together.
+        others: seconds that all except the first speaker may talk, together.
     """
 
     def __init__(self, counter: Callable[[np.ndarray], list[float]], others: float = 0.5) -> None:
@@ -80,7 +80,7 @@ class SingleSpeaker(Step):
 
 
 class Enhance(Step):
-    """Removes noise from the sound.
+    """Removes noise from the audio.
 
     Args:
         enhancer: works at its own rate.
@@ -105,7 +105,7 @@ class Enhance(Step):
 
 
 class Transcription(Step):
-    """Keeps clips whose text fits the sound; without a text, clips on whose words two recognisers agree.
+    """Keeps clips whose text fits the audio; without a text, clips on whose words two recognisers agree.
 
     Args:
         recogniser: transcribes every clip.

@@ -99,7 +99,7 @@ def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seco
     print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
     for name, (clips, wall, processor) in steps.items():
         print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
-    speed = f"{count / seconds:.2f} clips/s, {duration / seconds:.2f} s of clips a second"
+    speed = f"{count / seconds:.2f} clips/s, {duration / seconds:.2f} s of clips per second"
     print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
@@ -135,7 +135,7 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
 
 
 def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
-    """Make what runs the steps: processes of this machine, or a Ray cluster."""
+    """Create what runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
         return Processes(config.workers, start, config.clip_timeout)
     return Cluster(ClusterConfig(**config.ray), start, config.clip_timeout)

@@ -1,6 +1,6 @@
-"""Stages that decode clips, reject them by length, track the face, and store the sound itself.
+"""Stages that decode clips, reject them by length, track the face, and store the audio itself.
 
-Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz, Dm motion channels.
+Axes: T video frames (25 per second), N samples at 24 kHz, N16 at 16 kHz, Dm motion channels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hicodit.data import FACE
 
 
 class Decode(Step):
-    """Reads a clip: pictures at 25 a second, sound at 24 and 16 kHz, both cut to the shorter; its words.
+    """Reads a clip: pictures at 25 per second, audio at 24 and 16 kHz, both cut to the shorter; its words.
 
     Args:
         min_seconds, max_seconds: shorter and longer clips are rejected.
         max_side: pictures are scaled down to this longer side, as all of a clip are kept in memory.
-        max_mismatch: seconds by which sound and picture may differ in length.
+        max_mismatch: seconds by which audio and picture may differ in length.
     """
 
     reusable = False
@@ -64,8 +64,8 @@ class Decode(Step):
         sound = clip.path(info.audio or info.video)
         clip.wave = read_audio(sound, RATE, info.span)
         motion = read_matrix(clip.path(info.motion)).half().contiguous() if info.motion else None
-        lengths = {"sound": len(clip.wave) // HOP}
-        lengths |= {"picture": len(clip.frames)} if clip.frames is not None else {}
+        lengths = {"audio": len(clip.wave) // HOP}
+        lengths |= {"video": len(clip.frames)} if clip.frames is not None else {}
         lengths |= {"motion": len(motion)} if motion is not None else {}
         lengths |= {"the list": round((info.span[1] - info.span[0]) * FPS)} if info.span is not None else {}
         clip.length = length = min(lengths.values())
@@ -106,7 +106,7 @@ class Face(Step):
 
     Args:
         detector: see `FaceSource.from_settings`.
-        face: of several faces: speaking, the one whose mouth goes with the sound, largest, central, left, right, or a
+        face: of several faces: speaking, the one whose mouth goes with the audio, largest, central, left, right, or a
             number by size from 1 on; where the source says where the clip's face is, the one nearest to that place.
         face_landmarks: see there; a folder of landmark files is laid out as the source's clips.
     """
@@ -143,7 +143,7 @@ class Face(Step):
     def _frames(clip: WorkItem) -> ClipFrames:
         """Return the frames in which inference would find the face.
 
-        They include those after the end of the sound. Where the decoded frames have another size, the video is read
+        They include those after the end of the audio. Where the decoded frames have another size, the video is read
         again.
         """
         if not clip.scaled_down and max(clip.all_frames.shape[1:3]) <= MAX_SIDE:
@@ -160,7 +160,7 @@ class Face(Step):
 
 
 class Wave(Step):
-    """The sound (N,) int16 at 24 kHz, on which the speech codecs train."""
+    """The audio (N,) int16 at 24 kHz, on which the speech codecs train."""
 
     tensors = ("wave",)
 

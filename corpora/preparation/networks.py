@@ -1,6 +1,6 @@
 """Steps whose networks compute the features that the models train on.
 
-Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, E lip feature width, K token
+Axes: T video frames (25 per second), J half seconds, F face crops, S image side, E lip feature width, K token
 levels, Ds / Dm speech / motion channels.
 """
 
@@ -38,7 +38,7 @@ BLOCK = 64  # frames that a motion codec gets at once: in float a minute of larg
 
 
 class Crops(Step):
-    """Mouth pictures (T, S, S) and face pictures (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
+    """Mouth crops (T, S, S) and face crops (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
         encoders: kind, and sizes if they are not the usual ones; see `hicodit.conditions.encoder_config`.
@@ -59,7 +59,7 @@ class Crops(Step):
 
 
 class Lip(Encoder):
-    """Lip features (T, E) of AV-HuBERT, so that training reads no mouth pictures and runs no encoder.
+    """Lip features (T, E) of AV-HuBERT, so that training reads no mouth crops and runs no encoder.
 
     Args:
         encoders: fields of `hicodit.conditions.upstream.UpstreamEncoderConfig`.
@@ -81,7 +81,7 @@ class Lip(Encoder):
 
 
 class FaceIdentity(Lip):
-    """ArcFace's embeddings (F, 512) of single face pictures, so that training reads none.
+    """ArcFace's embeddings (F, 512) of single face crops, so that training reads none.
 
     Args:
         encoders: as `Lip` has them.
@@ -159,13 +159,13 @@ class Expression(Encoder):
 class HeardExpression(Step):
     """The expression (J,) that the voice has in each half second, with which HiCoDiT trains.
 
-    It is the label of the source, or else what a recogniser hears in the sound around it; `NO_EXPRESSION` where neither
+    It is the label of the source, or else what a recogniser hears in the audio around it; `NO_EXPRESSION` where neither
     knows.
 
     Args:
         recogniser: see `corpora.preparation.engines.Emotion2Vec`; names of emotions other than `EXPRESSIONS` count as
             unknown. None: labels of the source alone.
-        seconds: of sound that the recogniser hears, with the half second in their middle.
+        seconds: of audio that the recogniser hears, with the half second in their middle.
     """
 
     tensors = ("heard_expression",)
@@ -222,7 +222,7 @@ class CodecEncoder(Encoder):
 
 
 class RVQTokens(CodecEncoder):
-    """Tokens (2 T, K) of the sound."""
+    """Tokens (2 T, K) of the audio."""
 
     tensors = ("tokens",)
     name = "rvq"
@@ -237,7 +237,7 @@ class RVQTokens(CodecEncoder):
 
 
 class SpeechLatents(CodecEncoder):
-    """Latents (T, Ds) of the sound, by WhisperX-VAE."""
+    """Latents (T, Ds) of the audio, by WhisperX-VAE."""
 
     tensors = ("speech",)
     name = "whisperx_vae"
@@ -274,7 +274,7 @@ class Motion(CodecEncoder):
 
 
 class Portraits(Step):
-    """Square pictures of the face as JPEG (see `lia_x.data.pack_portraits`), on which LIA-X trains.
+    """Square images of the face as JPEG (see `lia_x.data.pack_portraits`), on which LIA-X trains.
 
     Args:
         size: their side in pixels. pictures: how many, spread evenly over the clip.

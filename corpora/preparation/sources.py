@@ -86,7 +86,7 @@ def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
 
 
 def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
-    """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
+    """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the audio of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
 
     Args:
         validation: fraction of dev's speakers that make the split `val`; the official test speakers stay untouched.
@@ -161,7 +161,7 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
 
 def folder(root: str | Path, table: str = "clips.csv") -> Source:
     """Find the clips of a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`, `expression`,
-    `split` if they are known. A path to a sound file is a clip without pictures.
+    `split` if they are known. A path to an audio file is a clip without pictures.
 
     Args:
         root: folder of the relative paths.
@@ -187,7 +187,7 @@ def existing(root: str | Path) -> Path:
 def divided(
     root: Path, clips: list[tuple[str, SourceClip]], split_of: Mapping[str, str] | None = None, **shares: float
 ) -> Source:
-    """Make a source of a data set without splits of its own: groups of clips are held out for `val` and `test`.
+    """Create a source of a data set without splits of its own: groups of clips are held out for `val` and `test`.
 
     Args:
         clips: all, in a fixed order, each with its group: a speaker, a video, or a file where speakers are not named.

@@ -1,4 +1,4 @@
-"""Data sets that a list or tar files describe: parts of footage, sound and motion of Talker-T2AV-Data, speech alone.
+"""Data sets that a list or tar files describe: parts of footage, audio and motion of Talker-T2AV-Data, speech alone.
 
 Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ name a video by its id, times and the place of a face; the videos were
 downloaded before. They are read as they are published, other ones as CSV with a header.
@@ -36,15 +36,16 @@ def listed(
     tars: str | None = None,
     validation: float = 0.002,
 ) -> Source:
-    """Find sound that a table or a list names, without pictures: speech alone, or with motion of Talker-T2AV-Data.
+    """Find audio that a table or a list names, without pictures: speech alone, or with motion of Talker-T2AV-Data.
 
-    The words are the table's, or the key `text` of STEM.json beside the sound.
+    The words are the table's, or the key `text` of STEM.json beside the audio.
 
     Args:
         root: folder of the relative paths.
         table: CSV with the columns wav_path, motion_pt_path, text.
-        listing: instead of a table, a text file with one sound file a line; with `sounds`, with one motion file a line.
-        sounds: folder of the sound STEM.wav of a motion file.
+        listing: instead of a table, a text file with one audio file per line; with `sounds`, with one motion file per
+            line.
+        sounds: folder of the audio STEM.wav of a motion file.
         tars: pattern of tar files under `root`, such as "shards/*.tar": paths that they hold are read there.
         validation: fraction of the clips that make the split `val`; nothing tells their speakers.
     """
@@ -72,7 +73,7 @@ def listed(
 
 
 def emilia(root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> Source:
-    """Find Emilia as it is published: speech in ROOT/**/EN-B000000.tar, sound EN_B00000_S00000_W000000.mp3 and .json.
+    """Find Emilia as it is published: speech in ROOT/**/EN-B000000.tar, audio EN_B00000_S00000_W000000.mp3 and .json.
 
     The name tells language and speaker, the JSON's `text` the words. Unpacked files of these names are read, too.
 

@@ -43,7 +43,7 @@ def grid(
 ) -> Source:
     """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
-    The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
+    The audio is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
     s1/**/bbaf2n.align, as alignments.zip unpacks, tell when each word is spoken: its words are the `symbols`.
 
     Args:

@@ -53,7 +53,7 @@ class Steps(Work[WorkItem, Outcome]):
         steps: by name.
         digests: of the weights of their networks.
         fingerprints: by step, eight hex digits that change with its settings, its weights, or those of the earlier
-            steps that change pictures or sound.
+            steps that change pictures or audio.
         details: (digests, fingerprints).
     """
 

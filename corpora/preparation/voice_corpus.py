@@ -107,7 +107,7 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def trim(wave: np.ndarray) -> np.ndarray:
-    """Cut the quiet ends of a wave (N,), but for `MARGIN`, and bring it to `LEVEL`."""
+    """Cut the quiet ends of a wave (N,), except for `MARGIN`, and bring it to `LEVEL`."""
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
     level = 10 * np.log10(power + 1e-10)

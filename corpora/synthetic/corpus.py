@@ -5,7 +5,7 @@ Version 2 has a rule from face to voice, expressions that change within half of 
 those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures, by the same
 voices: open sentences in one style, half of them neutral.
 
-Axes: N samples, T video frames (25 a second), J half seconds.
+Axes: N samples, T video frames (25 per second), J half seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from corpora.synthetic.voices import Voice, load_voices
 from engine.files import atomic_output, write_text
 
 RATE = 24_000
-FRAME = RATE // FPS  # samples a frame
+FRAME = RATE // FPS  # samples per frame
 _WORDS_PER_MINUTE = 150
 _LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
 _ROOM_TONE = 1e-3  # RMS; recognisers misread digital silence
@@ -204,7 +204,7 @@ class ClipMaker:
         looks = looks[0] if len(looks) == 1 else ease((np.arange(frames) + 0.5) / FPS, speech.change, *looks)
         write_video(stem.with_suffix(".mp4"), Face(voice.face, light).render(mouth, looks, motion))
         facts = {"face": vars(voice.face) | {"light": round(light, 4)}}
-        for name, tracks in {"mouth": dict(zip(MOUTH, mouth.T)), "pose": motion}.items():  # a number a frame
+        for name, tracks in {"mouth": dict(zip(MOUTH, mouth.T)), "pose": motion}.items():  # a number per frame
             facts[name] = {key: [round(float(value), 3) for value in track] for key, track in tracks.items()}
         return facts
 

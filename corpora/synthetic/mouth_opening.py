@@ -1,7 +1,7 @@
-"""How far the mouth of a drawn face is open, read off its picture: judges generated frames as well as true ones.
+"""How far the mouth of a cartoon face is open, read off its picture: judges generated frames as well as true ones.
 
 Counting dark pixels follows the drawn opening badly (r = 0.5: beards are dark, teeth and tongue are not). A linear
-reading of the mouth's surroundings, fitted on freshly drawn faces of the training voices, follows it (r = 0.98 on
+reading of the mouth's surroundings, fitted on freshly rendered faces of the training voices, follows it (r = 0.98 on
 held-out clips) and, being linear in area averages, does not mind pictures that are a little blurred.
 
 Axes: T frames, H height, W width, F features, N frames of the fit."""
@@ -43,7 +43,7 @@ class MouthReader:
 
     Args:
         clips: drawn clips of a second and a half that the reading is fitted on; every training voice takes its turn.
-        seed: of their sounds, expressions and head motion.
+        seed: of their audio, expressions and head motion.
     """
 
     def __init__(self, clips: int = 64, seed: int = 0) -> None:

@@ -113,7 +113,7 @@ def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
 
 
 def shade(colour, factor: float) -> tuple[int, int, int]:
-    """Make a colour darker (below 1) or lighter (above 1)."""
+    """Create a colour darker (below 1) or lighter (above 1)."""
     return _rgb([value * factor for value in colour])
 
 

@@ -137,7 +137,7 @@ def _phonemes(
 ) -> tuple[list[tuple[str, float, float]], list[int]]:
     """Turn events (symbol, start sample) into intervals, without stress and pauses, and the words' first intervals.
 
-    A coda /l/ has no samples of its own (the vowel glides into it); it gets the last third of the sound before it."""
+    A coda /l/ has no samples of its own (the vowel glides into it); it gets the last third of the audio before it."""
     sounds = [event for event in events if event[0] != _WORD]
     begins = [start for name, start in events if name == _WORD]
     starts = [min(start, samples) for _, start in sounds] + [samples]

@@ -42,7 +42,7 @@ def chart_file(
 
 
 def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], path: Path) -> None:
-    """Draw differences to the first system with their intervals, one panel a figure."""
+    """Draw differences to the first system with their intervals, one panel per figure."""
     first, *others = rows
     name = first["variant"]
     shown = [figure for figure in figures if any(f"{figure}_minus_{name}" in row for row in others)]
@@ -63,7 +63,7 @@ def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str],
 def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: str, path: Path) -> None:
     """Draw each figure over another one, a line for each kind of system: its name up to a last number.
 
-    What has no `x`, such as the true speech, is a level line.
+    What has no `x`, such as the ground-truth speech, is a level line.
     """
     shown = [name for name in figures if any(name in row for row in rows)]
     kinds = {}

@@ -63,8 +63,8 @@ def read_clips(
     """Return the clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
 
     Paths in a manifest count from its folder. A file that is not there stays None, and is told when it is measured.
-    Without a manifest, texts are those of ID.txt beside the true files, and folders are speakers. `outputs` are the
-    folders of the systems.
+    Without a manifest, texts are those of ID.txt beside the ground-truth files, and folders are speakers. `outputs` are
+    the folders of the systems.
     """
     if TRUTH in outputs:
         raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")
@@ -82,9 +82,9 @@ def read_clips(
         names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
         rows = [{"id": n, "text": text_of(references, n), "speaker": n.rpartition("/")[0] or None} for n in names]
         if not rows:
-            raise UserError(f"references={references} holds no sound or video files")
+            raise UserError(f"references={references} holds no audio or video files")
     else:
-        raise UserError("give the true files: references=FOLDER, or manifest=FILE.jsonl that names them")
+        raise UserError("give the ground-truth files: references=FOLDER, or manifest=FILE.jsonl that names them")
     clips = [_clip(row, base, references, outputs) for row in rows]
     chosen = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
     return [replace(c, prompt=_prompt(c, clips)) if c.prompt == Take() else c for c in (clips[i] for i in chosen)]
@@ -179,12 +179,12 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
 
 
 def _take(path: Path, other: Take) -> Take:
-    """The take of a file that is named: its sound and, of a video, its picture."""
+    """The take of a file that is named: its audio and, of a video, its picture."""
     return Take(path, path if path.suffix.lower() in VIDEO else other.video)
 
 
 def find_take(folder: Path, name: str) -> Take:
-    """Return FOLDER/NAME.wav, or another sound or the video's, and FOLDER/NAME.mp4, or another video."""
+    """Return FOLDER/NAME.wav, or another audio or the video's, and FOLDER/NAME.mp4, or another video."""
 
     def first(suffixes: tuple[str, ...]) -> Path | None:
         return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)

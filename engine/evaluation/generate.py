@@ -113,7 +113,7 @@ def generate_missing(
     for i, clip in enumerate(clips):
         state = digest_of(inputs(clip))
         take = find_take(folder, clip.id)
-        if take.audio in (None, take.video):  # nothing, or a picture whose sound is missing
+        if take.audio in (None, take.video):  # nothing, or a picture whose audio is missing
             waiting.add(i)
         elif known.get(clip.id, state) != state:
             where = f"{folder} holds an output of {clip.id} that was made from other files or words"

@@ -130,7 +130,7 @@ def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[
 def check_files(take: Take) -> float | str:
     """Return the seconds of a take, or why its files cannot be used."""
     if take.audio is None:
-        return "there is no file of that name, with the suffix of a sound or a video"
+        return "there is no file of that name, with the suffix of audio or a video"
     if take.source is not None and not take.source.is_file():
         return f"no such file: {take.source}"
     try:
@@ -178,16 +178,17 @@ def measure(
 ) -> Results:
     """Measure every take of every clip.
 
-    A clip whose files cannot be read is left out for that system, and for all systems if its true files cannot be read.
+    A clip whose files cannot be read is left out for that system, and for all systems if its ground-truth files cannot
+    be read.
 
     Args:
-        clips: outputs of the systems beside the true clips; sound is a file or a wave in memory.
+        clips: outputs of the systems beside the ground-truth clips; audio is a file or a wave in memory.
         metrics: each is loaded once per process.
         workers: number of processes; 1 measures in this one.
         cache: folder of earlier measurements, which are keyed by the contents of the files; None: no cache, as for
             waves in memory.
-        true_row: also measure the true clips, as a system of the name `TRUTH`. Otherwise only metrics that compare with
-            the true clip read it.
+        true_row: also measure the ground-truth clips, as a system of the name `TRUTH`. Otherwise only metrics that
+            compare with the ground-truth clip read it.
     """
     results = Results()
     count = min(workers, len(clips))

@@ -1,4 +1,4 @@
-"""The report of an evaluation as one HTML file that needs no network: sound, video and pictures stand in the page."""
+"""The report of an evaluation as one HTML file that needs no network: audio, video and pictures stand in the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What codecs make of true clips, as outputs of an evaluation.
+"""What codecs make of ground-truth clips, as outputs of an evaluation.
 
 Axes: N samples, T frames, H height, W width, S side.
 """
@@ -24,7 +24,7 @@ from engine.metrics.metric import wave_of
 from engine.metrics.speech import FPS
 from engine.settings import require_range
 
-RATE = 24_000  # of the sound beside a drawn face
+RATE = 24_000  # of the audio beside a cartoon face
 
 
 @torch.inference_mode()
@@ -36,9 +36,9 @@ def write_resynthesis(
     levels: int | None = None,
     chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Write what a codec makes of the true speech or picture of every clip, where the output is missing.
+    """Write what a codec makes of the ground-truth speech or picture of every clip, where the output is missing.
 
-    A portrait codec draws the motion of each clip on its first frame. The sound beside it is the given one.
+    A portrait codec draws the motion of each clip on its first frame. The audio beside it is the given one.
 
     Args:
         weights: the codec's release folder; None: the bundled one.

@@ -57,7 +57,7 @@ class GenerateConfig(Group, prefix="generate."):
     mode: str = setting("t2av", about="talker_t2av: t2av, tts, a2v, v2a, or resynthesis (the codecs alone)")
     driving: str | None = setting(
         None,
-        about="talker_t2av, a2v: folder of ID.wav that faces move to, as outputs of t2av; null: the true speech",
+        about="talker_t2av, a2v: folder of ID.wav that faces move to, as outputs of t2av; null: the ground truth",
     )
     compat: str = setting(
         "paper",
@@ -82,11 +82,11 @@ class EvaluateConfig(Group):
         None, about="folder of a system's files ID.wav or ID.mp4; several: {name: folder, other: folder}"
     )
     references: str | None = setting(
-        None, about="folder of the true files ID.wav or ID.mp4, or of both; null: the manifest names them"
+        None, about="folder of the ground-truth files ID.wav or ID.mp4, or of both; null: the manifest names them"
     )
     manifest: str | None = setting(
         None,
-        about="JSONL, a clip a line: id, text, output, reference, video, speaker, language, heard; null: all of "
+        about="JSONL, a clip per line: id, text, output, reference, video, speaker, language, heard; null: all of "
         "references=, texts from ID.txt",
     )
     output: str = setting(NEEDED, about="folder of the report: report.html, results.json, the cache")
@@ -116,12 +116,12 @@ class EvaluateConfig(Group):
         {}, about="whole tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown apart"
     )
     true_speech: str | None = setting(
-        None, about="which of the paper's true-speech rows is shown, such as LRS3; null: all"
+        None, about="which of the paper's ground-truth rows is shown, such as LRS3; null: all"
     )
     device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
     devices: str = setting(
         "1",
-        about="number of devices that generate outputs, each with a process of its own; all: those of this machine",
+        about="number of devices that generate outputs, each with a separate process; all: those of this machine",
     )
     executor: str = setting(
         "processes",

@@ -18,7 +18,7 @@ from engine.metrics.metric import Figure, Metric
 Found = Mapping[str, Mapping[str, Any]]  # what was measured for a figure, by system and clip
 SIGNIFICANT = 0.05
 HEADLINE = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
-TOLERANCE = 0.2  # seconds between an output and the true speech that need no remark
+TOLERANCE = 0.2  # seconds between an output and the ground-truth speech that need no remark
 
 
 def summarise(
@@ -71,7 +71,7 @@ def summarise(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by system and figure what a record keeps of a summary: all but what was measured of single clips."""
+    """Return by system and figure what a record keeps of a summary: all except what was measured of single clips."""
     systems = summary["systems"].items()
     return {name: {f: {key: cell[key] for key in HEADLINE} for f, cell in cells.items()} for name, cells in systems}
 
@@ -86,7 +86,7 @@ def _cell(
     """Return the figure of one system from what was measured by clip: pairs, or features of a set (F, D)."""
     if isinstance(next(iter(measured.values())), np.ndarray):
         if not true:
-            raise UserError("the true clips have no pictures to compare with")
+            raise UserError("the ground-truth clips have no pictures to compare with")
         value = frechet_distance(*(np.concatenate([*rows.values()]) for rows in (measured, true)))
         return {"value": value, "interval": None, "interval_speakers": None, "clips": len(measured), "values": {}}
     pairs = np.array([*measured.values()], float)
@@ -155,7 +155,7 @@ def _tests(
 
 
 def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Name systems that end early or late: figures see only what they have in common with the true speech."""
+    """Name systems that end early or late: figures see only what they have in common with the ground-truth speech."""
     cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.cuts)
     true = lengths.get(TRUTH, {})
     notes = []
@@ -164,7 +164,7 @@ def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[s
         if other:
             some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
             what = f"{len(other)} of {len(own)} outputs of {system} are over {TOLERANCE} s longer or shorter"
-            notes.append(f"{what} than the true speech ({some}); for {cut} only the part that both have counts")
+            notes.append(f"{what} than the ground-truth speech ({some}); for {cut} only the part that both have counts")
     return notes
 
 

@@ -118,7 +118,7 @@ def measure_outputs(
         figures: names of `engine.metrics.registry`.
         texts: the words of each clip.
         waves: the generated speech of each clip, (N,).
-        truths: the true speech of each clip, (N,); None leaves out figures that compare with it.
+        truths: the ground-truth speech of each clip, (N,); None leaves out figures that compare with it.
         rate: sampling rate of both, in Hz.
         recogniser: what transcribes the speech; see `words_by`.
         device: device of the metrics' networks.
@@ -142,7 +142,7 @@ def measure_outputs(
             pairs = {int(clip): row[name] for clip, row in rows.items() if name in row}
             if pairs:
                 results[name] = ByClip(pairs, ratio_of)
-        reason = "there is no true speech to compare with" if metric not in comparable else None
+        reason = "there is no ground-truth speech to compare with" if metric not in comparable else None
         reason = reason or measured.missing.get(metric.name)
         if reason and 0 in numbers:
             print(f"no {', '.join(names)}: {reason}", flush=True)

@@ -135,7 +135,7 @@ def find_faces(
     Args:
         clip: blocks of frames (n, H, W, 3); it must give them again each time it is iterated over.
         face: see `engine.faces.track.follow_faces`. "speaking" is the one of `engine.faces.speaking.speaking_face`.
-        wave: (N,) the clip's sound at 16 kHz, for "speaking".
+        wave: (N,) the clip's audio at 16 kHz, for "speaking".
 
     Raises:
         FaceError: too little of the clip shows the face, or the picture stands on its head or side.

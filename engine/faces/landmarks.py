@@ -28,7 +28,7 @@ SIDE = 256  # pixels of the tracked box in the picture of twice the size that dl
 USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # of dlib's box there: centre x, y and side; mean of a real clip
 TRIES = np.array([0.92, 1.0, 1.08])  # sizes of dlib's box; the median of what it predicts from them has fewer leaps
 MAX_BYTES = 2**28  # of a file of landmarks
-MAX_FRAMES = 200_000  # an hour at 25 frames a second has 90,000
+MAX_FRAMES = 200_000  # an hour at 25 frames per second has 90,000
 SUFFIXES = (".json", ".npz", ".pkl")
 
 
@@ -133,7 +133,7 @@ def nearest_face(detector: FaceDetector, blocks: Iterable[np.ndarray], track: Fa
 
 
 def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames a second, and their presence (T,).
+    """Read landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames per second, and their presence (T,).
 
     A JSON file holds a list of one frame after the other, each a list of [x, y] or null, or what `debug=true` writes
     as NAME_face.json; an npz file one array (T, P, 2) with NaN where there are none; a pickle a list of arrays or None,

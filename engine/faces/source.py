@@ -31,7 +31,7 @@ class FaceSource:
 
     @classmethod
     def from_settings(cls, detector: str | None = None, face_landmarks: str | None = None) -> FaceSource:
-        """Make what the settings `detector` and `face_landmarks` name; None: the cascade, and no landmarks.
+        """Create what the settings `detector` and `face_landmarks` name; None: the cascade, and no landmarks.
 
         Raises:
             UserError: a package or file is missing.
@@ -67,7 +67,7 @@ class FaceSource:
 
     @classmethod
     def from_name(cls, name: str, trained: str | Path) -> FaceSource:
-        """Make the source with which the release `trained` was trained.
+        """Create the source with which the release `trained` was trained.
 
         Raises:
             UserError: a package is missing, or the source needs a file that only the user has.

@@ -1,6 +1,6 @@
-"""Which of several faces speaks: the one whose mouth moves, or, with sound, whose mouth and the sound go together.
+"""Which of several faces speaks: the one whose mouth moves, or, with audio, whose mouth and the audio go together.
 
-Axes: T video frames (25 a second), S side of a mouth picture, N samples at 16 kHz, P principal components.
+Axes: T video frames (25 per second), S side of a mouth crop, N samples at 16 kHz, P principal components.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from engine.faces.crops import crop_mouth
 from engine.faces.track import FaceTrack
 
-SIDE = 24  # of the mouth pictures that are compared, in pixels
-# principal components of the mouth and of the sound
+SIDE = 24  # of the mouth crops that are compared, in pixels
+# principal components of the mouth and of the audio
 MOUTH = 6
 SOUND = 3
-SAMPLES = 640  # of a frame's sound
+SAMPLES = 640  # of a frame's audio
 BANDS = 16  # of its spectrum
 FOLDS = 5  # parts of a clip
 GAP = 2  # frames between a part and those that predict it
@@ -28,7 +28,7 @@ def speaking_face(blocks: Iterable[np.ndarray], tracks: Sequence[FaceTrack], wav
     """Return the index of the face that speaks in the blocks (n, H, W, 3) of a clip.
 
     Args:
-        wave: (N,) the sound at 16 kHz; None: a silent clip, in which the mouth that moves most is chosen.
+        wave: (N,) the audio at 16 kHz; None: a silent clip, in which the mouth that moves most is chosen.
     """
     mouths: list[list[np.ndarray]] = [[] for _ in tracks]
     start = 0
@@ -63,7 +63,7 @@ def mouth_movement(mouth: np.ndarray, seen: np.ndarray) -> float:
 
 
 def mouth_to_sound(mouth: np.ndarray, seen: np.ndarray, wave: np.ndarray) -> float:
-    """Return how well a mouth (T, S, S) predicts the sound (N,), as a correlation: about 0 for another's mouth.
+    """Return how well a mouth (T, S, S) predicts the audio (N,), as a correlation: about 0 for another's mouth.
 
     A linear model, as FaceSync (Slaney & Covell 2000), predicts the spectrum from the mouth in each part of the clip.
     It is fitted to the other parts of the same clip and needs no training. Frames that are not `seen` (T,) predict the
@@ -92,7 +92,7 @@ def mouth_to_sound(mouth: np.ndarray, seen: np.ndarray, wave: np.ndarray) -> flo
 
 
 def _bands(pieces: np.ndarray) -> np.ndarray:
-    """Return the logarithms (T, B) of the power of each frame's sound (T, 640) in B bands, 40 dB deep."""
+    """Return the logarithms (T, B) of the power of each frame's audio (T, 640) in B bands, 40 dB deep."""
     power = np.abs(np.fft.rfft(pieces * np.hanning(SAMPLES))) ** 2
     edges = np.geomspace(4, SAMPLES // 2, BANDS + 1).astype(int)  # bins of 25 Hz, from 100 Hz on
     bands = np.add.reduceat(power, edges[:-1], axis=1)

@@ -1,6 +1,6 @@
 """A picture of a face track, for a person to check.
 
-Axes: T frames, H height, W width, S picture side.
+Axes: T frames, H height, W width, S image side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Strip:
         self.columns: list[np.ndarray] = []
 
     def add(self, frames: np.ndarray, mouth: np.ndarray, start: int) -> None:
-        """Add the next block of frames (n, H, W, 3), from frame `start` on, and its mouth pictures (n, S, S)."""
+        """Add the next block of frames (n, H, W, 3), from frame `start` on, and its mouth crops (n, S, S)."""
         for i in sorted(self.picks & set(range(start, start + len(frames)))):
             frame = frames[i - start]
             part = self.track[i]

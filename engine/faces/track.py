@@ -393,10 +393,10 @@ def read_boxes(text: str) -> Any:
 
 
 def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
-    """Make a track from boxes that the user gives instead of a detector's.
+    """Create a track from boxes that the user gives instead of a detector's.
 
     Args:
-        boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one a frame; or a list of
+        boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one per frame; or a list of
             {"time": seconds, "box": [x, y, w, h]}, between which boxes move in a line. A box reaches from the forehead
             to the chin.
     """
@@ -412,7 +412,7 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             values = values.reshape(-1, 4)
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"face_box={str(boxes)[:80]}: give x,y,w,h, or a JSON list of one box a frame or of "
+            f"face_box={str(boxes)[:80]}: give x,y,w,h, or a JSON list of one box per frame or of "
             '{"time": seconds, "box": [x, y, w, h]}'
         ) from error
     if len(values) < frames:
@@ -424,7 +424,7 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
 
 
 def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
-    """Make the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
+    """Create the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
     points = five_points(landmarks)
     detections = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
     track = _smooth(_link(detections, fps), len(points), fps)

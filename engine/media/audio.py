@@ -64,7 +64,7 @@ def _resampler(source_rate: int, target_rate: int, dtype: torch.dtype) -> torcha
 
 
 def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
-    """Read the sound of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
+    """Read the audio of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
 
     Args:
         span: seconds from and to which it is read; None: whole.
@@ -84,7 +84,7 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
 
 
 def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
-    """Read the sound of a file of a kind that libsndfile reads; None for others."""
+    """Read the audio of a file of a kind that libsndfile reads; None for others."""
     try:
         with soundfile.SoundFile(path) as file:
             file_rate = file.samplerate
@@ -103,7 +103,7 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
             share = int(size[2]) / int(size[1]) if size and int(size[2]) < int(size[1]) < 2**31 - 2**9 else 1.0
             total = count / share if 0 < share < 1 else file.frames
             if 0 < count < total - SHORT * file_rate and file.frames < UNKNOWN:
-                raise damaged(path, "sound", count / file_rate, total / file_rate, "the file ends early")
+                raise damaged(path, "audio", count / file_rate, total / file_rate, "the file ends early")
     except soundfile.LibsndfileError:
         return None
     return resample_wave(np.concatenate(blocks or [np.zeros(0, np.float32)]), file_rate, rate)
@@ -120,7 +120,7 @@ def read_voice(path: str | Path, rate: int) -> np.ndarray:
 def write_wav(
     path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: bool = False, comment: str = ""
 ) -> None:
-    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all.
+    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file is written atomically.
 
     Args:
         lossless: as 32-bit floats and not clipped, for waves that are measured.
@@ -153,7 +153,7 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
 
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Compute a log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
+    """Compute a log-mel spectrogram (80, frames) in dB for the eye, 100 frames per second."""
     hop = rate // 100
     size = 1024
     mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=size, hop_length=hop, n_mels=80, center=False)
@@ -168,7 +168,7 @@ def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
-    # Sound that begins later than the picture is filled with silence, so that sample and frame indices share their
+    # Audio that begins later than the picture is filled with silence, so that sample and frame indices share their
     # origin.
     filters = f"aresample={int(rate)}:async=1:first_pts=0"
     arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
@@ -182,12 +182,12 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
     wave = np.frombuffer(result.stdout, "<f4")
     if max(stated_seconds(log) if span is None else 0.0, len(wave) / rate) > LIMITS.seconds:
         raise _too_long(path)
-    check_whole(path, "sound", len(wave) / rate, log, span)
+    check_whole(path, "audio", len(wave) / rate, log, span)
     return wave.copy()
 
 
 def _too_long(path: Path) -> UserError:
-    return UserError(f"{path} has more than {LIMITS.seconds:g} s of sound (limits.seconds): give a part of it")
+    return UserError(f"{path} has more than {LIMITS.seconds:g} s of audio (limits.seconds): give a part of it")
 
 
 def generated_comment(model: str, what: str) -> str:

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.files import report_os_errors
 from engine.settings import LIMITS
 
-# Only containers of video and sound: without a list, ffmpeg would follow playlists to other files or the network,
+# Only containers of video and audio: without a list, ffmpeg would follow playlists to other files or the network,
 # and would play a .txt file as ANSI art.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,nut,rm,dv,ivf,h264,hevc,"
@@ -114,7 +114,7 @@ def check_complete(path: Path) -> None:
 
 
 def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> UserError:
-    """Make the error of a file that ends early."""
+    """Create the error of a file that ends early."""
     of = f" of {total:.1f}" if total else ""
     return UserError(
         f"{path} is damaged: only the first {seconds:.1f}{of} s of its {kind} can be decoded ({why}): {REPAIR}"
@@ -138,7 +138,7 @@ def check_readable(path: str | Path) -> Path:
 def require_stream(path: str | Path, kind: str) -> None:
     """Look into a media file without decoding it; `kind` is "video" or "audio"."""
     path = check_readable(path)
-    with suppress(soundfile.LibsndfileError):  # which reads some files of sound alone that ffmpeg may not
+    with suppress(soundfile.LibsndfileError):  # which reads some files of audio alone that ffmpeg may not
         if kind == "audio" and soundfile.info(path):
             return
     stream_codec(path, kind)

@@ -1,4 +1,4 @@
-"""Pictures between bytes and the [-1, 1] of a portrait codec; pictures of sound.
+"""Pictures between bytes and the [-1, 1] of a portrait codec; pictures of audio.
 
 Axes: T frames, H height, W width, S side of the codec's square, N samples.
 """

@@ -39,7 +39,7 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
 
     Args:
         path: a video file of any size and frame rate.
-        fps: frames a second of the result; frames are repeated or dropped, never blended.
+        fps: frames per second of the result; frames are repeated or dropped, never blended.
         max_side: the longer side is scaled down to at most this many pixels.
 
     Returns:
@@ -69,7 +69,7 @@ def iter_video(
     check_complete(path)
     # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
     # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
-    # may begin after the sound does: its first frame then stands from time zero on, so that frame and sample indices
+    # may begin after the audio does: its first frame then stands from time zero on, so that frame and sample indices
     # share their origin. After a gap in the time stamps, `print` logs the time of the next frame.
     gap = f"lte(t-if(isnan(prev_selected_t),0,prev_selected_t),{LIMITS.gap})"
     filters = [f"select='if({gap},1,0*print(t,16))'", "scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced"]
@@ -147,13 +147,13 @@ def write_video(
     lossless: bool = False,
     comment: str = "",
 ) -> None:
-    """Write H.264 (yuv420p), with AAC sound if `audio` is given; the file appears whole or not at all.
+    """Write H.264 (yuv420p), with AAC audio if `audio` is given; the file is written atomically.
 
     Args:
         path: .mp4, .mov or .mkv.
         frames: (T, H, W, 3) uint8 RGB, or an iterable of (H, W, 3). An odd side is extended by repeating its last
             pixel, as 4:2:0 chroma needs even sides.
-        fps: frames a second.
+        fps: frames per second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
         lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
         comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
@@ -205,7 +205,7 @@ def write_preview(video_path: str | Path, out_path: str | Path) -> None:
 
 
 def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, comment: str = "") -> None:
-    """Write the picture of `video_path` with new sound: H.264 is copied, anything else re-encoded; sound is AAC.
+    """Write the picture of `video_path` with new audio: H.264 is copied, anything else re-encoded; audio is AAC.
 
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
@@ -223,9 +223,9 @@ COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 t
 
 
 def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path, comment: str = "") -> None:
-    """Write the picture of one file with the sound of another, both exactly as they are.
+    """Write the picture of one file with the audio of another, both exactly as they are.
 
-    Compressed sound is copied; whole-number PCM, as of WAV files, is packed as FLAC, which decodes to the same samples.
+    Compressed audio is copied; whole-number PCM, as of WAV files, is packed as FLAC, which decodes to the same samples.
 
     Args:
         video_path: with a video stream that the container takes, such as H.264.
@@ -239,7 +239,7 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
 
 
 def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]], comment: str) -> None:
-    """Write picture and sound of two ffmpeg inputs with the first of several encodings that works."""
+    """Write picture and audio of two ffmpeg inputs with the first of several encodings that works."""
     with atomic_output(out_path) as staging:
         streams = ["-map", "0:V:0", "-map", "1:a:0"]
         for choice in choices:

@@ -1,7 +1,7 @@
 """EmoAcc and EMO-SIM by emotion2vec+ large (Ma et al. 2024, arXiv:2312.15185), run by the package funasr (MIT).
 
-EmoAcc: fraction of clips whose class equals that of the true speech. EMO-SIM: cosine of the utterances' embeddings. The
-weights have a licence of their own (FunASR's model licence).
+EmoAcc: fraction of clips whose class equals that of the ground truth. EMO-SIM: cosine of the utterances'
+embeddings. The weights have a licence of their own (FunASR's model licence).
 
 Axes: D embedding.
 """
@@ -25,8 +25,8 @@ FOLDER = "emotion2vec_plus_large"
 
 class Emotion(Metric):
     figures: ClassVar = {
-        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose emotion is heard as in the true speech"),
-        "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the true speech"),
+        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose emotion is heard as in the ground truth"),
+        "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the ground truth"),
     }
     needs = ("funasr",)
     names = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")

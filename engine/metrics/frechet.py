@@ -1,4 +1,4 @@
-"""FID and FVD: Frechet distance between the features of the made and the true videos' faces.
+"""FID and FVD: Frechet distance between the features of the made and the ground-truth videos' faces.
 
 |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances (Heusel et al. 2017, arXiv:1706.08500;
 Unterthiner et al. 2018, arXiv:1812.01717). Talker-T2AV's text does not say how its figures were computed, and figures

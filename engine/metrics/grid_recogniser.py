@@ -1,11 +1,11 @@
 """A recogniser of GRID's sentences (Cooke et al. 2006): verb, colour, preposition, letter, digit, adverb.
 
-A small network tells at each of 25 frames a second which of the 51 words is spoken, or none. A sentence's score is the
-sum over all ways to lay its six words over the frames, as in CTC (Graves et al. 2006). `transcribe` takes in each place
-the word whose sentences have the largest part of the sum over all 64,000. It hears six words in any sound, so chance is
-a WER of about 80 %: report a shuffled control beside a result.
+A small network tells at each of 25 frames per second which of the 51 words is spoken, or none. A sentence's score is
+the sum over all ways to lay its six words over the frames, as in CTC (Graves et al. 2006). `transcribe` takes in each
+place the word whose sentences have the largest part of the sum over all 64,000. It hears six words in any audio, so
+chance is a WER of about 80 %: report a shuffled control beside a result.
 
-Axes: B batch, N samples at 16 kHz, M mel bands, T frames (25 a second), W = 51 words, S = W + 1 with "none" first.
+Axes: B batch, N samples at 16 kHz, M mel bands, T frames (25 per second), W = 51 words, S = W + 1 with "none" first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLACES = (
 WORDS = tuple(word for place in PLACES for word in place)
 LETTER = 3  # the place of the letter
 SIZES = tuple(len(place) for place in PLACES)
-REDUCTION = 4  # mel frames (100 a second) of one frame of the network
+REDUCTION = 4  # mel frames (100 per second) of one frame of the network
 NEVER = -1e4  # logarithm of almost nothing
 PAUSE = RATE // 5  # zeros before and after a wave: a sentence may fill it
 

@@ -1,12 +1,12 @@
-"""LSE-C and LSE-D, called Sync-C and Sync-D elsewhere: agreement of lips and sound by SyncNet.
+"""LSE-C and LSE-D, called Sync-C and Sync-D elsewhere: agreement of lips and audio by SyncNet.
 
 Chung & Zisserman 2016, "Out of time: automated lip sync in the wild"; scores of Wav2Lip (Prajwal et al. 2020,
 arXiv:2008.10010). Weights: `syncnet_v2.model` of joonson/syncnet_python (code MIT; no separate licence is stated for
-the weights). 25 frames a second, 31 shifts. The face is cut as SyncNet's own program cuts it, a margin of 0.4 around
+the weights). 25 frames per second, 31 shifts. The face is cut as SyncNet's own program cuts it, a margin of 0.4 around
 the tracked box, but found by OpenCV's cascade, where that program uses S3FD: figures of clips with loose boxes differ
 from its figures.
 
-Axes: B batch, T video frames (25 a second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 a
+Axes: B batch, T video frames (25 per second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 per
 second), S = 31 shifts, D = 1024 embedding. Pictures are (T, height, width, 3).
 """
 
@@ -105,7 +105,7 @@ def _project() -> nn.Sequential:
 
 
 class SyncNet(nn.Module):
-    """Two networks into one space: five frames of a face, and the 0.2 s of sound beside them."""
+    """Two networks into one space: five frames of a face, and the 0.2 s of audio beside them."""
 
     def __init__(self):
         super().__init__()
@@ -181,18 +181,18 @@ class SyncNet(nn.Module):
 
 @dataclass(frozen=True)
 class SyncScore:
-    """How well lips and sound agree."""
+    """How well lips and audio agree."""
 
     confidence: float  # LSE-C, the median over shifts of the mean distance less the smallest one; larger is better
     distance: float  # LSE-D, the smallest mean distance; smaller is better
-    offset: int  # video frames by which the sound comes early at the best shift
-    distances: Tensor  # (W, S) of every lip window to the sound at every shift
+    offset: int  # video frames by which the audio comes early at the best shift
+    distances: Tensor  # (W, S) of every lip window to the audio at every shift
 
 
 def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
-    """Score embeddings (W, D) of lips and sound, window by window, over shifts of -shift..shift windows.
+    """Score embeddings (W, D) of lips and audio, window by window, over shifts of -shift..shift windows.
 
-    Beyond the ends the sound is a zero vector.
+    Beyond the ends the audio is a zero vector.
     """
     padded = nn.functional.pad(audio, (0, 0, shift, shift)).unfold(0, 2 * shift + 1, 1)  # (W, D, S)
     distances = (lip[..., None] - padded + 1e-6).norm(dim=1)
@@ -227,7 +227,7 @@ def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 @lru_cache(2)
 def face_video(path: Path | None) -> np.ndarray:
-    """Cut squares of the largest face of a video at 25 frames a second: (T, 224, 224, 3) bytes."""
+    """Cut squares of the largest face of a video at 25 frames per second: (T, 224, 224, 3) bytes."""
     if path is None:
         raise UserError("the clip has no picture")
     frames = read_video(path, FPS, MAX_SIDE)
@@ -236,8 +236,8 @@ def face_video(path: Path | None) -> np.ndarray:
 
 class LipSync(Metric):
     figures: ClassVar = {
-        "lse_c": Figure("LSE-C", 1, meaning="confidence that lips and sound agree"),
-        "lse_d": Figure("LSE-D", -1, meaning="distance of lips and sound at the best shift"),
+        "lse_c": Figure("LSE-C", 1, meaning="confidence that lips and audio agree"),
+        "lse_d": Figure("LSE-D", -1, meaning="distance of lips and audio at the best shift"),
     }
     names = ("syncnet_v2.model",)
     inputs = ("audio", "video", "source")

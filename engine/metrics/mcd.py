@@ -76,7 +76,7 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
 
 
 class MCD(Metric):
-    figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="distance of spectral envelopes from the true speech")}
+    figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="distance of spectral envelopes from the ground truth")}
     needs = ("pyworld", "fastdtw")
     protocols = ("dtw", "plain", "dtw_sl")
     pair = True

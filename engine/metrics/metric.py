@@ -45,7 +45,8 @@ class Take:
     heard: str | None = None  # a transcript made elsewhere
     language: str = "en"  # of the words
     speaker: str | None = None
-    # What else is known: of the true clip its row of the manifest, of an output what its system wrote in ID.json.
+    # What else is known: of the ground-truth clip its row of the manifest, of an output what its system wrote in
+    # ID.json.
     about: Mapping[str, Any] = field(default_factory=dict)
     given: str | None = None  # audio or video if that stream was given to the system and is not its own work
     bits: float | None = None  # a second of the code that the speech was decoded from
@@ -82,9 +83,9 @@ class Metric:
     version: ClassVar[int] = 1  # raised when the same inputs give other values, which are not taken from a cache then
     pair: ClassVar[bool] = False  # whether the true take is needed besides the one that is measured
     parallel: ClassVar[bool] = True  # whether several processes may measure at once on a GPU; large networks may not
-    outputs_only: ClassVar[bool] = False  # whether the true clips have no such figure
+    outputs_only: ClassVar[bool] = False  # whether the ground-truth clips have no such figure
     pictured: ClassVar[bool] = False  # whether takes without a picture have no such figure
-    cuts: ClassVar[bool] = False  # whether the longer of an output and the true speech is cut to the other's length
+    cuts: ClassVar[bool] = False  # whether the longer of output and ground truth is cut to the length of the other
     inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the measured take that the result depends on
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     names: ClassVar[tuple[str, ...]] = ()  # files below `weights`; a result holds until one of them changes
@@ -137,7 +138,8 @@ class Metric:
         """Return the rows of one system with the figures that need the rows of other clips, or of the true ones.
 
         Args:
-            rows: measurements of a system by clip. true: of the true clips. truths: the true clips themselves.
+            rows: measurements of a system by clip. true: of the ground-truth clips. truths: the ground-truth clips
+                themselves.
         """
         return rows
 
@@ -161,7 +163,7 @@ class Stated(Metric):
 
 
 class Bitrate(Metric):
-    """What system.json states of all outputs: the bits a second of their code, levels x log2(codes) x frames."""
+    """What system.json states of all outputs: the bits per second of their code, levels x log2(codes) x frames."""
 
     figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="of the code that the speech was decoded from")}
     inputs = ("bits",)
@@ -179,7 +181,7 @@ def cosine(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def text_of(truth: Take) -> str:
-    """Return the words of the true clip."""
+    """Return the words of the ground-truth clip."""
     if not truth.text:
         raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
     return truth.text
@@ -189,7 +191,7 @@ def text_of(truth: Take) -> str:
 def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
     """Return samples (N,) float32 at `rate` Hz."""
     if audio is None:
-        raise UserError("the clip has no sound")
+        raise UserError("the clip has no audio")
     if isinstance(audio, Sound):
         return resample_wave(audio.wave, audio.rate, rate)
     return read_audio(audio, rate)

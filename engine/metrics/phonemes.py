@@ -2,11 +2,11 @@
 
 - PER, phoneme error rate, for sentences of any words of its dictionary. Phonemes are recognised by a bigram model of
   them, without words. The reference is the dictionary's first pronunciation of each word, without stress. Its rate on
-  clean speech is high: report that, and that of resynthesised true speech, beside a figure.
-- DD, duration distance: how far the lengths of the phones are from those of the true speech. Talker-T2AV's text does
-  not define it. Here: both takes are aligned with the same text, and the absolute differences of the phones' lengths
-  are averaged, in milliseconds. English words only; words that the takes pronounce in different ways do not count.
-  Figures of other definitions cannot be compared.
+  clean speech is high: report that, and that of resynthesised ground-truth speech, beside a figure.
+- DD, duration distance: how far the lengths of the phones are from those of the ground truth. Talker-T2AV's text
+  does not define it. Here: both takes are aligned with the same text, and the absolute differences of the phones'
+  lengths are averaged, in milliseconds. English words only; words that the takes pronounce in different ways do not
+  count. Figures of other definitions cannot be compared.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `movement` is the fraction of a region's variance in time that the rebuilt frames explain: 1 is all, 0 is as good as the
 clip's mean picture. Regions are boxes of a square picture in which the face is framed as in the synthetic corpus.
 
-Axes: B pictures, T frames, C channels, H height, W width, S side.
+Axes: B images, T frames, C channels, H height, W width, S side.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Opinions and intelligibility that programs compute for speech.
 
 - DNSMOS, predicted opinion of quality, 1 to 5, without a reference: `p808`, Reddy et al. 2021, arXiv:2010.15258
-  (HiCoDiT's, as its true-speech rows say); `p835`, the overall score of Reddy et al. 2022, arXiv:2110.01763. The
+  (HiCoDiT's, as its ground-truth rows say); `p835`, the overall score of Reddy et al. 2022, arXiv:2110.01763. The
   package speechmos (MIT) carries both networks. Clips under 9 s are repeated, longer ones averaged over windows, as its
   authors do.
 - UTMOS, predicted opinion of naturalness, 1 to 5, without a reference (Saeki et al. 2022, arXiv:2204.02152): the strong
   learner of utmos22, by the package utmos-pytorch (MIT), which states that it equals the original; weights MIT. One
   clip at a time: padding moves the score.
-- PESQ, quality against the true speech: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2), by the
-  package pesq (MIT), which wraps the ITU's program.
-- STOI (Taal et al. 2011) and ESTOI (Jensen & Taal 2016), intelligibility against the true speech, by the package pystoi
-  (MIT).
+- PESQ, quality against the ground truth: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2), by
+  the package pesq (MIT), which wraps the ITU's program.
+- STOI (Taal et al. 2011) and ESTOI (Jensen & Taal 2016), intelligibility against the ground truth, by the
+  package pystoi (MIT).
 
 PESQ and STOI take time-aligned waves, the longer one cut.
 
@@ -75,8 +75,8 @@ class UTMOS(Metric):
 
 class PESQ(Metric):
     figures: ClassVar = {
-        "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the true speech, 16 kHz"),
-        "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the true speech, 8 kHz"),
+        "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the ground truth, 16 kHz"),
+        "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the ground truth, 8 kHz"),
     }
     needs = ("pesq",)
     pair = True
@@ -100,7 +100,7 @@ class PESQ(Metric):
 
 
 class STOI(Metric):
-    figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the true speech, 0 to 1")}
+    figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the ground truth, 0 to 1")}
     needs = ("pystoi",)
     version = 2
     pair = True
@@ -122,5 +122,5 @@ class STOI(Metric):
 
 
 class ESTOI(STOI):
-    figures: ClassVar = {"estoi": Figure("ESTOI", 1, 3, meaning="extended STOI against the true speech, 0 to 1")}
+    figures: ClassVar = {"estoi": Figure("ESTOI", 1, 3, meaning="extended STOI against the ground truth, 0 to 1")}
     extended = True

@@ -1,6 +1,6 @@
 """Whose voice it is: embeddings of speakers.
 
-SpkSim is the cosine of the embeddings of the measured and the true speech:
+SpkSim is the cosine of the embeddings of the measured and the ground truth:
 - `ecapa` (HiCoDiT's is an ECAPA-TDNN, taken to be this one): Desplanques et al. 2020, arXiv:2005.07143, trained on
   VoxCeleb; network and filters of the package speechbrain, weights `spkrec-ecapa-voxceleb` (both Apache-2.0).
 - `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
@@ -9,8 +9,8 @@ SpkSim is the cosine of the embeddings of the measured and the true speech:
   V2SFlow and SLD-L2S measure it.
 
 Own voice compares GE2E vectors with the mean vector of each of many voices:
-- `clips`: the voices are those of the true clips. A clip is left out of the mean of its own voice, and does not count
-  if nothing is left.
+- `clips`: the voices are those of the ground-truth clips. A clip is left out of the mean of its own voice, and does not
+  count if nothing is left.
 - `shards`: the voices are the speakers of prepared shards that hold `ge2e`, such as those of a training set.
 
 Axes: N samples, V voices.
@@ -39,7 +39,7 @@ Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector 
 
 
 class SpeakerSimilarity(Metric):
-    figures: ClassVar = {"speaker_similarity": Figure("SpkSim", 1, 4, meaning="cosine with the true speech's voice")}
+    figures: ClassVar = {"speaker_similarity": Figure("SpkSim", 1, 4, meaning="cosine with the ground truth")}
     protocols = ("ecapa", "wavlm", "ge2e")
     pair = True
     parallel = False

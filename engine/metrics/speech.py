@@ -1,18 +1,19 @@
-"""Pitch, energy and end of speech, and how a mouth and a sound go together.
+"""Pitch, energy and end of speech, and how a mouth and audio go together.
 
-- Prosody: how pitch range and energy follow the true clips, and whether they move as those do where expressions change.
-  Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip that changes its expression
-  has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half second). The right way is that
-  of the means over all true clips' parts of the two expressions.
-- Pitch contour: how the pitch follows that of the true speech in time, over the frames in which both are voiced.
+- Prosody: how pitch range and energy follow the ground-truth clips, and whether they move as those do where expressions
+  change. Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip that changes its
+  expression has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half second). The right
+  way is that of the means over all ground-truth clips' parts of the two expressions.
+- Pitch contour: how the pitch follows that of the ground truth in time, over the frames in which both are
+  voiced.
 - Endings: a model that decides itself when to stop may stop late, early, or never. An output is in time with 0.02 to
   0.3 s of quiet after the last speech, late with more and cut with less. It runs away if only the limit of its length
   ended it: `stopped` is false in ID.json.
 - Synchrony: the correlation of the mouth's opening with the loudness, clip by clip. A reader of openings knows one kind
   of face. `drawn` is that of the synthetic corpus, a class named after a colon that turns frames (T, H, W, 3) into
-  openings (T,). The controls move the sound by 200 ms.
+  openings (T,). The controls move the audio by 200 ms.
 
-Axes: N samples, F analysis frames, T video frames (25 a second).
+Axes: N samples, F analysis frames, T video frames (25 per second).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from engine.media.video import read_video
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
 
 RATE = 24_000
-FPS = 25  # video frames a second
+FPS = 25  # video frames per second
 WINDOW = 0.01  # seconds of a power measurement
 PITCH_HOP = 0.016  # seconds of a frame of `pitch`
 FRAMES = 1 / PITCH_HOP  # a second
@@ -73,17 +74,17 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Return the root mean square of each video frame's sound: (N,) -> (T,), T = N / rate * 25 rounded down."""
+    """Return the root mean square of each video frame's audio: (N,) -> (T,), T = N / rate * 25 rounded down."""
     frame = rate // FPS
     whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
     return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 
 
 def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) -> float:
-    """Correlate mouth opening (T,) with the loudness of the sound (Pearson), over the frames that both have.
+    """Correlate mouth opening (T,) with the loudness of the audio (Pearson), over the frames that both have.
 
     Args:
-        shift: frames by which the sound is moved against the mouth; positive: it comes later.
+        shift: frames by which the audio is moved against the mouth; positive: it comes later.
     """
     mouth = opening[max(shift, 0) :]
     level = loudness(wave, rate)[max(-shift, 0) :]
@@ -110,8 +111,10 @@ def speech_end(wave: np.ndarray, rate: int) -> float:
 
 class Prosody(Metric):
     figures: ClassVar = {
-        "pitch_range_correlation": Figure("pitch r", 1, 2, 1, "pitch range: correlation with true clips", correlation),
-        "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with true clips", correlation),
+        "pitch_range_correlation": Figure(
+            "pitch r", 1, 2, 1, "pitch range: correlation with the ground truth", correlation
+        ),
+        "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with the ground truth", correlation),
         "pitch_range_right_way": Figure("pitch right way %", 1, 1, 100, f"pitch range {WAY}"),
         "energy_right_way": Figure("energy right way %", 1, 1, 100, f"energy {WAY}"),
     }
@@ -147,7 +150,7 @@ class Prosody(Metric):
 
 class PitchContour(Metric):
     figures: ClassVar = {
-        "f0_correlation": Figure("F0 r", 1, 2, meaning="correlation in time of log F0 with that of the true speech"),
+        "f0_correlation": Figure("F0 r", 1, 2, meaning="correlation in time of log F0 with that of the ground truth"),
         "log_f0_rmse": Figure("log F0 RMSE", -1, 3, meaning="difference to the true log F0, root mean square, nepers"),
     }
     needs = ("librosa",)
@@ -192,7 +195,7 @@ class Endings(Metric):
         "ends_late": Figure("late %", -1, 1, 100, "over 0.3 s after the last speech"),
         "ends_cut": Figure("cut %", -1, 1, 100, "less than 0.02 s after the last speech"),
         "runs_away": Figure("runs away %", -1, 1, 100, "ended by the limit of its length"),
-        "length_error": Figure("length s", -1, 2, meaning="difference to the length of the true clip in seconds"),
+        "length_error": Figure("length s", -1, 2, meaning="difference to the length of the ground truth, in seconds"),
     }
     inputs = ("audio", "about")
     pair = True
@@ -213,9 +216,9 @@ class Endings(Metric):
 
 class Synchrony(Metric):
     figures: ClassVar = {
-        "synchrony": Figure("mouth and sound", 1, 3, meaning="correlation of mouth opening and loudness"),
-        "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: the same with the sound 200 ms late"),
-        "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: the same with the sound 200 ms early"),
+        "synchrony": Figure("mouth and audio", 1, 3, meaning="correlation of mouth opening and loudness"),
+        "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: the same with the audio 200 ms late"),
+        "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: the same with the audio 200 ms early"),
     }
     protocols = ("drawn",)
     inputs = ("audio", "video", "source")
@@ -234,7 +237,7 @@ class Synchrony(Metric):
 class MouthOpening(Metric):
     figures: ClassVar = {
         "mouth_opening": Figure(
-            "mouth r", 1, 3, meaning="correlation in time of the opening with that of the true clip"
+            "mouth r", 1, 3, meaning="correlation in time of the opening with that of the ground-truth clip"
         )
     }
     protocols = ("drawn",)

@@ -3,7 +3,7 @@
 Errors of all clips over words of all clips (micro average), by jiwer (Apache-2.0). A clip in which nothing is heard
 counts with all its words. Recognisers:
 
-- `whisper-medium` (HiCoDiT's, as its true-speech rows say), `whisper-large-v3`: Radford et al. 2022, arXiv:2212.04356,
+- `whisper-medium` (HiCoDiT's, as its ground-truth rows say), `whisper-large-v3`: Radford et al. 2022, arXiv:2212.04356,
   weights MIT, by transformers; greedy, the language given. A folder after a colon holds another one.
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
 - `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised by the language model
@@ -175,7 +175,7 @@ class WordErrors(Metric):
 
 
 class LipWords(WordErrors):
-    """Words that a lip reader reads in the generated video, beside those that a recogniser hears in its sound."""
+    """Words that a lip reader reads in the generated video, beside those that a recogniser hears in its audio."""
 
     figures: ClassVar = {"wer_lips": Figure("WER lips %", -1, 2, 100, "word errors of a lip reader on the video")}
     protocols = ("auto-avsr",)
@@ -213,7 +213,7 @@ def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.b
 
 @torch.inference_mode()
 def hear_words(processor: Any, model: Any, wave: np.ndarray, language: str | None = None) -> tuple[str, str, float]:
-    """Return the words that Whisper hears in sound (N,), their language, and its probability; 1 for a given one."""
+    """Return the words that Whisper hears in audio (N,), their language, and its probability; 1 for a given one."""
     long = len(wave) > LONG * RATE
     probability = 1.0
     more = {"truncation": False, "padding": "longest"} if long else {}

@@ -120,7 +120,7 @@ def down_length(length: int, stride: int) -> int:
 
 
 class DACEncoder(nn.Module):
-    """Wave to frames: conv k7, one down block a ratio (width doubles), Snake, conv k3, optional tanh.
+    """Wave to frames: conv k7, one down block per ratio (width doubles), Snake, conv k3, optional tanh.
 
     Args:
         width: channels after the first conv; stage i has width * 2^i.
@@ -161,7 +161,7 @@ class DACEncoder(nn.Module):
 
 
 class DACDecoder(nn.Module):
-    """Frames to wave: conv k7, one up block a ratio (width halves), Snake, conv k7, tanh.
+    """Frames to wave: conv k7, one up block per ratio (width halves), Snake, conv k7, tanh.
 
     Args:
         in_channels: channels of a frame.

@@ -1,6 +1,6 @@
 """Mel bands, and Whisper's log-mel front end: batched, on any device, equal to transformers' `WhisperFeatureExtractor`.
 
-Axes: B batch, N samples at 16 kHz, M mel bands, T frames (100 a second), F frequency bins.
+Axes: B batch, N samples at 16 kHz, M mel bands, T frames (100 per second), F frequency bins.
 """
 
 from __future__ import annotations

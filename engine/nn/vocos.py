@@ -90,7 +90,7 @@ class VocosDecoder(nn.Module):
         super().__init__()
         self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
         self.head = ISTFTHead(dim, n_fft, hop)
-        # Frames on each side that a frame's sound depends on: convolutions over seven frames, and windows that overlap.
+        # Frames on each side that a frame's audio depends on: convolutions over seven frames, and windows that overlap.
         self.reach = 3 * (layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):

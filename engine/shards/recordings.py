@@ -122,7 +122,7 @@ class StoredWaves:
 
 
 class SpeechCrops(torch.utils.data.Dataset):
-    """Random crops of a corpus, one a clip and epoch. A recording that cannot be read is left out, with a line.
+    """Random crops of a corpus, one per clip and epoch. A recording that cannot be read is left out, with a line.
 
     Args:
         root, split: the corpus and its split: recordings or prepared shards, see the module.

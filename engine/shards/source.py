@@ -212,7 +212,7 @@ class SplitFiles:
 
 
 def _get(url: str, path: Path, size: int | None = None) -> None:
-    """Copy a URL's file to `path`, whole or not at all."""
+    """Copy a URL's file to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme in ("http", "https"):
         try:

@@ -93,7 +93,7 @@ def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) ->
 def _own_staging(work: Path, key: str) -> Path:
     """Return a name that no other process writes to.
 
-    A cluster may run a clip again while its first run, on a machine that was given up, goes on. What a killed process
+    A cluster may run a clip again while its first run, on a machine that was given up, continues. What a killed process
     leaves goes with the work folder.
     """
     return work / f"{key}.{uuid.uuid4().hex[:12]}.part"
@@ -181,7 +181,7 @@ class SplitWriter:
         return [key for key in self.shard_keys(shard) if key not in there]
 
     def begin(self, shard: int) -> tuple[Path, list[str]]:
-        """Make the work folder of a shard; returns it, and the keys that are to do. One that lacks none is packed."""
+        """Create the work folder of a shard; returns it, and the keys that are to do. One that lacks none is packed."""
         work = self.work(shard)
         keys = self.missing(shard)
         if keys:

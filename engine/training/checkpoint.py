@@ -47,7 +47,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 class Checkpoints:
     """Writes a run's checkpoints in the background, one at a time.
 
-    `save` copies the state to main memory and returns; a thread writes the copy while training goes on. Every process
+    `save` copies the state to main memory and returns; a thread writes the copy while training continues. Every process
     makes one of these and calls the same methods in the same order; on several machines `root` must be on a disk that
     all of them share. What several processes hold alike is copied and written by the first of them alone. The copies'
     memory, pinned where it comes from a GPU, is kept for the next checkpoint.

@@ -52,7 +52,7 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """Make a gloo group of all processes whose operations on host memory may take long; all have to call this."""
+    """Create a gloo group of all processes whose operations on host memory may take long; all have to call this."""
     group = dist.new_group(backend="gloo", timeout=PATIENT)
     _groups.append(group)
     return group

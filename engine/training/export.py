@@ -107,7 +107,7 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line of a run's log.jsonl and its record, but for lines that a kill cut short."""
+    """Yield each line of a run's log.jsonl and its record, except for lines that a kill cut short."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         with suppress(UserError):
             record = parse_json(line, path)
@@ -143,7 +143,7 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         recipe += f"\n\n    {config['command']}\n"
     if trainer:
         batch = f"{trainer.get('accumulate')} x {trainer.get('batch_size')}"
-        recipe += f"\nStep {step:,} of {trainer.get('steps'):,}, {batch} samples a step and process, seed "
+        recipe += f"\nStep {step:,} of {trainer.get('steps'):,}, {batch} samples per step and process, seed "
         recipe += f"{trainer.get('seed')}, {trainer.get('precision')}."
     if task.get("init"):
         how = "low-rank updates, merged" if release.lora_scale is not None else "all weights"

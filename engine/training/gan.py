@@ -84,7 +84,7 @@ class GANTask(Task):
         return self.gan_start is not None and self.step >= self.gan_start
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Return the losses of the part `discriminator` or `generator`; the codec runs once a step, for both."""
+        """Return the losses of the part `discriminator` or `generator`; the codec runs once per step, for both."""
         if "_run" not in batch:
             batch["_run"] = self.run(batch)
         real = batch["_run"]["real"]

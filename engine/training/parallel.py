@@ -37,7 +37,8 @@ from engine.training.speed import recomputing
 from engine.training.task import Task
 
 # DDP lays out its buckets anew after the first step unless it looks for idle parameters. Sums over three or more
-# processes would then differ in the last digits between the first step of a resumed run and that of an unbroken one.
+# processes would then differ in the last digits between the first step of a resumed run and that of an uninterrupted
+# one.
 warnings.filterwarnings("ignore", "find_unused_parameters=True was specified in DDP constructor")
 
 LARGE_EMBEDDING = 2**24  # weights of an embedding that is sharded by itself
@@ -160,7 +161,7 @@ class ParallelTask:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """Make the optimiser of a part. Gains and biases are not decayed.
+    """Create the optimiser of a part. Gains and biases are not decayed.
 
     Fused on CUDA; on processors fusing changes last digits, and golden losses with them.
     """
@@ -181,7 +182,7 @@ def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) 
 
 
 def begin_state(optimiser: torch.optim.Optimizer) -> None:
-    """Make the state that AdamW makes at its first step, for a checkpoint to fill."""
+    """Create the state that AdamW makes at its first step, for a checkpoint to fill."""
     for p in (p for group in optimiser.param_groups for p in group["params"]):
         count = torch.zeros((), device=p.device)
         optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -228,7 +229,7 @@ def require_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
 
 
 def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Callable[..., Any]:
-    """Make a block's forward of training; validation, whose lengths vary, takes the plain one."""
+    """Create a block's forward of training; validation, whose lengths vary, takes the plain one."""
     plain = block.forward
     fast = torch.compile(plain) if compiled else plain
     if recomputed:

@@ -18,7 +18,7 @@ class TrainerConfig(Group, prefix="trainer."):
     steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
     batch_size: int = setting(16, 1, 10**6, "samples of a micro-batch in one process")
     by_length: bool = setting(False, about="group samples of similar length into a batch")
-    accumulate: int = setting(1, 1, 10**6, "micro-batches a step; global batch: batch_size x accumulate x processes")
+    accumulate: int = setting(1, 1, 10**6, "micro-batches per step; global batch: batch_size x accumulate x processes")
     global_batch_size: int | None = setting(
         None, 1, 10**9, "samples of a step over all processes, in micro-batches of at most batch_size; sets accumulate"
     )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REQUEUE = 75  # exit code of a run that was asked to stop, has saved and can go on; EX_TEMPFAIL in sysexits.h
+REQUEUE = 75  # exit code of a run that was asked to stop, has saved and can continue; EX_TEMPFAIL in sysexits.h
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ONE_PRESS = 3.0  # seconds within which two Ctrl-C are one: the terminal's, and the same one handed on by torchrun
 

@@ -122,7 +122,7 @@ class Task(nn.Module):
         return None
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """Train nothing but low-rank updates, times `alpha` / `rank`, of the linear layers of `adapted`.
+        """Train only low-rank updates, times `alpha` / `rank`, of the linear layers of `adapted`.
 
         Layers that are no wider than `rank` on one side are left as they are: the update would hold more than they do.
         """

@@ -30,7 +30,7 @@ from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation
 
-# TensorBoard plays no video files, but moving pictures
+# TensorBoard plays no video files, but animated images
 GIF_SIDE = 256
 GIF_FPS = 12.5
 
@@ -51,7 +51,7 @@ class Tracker:
 
     Args:
         run: the run's folder.
-        start: the step where the run goes on, and whether it was validated; later records, written before a kill, are
+        start: the step where the run continues, and whether it was validated; later records, written before a kill, are
             dropped. The record of a step's validation, which has no `lr`, follows that of its losses.
         wandb: `off`, `offline` (kept in `run`) or `online`.
         tensorboard: whether event files are written to RUN/tensorboard.
@@ -184,7 +184,7 @@ class Window:
         return {key: total / self._counts[key] for key, total in zip(keys, sums)}
 
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
-        """Return the speed of all processes together, from `samples` a step.
+        """Return the speed of all processes together, from `samples` per step.
 
         `data_wait` is the fraction of time without data, `mfu` this process's utilisation of its device.
         """

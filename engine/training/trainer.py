@@ -1,8 +1,8 @@
 """The training loop: one task, one dataset, any number of processes.
 
 A task defines what is learned; the trainer does everything else. Data order, augmentation and all random draws of
-step n are functions of (seed, n), so a resumed run equals an unbroken one, and W processes see the same data and the
-same random numbers as one process with `accumulate` W times larger.
+step n are functions of (seed, n), so a resumed run equals an uninterrupted one, and W processes see the same data and
+the same random numbers as one process with `accumulate` W times larger.
 
 The loss of a step is a mean over the elements (tokens, clips) of all its micro-batches in all processes: it does not
 depend on how a global batch is divided.
@@ -100,7 +100,7 @@ class Trainer:
 
         Returns:
             The results of the last validation ({} on ranks other than 0). None: stopped by SIGTERM, SIGUSR1 or
-            Ctrl-C, after a checkpoint; run again to go on.
+            Ctrl-C, after a checkpoint; run again to continue.
 
         Raises:
             UserError: a gradient is not finite, or the disk is full; the last checkpoint is complete.

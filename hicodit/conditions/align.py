@@ -1,6 +1,6 @@
 """Pictures of a face brought into a standard pose by a similarity: the mouth of AV-HuBERT, the face of ArcFace.
 
-Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S picture side. Points are (x, y) in pixels;
+Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S image side. Points are (x, y) in pixels;
 a matrix (2, 3) maps source points to picture points.
 
 68 landmarks are numbered as iBUG 300-W does. Five are the eye on the picture's left, the eye on its right, nose, mouth
@@ -108,7 +108,7 @@ def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
 
 
 def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
-    """Return AV-HuBERT's transforms (T, 2, 3) from frames to mouth pictures, from landmarks (T, P, 2) of every frame.
+    """Return AV-HuBERT's transforms (T, 2, 3) from frames to mouth crops, from landmarks (T, P, 2) of every frame.
 
     With 68 landmarks this is the procedure of its own preparation; five lend it both eyes and the middle of the mouth.
     """
@@ -151,7 +151,7 @@ def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """Cut mouth pictures (T, 96, 96) uint8 grey as AV-HuBERT's preparation does, without its lossy file in between.
+    """Cut mouth crops (T, 96, 96) uint8 grey as AV-HuBERT's preparation does, without its lossy file in between.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the pictures.

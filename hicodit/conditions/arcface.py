@@ -1,8 +1,8 @@
 """ArcFace's iresnet (arXiv 1801.07698): aligned faces to identity embeddings, and its released weights.
 
-Axes: B batch, F face pictures of a clip, n pictures, C channels, H = W picture side, E = 512 embedding.
+Axes: B batch, F face crops of a clip, n images, C channels, H = W image side, E = 512 embedding.
 
-Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` a network and training
+Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` per network and training
 set). The code there is MIT, the models are for non-commercial research only. They are not part of this project.
 """
 
@@ -95,7 +95,7 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_released(cls, state: dict[str, Tensor], source: str | Path) -> ArcFace:
-        """Make the network with the tensors of `state`, strictly, in eval mode."""
+        """Create the network with the tensors of `state`, strictly, in eval mode."""
         state = rename_all(state, ((r"^module\.", ""),))
         blocks = tuple(len(numbered(state, f"layer{stage}.{{}}.bn1.weight")) for stage in range(1, 5))
         if not all(blocks):

@@ -1,6 +1,6 @@
-"""AV-HuBERT's video path (arXiv 2201.02184): mouth pictures to lip features, and its released checkpoint.
+"""AV-HuBERT's video path (arXiv 2201.02184): mouth crops to lip features, and its released checkpoint.
 
-Axes: B batch, T video frames (25 a second), H = W picture side, C channels, E model width.
+Axes: B batch, T video frames (25 per second), H = W image side, C channels, E model width.
 
 Weights: https://github.com/facebookresearch/av_hubert, `large_vox_iter5.pt` (AV-HuBERT Large, pre-trained on LRS3 and
 VoxCeleb2), under the "AV-HuBERT License" of Meta: non-commercial research only. They are not part of this project.
@@ -43,7 +43,7 @@ class AVHubertConfig(Group, prefix="encoders.lip."):
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:
-    """Cut the middle (..., 88, 88) of mouth pictures (..., H, W) in [0, 1]; apply the fixed mean and deviation."""
+    """Cut the middle (..., 88, 88) of mouth crops (..., H, W) in [0, 1]; apply the fixed mean and deviation."""
     height, width = mouth.shape[-2:]
     assert min(height, width) >= VIEW, mouth.shape
     top = (height - VIEW) // 2
@@ -72,7 +72,7 @@ class _Block(nn.Module):
 
 
 class VideoFrontEnd(nn.Module):
-    """A convolution over five frames, then ResNet-18 a frame: (B, T, 88, 88) -> (B, T, 512)."""
+    """A convolution over five frames, then ResNet-18 per frame: (B, T, 88, 88) -> (B, T, 512)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class AVHubert(nn.Module):
 
     @classmethod
     def from_released(cls, state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubert:
-        """Make the network with the tensors of `state` (released names), strictly; see `released_config`."""
+        """Create the network with the tensors of `state` (released names), strictly; see `released_config`."""
         ours = our_state(state)
         config = released_config(ours, settings)
         return build_with(lambda: cls(config), ours, source)
@@ -212,7 +212,7 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "position.weight_v" in out and "position.weight_g" in out:
         direction = out.pop("position.weight_v").float()
         gain = out.pop("position.weight_g").float()
-        out["position.weight"] = gain * direction / direction.norm(dim=(0, 1), keepdim=True)  # one gain a kernel tap
+        out["position.weight"] = gain * direction / direction.norm(dim=(0, 1), keepdim=True)  # one gain per kernel tap
     return out
 
 

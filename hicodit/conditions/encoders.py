@@ -1,7 +1,7 @@
 """Condition encoders: pictures of a face to lip features, a face embedding and expression probabilities.
 
-Axes: B batch, T video frames (25 a second), F face pictures, n pictures, H = W picture side (S of
-mouth, S' of face pictures), E feature width.
+Axes: B batch, T video frames (25 per second), F face crops, n images, H = W image side (S of
+mouth, S' of face crops), E feature width.
 
 The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER V2; see
 `hicodit.conditions.upstream`) take their place behind the same three call signatures.
@@ -63,12 +63,12 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
 class TinyEncoderConfig(Group, prefix="encoders."):
     """Sizes of the tiny encoders.
 
-    lip_front: what reads the mouth pictures: "strided" convolutions of single frames, enough for drawn faces, or
-    "residual" blocks over five frames, for filmed ones. phonemes: classes of the auxiliary frame-wise phoneme loss (0:
+    lip_front: what reads the mouth crops: "strided" convolutions of single frames, enough for cartoon faces, or
+    "residual" blocks over five frames, for real ones. phonemes: classes of the auxiliary frame-wise phoneme loss (0:
     no such head).
     """
 
-    picture_every: ClassVar[int] = 1  # video frames to a face picture
+    picture_every: ClassVar[int] = 1  # video frames to a face crop
 
     kind: str = "tiny"
     mouth_size: int = setting(48, 8, 2**10)
@@ -93,11 +93,11 @@ class TinyEncoderConfig(Group, prefix="encoders."):
             )
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Cut mouth pictures (n, S, S) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
+        """Cut mouth crops (n, S, S) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
         return crop_mouth(frames, track[start : start + len(frames)], self.mouth_size)
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Cut face pictures (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
+        """Cut face crops (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
         return crop_face(frames, track, self.face_size)
 
 
@@ -116,7 +116,7 @@ def _trunk(channels: int, *widths: int) -> list[nn.Module]:
 
 
 class StridedFront(nn.Sequential):
-    """Standardised mouth pictures (B, T, S, S) to values (B, T, C): three strided convolutions of each frame."""
+    """Standardised mouth crops (B, T, S, S) to values (B, T, C): three strided convolutions of each frame."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__(*_trunk(1, width, 2 * width, 4 * width))
@@ -148,7 +148,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualFront(nn.Module):
-    """Standardised mouth pictures (B, T, S, S) to values (B, T, C): a convolution over five frames, residual blocks.
+    """Standardised mouth crops (B, T, S, S) to values (B, T, C): a convolution over five frames, residual blocks.
 
     The layout of the visual front ends of lip reading (Stafylakis and Tzimiropoulos, arXiv 1703.04105), small.
     """
@@ -181,7 +181,7 @@ FRONTS = {"strided": StridedFront, "residual": ResidualFront}
 
 
 class TinyLipEncoder(nn.Module):
-    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
+    """Grey mouth crops (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
 
     A front end that reads the pictures, a convolution over five frames, then attention over time.
     """
@@ -223,7 +223,7 @@ class TinyLipEncoder(nn.Module):
 
 
 class TinyFaceEncoder(nn.Module):
-    """Face pictures (n, 3, H, W) in [0, 1] to (n, E)."""
+    """Face crops (n, 3, H, W) in [0, 1] to (n, E)."""
 
     def __init__(self, config: TinyEncoderConfig, out: int) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class TinyFaceEncoder(nn.Module):
 
 
 class TinyIdentityEncoder(TinyFaceEncoder):
-    """Face pictures (B, F, 3, H, W) in [0, 1] to one embedding a clip (B, E): the mean of unit vectors."""
+    """Face crops (B, F, 3, H, W) in [0, 1] to one embedding per clip (B, E): the mean of unit vectors."""
 
     def forward(self, faces: Tensor) -> Tensor:
         each = super().forward(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])

@@ -181,7 +181,7 @@ def _mlp(width: int) -> nn.Sequential:
 
 
 class _GatedMLP(nn.Module):
-    """Adds attention, then an MLP, each under a learned gain a channel: positions (n, N, C)."""
+    """Adds attention, then an MLP, each under a learned gain per channel: positions (n, N, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -287,9 +287,9 @@ class POSTER2(nn.Module):
         return (faces - mean) / std
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Map face pictures (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
+        """Map face crops (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
 
-        A sequence of them becomes one class a half second by `hicodit.conditions.types.window_expressions`.
+        A sequence of them becomes one class per half second by `hicodit.conditions.types.window_expressions`.
         """
         order = to_device(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
         return self.logits(self.normalise(faces))[:, order]
@@ -298,7 +298,8 @@ class POSTER2(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
-        """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
+        """Create the network with the tensors of a checkpoint's state dict, strict on all that the forward pass
+        uses."""
         return build_with(lambda: cls(classes), rename_all(state, RULES), source)
 
     @classmethod

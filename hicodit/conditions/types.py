@@ -1,7 +1,7 @@
 """The typed conditions of HiCoDiT.
 
-Axes: B batch, T video frames (25 a second), J expression windows (2 a second), E lip feature width, S, S' side of mouth
-and face pictures.
+Axes: B batch, T video frames (25 per second), J expression windows (2 a second), E lip feature width, S, S' side of
+mouth and face crops.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.faces.track import FaceTrack
 
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
 NO_EXPRESSION = len(EXPRESSIONS)  # class of a half second whose expression is not known; in training only
-FPS = 25.0  # video frames a second
+FPS = 25.0  # video frames per second
 MIN_FRAMES = 5  # 0.2 s: of the shortest clip that is used, in training as at inference
 WINDOW_SECONDS = 0.5  # that share one class of expression
 
@@ -30,7 +30,7 @@ def windows_of(frames: int) -> int:
 class Conditions:
     """The conditions of a batch of clips.
 
-    lip: (B, T, E) lip features, 25 a second.
+    lip: (B, T, E) lip features, 25 per second.
     identity: (B, 256) unit vectors in the GE2E voice space.
     expression: (B, J) class of each half second, an index into `EXPRESSIONS`; J = `windows_of(T)`.
     frames: (B,) valid video frames of each clip, on the host; the rest of T is padding.
@@ -43,7 +43,7 @@ class Conditions:
 
 
 def window_expressions(probabilities: Tensor) -> Tensor:
-    """Reduce class probabilities of frames (T, classes), 25 a second, to one class a half second (J,), J =
+    """Reduce class probabilities of frames (T, classes), 25 per second, to one class per half second (J,), J =
     `windows_of(T)`.
 
     The most frequent class among the frames that begin in a window wins, ties go to the larger summed probability. A
@@ -63,7 +63,7 @@ class Crops:
     """What is kept of the pictures of one clip.
 
     mouth: (T, S, S) uint8 grey.
-    voices: (4, S', S', 3) uint8 RGB, the face pictures that the voice is predicted from.
+    voices: (4, S', S', 3) uint8 RGB, the face crops that the voice is predicted from.
     expression: (J,) class of each half second, read while the face was cut out; on the model's device.
     track: where they were cut.
     """

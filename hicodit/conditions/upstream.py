@@ -1,7 +1,7 @@
 """The paper's condition encoders with their released weights: AV-HuBERT Large, ArcFace, POSTER V2.
 
-Axes: B batch, T video frames (25 a second), F face pictures of a clip, n pictures or frames, H height, W width,
-S picture side, E feature width.
+Axes: B batch, T video frames (25 per second), F face crops of a clip, n images or frames, H height, W width,
+S image side, E feature width.
 
 Their licences (see each class) allow research only, so they are not part of this project or of its releases: a model
 that uses them names a folder of checkpoints.
@@ -40,7 +40,7 @@ class UpstreamEncoderConfig(Group, prefix="encoders."):
 
     folder: of the three files; None gives networks with random weights, to measure time and memory.
     lip_file, identity_file, expression_file: in that folder.
-    picture_every: video frames to a face picture. The paper classifies every frame; the class of a half second changes
+    picture_every: video frames to a face crop. The paper classifies every frame; the class of a half second changes
         little with fewer, and POSTER V2 is the slowest of the three.
     lip, identity_blocks: sizes of the networks with random weights.
     """
@@ -67,14 +67,14 @@ class UpstreamEncoderConfig(Group, prefix="encoders."):
         return AVHubertConfig(**self.lip).width
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Cut mouth pictures (n, 96, 96) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
+        """Cut mouth crops (n, 96, 96) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
         first = max(0, min(start, len(track) - WINDOW))  # a pose takes the landmarks of the window after its frame
         stop = start + len(frames)
         poses = mouth_poses(track.best_points[first : stop + WINDOW - 1])
         return avhubert_mouth(frames, poses[start - first : stop - first])
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Cut face pictures (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
+        """Cut face crops (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
         pairs = zip(frames, five_points(track.best_points), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
@@ -123,16 +123,16 @@ class UpstreamEncoders:
 
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Map mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
+        """Map mouth crops (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
         return encode_in_windows(self.network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     @torch.no_grad()
     def identity(self, faces: Tensor) -> Tensor:
-        """Map face pictures (B, F, 3, S, S) in [0, 1] to (B, 512)."""
+        """Map face crops (B, F, 3, S, S) in [0, 1] to (B, 512)."""
         return self.network("identity", faces.device)(faces)
 
     @torch.no_grad()
     def expression(self, faces: Tensor) -> Tensor:
-        """Map face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
+        """Map face crops (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
         network = self.network("expression", faces.device)
         return torch.cat([network(part) for part in faces.split(PICTURES)])

@@ -75,7 +75,8 @@ class ConvReluNorm(nn.Module):
 
 
 class Res2Conv(nn.Module):
-    """Eight parts of the channels; all but the last pass a convolution that also sees its left neighbour's result."""
+    """Eight parts of the channels; all except the last pass a convolution that also sees its left neighbour's
+    result."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
@@ -250,7 +251,8 @@ class WavLMEncoder(nn.Module):
         normalize: bool = True,
         source: str | Path = FILE,
     ) -> WavLMEncoder:
-        """Make the encoder with the tensors of `state` (released names), strictly, without those of the training loss.
+        """Create the encoder with the tensors of `state` (released names), strictly, without those of the training
+        loss.
 
         Args:
             settings: fields of `WavLMConfig`; None: those of `LARGE`, as far as shapes do not tell others.
@@ -333,7 +335,7 @@ class VoiceEncoder(Pretrained):
         self.head = EcapaTDNN(config.bands, config.channels, config.pooled, config.bottleneck, config.embedding)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Map a `level_mel` (B, M, T), 100 frames a second, -> (B, D)."""
+        """Map a `level_mel` (B, M, T), 100 frames per second, -> (B, D)."""
         return self.head(mel)
 
     @torch.no_grad()

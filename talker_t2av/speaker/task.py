@@ -148,7 +148,7 @@ class VoiceEncoderTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute the mean cosine with GE2E of whole clips of each split (train: eight a voice), in one process."""
+        """Compute the mean cosine with GE2E of whole clips of each split (train: eight per voice), in one process."""
         results = {}
         for split in ("train", "seen", "unseen") if share.first else ():
             clips = VoiceClips(self.corpus, self.shards, split, self.encoder.config.bands)

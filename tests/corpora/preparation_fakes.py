@@ -73,7 +73,7 @@ class Missing(Step):
 
 
 class Mean(Encoder):
-    """A feature of the sound by an encoder, which refuses the clip that is named nan."""
+    """A feature of the audio by an encoder, which refuses the clip that is named nan."""
 
     tensors = ("mean",)
 

@@ -169,7 +169,7 @@ def test_stages_that_need_the_face_are_refused_without_it(corpus):
 
 
 def heard(expression, recogniser, frames=38):
-    """What the stage makes of a clip whose sound counts its half seconds."""
+    """What the stage makes of a clip whose audio counts its half seconds."""
     wave = np.repeat(np.arange(4), 8_000).astype(np.float32)[: frames * 640]
     clip = WorkItem(SourceClip("a", "a.mp4", expression=expression), None, wave16=wave, length=frames)
     HeardExpression(recogniser, seconds=0.5)(clip)
@@ -180,7 +180,7 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
     names = ["sad", "other", "happy", "angry"]
 
     def listen(waves):
-        assert all(np.ptp(wave) == 0 for wave in waves)  # half a second of sound for each half second
+        assert all(np.ptp(wave) == 0 for wave in waves)  # half a second of audio for each half second
         return [names[int(wave[0])] for wave in waves]
 
     listen.name = "a test"

@@ -27,7 +27,7 @@ NAMES = ["bbaf2n", "lbbc1a", "pgwi9s", "prav6s", "sbbt3p"]
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """Five sentences of s1 whose sound is a tone from 1.0 s to 1.9 s, five words of 0.15 s in it."""
+    """Five sentences of s1 whose audio is a tone from 1.0 s to 1.9 s, five words of 0.15 s in it."""
     time = np.arange(3 * RATE) / RATE
     tone = 0.3 * np.sin(2 * np.pi * 440 * time) * ((time >= 1.0) & (time < 1.9))
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""Clips whose sound and picture are out of step are found by planted lags."""
+"""Clips whose audio and picture are out of step are found by planted lags."""
 
 import torch
 

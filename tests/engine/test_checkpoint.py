@@ -59,7 +59,7 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, 2)
     live = state(1.0)
     folder = checkpoints.save(1, live, {})
-    live["model.weight"].fill_(9.0)  # training goes on
+    live["model.weight"].fill_(9.0)  # training continues
     assert not folder.exists()
     begin.set()
     checkpoints.wait()

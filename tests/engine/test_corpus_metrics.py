@@ -119,7 +119,7 @@ def test_synchrony_finds_the_shift():
     wave = hum((0.2, 0.4), (0.8, 0.9), (1.3, 1.7), seconds=2.4)
     mouth = loudness(wave, RATE)
     assert synchrony(mouth, wave, RATE) == pytest.approx(1)
-    for shift in (-5, 5):  # the mouth 200 ms ahead of the sound, and behind it
+    for shift in (-5, 5):  # the mouth 200 ms ahead of the audio, and behind it
         moved = np.roll(mouth, shift)
         assert synchrony(moved, wave, RATE, shift) > 0.99 > 0.5 > synchrony(moved, wave, RATE)
     assert synchrony(np.zeros(60), wave, RATE) == 0

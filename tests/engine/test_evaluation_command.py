@@ -225,14 +225,14 @@ def test_a_second_run_measures_nothing_again(run, monkeypatch, folders):
     assert mended["found_in_cache"] == {"STOI": 4} and mended["systems"] == second["systems"]
     write_tone(folders / "elsewhere" / "s0" / "c0.wav", 111)
     assert run(outputs=("elsewhere",)).results["found_in_cache"] == {"STOI": 5}
-    write_tone(folders / "true" / "s1" / "c1.wav", 95)  # the true clip and the output that is compared with it
+    write_tone(folders / "true" / "s1" / "c1.wav", 95)  # the ground-truth clip and the output that is compared with it
     assert run(outputs=("elsewhere",)).results["found_in_cache"] == {"STOI": 4}
 
 
 def test_a_set_figure_without_true_pictures_is_left_out():
     results = Results(rows={"FID": {"a": {"x": {"fid": np.ones((3, 4))}}}})
     summary = summarise([], results, {"fid": FID()}, 10)
-    assert summary["left_out"]["figures"] == {"fid": "the true clips have no pictures to compare with"}
+    assert summary["left_out"]["figures"] == {"fid": "the ground-truth clips have no pictures to compare with"}
 
 
 # --- outputs that a model generates ---
@@ -247,7 +247,7 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders):
     before = kept.stat().st_mtime_ns
     (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
     assert again().results["systems"] == results["systems"] and kept.stat().st_mtime_ns == before
-    assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames a second
+    assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames per second
     with pytest.raises(UserError, match="made with other settings"):
         again("generate.levels=1")
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name

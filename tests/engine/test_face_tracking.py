@@ -265,7 +265,7 @@ def test_box_outside_the_picture_is_refused():
 @pytest.mark.parametrize("speaker", [0, 1])
 @pytest.mark.parametrize("sound", [True, False])
 def test_face_that_speaks_is_chosen(speaker, sound):
-    """With sound, both mouths move and one of them with the loudness. Without, the other head only moves about."""
+    """With audio, both mouths move and one of them with the loudness. Without, the other head only moves about."""
     rng = np.random.default_rng(speaker)
     frames = 75
     openings = [np.convolve(rng.random(frames + 6), np.ones(7) / 2, "valid") % 1 for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A run that stops, or is killed, at a step that it validates makes up for that validation when it goes on."""
+"""A run that stops, or is killed, at a step that it validates makes up for that validation when it continues."""
 
 import pytest
 from test_trainer import records, trainer

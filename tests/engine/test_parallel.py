@@ -23,7 +23,7 @@ def job(run, processes, node=None, **changes):
 
 
 def together(folder, processes, call, *arguments, code=0):
-    """Make a call in new processes, as torchrun would; return what they print, which is kept in `folder`."""
+    """Create a call in new processes, as torchrun would; return what they print, which is kept in `folder`."""
     logs = [folder / f"process-{rank}.txt" for rank in range(processes)]
     started = forked.start_group(logs, call, *arguments)
     for process in started:

@@ -18,7 +18,7 @@ SETTINGS = CONFIG | {"steps": STEPS, "validate_every": 100, "checkpoint_every": 
 
 
 def batches(data):
-    """Each epoch in an order of its own, cut into batches one after the other; a sample's noise goes by its place."""
+    """Each epoch in its own order, cut into batches one after the other; a sample's noise goes by its place."""
     epoch = 0
     order = []
     place = 0

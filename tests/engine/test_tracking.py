@@ -36,7 +36,7 @@ def test_tensorboard_has_figures_sounds_spectrograms_and_videos(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tmp_path / "run", tensorboard=True)
-    train(tmp_path / "run", steps=9, tensorboard=True)  # goes on, in a second event file
+    train(tmp_path / "run", steps=9, tensorboard=True)  # continues, in a second event file
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0, "audio": 0, "scalars": 0})
     events.Reload()
     rows = read_lines(tmp_path / "run" / "log.jsonl")

@@ -134,7 +134,7 @@ def test_a_validation_that_fails_does_so_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "numbers"),
     [
-        ({"steps": 5, "accumulate": 4}, {"accumulate": 2}, [20, 21, 22, 23]),  # two processes took four batches a step
+        ({"steps": 5, "accumulate": 4}, {"accumulate": 2}, [20, 21, 22, 23]),  # two processes took four per step
         ({"steps": 4, "global_batch_size": 8}, {"global_batch_size": 8, "batch_size": 2}, [16, 17, 18, 19]),
     ],
 )

@@ -21,7 +21,7 @@ from tests.gpu.fakes import CUDA, audited, faked
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 
 # The host reads the tokens of each window, with euler also how many frames each step reveals, once the expressions for
-# the figure, and the sound of each batch of equal lengths.
+# the figure, and the audio of each batch of equal lengths.
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):
     head = talking_head(30)
     with audited() as audit:
         chunks = list(on_fake_card(pipeline).stream(head, 0, lookahead=0.2))
-    # Tokens and sound of each hop, and once the voice, which stays.
+    # Tokens and audio of each hop, and once the voice, which stays.
     assert audit.reads.total() == 2 * len(chunks) + 1 and not audit.waits, audit.reads
 
 

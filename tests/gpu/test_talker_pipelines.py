@@ -91,7 +91,7 @@ def test_talker_reads_stop_tests_and_results_alone(pipeline, names, sampling, ex
     ],
 )
 def test_talker_streams_read_stop_test_sound_and_pictures_of_each_hop(pipeline, name, expected):
-    """Sound of the first patches comes together, once the decoder has the frames after it."""
+    """Audio of the first patches comes together, once the decoder has the frames after it."""
     with on_fake_card(pipeline) as (audit, moved):
         list(moved.stream(pipeline.jobs[name]))
     assert audit.reads.total() == expected and not audit.waits, audit.reads

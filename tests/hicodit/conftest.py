@@ -47,7 +47,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(release, tmp_path_factory):
-    """Shards of six made-up clips, in three splits; words are a function of the mouth pictures."""
+    """Shards of six made-up clips, in three splits; words are a function of the mouth crops."""
     root = tmp_path_factory.mktemp("shards")
     digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
     g = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ FRAMES = 30
 
 
 def drawn_clip(path: Path, frames: np.ndarray) -> Path:
-    """Write a clip whose sound is three frames shorter than its picture."""
+    """Write a clip whose audio is three frames shorter than its picture."""
     wave = np.tile(read_audio("assets/demo/voice.wav", 24_000), 2)[: (len(frames) - 3) * 960]
     write_video(path, frames, 25, wave, 24_000)
     return path

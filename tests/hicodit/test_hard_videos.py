@@ -1,7 +1,7 @@
-"""Videos of hard kinds: each gives the face's track and mouth pictures, or one clear line and exit code 2.
+"""Videos of hard kinds: each gives the face's track and mouth crops, or one clear line and exit code 2.
 
 Formats, frame rates and pixels are tests/engine/test_media.py's, several faces and cuts test_face_tracking.py's,
-damaged files tests/hostile's. Made here with ffmpeg from drawn faces; the real clip, where it is, stands at the end.
+damaged files tests/hostile's. Made here with ffmpeg from cartoon faces; the real clip, where it is, stands at the end.
 """
 
 import re
@@ -38,7 +38,7 @@ def head(i):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Folder with the plain clip, nearly lossless, and a sound."""
+    """Folder with the plain clip, nearly lossless, and audio."""
     folder = tmp_path_factory.mktemp("base")
     write_video(folder / "plain.mp4", scene(FRAMES, [head], SIZE), 25)
     write_wav(folder / "sound.wav", 0.1 * np.sin(np.arange(24_000 * 2) / 20).astype(np.float32), 24_000)

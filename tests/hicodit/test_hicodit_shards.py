@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_one_line(data, codec, digests, tmp_path):
 
 @pytest.fixture
 def longer(data, digests, tmp_path):
-    """Three clips of `data`, one too short, one of 2.6 s whose frames can be told apart, one just long enough."""
+    """Three clips of `data`, one too short, one of 2.6 s whose frames can be distinguished, one just long enough."""
     split = ShardSplit(data / "train")
     g = torch.Generator().manual_seed(1)
     samples = [split[i] for i in range(3)]

@@ -6,7 +6,7 @@ from hicodit.people import KnownPeople, face_features
 
 
 def pictures(person: int, seed: int) -> np.ndarray:
-    """Return four noisy face pictures (4, 64, 64, 3) of a made-up person, at some brightness."""
+    """Return four noisy face crops (4, 64, 64, 3) of a made-up person, at some brightness."""
     face = np.kron(np.random.default_rng(person).uniform(60, 180, (8, 8, 1)), np.ones((8, 8, 3)))
     rng = np.random.default_rng([person, seed])
     return (rng.uniform(0.7, 1.2) * face + rng.normal(0, 12, (4, 64, 64, 3))).clip(0, 255).astype(np.uint8)

@@ -155,7 +155,7 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
 
 
 def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
-    """Of a clip twice as long no stage sees more at once, and no more face pictures are kept."""
+    """Of a clip twice as long no stage sees more at once, and no more face crops are kept."""
     monkeypatch.setattr(pipeline_module, "DECODED", 100)
     monkeypatch.setattr(system_module, "PICTURES", 64)
     encoders, codec, seen = pipeline.system.encoders, pipeline.codec, defaultdict(int)

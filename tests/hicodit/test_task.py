@@ -160,7 +160,7 @@ def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, n
 
 
 def test_expressions_change_within_a_clip(data):
-    """Each half second has its own class; that of the face picture is the class of its half second."""
+    """Each half second has its own class; that of the face crop is the class of its half second."""
     items = [data.__getitem__(4, torch.Generator().manual_seed(seed)) for seed in range(20)]
     assert items[0]["expression"].tolist() == [4, 5, 6]
     assert {int(item["face_expression"]) for item in items} == {4, 5}  # pictures of frames 6, 12, 17 and 23

@@ -150,7 +150,7 @@ HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
 NAN, INF = float("nan"), float("inf")
 HUGE = {"state": torch.zeros(1).expand(10**6, 10**6)}  # of four bytes
 RANDOM = np.random.default_rng(0).bytes(100_000)
-STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its sound"
+STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its audio"
 
 
 def sound_of(path: Path):
@@ -175,7 +175,7 @@ SOUNDS = {  # samples, and the line
 LIMITED = {  # limits, what is read, and the line
     "pixels": ({"pixels": 9999}, lambda _: read_video(CLIP), "more than 9,999 pixels"),
     "video": ({"seconds": 1}, lambda _: read_video(CLIP), "more than 1 s of video"),
-    "sound": ({"seconds": 1}, lambda _: sound_of(VOICE), "more than 1 s of sound"),
+    "sound": ({"seconds": 1}, lambda _: sound_of(VOICE), "more than 1 s of audio"),
 }
 MATRICES = {  # motion, and the line
     "not a number": (torch.full((3, 4), torch.nan), "of finite numbers"),

@@ -23,7 +23,7 @@ def auto_avsr_mouth(
     stable: Sequence[int] = AUTO_AVSR_STABLE,
     window: int = WINDOW,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mouth pictures as Auto-AVSR cuts them.
+    """Mouth crops as Auto-AVSR cuts them.
 
     The averaging window is centred, shorter at the ends, and moved to the current frame's own middle; the `stable`
     points fix the transform by least median of squares; grey comes before the warp.

@@ -1,6 +1,6 @@
 """How the official program cuts and mixes its recordings; the golden case `dataset` certifies it.
 
-The product trains on prepared shards, whose sound and motion have one length, and pairs its two tasks otherwise
+The product trains on prepared shards, whose audio and motion have one length, and pairs its two tasks otherwise
 (`talker_t2av.data.TalkerPairs`).
 
 Axes: N samples at 24 kHz, N16 at 16 kHz, Fm motion frames, Dm motion channels.
@@ -28,12 +28,12 @@ def repeated(first: Sequence[Any], second: Sequence[Any]) -> tuple[list[Any], li
 
 @dataclass(frozen=True)
 class Recording:
-    """Sound and motion of one row after the 30 s window, and the numbers of frames that count.
+    """Audio and motion of one row after the 30 s window, and the numbers of frames that count.
 
     Attributes:
         wave: (N,) at 24 kHz. wave16: (N16,) at 16 kHz.
         motion: (Fm, Dm) normalised, Fm = 0 for TTS.
-        speech_frames: latent frames that the sound is counted as, 1..750.
+        speech_frames: latent frames that the audio is counted as, 1..750.
     """
 
     wave: Tensor
@@ -43,7 +43,7 @@ class Recording:
 
 
 def cut_recording(wave: Tensor, wave16: Tensor, motion: Tensor, start: int = 0) -> Recording:
-    """A recording's window of 30 s from motion frame `start`; the sound is cut to the motion's length.
+    """A recording's window of 30 s from motion frame `start`; the audio is cut to the motion's length.
 
     The motion is not yet cut to whole patches then, so that speech often has one more, partly filled, patch.
     """

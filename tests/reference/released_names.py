@@ -42,7 +42,7 @@ def speaker_encoder(state: dict[str, Tensor], norm: str = "layer") -> dict[str, 
 
 
 def lia_x_state(codec: LiaX) -> dict[str, Tensor]:
-    """A LIA-X's state dict, of any size up to the released one, as `lia-x.pt` holds it but for the kernels."""
+    """A LIA-X's state dict, of any size up to the released one, as `lia-x.pt` holds it except for the kernels."""
     shapes = json.loads((GOLDEN / "codecs" / "liax_full.keys.json").read_text())
     names = {rename(key, LIA_X): key for key in shapes}
     last = f"encoder.blocks.{len(codec.encoder.blocks) - 1}."

@@ -1,4 +1,4 @@
-"""Small trees in the layouts of the data sets that the documentation names, of drawn faces and the bundled voice."""
+"""Small trees in the layouts of the data sets that the documentation names, of cartoon faces and the bundled voice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_clip(path: Path, number: int, frames: int = FRAMES, silent: bool = Fal
 
 
 def write_sound(path: Path, number: int) -> bytes:
-    """Write a sound file of the kind of its suffix and return its bytes."""
+    """Write an audio file of the kind of its suffix and return its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wav = path.with_suffix(".wav")
     write_wav(wav, sound(number), RATE)

@@ -1,4 +1,4 @@
-"""The frame of benchmarks: limits of settings, lines as they come, one record with command, hardware and versions."""
+"""The frame of benchmarks: limits of settings, lines as they arrive, one record with command, hardware and versions."""
 
 import importlib
 import json

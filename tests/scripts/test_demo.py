@@ -75,7 +75,7 @@ def test_each_mode_makes_its_streams(demo):
         ("speak", "", None, None, "Give a clip of a talking face."),
         ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
         ("t2av", " ", VOICE, CLIP, "Write a text to say."),
-        ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no sound."),
+        ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no audio."),
         ("v2a", " ", VOICE, CLIP, "Write what the clip says."),
         ("a2v", "", "long.wav", CLIP, "The sound lasts longer than 30 s: give a part of it."),
         ("tts", SENTENCE * 500, VOICE, None, "16,384 is the most"),

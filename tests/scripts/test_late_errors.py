@@ -82,7 +82,7 @@ EVALUATE = [
     (f"{REPORT} protocol.wer=ears", "protocol.wer=ears is unknown; choose whisper-medium"),
     (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar needs grammar=FILE.jsgf: none is given"),
     (f"{REPORT} protocol.wer=grammar grammar=gone.jsgf", "grammar=gone.jsgf is not a file"),
-    (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's true-speech rows: LRS3, LRS2"),
+    (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's ground-truth rows: LRS3, LRS2"),
     (f"hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
     (f"hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
     (f"hicodit {OWN} split=[]", "needs split="),
@@ -135,7 +135,7 @@ ROWS += [(f"scripts.{words.partition(' ')[0]}", words.partition(" ")[2], message
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files to name: a text, a release whose weights are damaged, sounds, a corpus, runs of earlier commands."""
+    """Files to name: a text, a release whose weights are damaged, audio, a corpus, runs of earlier commands."""
     made = tmp_path_factory.mktemp("late")
     (made / "file").write_text("x")
     (made / "bad.jsonl").write_text('{"text": 3\n')

@@ -124,7 +124,7 @@ def test_the_address_alone_leads_to_the_page_of_the_interface(client):
 
 
 def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, head, monkeypatch):
-    """Drawn faces and, with the noise of a camera, filmed ones."""
+    """Cartoon faces and, with the noise of a camera, real ones."""
     pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
     names = {id(pipeline): weights for weights, pipeline in pipelines.items()}
     used = []

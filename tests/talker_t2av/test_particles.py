@@ -1,4 +1,4 @@
-"""Drafts of V2A: they are weighed as training predicts motion, those that fit go on, and a batch changes nothing.
+"""Drafts of V2A: they are weighed as training predicts motion, those that fit continue, and a batch changes nothing.
 
 Axes: R requests, n drafts, S steps, F frames, P frames of a patch, C channels.
 """
@@ -73,7 +73,7 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
 
 
 def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
-    """Weights are of each request alone; a draft that goes on takes its cache, frames and hidden state along."""
+    """Weights are of each request alone; a draft that continues takes its cache, frames and hidden state along."""
     model = tiny_model()
     asked = [request(motion=P * 6), request(9, 1, motion=P * 6)]
     errors = torch.zeros(2, 4)
@@ -87,7 +87,7 @@ def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
     torch.testing.assert_close(found[4:], drawn[4:])
     torch.testing.assert_close(found[:4, :3], drawn[2:3, :3].expand(4, -1, -1, -1))
     assert (found[0, 3] - found[1, 3]).abs().max() > 1e-3  # each continues with noise of its own
-    torch.testing.assert_close(found[2], drawn[2])  # it went on as it would have alone: cache and state are its own
+    torch.testing.assert_close(found[2], drawn[2])  # it continued as it would have alone: cache and state are its own
     assert whole.log_weights[0].eq(0).all()
 
 

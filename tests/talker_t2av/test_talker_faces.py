@@ -87,7 +87,7 @@ def test_pictures(tmp_path):
 
 
 def portrait(side=128, width=360, height=300):
-    """A drawn face on a wall with a pattern: (H, W, 3)."""
+    """A cartoon face on a wall with a pattern: (H, W, 3)."""
     wall = np.indices((height, width)).sum(0) // 20 % 2 * 20 + 150
     picture = np.repeat(wall[..., None], 3, 2).astype(np.uint8)
     picture[80 : 80 + side, 60 : 60 + side] = cv2.resize(draw_face(0.3), (side, side))

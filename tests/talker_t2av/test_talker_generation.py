@@ -114,7 +114,7 @@ def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_the_model_is
 
 
 class Verdicts(torch.nn.Module):
-    """A stop head with a script: one probability a step, of the end after it."""
+    """A stop head with a script: one probability per step, of the end after it."""
 
     def __init__(self, hits: str) -> None:
         super().__init__()

@@ -104,7 +104,7 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
         files = (one.reference_audio, one.reference_video, one.audio, one.video)
         assert one.text and all(Path(f).is_file() for f in files if f) and any(files)
     assert job(text="hello").text == "hello" and job(mode="v2a", video="x.mp4").text == ""
-    assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own sound
+    assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
 

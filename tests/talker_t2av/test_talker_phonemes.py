@@ -74,7 +74,7 @@ def test_frames_are_aligned_with_the_tokens_that_they_say():
     ids = WORDS.prompt("my map, my map")  # repeated words: only the order tells them apart
     classes = token_classes(WORDS, SYMBOLS)
     said = [0, 0] + [c for token in ids[1:-1] for c in [classes[token]] * 3] + [0]
-    said[4:7] = []  # a phoneme too short for a frame of its own
+    said[4:7] = []  # a phoneme too short for its own frame
     tokens = np.zeros((2, len(ids) + 3), int)
     frames = np.zeros((2, len(said) + 4), int)
     tokens[:, : len(ids)] = classes[ids]

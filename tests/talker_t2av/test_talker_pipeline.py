@@ -77,7 +77,7 @@ def test_four_jobs_at_once(pipeline):
 
 
 def assert_streamed(pipeline: TalkerPipeline, job: Job, whole: Talk) -> None:
-    """A stream of the job adds up to its whole sound and pictures."""
+    """A stream of the job adds up to its whole audio and pictures."""
     chunks = list(pipeline.stream(job))
     assert len(chunks) > 1
     np.testing.assert_allclose(np.concatenate([chunk.wave for chunk in chunks]), whole.wave, atol=1e-4)
@@ -108,7 +108,7 @@ def test_a_job_may_run_while_a_stream_waits(pipeline):
 
 @pytest.mark.parametrize("mode", ["t2av", "tts"])
 def test_a_long_text_is_spoken_in_parts(pipeline, mode):
-    """Each part as if it were alone, but with a seed of its own, and 0.2 s of silence in which the face moves on."""
+    """Each part as if it were alone, but with its own seed, and 0.2 s of silence in which the face moves on."""
     job = replace(jobs_of(pipeline)[mode], text="set red now. lay it, so it be", max_seconds=0.8)
     assert len(pipeline(job).wave) <= 0.8 * 24_000  # it is not long
     pipeline.sampling = replace(before := pipeline.sampling, text_bytes=12)
@@ -131,7 +131,7 @@ def test_a_long_text_is_spoken_in_parts(pipeline, mode):
 
 
 def test_a_stream_speaks_before_it_knows_the_end(pipeline):
-    """The first sound comes when the decoder has heard its look-ahead, not at the end."""
+    """The first audio comes when the decoder has heard its look-ahead, not at the end."""
     job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
     with mock.patch.object(BatchedDecoder, "step", autospec=True, side_effect=BatchedDecoder.step) as step:
         first = next(chunk for chunk in pipeline.stream(job) if len(chunk.wave))
@@ -170,7 +170,7 @@ def test_files_are_checked(pipeline, tmp_path):
     for job, message in (
         (Job("tts", TEXT, "nowhere.wav"), "nowhere.wav"),
         (Job("t2av", TEXT, files["voice"], files["voice"]), "no video"),
-        (Job("t2av", TEXT, reference_video=files["face"]), "has no sound"),
+        (Job("t2av", TEXT, reference_video=files["face"]), "has no audio"),
         (Job("a2v", TEXT, reference_video=files["face"], audio=long), "longer than 30 s"),
         (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "no whole patch"),
         (Job("tts", "<|end|>", files["voice"]), "control token"),
@@ -240,7 +240,7 @@ def test_the_library_routines_hear_the_prefix_alone(pipeline, mode):
     prefix = 8 if mode == "t2av" else 10  # only with motion it is cut to whole patches
     assert len(talk.wave) == 960 * (len(talk.speech) + prefix)
     assert talk.frames is None or len(talk.frames) == len(talk.motion) + prefix
-    with pytest.raises(UserError, match="reference voice"):  # 0.24 s of sound are too short for the speaker encoder
+    with pytest.raises(UserError, match="reference voice"):  # 0.24 s of audio are too short for the speaker encoder
         pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.24, **video))
 
 

@@ -64,7 +64,7 @@ def hubert(case: Case) -> dict[str, Tensor]:
             number = name.removeprefix("layer")
             out[name] = model.encode(fused, layer=int(number) if number.isdigit() else model.config.layers)
     if "zero_audio_input" in case.outputs:
-        # Filterbanks of zeros come out of the audio projection as its bias, which is not the absence of sound.
+        # Filterbanks of zeros come out of the audio projection as its bias, which is not the absence of audio.
         bias = case.weights(lambda key: key == "feature_extractor_audio.proj.bias")["feature_extractor_audio.proj.bias"]
         heard = model.fuse(video, bias.expand_as(video))
         out |= {"zero_audio_pre_encoder": heard, "zero_audio_input": model.encode(heard)}

@@ -1,4 +1,4 @@
-"""Runners for the LIA-X cases, `liax_*`. Axes: B pictures, C channels, S side."""
+"""Runners for the LIA-X cases, `liax_*`. Axes: B images, C channels, S side."""
 
 from __future__ import annotations
 

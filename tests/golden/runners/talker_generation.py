@@ -23,7 +23,7 @@ from tests.golden.runners.talker import talker
 from tests.reference.official_dataset import cut_recording, repeated
 
 WINDOW = 30 * RATE
-STALE_DELAY = 5  # the script counts its placeholders with a constant of its own; only the first one matters
+STALE_DELAY = 5  # the script counts its placeholders with its own constant; only the first one matters
 
 
 @runner("dataset")
