@@ -144,7 +144,7 @@ class StreamRunner(ClipRunner):
         seconds = len(wave) / rate
         compute = sum(chunk.compute for chunk in chunks)
         first = chunks[0].needed / FPS + chunks[0].compute
-        figures = f"first audio after {first:.2f} s, {compute / seconds:.2f} s of computing for a second"
+        figures = f"first audio after {first:.2f} s, RTF {compute / seconds:.2f}"
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
 
