@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     settings = f"""only=[before,after,codecs] clips=null split=[] corpus=null compare=true media=false workers=1
     references={footage / "unseen"} manifest={footage / args.split}.jsonl grammar={footage / "grammar.jsgf"}
     output={report} device={args.device} systems={systems} metrics={FIGURES}"""
-    run_program(args.threads, "scripts/evaluate.py", "talker_t2av", *settings.split())
+    run_program(args.threads, "scripts/evaluate.py", "table=synthetic_talker", *settings.split())
     yield took("evaluation", begin)
     found = read_json(report / "results.json")
     for system, cells in headline(found).items():

@@ -1,7 +1,8 @@
 """Evaluate the outputs of any system: `python scripts/evaluate.py table=NAME outputs=DIR references=DIR output=REPORT`.
 
-`python scripts/evaluate.py MODEL [key=value]` generates outputs of a model for held-out clips of a synthetic corpus and
-evaluates them: a short form of `table=synthetic_...`."""
+The tables `synthetic_hicodit`, `synthetic_talker` and `synthetic_codec` first generate outputs for held-out clips of a
+synthetic corpus.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +52,12 @@ references=, or those that output, reference and video name (paths from the mani
 side, with tests that say which figures show one to be better: outputs={one: DIR, other: DIR}. model=NAME generates the
 outputs first, in float32 unless generate.precision says otherwise; systems= several of them.
 
-table=synthetic_hicodit, synthetic_talker and synthetic_codec generate outputs for held-out clips of corpus=. A model's
-name in place of the first setting is a short form: hicodit, talker_t2av, rvq_codec, whisperx_vae, lia_x.
+table=synthetic_hicodit, synthetic_talker and synthetic_codec generate outputs for held-out clips of corpus=. The last
+has all bundled codecs; model=rvq_codec, whisperx_vae or lia_x chooses one of them.
 
 Examples:
-python scripts/evaluate.py hicodit clips=40
-python scripts/evaluate.py talker_t2av only=[t2av,tts] split=[seen,unseen] generate.weights=runs/own/release
+python scripts/evaluate.py table=synthetic_hicodit clips=40
+python scripts/evaluate.py table=synthetic_talker only=[t2av,tts] split=[seen,unseen] generate.weights=runs/own/release
 python scripts/evaluate.py table=hicodit outputs=spoken references=true manifest=test.jsonl output=report
 python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" references=true output=report
 python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
@@ -68,8 +69,6 @@ CODECS = {  # class, and the bundled release
     "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_tiny"),
     "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_tiny"),
 }
-SHORT = {"hicodit": ["table=synthetic_hicodit"], "talker_t2av": ["table=synthetic_talker"]}
-SHORT |= {codec: ["table=synthetic_codec", f"model={codec}"] for codec in CODECS}
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
@@ -98,11 +97,7 @@ def evaluate_splits(config: DictConfig) -> int:
 
 
 def main() -> int:
-    words = sys.argv[1:]
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        require_choice("model", words[0], SHORT)
-        words = [*SHORT[words[0]], *words[1:]]
-    return run_program(evaluate_splits, "evaluate", HELP, words)
+    return run_program(evaluate_splits, "evaluate", HELP, sys.argv[1:])
 
 
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:

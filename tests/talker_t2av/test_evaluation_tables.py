@@ -76,7 +76,7 @@ def test_the_table_of_the_talker(corpus, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pocketsphinx")
     record = f"record={tmp_path}/records/talker"
     code, results = run(
-        monkeypatch, corpus, tmp_path, "talker_t2av", f"generate.weights={save_talker(tmp_path)}", record
+        monkeypatch, corpus, tmp_path, "table=synthetic_talker", f"generate.weights={save_talker(tmp_path)}", record
     )
     systems = results["systems"]
     assert code == 0 and set(systems) == {"t2av", "tts", "a2v", "v2a", "codecs", "true speech"}
@@ -91,7 +91,7 @@ def test_the_table_of_the_talker(corpus, tmp_path, monkeypatch, capsys):
 def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
     pytest.importorskip("pocketsphinx")
     pytest.importorskip("resemblyzer")
-    words = ("hicodit", "generate.sampling={steps: 1}", "voices={}")
+    words = ("table=synthetic_hicodit", "generate.sampling={steps: 1}", "voices={}")
     code, results = run(monkeypatch, corpus, tmp_path, *words)
     systems = results["systems"]
     assert code == 0
@@ -103,7 +103,7 @@ def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
     run(monkeypatch, corpus, tmp_path, *words)
     assert (tmp_path / "outputs" / "hicodit" / "seen_000000.wav").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"generate\.expressions=angry is unknown"):
-        run(monkeypatch, corpus, tmp_path, "hicodit", "generate.expressions=angry", "only=[hicodit]")
+        run(monkeypatch, corpus, tmp_path, words[0], "generate.expressions=angry", "only=[hicodit]")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
 )
 def test_the_table_of_the_codecs(corpus, tmp_path, monkeypatch, model, systems, figure):
     pytest.importorskip("pocketsphinx")
-    code, results = run(monkeypatch, corpus, tmp_path, model)
+    code, results = run(monkeypatch, corpus, tmp_path, "table=synthetic_codec", f"model={model}")
     assert code == 0 and set(results["systems"]) - {"true speech"} == systems
     assert figure in results["systems"][model] and ("psnr" in results["systems"][model]) == (model == "lia_x")
     assert ("wer" in results["systems"][model]) == (model != "lia_x")
