@@ -1,7 +1,9 @@
-"""Training and media machinery that knows no model: trainer, checkpoints, release folders, audio and video files."""
+"""Model-independent infrastructure: training, checkpoints, release folders, audio and video files, metrics."""
 
 import os
 import time
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # device=mps: what PyTorch lacks there runs on the processor
-STARTED = time.perf_counter()  # when the running command began, or nearly
+os.environ.setdefault(
+    "PYTORCH_ENABLE_MPS_FALLBACK", "1"
+)  # device=mps: operators that PyTorch lacks on MPS run on the CPU
+STARTED = time.perf_counter()  # approximate start time of the command

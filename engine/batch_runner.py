@@ -1,6 +1,7 @@
-"""Batches of the named jobs of `infer.py`: what a process does with one, and how several processes share them.
+"""Batched execution of the named jobs of `infer.py`, in one process or in several.
 
-A job that fails is reported, and the others continue. Batches are the same wherever they run, and so are their results.
+A job that fails is reported, and the others continue. Batches, and therefore results, do not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from engine.settings import (
     setting,
 )
 
-WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=true
+WORD_FILES = (".json", ".srt", ".vtt")  # file suffixes written by timestamps=true
 
 
 @dataclass(frozen=True)
 class RunConfig(Group):
-    """Settings that `infer.py` has for every model: where jobs are done, and how."""
+    """Settings of `infer.py` that all models share: devices, precision and output."""
 
-    output: str = setting("outputs", about="folder of the results")
+    output: str = setting("outputs", about="output folder")
     device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
-    devices: str = setting("1", about="number of devices, each with a process; all: those of this machine")
+    devices: str = setting("1", about="number of devices, with one process each; all: every device of this machine")
     executor: str = setting(
         "processes", choices=EXECUTORS, about="where batches run: processes (of this machine), or ray (extra `cluster`)"
     )
@@ -53,21 +54,21 @@ class RunConfig(Group):
     precision: str = setting(
         "auto",
         choices=PRECISIONS,
-        about="fp32, bf16, or auto: bf16 on processors that multiply it themselves (CUDA, AVX-512 BF16, AMX); "
+        about="fp32, bf16, or auto: bf16 on devices with native support (CUDA, AVX-512 BF16, AMX); "
         "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)",
     )
-    compile: bool = setting(False, about="compile the sampler's steps: faster, after minutes of compiling in each run")
-    batch_size: int = setting(8, 1, 1024, "number of clips or jobs processed at once")
-    figure: bool = setting(True, about="write the figure NAME.png of a face; false leaves an earlier one in place")
-    timestamps: bool = setting(False, about="write the times of words: NAME.json, .srt and .vtt; needs setup.sh eval")
+    compile: bool = setting(False, about="torch.compile the sampler's steps; each run first compiles for minutes")
+    batch_size: int = setting(8, 1, 1024, "number of clips or jobs per batch")
+    figure: bool = setting(True, about="write the figure NAME.png; false keeps an existing one")
+    timestamps: bool = setting(False, about="write word timestamps: NAME.json, .srt and .vtt; needs setup.sh eval")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:
-        Group.__post_init__(self)  # not that of a job, which is for the jobs made of it
+        Group.__post_init__(self)  # skip the job's own validation, which runs per job
         check_place(self.executor, self.devices, self.device, self.ray.gpus)
 
     def begin(self, releases: Mapping[str, str | None]) -> None:
-        """Apply the limits; check that the release folders, by setting, and the packages that are needed are there."""
+        """Apply the limits and check that the release folders and the required packages exist."""
         set_limits(self.limits)
         for key, folder in releases.items():
             check_release(key, folder)
@@ -81,8 +82,8 @@ class Batch:
 
     Attributes:
         jobs: (name, job) pairs.
-        first: number of the first of them, from 1.
-        total: number of jobs of the command.
+        first: 1-based index of the first job.
+        total: number of jobs in the whole command.
     """
 
     jobs: Sequence[tuple[str, Any]]
@@ -97,14 +98,14 @@ def batched(jobs: Sequence[tuple[str, Any]], size: int) -> list[Batch]:
 
 @dataclass
 class Summary:
-    """Results of all jobs of a command, or of those of a batch.
+    """Results of all jobs of a command, or of one batch.
 
     Attributes:
-        jobs: their number.
-        device: where they ran.
+        jobs: number of jobs.
+        device: device on which the jobs ran.
         failed: name and error of each job that failed; the name is empty if the error contains it.
-        lines: one about each of the others.
-        speech_seconds: of all results together.
+        lines: one line for each job that succeeded.
+        speech_seconds: total length of the generated speech in seconds.
     """
 
     jobs: int
@@ -114,7 +115,7 @@ class Summary:
     speech_seconds: float = 0.0
 
     def add(self, part: Summary) -> None:
-        """Print the lines of a batch, and count its jobs."""
+        """Add the results of a batch and print its lines."""
         for name, error in part.failed:
             print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
         for line in part.lines:
@@ -123,14 +124,14 @@ class Summary:
         self.speech_seconds += part.speech_seconds
 
     def report(self, kind: str, output: Path, origin: str = "") -> int:
-        """Print the totals, and the seconds since the command began. Return the exit code: 1 if a job failed.
+        """Print the totals and the elapsed time. Return the exit code, which is 1 if a job failed.
 
         Args:
-            kind: plural of the kind of a job.
-            origin: where the jobs came from, such as " of input=FOLDER".
+            kind: plural noun for the jobs, such as "clips".
+            origin: source of the jobs, such as " of input=FOLDER".
 
         Raises:
-            UserError: all jobs failed.
+            UserError: If all jobs failed.
         """
         count = self.jobs - len(self.failed)
         if not count:
@@ -142,11 +143,11 @@ class Summary:
 
 @dataclass
 class PreparedBatch:
-    """A batch whose files are read.
+    """A batch whose input files have been read.
 
     Attributes:
-        summary: of the batch; it contains the jobs that failed so far.
-        is_only_job: whether the batch is the command's only job, whose error is raised.
+        summary: results of the batch, including the jobs that have failed so far.
+        is_only_job: whether the batch is the command's only job. Its error is then raised instead of reported.
         ready: name and prepared job of each job that did not fail.
     """
 
@@ -156,21 +157,22 @@ class PreparedBatch:
 
 
 class JobRunner(Work[Batch, Summary]):
-    """Runs jobs of one kind, in three steps. The constructor loads the models, once in each process.
+    """Base class for running jobs in three steps: prepare, generate, write. The constructor loads the models, once per
+    process.
 
     On an accelerator, a thread prepares the next batch while the current one is generated and written; on a CPU both
     would share its cores. So `prepare` must not change what `generate` and `write` read.
 
     Attributes:
-        device: where the models are.
-        name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
+        device: device of the models.
+        name_errors: whether to prefix errors with the job's name.
     """
 
     device: object
     name_errors = False
 
     def prepare(self, job: Any) -> Any:
-        """Read the files of a job."""
+        """Read the input files of a job."""
         raise NotImplementedError
 
     def generate(self, batch: list[Any]) -> Sequence[Any]:
@@ -178,7 +180,7 @@ class JobRunner(Work[Batch, Summary]):
         raise NotImplementedError
 
     def write(self, name: str, prepared: Any, result: Any) -> tuple[str, float]:
-        """Write the files of a job. Return a line about them, and the seconds of speech."""
+        """Write the output files of a job. Return a summary line and the length of the speech in seconds."""
         raise NotImplementedError
 
     @property
@@ -187,7 +189,7 @@ class JobRunner(Work[Batch, Summary]):
 
     @property
     def ahead(self) -> int:
-        """Number of batches that are prepared ahead."""
+        """Number of batches to prepare in advance."""
         return int(not str(self.device).startswith("cpu"))
 
     def run_all(self, items: Iterable[Batch]) -> Iterator[Summary]:
@@ -204,10 +206,10 @@ class JobRunner(Work[Batch, Summary]):
                 yield self.run_prepared(batch)
                 batch = following.result()
         finally:
-            pool.shutdown(wait=False)  # it may be waiting for a batch that does not come
+            pool.shutdown(wait=False)  # the thread may be waiting for a batch that never arrives
 
     def run(self, batch: Batch) -> Summary:
-        """Prepare, generate and write the jobs of a batch. The error of a command's only job is raised."""
+        """Prepare, generate and write the jobs of a batch. If the command has a single job, its error is raised."""
         return self.run_prepared(self.prepare_batch(batch))
 
     def prepare_batch(self, batch: Batch) -> PreparedBatch:
@@ -230,7 +232,7 @@ class JobRunner(Work[Batch, Summary]):
         except Exception:
             if batch.is_only_job:
                 raise
-            results = [None] * len(ready)  # one by one, to find the job that ends its batch
+            results = [None] * len(ready)  # run jobs one by one to find the one that fails
         for (name, prepared), result in zip(ready, results, strict=True):
             with self._record_errors(batch, name):
                 if result is None:
@@ -249,17 +251,17 @@ class JobRunner(Work[Batch, Summary]):
         except Exception as error:
             if batch.is_only_job:
                 raise
-            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+            line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
             batch.summary.failed.append((name if self.name_errors else "", line))
 
 
 def run_jobs(
     build: Callable[..., JobRunner], jobs: Sequence[tuple[str, Any]], batch_size: int, c: RunConfig
 ) -> Summary:
-    """Do the (name, job) pairs of a command in batches: in this process, or in several as the settings say.
+    """Run the (name, job) pairs of a command in batches, in this process or in several.
 
     Args:
-        build: makes the `JobRunner` of a process, from the index of its GPU if there are several; it is pickled.
+        build: creates the `JobRunner` of a process from the index of its GPU. It is pickled.
     """
     from engine.device import count_devices  # slow to import
 
@@ -278,13 +280,13 @@ def run_jobs(
 def run_in_processes(
     build: Callable[[int], JobRunner], batches: Sequence[Batch], count: int, ray: ClusterConfig | None = None
 ) -> Summary:
-    """Run batches in other processes and print a line for each job; failures go to standard error.
+    """Run batches in other processes and print one line per job. Failures are printed to standard error.
 
     Args:
-        build: makes the `JobRunner` of a process from the index of its GPU; it is pickled.
-        batches: of all jobs of the command.
-        count: number of processes of this machine, each with its share of the processor's cores.
-        ray: run the batches on a Ray cluster instead, which divides cores and GPUs itself.
+        build: creates the `JobRunner` of a process from the index of its GPU. It is pickled.
+        batches: all batches of the command.
+        count: number of processes on this machine, which divide the CPU cores equally.
+        ray: run the batches on a Ray cluster instead, which assigns cores and GPUs.
     """
     if ray:
         count = min(ray.workers, len(batches))
@@ -304,9 +306,9 @@ def run_in_processes(
 
 
 def _build_with_threads(build: Callable[[int], JobRunner], threads: int, index: int) -> JobRunner:
-    """Build the runner of a process that may use so many threads."""
+    """Build the runner of a process that is limited to `threads` threads."""
     import torch  # slow to import
 
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of libraries beside PyTorch
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # thread count of libraries other than PyTorch
     torch.set_num_threads(threads)
     return build(index)

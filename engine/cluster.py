@@ -1,7 +1,7 @@
-"""Runs work on a Ray cluster, each item as a Ray task.
+"""Execution of work items on a Ray cluster, one Ray task per item.
 
-Ray retries a task whose process or machine died, and places it wherever processors and GPUs are free. A process of Ray
-runs many tasks; it makes the work (loads the networks) for the first one and keeps it.
+Ray retries a task whose process or machine died, and schedules it wherever CPUs and GPUs are free. A Ray worker process
+runs many tasks: it builds the work (loads the networks) for the first task and reuses it.
 
 All machines need inputs and outputs under the same paths.
 """
@@ -22,19 +22,19 @@ from engine.errors import UserError
 from engine.processes import Lost, Work
 from engine.settings import LIMITS, ClusterConfig, Limits, set_limits
 
-RETRIES = 2  # of a task whose process died
-PATIENCE = 600.0  # seconds that a named cluster has to start a machine with enough GPUs
-LOOK_EVERY = 5.0  # seconds between looks at the machines of the cluster
-EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs is sent
+RETRIES = 2  # retries of a task whose process died
+PATIENCE = 600.0  # seconds to wait for a cluster to start a machine with enough GPUs
+LOOK_EVERY = 5.0  # seconds between two polls of the cluster's machines
+EXIT_AFTER = 2.0  # seconds allowed for sending the result of a timed-out process
 
 
 class Cluster:
-    """A Ray cluster that does work. A context: leaving it ends what this process runs there.
+    """A Ray cluster that processes work items. Leaving the context ends all tasks that this process runs there.
 
     Args:
-        config: the cluster's address, how many items are processed at once, and the GPUs of each.
-        build: makes the work in a process of the cluster; its argument is 0, as each process sees its own GPUs only.
-        timeout: seconds that an item may take.
+        config: address of the cluster, number of concurrent items, and GPUs per item.
+        build: creates the work in a worker process. Its argument is always 0, as each process sees only its own GPUs.
+        timeout: maximum seconds per item.
     """
 
     def __init__(self, config: ClusterConfig, build: Callable[[int], Work], timeout: float = math.inf) -> None:
@@ -59,9 +59,9 @@ class Cluster:
                 ray.init(**({"address": config.address} if config.address else local), **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"ray.address={config.address}: no Ray cluster answers ({reason})") from error
+                raise UserError(f"ray.address={config.address}: no Ray cluster responds ({reason})") from error
             self.started_ray = True
-        # Ray ends a process with a GPU after each task unless told otherwise.
+        # By default, Ray ends a GPU process after each task.
         resources = {"num_cpus": 1, "num_gpus": config.gpus, "max_retries": RETRIES, "max_calls": 0}
         self.task = ray.remote(**resources)(_run)
         self.recipe = ray.put((os.urandom(8), self.build, os.getcwd(), LIMITS))
@@ -92,9 +92,9 @@ class Cluster:
             self.ray.shutdown()
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield every item with its result, or `Lost`, in the order in which they finish."""
+        """Yield (item, result) pairs in the order in which they finish. The result of a failed item is `Lost`."""
         waiting = iter(items)
-        running: dict[Any, Any] = {}  # the item of each task
+        running: dict[Any, Any] = {}  # maps each task to its item
         exhausted = False
         while True:
             while len(running) < self.config.workers and not exhausted:
@@ -123,21 +123,21 @@ class Cluster:
             raise
 
     def _cause(self, error: BaseException) -> BaseException:
-        """Return what was raised in a task, which Ray wraps, or what became of its process."""
+        """Return the original exception of a task, which Ray wraps, or the reason why its process ended."""
         while isinstance(error, self.ray.exceptions.RayTaskError) and error.cause is not None:
             error = error.cause
         return error
 
 
-Recipe = tuple[bytes, Callable[[int], Work], str, Limits]  # a name of the work, what makes it, folder, limits
+Recipe = tuple[bytes, Callable[[int], Work], str, Limits]  # name of the work, its builder, folder, limits
 _WORK: dict[bytes, Work] = {}  # of this process
 
 
 def _work(recipe: Recipe) -> Work:
-    """Return the work of this process, which is made when it is first needed."""
+    """Return the work of this process, which is created on first use."""
     key, build, folder, limits = recipe
     if key not in _WORK:
-        os.chdir(folder)  # paths in settings are relative to where the command was typed
+        os.chdir(folder)  # paths in settings are relative to the working directory of the command
         set_limits(limits)
         _WORK[key] = build(0)
     return _WORK[key]
@@ -148,7 +148,7 @@ def _details(recipe: Recipe) -> Any:
 
 
 def _run(recipe: Recipe, item: Any, timeout: float) -> Any:
-    """Process an item. If it takes too long, the answer is sent, then this process ends."""
+    """Process an item. On timeout, send the answer and then end this process."""
     run = _work(recipe).run
     if timeout == math.inf:
         return run(item)

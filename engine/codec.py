@@ -1,6 +1,6 @@
-"""What the models know of a codec: its rates, the form of its code, `encode` and `decode`.
+"""Codec interface: rates, code layout, `encode` and `decode`.
 
-Axes: B batch, N samples, L code frames, Q levels, Z channels, T frames, S side of a picture.
+Axes: B batch, N samples, L code frames, Q levels, Z channels, T frames, S side of an image.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from engine.release import Pretrained, release_kind
 
 
 class Codec(Pretrained):
-    """A signal to a code and back.
+    """Base class of codecs, which encode a signal to a code and decode it.
 
-    A codec of tokens has `levels` and `codes`; its codes are (B, Q, L) int64. A codec of latents has `channels`; its
-    codes are (B, L, Z) floats.
+    A token codec has `levels` and `codes`; its codes are (B, Q, L) int64. A latent codec has `channels`; its codes are
+    (B, L, Z) floats.
 
     Attributes:
-        sample_rate: samples, or pictures, of the signal a second.
-        hop: samples of a code frame.
-        levels, codes: Q, and how many values a token has.
+        sample_rate: samples, or frames, of the signal per second.
+        hop: samples per code frame.
+        levels, codes: Q, and the codebook size.
         channels: Z.
-        reach: how many code frames before and after a frame its part of the decoded signal depends on.
+        reach: receptive field of the decoder, as code frames before and after a frame.
     """
 
     sample_rate: int
@@ -46,29 +46,31 @@ class Codec(Pretrained):
         return self.sample_rate / self.hop
 
     def frames(self, samples: int) -> int:
-        """Count the code frames of a wave of so many samples."""
+        """Return the number of code frames of a waveform with `samples` samples."""
         raise NotImplementedError
 
     def checked_frames(self, wave: Tensor) -> int:
-        """Count the code frames of waves (B, 1, N); refuse other shapes, and waves that are too short for one."""
+        """Return the number of code frames of waveforms (B, 1, N), after checking their shape and length."""
         if wave.ndim != 3 or wave.shape[1] != 1:
-            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+            raise UserError(f"wave of shape {tuple(wave.shape)}: expected mono waveforms of shape (batch, 1, samples)")
         if (frames := self.frames(wave.shape[-1])) < 1:
-            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+            raise UserError(f"wave of {wave.shape[-1]} samples: expected at least {self.encoder.min_samples}")
         return frames
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Encode waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
+        """Encode waveforms (B, 1, N) in [-1, 1] at `sample_rate` to a code of N // hop frames, up to rounding at the
+        end.
+        """
         raise NotImplementedError
 
     def encode_beginning(self, signal: Tensor, frames: int) -> Tensor:
-        """Encode the first `frames` frames of waves (B, 1, N). Only a codec that looks at whole recordings uses the
-        rest.
+        """Encode the first `frames` frames of waveforms (B, 1, N). Only codecs with global context use the remaining
+        samples.
         """
         return self.encode(signal[..., : frames * self.hop])
 
     def decode(self, code: Tensor) -> Tensor:
-        """Decode code of L frames -> waves (B, 1, hop * L)."""
+        """Decode a code of L frames to waveforms (B, 1, hop * L)."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -76,10 +78,11 @@ class Codec(Pretrained):
         raise NotImplementedError
 
     def decode_stream(self, chunks: Iterable[Tensor], axis: int = 1) -> Iterator[Tensor]:
-        """Decode latents (B, l, Z), or codes (B, Q, l) with axis 2, chunk after chunk, l >= 0 -> waves (B, 1, n) that
-        concatenate to `decode` of all chunks.
+        """Decode latents (B, l, Z), or codes (B, Q, l) with axis 2, chunk by chunk, where l >= 0. Yield waveforms (B,
+        1, n) whose concatenation equals `decode` of all chunks.
 
-        The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing. See `StreamDecoder`.
+        The last waveform is yielded after `chunks` ends. A chunk that completes no frame yields nothing. See
+        `StreamDecoder`.
         """
         decoder = StreamDecoder(self, axis)
         yield from (wave for chunk in chunks if (wave := decoder.push(chunk)) is not None)
@@ -87,18 +90,19 @@ class Codec(Pretrained):
             yield wave
 
 
-FADE = 240  # samples over which a wave becomes the next one, where the latter was decoded with a longer look-ahead
+FADE = 240  # samples of the cross-fade between two waveforms, the second of which was decoded with a longer look-ahead
 
 
 class StreamDecoder:
-    """A decoder of a code that arrives in chunks.
+    """Streaming decoder for a code that arrives in chunks.
 
-    A frame is returned as soon as the later frames that it depends on are there, and it is decoded with as many earlier
-    ones: waves join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
+    A frame is returned as soon as the later frames in its receptive field have arrived. It is decoded with the same
+    number of earlier frames, so that the waveforms join exactly, up to rounding (1e-5 in float32).
 
     Args:
-        axis: of the frames: 1 of latents, 2 of tokens.
-        after: later frames to wait for; None: the codec's `reach`. With fewer, each wave is faded into the next.
+        axis: frame axis, 1 for latents and 2 for tokens.
+        after: number of later frames to wait for. None uses the codec's `reach`; with fewer, consecutive waveforms are
+            cross-faded.
     """
 
     def __init__(self, codec: Codec, axis: int = 1, after: int | None = None) -> None:
@@ -107,13 +111,13 @@ class StreamDecoder:
         self.before, reach = codec.reach
         self.after = reach if after is None else min(after, reach)
         self.fades = self.after < reach
-        self.latest: Tensor | None = None  # the last frames, of which the first `returned` were returned
+        self.latest: Tensor | None = None  # buffered frames, of which the first `returned` have been returned
         self.returned = 0
-        self.tail: Tensor | None = None  # how the last wave continued
+        self.tail: Tensor | None = None  # continuation of the last waveform, for the cross-fade
 
     @torch.no_grad()
     def push(self, chunk: Tensor, last: bool = False) -> Tensor | None:
-        """Append code of some frames; return the wave (B, 1, n) of the frames that are complete, or None."""
+        """Append code frames. Return the waveform (B, 1, n) of the completed frames, or None."""
         self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], self.axis)
         ready = self.latest.shape[self.axis] - (0 if last else self.after)
         hop = self.codec.hop
@@ -138,11 +142,11 @@ class StreamDecoder:
 
 
 class PortraitCodec(Codec):
-    """Pictures of one face to motion, and motion with an identity back to pictures.
+    """Base class of codecs that encode the frames of a face as motion and decode motion with an identity.
 
     Attributes:
-        size: S; `engine.media.pictures` converts and resizes bytes.
-        dtype: of the decoder of pictures: float32, or bfloat16 (see `engine.precision`).
+        size: S. `engine.media.pictures` converts and resizes uint8 images.
+        dtype: dtype of the decoder, float32 or bfloat16 (see `engine.precision`).
     """
 
     size: int
@@ -150,15 +154,15 @@ class PortraitCodec(Codec):
     hop = 1
 
     def identity(self, picture: Tensor) -> Any:
-        """Turn a picture (3, S, S) in [-1, 1] into what `decode` needs of the face besides its motion."""
+        """Encode the identity of an image (3, S, S) in [-1, 1], which `decode` needs besides the motion."""
         raise NotImplementedError
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Encode frames (T, 3, S, S) in [-1, 1], which may lie on the host -> motion (T, Z)."""
+        """Encode frames (T, 3, S, S) in [-1, 1], on any device, to motion (T, Z)."""
         raise NotImplementedError
 
     def decode(self, code: Tensor, identity: Any) -> Tensor:
-        """Decode motion (T, Z) and what `identity` returned -> frames (T, 3, S, S), not clamped."""
+        """Decode motion (T, Z) and an `identity` to frames (T, 3, S, S), not clamped."""
         raise NotImplementedError
 
 
@@ -167,9 +171,9 @@ P = TypeVar("P", bound=Pretrained)
 
 
 def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
-    """Load the codec of a release folder, here or on the hub, or of official files, in eval mode.
+    """Load a codec in eval mode from a release folder, a release on the hub, or upstream files.
 
-    `codecs` are the classes to choose from, by kind. A model that takes a further codec has it in its table.
+    `codecs` maps each supported kind to its class.
     """
     folder = release_folder(folder)
     if not (folder / "config.yaml").is_file():
@@ -183,12 +187,13 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
 
 
 def load_like(model: type[P], folder: str, config: Any, free: Collection[str] = (), key: str = "task.codec") -> P:
-    """Load the release that a training starts from; refuse one whose config differs from `config` but in `free`.
+    """Load the release that training starts from. Raise `UserError` if its config differs from `config` in a field not
+    listed in `free`.
 
-    `key` is the setting that `config` is from, for the message.
+    `key` is the setting of `config`, for the error message.
     """
     network = model.from_pretrained(folder)
     for name, value in asdict(network.config).items():
         if name not in free and value != getattr(config, name):
-            raise UserError(f"task.init={folder} has {name}={value}, but {key} asks for {getattr(config, name)}")
+            raise UserError(f"task.init={folder} has {name}={value}, but {key} requires {getattr(config, name)}")
     return network.train()

@@ -1,4 +1,5 @@
-"""Composed configurations: Hydra merges the YAML files of configs/, the dataclasses of `engine.schema` and overrides.
+"""Composition of configurations: Hydra merges the YAML files of configs/, the dataclasses of `engine.schema` and
+overrides.
 
 Programs are `@hydra.main` functions (see `engine.program`). `compose` does the same from Python.
 """
@@ -28,13 +29,13 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def compose(config_name: str, words: Sequence[str]) -> DictConfig:
-    """Compose `configs/{config_name}.yaml` with overrides, as the program does; mandatory values may be missing.
+    """Compose `configs/{config_name}.yaml` with overrides as the program does, but allow missing mandatory values.
 
     Args:
         words: overrides in Hydra's syntax, such as `experiment=hicodit_synthetic` or `trainer.lr=1e-3`.
 
     Raises:
-        UserError: an override names no setting or no option, or its value has the wrong type.
+        UserError: If an override names an unknown setting or option, or its value has the wrong type.
     """
     register(config_name)
     with explained(config_name, words):
@@ -49,13 +50,13 @@ def load(config_name: str, words: Sequence[str]) -> DictConfig:
 
 
 def check(config: DictConfig) -> None:
-    """Check a composed configuration before work begins.
+    """Check a composed configuration before any work begins.
 
-    All mandatory values must be there, every `_target_` must name a class of this repository, and the values must lie
-    within the bounds and choices that the dataclasses state.
+    All mandatory values must be set, every `_target_` must name a class of this repository, and all values must satisfy
+    the bounds and choices of the dataclasses.
 
     Raises:
-        UserError: one of these is violated.
+        UserError: If a condition is violated.
     """
     missing = [key for key, value in walk(config) if value == "???"]
     if "task" in missing:
@@ -68,7 +69,7 @@ def check(config: DictConfig) -> None:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Return a composed config as dictionaries, lists and values."""
+    """Convert a composed config to dictionaries, lists and plain values."""
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -84,16 +85,16 @@ def options(group: str) -> list[str]:
 
 
 def prepared(config_name: str, words: Sequence[str], sweep: bool = False) -> list[str]:
-    """Return overrides in a form that Hydra's grammar reads as they are meant.
+    """Quote overrides so that Hydra's grammar parses them as intended.
 
     The value of a text setting, such as a sentence or a file name with commas, quotes or brackets, is quoted where
-    Hydra would refuse it or read something else than this text. All other overrides are left as they are.
+    Hydra would reject or misread it. All other overrides are unchanged.
 
     Args:
         sweep: with `-m`, where commas separate the values of a sweep.
 
     Raises:
-        UserError: a word is not an override, its value is empty, or it removes a setting that has a dataclass.
+        UserError: If an argument is not an override, has an empty value, or removes a setting that has a dataclass.
     """
     return [_prepared_word(config_name, word, sweep) for word in words]
 
@@ -104,10 +105,10 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     field = find_field(config_name, name)
     if key.startswith("~"):
         if field is not None:
-            raise UserError(f"{word}: {name} is a setting with a default and cannot be removed: change it")
+            raise UserError(f"{word}: {name} has a default and cannot be removed: set another value")
         return word
     if key == name and _is_mapping(config_name, name):
-        key = f"++{name}"  # names of systems, splits and figures are the user's
+        key = f"++{name}"  # names of systems, splits and figures are user-defined
         word = f"{key}{equals}{text}"
     is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
     if is_added and field is None and find_schema(config_name, name.rpartition(".")[0]):
@@ -135,7 +136,7 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
 
 
 def _is_mapping(config_name: str, name: str) -> bool:
-    """Return whether a setting is a mapping with keys of any name, or a key of one."""
+    """Return whether a setting is a mapping with arbitrary keys, or an entry of one."""
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         found = find_field(config_name, ".".join(parts[:count]))
@@ -145,7 +146,7 @@ def _is_mapping(config_name: str, name: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """Return a text in the single quotes of Hydra's grammar."""
+    """Quote text with the single quotes of Hydra's grammar."""
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
     return f"'{escaped}'"
 
@@ -158,7 +159,7 @@ def _parsed(word: str) -> Override | None:
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
-    running = GlobalHydra.instance().hydra  # of the program, if this is called from inside of it
+    running = GlobalHydra.instance().hydra  # Hydra's state of the program, if this is called within one
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
@@ -172,10 +173,10 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 @contextmanager
 def explained(config_name: str = "", words: Sequence[str] = ()) -> Iterator[None]:
-    """Turn the errors of Hydra and OmegaConf into a `UserError` of one line with the nearest valid name.
+    """Convert errors of Hydra and OmegaConf to a one-line `UserError` that suggests the nearest valid name.
 
     Args:
-        config_name, words: what is composed, to find the settings that there are.
+        config_name, words: the composed configuration, to look up valid settings.
     """
     try:
         yield
@@ -203,7 +204,7 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
             return f"{key}={value[:40]} {reason}"
         names = _names(config_name, words)
         if key in names:
-            return f"{key} was given keys that its default lacks: write ++{key}=... to add them"
+            return f"{key} has no such keys by default: write ++{key}=... to add them"
         return f"unknown setting {key!r}; {nearest(key, names)}"
     lines = [text.split("\nset HYDRA_FULL_ERROR")[0]]
     if isinstance(cause, OmegaConfBaseException):
@@ -212,7 +213,7 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
 
 
 def _names(config_name: str, words: Sequence[str]) -> list[str]:
-    """Return the dotted keys of all settings and groups under the choices of groups among `words`."""
+    """Return the dotted keys of all settings and config groups, given the group choices among `words`."""
     choices = [word for word in words if word.partition("=")[0].partition("@")[0] in _groups()]
     try:
         config = _compose(config_name, choices)
@@ -226,7 +227,7 @@ def _groups() -> list[str]:
 
 
 def walk(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every node; `???` where a value is missing, its text where it is interpolated."""
+    """Yield (dotted key, value) of every node. Missing values are `???`, and interpolations are returned as text."""
     nodes = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
     for key, value in nodes.items():
         yield f"{prefix}{key}", value

@@ -1,21 +1,21 @@
-"""CUDA graphs of the steps of a loop: one launch per step in place of thousands.
+"""CUDA graphs for step functions: a single launch per step instead of thousands.
 
 `GraphedStep` wraps a step function. On CUDA it captures the function once for each key (shapes, types, constants) and
-replays the capture; on a CPU it calls the function as it is. Capture needs no compiler and takes the time of four
+replays the capture; on a CPU it calls the function directly. Capture needs no compiler and takes about as long as four
 steps; with `compile=True` the function is compiled first and the compiled kernels are captured.
 
-A graph reads and writes memory at fixed addresses. So each graph has input tensors of its own, into which arguments are
-copied, and its outputs are overwritten by the next replay of any graph of the same memory pool. `GraphedStep` returns
-copies: callers may keep what they get. Nothing else in this repository has to know about lifetimes.
+A graph reads and writes memory at fixed addresses. Each graph therefore has its own input tensors, into which arguments
+are copied, and its outputs are overwritten by the next replay of any graph of the same memory pool. `GraphedStep`
+returns copies, which callers may keep.
 
-What a step function must keep to:
-- It reads nothing on the host, makes no tensor from host data, and has no shape that depends on data.
-- Called twice with equal arguments it leaves equal state: it runs three times before it is captured. It may write into
-  `fixed` tensors, such as a cache, at positions that arguments give; other state goes in and out as tensors.
-- Random numbers come in as arguments.
+Requirements on a step function:
+- It does not synchronise with the host, create tensors from host data, or use data-dependent shapes.
+- It is idempotent, as it runs three times before it is captured. It may write into `fixed` tensors, such as a cache, at
+  positions that arguments give; all other state is passed in and returned as tensors.
+- Random numbers are passed as arguments.
 
-Bounds: a step keeps at most `LIMIT` graphs, of which the least recently used is dropped. A pool holds the intermediate
-tensors of the largest of them, as they share memory; a graph's own inputs come on top.
+A step keeps at most `LIMIT` graphs and drops the least recently used one. The graphs of a pool share the memory of
+their intermediate tensors; the inputs of each graph are allocated separately.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 32  # graphs of a step: those of all lengths and numbers of rows that a service captures when it starts
-WARM_UP = 3  # runs before a capture, in which libraries set themselves up
+LIMIT = 32  # graphs per step: enough for all lengths and batch sizes that a service captures at start-up
+WARM_UP = 3  # warm-up runs before a capture
 
 
 class CudaGraphs:
-    """Captures of one device, in one memory pool.
+    """Captures CUDA graphs on one device, in one memory pool.
 
-    Replays of graphs of one pool must not overlap: use an object of this class from one stream alone. Threads may share
-    it, as they share the default stream. Tests put in another class, which runs on a CPU and destroys outputs as a card
-    would.
+    Replays of graphs of one pool must not overlap, so all of them must run on one stream. Threads may share an object
+    of this class, as they share the default stream. Tests substitute a class that runs on a CPU and overwrites outputs
+    as a replay would.
 
     Attributes:
-        lock: held from the copies of the inputs to those of the outputs.
+        lock: held while inputs are copied, the graph is replayed and outputs are copied.
     """
 
     _lock = threading.Lock()
@@ -52,7 +52,9 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture `run`; return what replays it and gives its outputs, which die at the next replay."""
+        """Capture `run`. Return a function that replays the graph and returns its outputs, which are valid until the
+        next replay.
+        """
         with self._lock, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             stream = torch.cuda.Stream()
@@ -74,15 +76,15 @@ class CudaGraphs:
 
 
 class GraphedStep:
-    """A step function that is replayed as a CUDA graph on CUDA, and called as it is elsewhere.
+    """A step function that is replayed as a CUDA graph on CUDA, and called directly on other devices.
 
     Args:
-        step: see the file's rules. Its arguments and outputs are tensors and constants, also in lists, tuples, dicts
-            and dataclasses.
-        device: of all tensors.
+        step: a function that meets the requirements of this module. Its arguments and outputs are tensors and
+            constants, optionally nested in lists, tuples, dicts and dataclasses.
+        device: device of all tensors.
         compile: compile the function as one graph with `torch.compile`, which takes minutes when it first runs.
-        backend: what captures; by default `CudaGraphs` on CUDA and nothing elsewhere. Steps that never run at the same
-            time may share one.
+        backend: object that captures graphs. Default: `CudaGraphs` on CUDA, None on other devices. Steps that never run
+            concurrently may share a backend.
     """
 
     def __init__(
@@ -101,10 +103,10 @@ class GraphedStep:
         """Return the outputs of `step(*inputs, *fixed)`, which the caller may keep.
 
         Args:
-            inputs: are copied into the graph's own tensors. Tensors of another shape or type, and other constants,
-                make another graph.
-            fixed: tensors that a graph uses where they lie, such as a cache that the step writes; others make another
-                graph. Weights of a module are used where they lie, too.
+            inputs: arguments that are copied into the graph's input tensors. Other shapes, dtypes or constants create
+                another graph.
+            fixed: tensors that a graph uses in place, such as a cache that the step writes. Other tensors create
+                another graph. Weights of a module are also used in place.
         """
         if self.backend is None:
             return self.step(*inputs, *fixed)
@@ -115,12 +117,12 @@ class GraphedStep:
         given: list[Tensor] = []
         key = _key(inputs, given), _key(fixed, None)
         if key not in self.graphs:
-            # Not inference tensors, which cannot be written to outside of inference mode.
+            # Inference tensors could not be written to outside of inference mode.
             with torch.inference_mode(False):
                 own = [torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x) for x in given]
             rest = iter(own)
             arguments = map_tensors(lambda _: next(rest), inputs)
-            # `fixed` is kept, so that its addresses are not given to other tensors.
+            # Keep a reference to `fixed`, so that its memory is not reused.
             self.graphs[key] = own, fixed, self.backend.capture(lambda: self.step(*arguments, *fixed))
             if len(self.graphs) > LIMIT:
                 self.graphs.popitem(last=False)
@@ -132,10 +134,10 @@ class GraphedStep:
 
 
 class GraphedSteps:
-    """A `GraphedStep` for each function that it is called with, all in one memory pool.
+    """Creates a `GraphedStep` for each step function, all in one memory pool.
 
-    A model's loops that never run at the same time share one, so that a loop finds the graphs of earlier ones. Such a
-    function must be the same object each time: one of a module, not a closure.
+    Loops of a model that never run concurrently share one object, so that they reuse each other's graphs. A step
+    function must be the same object each time: a module-level function, not a closure.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class GraphedSteps:
         self.steps: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __call__(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what runs a step function: a `GraphedStep`, or without a backend the function itself."""
+        """Return a `GraphedStep` for a step function, or the function itself if there is no backend."""
         if step not in self.steps:
             graphed = GraphedStep(step, *self.arguments)
             self.steps[step] = graphed if self.backend is not None else graphed.step
@@ -154,7 +156,9 @@ class GraphedSteps:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return `value` with each tensor in it replaced, in order; containers are lists, tuples, dicts and dataclasses."""
+    """Return `value` with each nested tensor replaced by `function(tensor)`, in order. Containers are lists, tuples,
+    dicts and dataclasses.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -167,7 +171,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def _key(value: Any, tensors: list[Tensor] | None) -> Hashable:
-    """Return what two arguments must have in common to share a graph.
+    """Return a hashable key; arguments with equal keys share a graph.
 
     Their tensors are collected in `tensors`, in the order of `map_tensors`; None: they are distinguished by address.
     """

@@ -1,4 +1,4 @@
-"""Which device a process computes on, how many there are, and how tensors come to it."""
+"""Device selection, device count and transfers to a device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.settings import DEVICES, require_choice
 
-_own_gpu: int | None = None  # see `use_gpu`
+_own_gpu: int | None = None  # GPU index set by `use_gpu`
 
 
 def use_gpu(number: int) -> None:
-    """Let `pick_device` return another GPU in each worker process: the one of this number, counted around."""
+    """Set the GPU that `pick_device` returns in this worker process, modulo the number of GPUs."""
     global _own_gpu
     count = torch.cuda.device_count()
     _own_gpu = number % count if count else None
@@ -24,12 +24,12 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
     """Return the device of this process.
 
     Args:
-        name: auto (the GPU if there is one, else the processor), cpu, cuda or mps. auto never chooses mps, Apple's GPU,
-            on which few of our networks were tried.
-        index: of the GPU; by default that of `use_gpu`, else torchrun's LOCAL_RANK, else 0.
+        name: auto (the GPU if available, else the CPU), cpu, cuda or mps. auto never chooses mps, on which few networks
+            have been tested.
+        index: GPU index. Default: the one set by `use_gpu`, else torchrun's LOCAL_RANK, else 0.
 
     Raises:
-        UserError: there is no such device.
+        UserError: If the device does not exist.
     """
     require_choice("device", name, DEVICES)
     if name == "mps":
@@ -53,7 +53,7 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
 def count_devices(devices: str, device: str, executor: str = "processes") -> int:
     """Return the number of processes, each with its own device, that the setting `devices` (a number, or all) requests.
 
-    With another executor it is 1: the devices are those of other machines, and this one may have none.
+    With another executor it is 1, as the devices are on other machines.
     """
     if executor != "processes":
         return 1
@@ -66,9 +66,9 @@ def count_devices(devices: str, device: str, executor: str = "processes") -> int
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Move `x` to `device`, to CUDA through pinned memory: a copy from ordinary memory waits for the device.
+    """Copy `x` to `device`. Copies to CUDA go through pinned memory, as copies from pageable memory synchronise.
 
-    Compute what depends on lengths on the host and copy it: the other way round, the host would wait.
+    Values that depend on lengths should be computed on the host and copied; the reverse would synchronise.
     """
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

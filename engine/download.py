@@ -1,4 +1,6 @@
-"""Download files into a folder: resumed, verified and renamed when complete. A complete file is never touched."""
+"""Downloads of files into a folder: resumable, verified, and renamed when complete. A complete file is never
+modified.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,17 @@ from engine.errors import UserError, printable
 from engine.files import report_os_errors
 
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 4  # at a server with errors (5xx)
-STAGING = ".partial"  # folder of incomplete files
+ATTEMPTS = 4  # retries after a server error (5xx)
+STAGING = ".partial"  # folder for incomplete files
 
 
 @dataclass(frozen=True)
 class RemoteFile:
     """A file to download.
 
-    path: where it goes, relative to the folder.
-    url: where it comes from.
-    size: in bytes; sha256: hex digest; None if unknown. about: a rounded size, which is shown and not checked.
-    most: bytes to accept from a server if the size is unknown.
+    path: target path, relative to the folder. url: address of the file. size: size in bytes. sha256: hex digest. None
+    if unknown. about: approximate size, which is shown but not checked. most: maximum bytes to accept if the size is
+    unknown.
     """
 
     path: str
@@ -45,15 +46,15 @@ class RemoteFile:
 
 
 class NoNetworkError(UserError):
-    """The server cannot be reached at all."""
+    """The server cannot be reached."""
 
 
 class DamagedError(UserError):
-    """A file has the wrong size or digest, or is a web page."""
+    """A file has the wrong size or digest, or is an HTML page."""
 
 
 def check(path: Path, file: RemoteFile) -> None:
-    """Compare a local file with the size and digest of `file`; without a known digest, it must not be a web page."""
+    """Verify the size and digest of a local file. Without a known digest, the file must not be an HTML page."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise DamagedError(f"{path} has {size:,} bytes instead of {file.size:,}")
@@ -68,18 +69,18 @@ def check(path: Path, file: RemoteFile) -> None:
 
 
 def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progress: bool = True) -> bool:
-    """Download `file` into `folder`. Return True if it was downloaded, False if a good file was there already.
+    """Download `file` into `folder`. Return True if it was downloaded, False if a valid file already existed.
 
-    Incomplete files stay in FOLDER/.partial until they are verified; an interrupted download resumes from there.
+    Incomplete files are kept in FOLDER/.partial until they are verified, from where an interrupted download resumes.
 
     Args:
-        retry_delay: seconds after a server's first error; doubled after each further one.
+        retry_delay: seconds to wait after the first server error, doubled after each further error.
         progress: show a progress bar on a terminal.
     """
     target = Path(folder) / file.path
     part = Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
     if target.is_file():
-        with suppress(DamagedError):  # it is replaced after a good one has arrived
+        with suppress(DamagedError):  # the invalid file is replaced once a valid one has been downloaded
             check(target, file)
             return False
     check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
@@ -98,21 +99,21 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
 
 @lru_cache
 def check_reachable(address: str) -> None:
-    """Send one quick request; raise NoNetworkError if there is no answer of any kind.
+    """Send one quick request. Raise NoNetworkError if there is no response at all.
 
-    Without a network, huggingface_hub would retry for half a minute, with a line each time.
+    Without a network, huggingface_hub would retry and log for half a minute.
     """
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
-        pass  # any answer shows that the server is there
+        pass  # any response shows that the server is reachable
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         why = getattr(error, "reason", error)
-        raise NoNetworkError(f"{address} cannot be reached ({why}): is there a network?") from error
+        raise NoNetworkError(f"{address} cannot be reached ({why}): check the network connection") from error
 
 
 def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) -> None:
-    """Append the rest of the file to its part; wait and retry while the server has errors (5xx)."""
+    """Append the remaining bytes of the file to its partial download. Wait and retry on server errors (5xx)."""
     headers = build_hf_headers() if file.url.startswith(constants.ENDPOINT) else {"User-Agent": "speaking-faces"}
     options = {"headers": headers, "expected_size": file.size, "tqdm_class": tqdm if progress else _NoBar}
     for attempt in range(ATTEMPTS):
@@ -122,7 +123,7 @@ def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) ->
                 return http_get(file.url, out, resume_size=size, **options)
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
-            if status == 416 and size:  # the part is longer than the file
+            if status == 416 and size:  # the partial file is longer than the file
                 part.unlink()
             elif status < 500 or attempt == ATTEMPTS - 1:
                 raise UserError(f"{file.url} answered {status}: {printable(error)[:200]}") from error
@@ -131,14 +132,14 @@ def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) ->
         # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.
         except (errors.HTTPError, OSError) as error:
             if getattr(error, "errno", None) is not None:
-                raise  # the disk's fault
+                raise  # an error of the disk
             raise UserError(
-                f"{file.url} did not arrive whole ({printable(error)[:200]}): run the command again"
+                f"{file.url} was not downloaded completely ({printable(error)[:200]}): run the command again"
             ) from error
 
 
 class _Limited(io.BufferedWriter):
-    """A file to append to, up to the size that is expected."""
+    """A file opened for appending, up to the expected size."""
 
     def __init__(self, path: Path, file: RemoteFile) -> None:
         super().__init__(io.FileIO(path, "a"))
@@ -147,7 +148,7 @@ class _Limited(io.BufferedWriter):
 
     def write(self, data: bytes) -> int:
         if self.tell() + len(data) > self.most:
-            raise UserError(f"{self.url} sends more than the {self.most:,} bytes that were expected")
+            raise UserError(f"{self.url} sends more than the expected {self.most:,} bytes")
         return super().write(data)
 
 

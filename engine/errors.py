@@ -1,4 +1,4 @@
-"""Lines for people: the error type that becomes one line and exit code 2, missing packages, clips that are left out."""
+"""User-facing errors: an exception that becomes one line and exit code 2, missing packages, and skipped clips."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from filelock import FileLock
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message names the offending value and says what to do about it."""
+    """An error caused by user input. The message states the offending value and what to do about it."""
 
 
 def printable(text: object) -> str:
-    """Return one line of `text`; characters that control a terminal, such as escapes, become question marks."""
+    """Return `text` as one line. Terminal control characters, such as escapes, are replaced by question marks."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def require(module: str, package: str, extra: str = "eval") -> ModuleType:
-    """Import a package that only an extra installs; an error says which one."""
+    """Import a package of an optional extra. The error names the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -36,20 +36,21 @@ def require(module: str, package: str, extra: str = "eval") -> ModuleType:
 
 
 def require_librosa() -> ModuleType:
-    """Import librosa with those of its vectorised functions that are used here, one process at a time.
+    """Import librosa and compile its vectorised functions that are used here, in one process at a time.
 
-    They are compiled when they are imported for the first time after an installation, into a cache that two
-    processes at once leave broken: every later import then ends in a segmentation fault (numba issue 10128).
+    The functions are compiled into a cache on first import. Two concurrent processes would corrupt this cache, after
+    which every import causes a segmentation fault (numba issue 10128).
     """
     librosa = require("librosa", "librosa")
     with FileLock(Path(tempfile.gettempdir()) / f"librosa-{os.getuid()}.lock"):
-        _ = librosa.pyin, librosa.feature.melspectrogram  # librosa imports its modules as they are named
+        _ = librosa.pyin, librosa.feature.melspectrogram  # librosa imports its modules lazily
     return librosa
 
 
 def leaving_out(source: object, total: int) -> Callable[[str, object], None]:
-    """Return what says, once per clip, that a clip of the data set `source` of `total` clips cannot be used, and
-    why."""
+    """Return a function that warns, once per clip, that a clip of the data set `source` (`total` clips) is skipped,
+    with the reason.
+    """
     return partial(_leave_out, set(), source, total)
 
 
@@ -61,10 +62,10 @@ def _leave_out(said: set[str], source: object, total: int, key: str, reason: obj
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130, a reader of the
-    output that has ended 141.
+    """Run `main` as a command. A `UserError` is printed as one line on standard error with exit code 2. Ctrl-C exits
+    with 130, and a closed output pipe with 141.
     """
-    with suppress(AttributeError):  # a stream that is not a file; names of files need not be text
+    with suppress(AttributeError):  # not every stream is a file, and file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -78,8 +79,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         output = select.poll()
         output.register(1, select.POLLOUT)
-        if any(event & select.POLLERR for _, event in output.poll(0)):  # what read it has ended, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        if any(event & select.POLLERR for _, event in output.poll(0)):  # the reader has closed the pipe, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at exit
             code = 141
         else:
             traceback.print_exc()
@@ -94,7 +95,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process: at once if it is one of several, as gloo's threads outlive `shutdown`."""
+    """Exit this process. With several processes, exit immediately, as gloo's threads outlive `shutdown`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""Evaluation of any system's outputs: which files belong together, measurements, statistics, and the report."""
+"""Evaluation of the outputs of any system: pairing of files, measurements, statistics, and reports."""

@@ -1,6 +1,6 @@
-"""Charts, drawn without a screen, such as of several systems' figures.
+"""Charts of evaluation results, drawn without a display.
 
-A row is {"variant": name, FIGURE: [value, half of its interval], FIGURE_minus_FIRST: ...} of one system.
+A row of one system is {"variant": name, FIGURE: [value, half-width of its interval], FIGURE_minus_FIRST: ...}.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from engine.files import atomic_output
 def chart_file(
     path: Path, panels: int, columns: int, title: str = "", grid: bool = True, dpi: int = 110, **how: Any
 ) -> Iterator[np.ndarray]:
-    """Yield the axes (`panels`,) of a new figure; it is written to `path` when the block succeeds."""
-    import matplotlib  # takes a second
+    """Yield the axes (`panels`,) of a new figure, which is written to `path` when the block succeeds."""
+    import matplotlib  # importing matplotlib takes a second
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -42,7 +42,7 @@ def chart_file(
 
 
 def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], path: Path) -> None:
-    """Draw differences to the first system with their intervals, one panel per figure."""
+    """Plot the differences to the first system with their intervals, one panel per figure."""
     first, *others = rows
     name = first["variant"]
     shown = [figure for figure in figures if any(f"{figure}_minus_{name}" in row for row in others)]
@@ -61,9 +61,9 @@ def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str],
 
 
 def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: str, path: Path) -> None:
-    """Draw each figure over another one, a line for each kind of system: its name up to a last number.
+    """Plot each figure against another one, with one line for each system name without its trailing number.
 
-    What has no `x`, such as the ground-truth speech, is a level line.
+    Rows without `x`, such as the ground truth, are drawn as horizontal lines.
     """
     shown = [name for name in figures if any(name in row for row in rows)]
     kinds = {}
@@ -79,7 +79,7 @@ def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: s
                 for row in own if not points else ():
                     if figure in row:
                         axis.axhline(row[figure][0], linestyle=":", color="k", linewidth=0.8, label=kind)
-            if np.isfinite(axis.dataLim.minposx):  # a point was drawn right of 0; else a logarithm has no range
+            if np.isfinite(axis.dataLim.minposx):  # a logarithmic axis needs a point to the right of 0
                 axis.set_xscale("log")
             axis.set(title=figure.replace("_", " "), xlabel=x.replace("_", " "))
         axes[0].legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""Which files belong together: the clips of an evaluation, from folders and a manifest."""
+"""Clips of an evaluation, read from folders and manifests."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from engine.untrusted import read_json, read_json_lines, safe_name
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
 KEYS = ("text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
-EXCHANGED = ", exchanged"  # ends the name of a control: a system's outputs for other clips
-TRUTH = "true speech"  # the name of the true row
+EXCHANGED = ", exchanged"  # suffix of control systems
+TRUTH = "true speech"  # name of the ground-truth row
 PROMPT = ("reference_audio", "reference_video")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip as it was recorded, and as each system gives it.
+    """A clip with its ground truth and the output of each system.
 
-    `prompt` is the voice and the face that a system is shown: those that the manifest names, or those of the next clip
-    of the same speaker with other words.
+    `prompt` is the reference voice and face: those that the manifest names, or those of the next clip of the same
+    speaker with another text.
     """
 
     id: str
@@ -38,19 +38,19 @@ class Clip:
 
 
 def read_rows(manifest: Path) -> list[dict[str, Any]]:
-    """Return the lines of a manifest, JSON objects with a unique `id`."""
+    """Return the rows of a JSONL manifest, each an object with a unique `id`."""
     rows: dict[str, dict[str, Any]] = {}
     for where, row in read_json_lines(manifest, f"manifest={manifest}"):
         if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object: write id, text, reference, output, ... of one clip")
+            raise UserError(f"{where} is not a JSON object: write id, text, reference, output, ... of one clip")
         if not isinstance(row.get("id"), str):
-            raise UserError(f"{where}: id must be text in quotes, the name of the clip's files without suffix")
+            raise UserError(f"{where}: id must be a string, the name of the clip's files without suffix")
         safe_name(row["id"], f"{where}: id", folders=True)
         for key in (*KEYS, *PROMPT):
             if not isinstance(row.get(key), str | int | None):
-                raise UserError(f"{where}: {key} must be text")
+                raise UserError(f"{where}: {key} must be a string")
         if row["id"] in rows:
-            raise UserError(f"{where}: id {row['id']} is there twice")
+            raise UserError(f"{where}: id {row['id']} is not unique")
         rows[row["id"]] = row
     if not rows:
         raise UserError(f"manifest={manifest} lists no clips")
@@ -60,14 +60,14 @@ def read_rows(manifest: Path) -> list[dict[str, Any]]:
 def read_clips(
     manifest: Path | None, references: Path | None, outputs: Mapping[str, Path], count: int | None = None
 ) -> list[Clip]:
-    """Return the clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
+    """Return the clips of a manifest, or of all files of `references`. `count` limits them to evenly spaced clips.
 
-    Paths in a manifest count from its folder. A file that is not there stays None, and is told when it is measured.
-    Without a manifest, texts are those of ID.txt beside the ground-truth files, and folders are speakers. `outputs` are
-    the folders of the systems.
+    Paths in a manifest are relative to its folder. Missing files stay None and are reported when they are measured.
+    Without a manifest, texts are read from ID.txt next to the ground-truth files, and folders are speakers. `outputs`
+    are the folders of the systems.
     """
     if TRUTH in outputs:
-        raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")
+        raise UserError(f"outputs: {TRUTH!r} is the name of the ground-truth row; choose another name for the system")
     for name, folder in {"references": references, **{f"outputs.{k}": v for k, v in outputs.items()}}.items():
         if folder is not None and not folder.is_dir():
             raise UserError(f"{name}={folder} is not a folder")
@@ -82,7 +82,7 @@ def read_clips(
         names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
         rows = [{"id": n, "text": text_of(references, n), "speaker": n.rpartition("/")[0] or None} for n in names]
         if not rows:
-            raise UserError(f"references={references} holds no audio or video files")
+            raise UserError(f"references={references} contains no audio or video files")
     else:
         raise UserError("give the ground-truth files: references=FOLDER, or manifest=FILE.jsonl that names them")
     clips = [_clip(row, base, references, outputs) for row in rows]
@@ -91,14 +91,14 @@ def read_clips(
 
 
 def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: int | None = None) -> list[Clip]:
-    """Read clips of a split of a synthetic corpus, evenly spread.
+    """Read evenly spaced clips of a split of a synthetic corpus.
 
-    The prompt of each is the first clip of its voice in the training or the same split with other words, if possible
-    one with a neutral face.
+    The prompt of a clip is the first clip of the same voice with another text, in the training split or the same split,
+    if possible with a neutral face.
     """
     if not (corpus / f"{split}.jsonl").is_file():
         make = "python scripts/make_synthetic_corpus.py --version 2 --out"
-        raise UserError(f"corpus={corpus} has no split {split}: name another one, or make it ({make} {corpus})")
+        raise UserError(f"corpus={corpus} has no split {split}: choose another split, or create it ({make} {corpus})")
     clips = read_clips(corpus / f"{split}.jsonl", corpus / split, outputs, count)
     known = []
     for source in dict.fromkeys(("train", split)):
@@ -114,9 +114,10 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
 
 
 def with_exchanged(clips: Sequence[Clip], seed: int = 0) -> list[Clip]:
-    """Return the clips with a control for each system, `NAME, exchanged`: its output for another clip in place of each.
+    """Add to each system a control, `NAME, exchanged`, that replaces its output for each clip by its output for another
+    clip.
 
-    What any figure of an output would be if it did not depend on its clip. A single clip has no control.
+    The control shows the value of a metric for outputs that do not depend on their clip. A single clip has no control.
     """
     if len(clips) < 2:
         return [*clips]
@@ -131,7 +132,7 @@ def with_exchanged(clips: Sequence[Clip], seed: int = 0) -> list[Clip]:
 
 
 def text_of(folder: Path, name: str) -> str | None:
-    """Return the words of NAME.txt, or of NAME.normalized.txt (LibriTTS); None if there are none."""
+    """Return the text of NAME.txt, or of NAME.normalized.txt (LibriTTS). None if neither exists."""
     for suffix in (".txt", ".normalized.txt"):
         path = folder / f"{name}{suffix}"
         if path.is_file():
@@ -140,7 +141,7 @@ def text_of(folder: Path, name: str) -> str | None:
 
 
 def words_of(transcript: str) -> str:
-    """Return the words of a transcript: what its line `Text:` says (LRS2 and LRS3), or all of it."""
+    """Return the words of a transcript: its `Text:` line (LRS2 and LRS3), or all of it."""
     marked = (line for line in transcript.splitlines() if line.startswith("Text:"))
     return " ".join(next(marked, transcript).removeprefix("Text:").split())
 
@@ -179,12 +180,12 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
 
 
 def _take(path: Path, other: Take) -> Take:
-    """The take of a file that is named: its audio and, of a video, its picture."""
+    """Return the take of a given file: its audio and, for a video, its frames."""
     return Take(path, path if path.suffix.lower() in VIDEO else other.video)
 
 
 def find_take(folder: Path, name: str) -> Take:
-    """Return FOLDER/NAME.wav, or another audio or the video's, and FOLDER/NAME.mp4, or another video."""
+    """Return the take of NAME: FOLDER/NAME.wav or another audio file, and FOLDER/NAME.mp4 or another video file."""
 
     def first(suffixes: tuple[str, ...]) -> Path | None:
         return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)
@@ -194,7 +195,9 @@ def find_take(folder: Path, name: str) -> Take:
 
 
 def system_facts(folder: Path) -> dict[str, Any]:
-    """Return what FOLDER/system.json says of the system whose outputs are there; {} without that file."""
+    """Return the contents of FOLDER/system.json, which describes the system that generated the outputs; {} if it does
+    not exist.
+    """
     path = folder / "system.json"
     if not path.is_file():
         return {}

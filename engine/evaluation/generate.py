@@ -1,4 +1,4 @@
-"""Outputs that a model generates for the clips of an evaluation; those that are there already are kept."""
+"""Generation of a model's outputs for the clips of an evaluation. Existing outputs are kept."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ALL_BATCHES = slice(None)
 
 
 class OutputGenerator(Work[slice, bool]):
-    """Generates some batches of the missing outputs in a process with its own device.
+    """Generates a subset of the batches of missing outputs, in a process with its own device.
 
     Args:
-        generate: writes the missing outputs, given the name of a device and which of all batches to write.
+        generate: writes the missing outputs, given a device name and the slice of batches to write.
         device: name of the device, as for `pick_device`.
-        index: of the process's GPU.
+        index: GPU index of the process.
     """
 
     def __init__(self, generate: Callable[[str, slice], None], device: str, index: int) -> None:
@@ -50,15 +50,16 @@ class OutputGenerator(Work[slice, bool]):
 def generate_on_devices(
     generate: Callable[[str, slice], None], device: str, devices: int = 1, ray: ClusterConfig | None = None
 ) -> None:
-    """Generate missing outputs, with one process per device or on a Ray cluster. Batches are those of a single process.
+    """Generate missing outputs with one process per device, or on a Ray cluster. The batches equal those of a single
+    process.
 
-    If a process dies, another one continues its batches from the files that exist.
+    If a process dies, another process continues its batches, skipping the existing files.
 
     Args:
         generate: see `OutputGenerator`.
         device: name of the device, as for `pick_device`.
         devices: number of processes.
-        ray: the cluster, in place of processes.
+        ray: the cluster to use instead of processes.
     """
     if devices == 1 and not ray:
         generate(str(pick_device(device)), ALL_BATCHES)
@@ -72,7 +73,7 @@ def generate_on_devices(
 
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
-    """Write FOLDER/system.json, what the outputs there are made with."""
+    """Write FOLDER/system.json, which describes how the outputs in the folder were generated."""
     new = {"model": model, "weights": "bundled", **facts}
     if weights is not None:
         place = release_folder(weights)
@@ -80,7 +81,7 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
         tensors = place / "model.safetensors"
         new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
-        raise UserError(f"{folder} holds outputs made with other settings: name another output=, or delete that folder")
+        raise UserError(f"{folder} contains outputs of other settings: choose another output=, or delete that folder")
     write_json(folder / "system.json", new)
 
 
@@ -93,19 +94,19 @@ def generate_missing(
     length: Callable[[Clip], float] = lambda clip: 0.0,
     chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is reported and skipped.
+    """Call `write` with batches of (index, clip) whose output is missing. A clip that fails is reported and skipped.
 
-    All clips are divided into batches, which are therefore the same for each process and in a resumed run.
-    FOLDER/inputs.json stores digests of the inputs of each output.
+    Batches are formed from all clips, so that they do not depend on the number of processes or on interruptions.
+    FOLDER/inputs.json stores a digest of the inputs of each output.
 
     Args:
         inputs: returns the files and texts that the output of a clip depends on.
         write: writes the files of a batch to `folder`, the audio last; see `write_take`.
-        length: of a clip; clips of similar length share a batch.
-        chosen: which of the batches to write.
+        length: returns the length of a clip. Clips of similar length share a batch.
+        chosen: slice of the batches to write.
 
     Raises:
-        UserError: an output that exists was made from other inputs.
+        UserError: If an existing output was generated from other inputs.
     """
     place = folder / "inputs.json"
     waiting = set()
@@ -113,11 +114,11 @@ def generate_missing(
     for i, clip in enumerate(clips):
         state = digest_of(inputs(clip))
         take = find_take(folder, clip.id)
-        if take.audio in (None, take.video):  # nothing, or a picture whose audio is missing
+        if take.audio in (None, take.video):  # no output, or a video without its audio
             waiting.add(i)
         elif known.get(clip.id, state) != state:
-            where = f"{folder} holds an output of {clip.id} that was made from other files or words"
-            raise UserError(f"{where}: name another output=, or delete that folder")
+            where = f"{folder} contains an output of {clip.id} for other files or text"
+            raise UserError(f"{where}: choose another output=, or delete that folder")
         known[clip.id] = state
     write_json(place, known)
     order = sorted(enumerate(clips), key=lambda item: length(item[1]))
@@ -128,7 +129,7 @@ def generate_missing(
         try:
             write(batch)
         except UserError:
-            for item in batch:  # one by one, to find the clip that ends its batch
+            for item in batch:  # process clips one by one to find the one that fails
                 try:
                     write([item])
                 except UserError as error:
@@ -138,7 +139,9 @@ def generate_missing(
 def write_take(
     folder: Path, name: str, wave: np.ndarray, rate: int, frames: np.ndarray | None = None, **about: Any
 ) -> None:
-    """Write an output as it is measured, without loss: NAME.mkv, NAME.json (`about`) and NAME.wav, if there are any."""
+    """Write an output losslessly for measurement: NAME.mkv, NAME.json (`about`) and NAME.wav, as far as they
+    are given.
+    """
     if frames is not None:
         write_video(folder / f"{name}.mkv", frames, FPS, lossless=True)
     if about:

@@ -1,6 +1,6 @@
-"""Measuring clips, of an evaluation and of a trainer's validation.
+"""Measurement of clips, in an evaluation and in the trainer's validation.
 
-An evaluation measures with several processes, and finds what was measured before by the contents of the files.
+An evaluation uses several processes and reuses cached measurements, which are keyed by the contents of the files.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from engine.files import atomic_output
 from engine.metrics.metric import Metric, Take, wave_of
 from engine.progress import track
 
-Row = dict[str, Any]  # a measurement
-Takes = tuple[Mapping[str, Take], Take]  # of one clip, by system, and the true one
+Row = dict[str, Any]  # a single measurement
+Takes = tuple[Mapping[str, Take], Take]  # takes of one clip, by system, and the ground truth
 
 
 @dataclass
 class Results:
-    """What was measured."""
+    """Results of a measurement run."""
 
-    rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)  # by metric, system and clip
+    rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)  # measurements by metric, system and clip
     failed: list[dict[str, str]] = field(default_factory=list)  # `clip`, `system`, `where` (metric or file), `why`
-    lengths: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of the takes, by system and clip
-    missing: dict[str, str] = field(default_factory=dict)  # by metric, why it has no measurements
-    seconds: dict[str, float] = field(default_factory=dict)  # by metric, loading its network included
-    cached: dict[str, int] = field(default_factory=dict)  # by metric, how many measurements were found
+    lengths: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # lengths of the takes in seconds, by system and clip
+    missing: dict[str, str] = field(default_factory=dict)  # reason why a metric has no measurements
+    seconds: dict[str, float] = field(default_factory=dict)  # elapsed seconds by metric, including loading its network
+    cached: dict[str, int] = field(default_factory=dict)  # number of cached measurements by metric
 
 
 @lru_cache(4096)
@@ -57,12 +59,12 @@ def file_digest(path: Path | None) -> str | None:
 
 
 def digest_of(values: Sequence[Any]) -> str:
-    """Return a digest of plain values, and of the contents of the files whose paths are among them."""
+    """Return a digest of plain values. Paths among them are replaced by the contents of their files."""
     return hashlib.blake2b(json.dumps(values, default=file_digest).encode(), digest_size=16).hexdigest()
 
 
 def result_file(cache: Path, metric: Metric, take: Take, truth: Take) -> Path:
-    """Return where the measurement of a take is kept: its name is made of all that it depends on."""
+    """Return the cache path of the measurement of a take. Its name is a digest of all inputs."""
 
     def inputs(one: Take) -> list[Any]:
         return [getattr(one, name) for name in metric.inputs]
@@ -86,24 +88,24 @@ def _load(path: Path) -> Row | None:
         with np.load(path, allow_pickle=False) as file:
             row = json.loads(str(file["plain"]))
             return row | {name: file[name] for name in file.files if name != "plain"}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged: measured again
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # missing or damaged: measure again
         return None
 
 
-_loaded: list[Metric] = []  # the one metric of this process
+_loaded: list[Metric] = []  # the current metric of this process
 
 
 def _load_once(metric: Metric) -> Metric:
     if metric not in _loaded:
-        _loaded.clear()  # before the next network takes memory
-        own = replace(metric)  # the caller's one stays without a network
+        _loaded.clear()  # free memory before loading the next network
+        own = replace(metric)  # the metric object of the caller stays unloaded
         own.load()
         _loaded.append(own)
     return _loaded[0]
 
 
 def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[str, Row | str], int]:
-    """Return the measurement, or why there is none, by system, and how many were found in the cache."""
+    """Return the measurement, or the reason for its absence, by system, and the number of cache hits."""
     takes, truth = clip
     out = {}
     found = 0
@@ -114,7 +116,7 @@ def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[
             if row is None:
                 row = _load_once(metric).measure(take, truth)
                 if not all(np.isfinite(row[figure]).all() for figure in metric.figures if figure in row):
-                    raise UserError("the result is no finite number")
+                    raise UserError("the result is not finite")
                 if path is not None:
                     _store(path, row)
             else:
@@ -122,15 +124,15 @@ def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[
             out[name] = row
         except UserError as error:
             out[name] = str(error)
-        except Exception as error:  # of a package, on one odd clip: the others continue
-            out[name] = f"unforeseen {type(error).__name__}: {error}"
+        except Exception as error:  # an unexpected error of a package on one clip; the others continue
+            out[name] = f"unexpected {type(error).__name__}: {error}"
     return out, found
 
 
 def check_files(take: Take) -> float | str:
-    """Return the seconds of a take, or why its files cannot be used."""
+    """Return the length of a take in seconds, or the reason why its files cannot be used."""
     if take.audio is None:
-        return "there is no file of that name, with the suffix of audio or a video"
+        return "there is no audio or video file of that name"
     if take.source is not None and not take.source.is_file():
         return f"no such file: {take.source}"
     try:
@@ -140,7 +142,7 @@ def check_files(take: Take) -> float | str:
 
 
 class Calls(processes.Work):
-    """Calls of functions, (number, function, argument), in a process with one thread."""
+    """Runs calls (number, function, argument) in a process with one thread."""
 
     def __init__(self, number: int) -> None:
         torch.set_num_threads(1)
@@ -151,18 +153,20 @@ class Calls(processes.Work):
 
 
 class Workers(processes.Processes):
-    """Processes that measure."""
+    """Worker processes that run measurements."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count, Calls)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        """Yield the function of each item, in the order of the items."""
+        """Yield `function(item)` for each item, in the order of the items."""
         results = {}
         number = 0
         for (at, *_), result in self.run((at, function, item) for at, item in enumerate(items)):
             if isinstance(result, processes.Lost):
-                raise UserError(f"{result.reason}, probably for memory: set fewer workers=; what was measured is kept")
+                raise UserError(
+                    f"{result.reason}, probably out of memory: lower workers=; finished measurements are kept"
+                )
             results[at] = result
             while number in results:
                 yield results.pop(number)
@@ -182,13 +186,13 @@ def measure(
     be read.
 
     Args:
-        clips: outputs of the systems beside the ground-truth clips; audio is a file or a wave in memory.
+        clips: outputs of the systems and the ground truth; audio is a file or a waveform in memory.
         metrics: each is loaded once per process.
         workers: number of processes; 1 measures in this one.
-        cache: folder of earlier measurements, which are keyed by the contents of the files; None: no cache, as for
-            waves in memory.
-        true_row: also measure the ground-truth clips, as a system of the name `TRUTH`. Otherwise only metrics that
-            compare with the ground-truth clip read it.
+        cache: folder of cached measurements, which are keyed by the contents of the files. None disables the cache, as
+            for waveforms in memory.
+        true_row: whether to measure the ground truth as a system named `TRUTH`. Otherwise it is read only by metrics
+            that compare with it.
     """
     results = Results()
     count = min(workers, len(clips))
@@ -196,7 +200,7 @@ def measure(
         try:
             _measure_all(clips, metrics, cache, true_row, pool.map if pool else map, results)
         finally:
-            _loaded.clear()  # the network of the last metric
+            _loaded.clear()  # free the network of the last metric
     return results
 
 
@@ -208,7 +212,7 @@ def _measure_all(
     every: Callable,
     results: Results,
 ) -> None:
-    """Fill `results`; `every` maps a function over items."""
+    """Fill `results`. `every` maps a function over items."""
     good = _readable(clips, results, every, true_row)
     for metric in metrics:
         start = time.monotonic()
@@ -220,7 +224,7 @@ def _measure_all(
             for clip, takes in good:
                 own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
                 works.append((own, clip.truth))
-            if not any(takes for takes, _ in works):  # such as a picture's figures for systems without pictures
+            if not any(takes for takes, _ in works):  # such as video metrics of systems without video
                 continue
             calls = map if metric.device.startswith("cuda") and not metric.parallel else every
             done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
@@ -250,9 +254,10 @@ def _measure_all(
 def _readable(
     clips: Sequence[Clip], results: Results, every: Callable, true_row: bool
 ) -> list[tuple[Clip, dict[str, Take]]]:
-    """Return the clips with those of their takes whose files can be read; with `true_row`, the true take is among them.
+    """Return the clips, restricted to takes whose files can be read. With `true_row`, the ground truth is among the
+    takes.
 
-    Waves in memory are not checked.
+    Waveforms in memory are not checked.
     """
     if not true_row:
         return [(clip, dict(clip.takes)) for clip in clips]

@@ -1,7 +1,7 @@
-"""Tables of papers, shown next to an evaluation's own and never mixed with them.
+"""Tables of published papers, shown separately from the tables of an evaluation.
 
-A paper reports numbers of other test sets, often measured by other programs, and without intervals. So its rows are
-printed as they are, in tables that carry the paper's own titles and columns.
+The numbers of a paper refer to other test sets, often to other measurement programs, and have no intervals. Its rows
+are therefore printed unchanged, under the titles and columns of the paper.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from engine.metrics.registry import METRICS
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of a paper.
+    """A table of a paper.
 
     Attributes:
-        title: its number and subject.
-        columns: figures of `engine.metrics.registry`, in the unit in which the evaluation prints them. A column that is
-            computed in another way than the figure of that name has a title of its own, such as "DD".
-        rows: values by system, in the order of the columns; None where the paper has none.
+        title: number and subject of the table.
+        columns: figures of `engine.metrics.registry`, in the units of the evaluation. A column whose definition differs
+            from the figure of that name has a separate title, such as "DD".
+        rows: values by system, in the order of the columns. None where the paper states no value.
     """
 
     title: str
@@ -31,16 +31,16 @@ class PaperTable:
 
     @property
     def stated(self) -> set[str]:
-        """Figures of the evaluation for which the table has a value."""
+        """Figures for which the table states a value."""
         values = [dict(zip(self.columns, row)) for row in self.rows.values()]
         return {name for row in values for name, value in row.items() if value is not None and name in METRICS}
 
     def heads(self) -> list[str]:
-        """Return the titles of the columns."""
+        """Return the column titles."""
         return [title_of(name) for name in self.columns]
 
     def cells(self, system: str) -> list[str]:
-        """Return the values of a row with the digits of the paper; a dash where the paper has none."""
+        """Return the values of a row, with the digits of the paper. Missing values are dashes."""
         columns = zip(*self.rows.values())
         digits = [max(map(_decimals, column)) for column in columns]
         return [_text(value, count) for value, count in zip(self.rows[system], digits)]
@@ -50,7 +50,7 @@ def read_paper_tables(config: Mapping[str, Mapping[str, Any]]) -> list[PaperTabl
     """Read the setting `paper_tables`, {title: {columns: [...], rows: {system: [...]}}}, ordered by title.
 
     Raises:
-        UserError: a row has another number of values than the table has columns.
+        UserError: If the number of values in a row differs from the number of columns.
     """
     tables = [PaperTable(title, table["columns"], table["rows"]) for title, table in sorted(config.items())]
     for table in tables:
@@ -63,7 +63,7 @@ def read_paper_tables(config: Mapping[str, Mapping[str, Any]]) -> list[PaperTabl
 
 
 def paper_lines(tables: Iterable[PaperTable], figures: Iterable[str]) -> list[str]:
-    """Return, for a terminal, the tables that report at least one of the measured figures."""
+    """Return the tables that report at least one of the measured figures, as lines for a terminal."""
     lines: list[str] = []
     for table in tables:
         if not table.stated & {*figures}:
@@ -77,7 +77,7 @@ def paper_lines(tables: Iterable[PaperTable], figures: Iterable[str]) -> list[st
 
 
 def title_of(column: str) -> str:
-    """Return the title of a column, with an arrow in the direction of better values."""
+    """Return the title of a column, with an arrow that points to better values."""
     if column not in METRICS:
         return column
     figure = METRICS[column].figures[column]

@@ -1,4 +1,4 @@
-"""The report of an evaluation as one HTML file that needs no network: audio, video and pictures stand in the page."""
+"""HTML report of an evaluation: a single file with embedded audio, video and images that needs no network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from engine.media.pictures import spectrogram
 from engine.metrics.metric import Take
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SHOWN = 10  # best clips, and worst
-SECONDS = 20.0  # of a clip that are shown
+SHOWN = 10  # number of best and of worst clips to show
+SECONDS = 20.0  # seconds of a clip that are shown
 VIDEO_SIDE = 224
 RATE = 16_000
 
 
 def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], media: bool = True) -> None:
-    """Write the table, the comparison of systems, and the ten best and worst clips of the first system.
+    """Write the table, the comparison of systems, and the ten best and ten worst clips of the first system.
 
-    With `media`, clips have players and spectrograms.
+    If `media` is true, clips have players and spectrograms.
     """
     systems = [name for name in summary["systems"] if name != TRUTH]
     ranking, best, worst = rank(summary, systems)
@@ -50,9 +50,10 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
 
 
 def rank(summary: Mapping[str, Any], systems: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Return (title, best clips, worst clips) of the first system, by the first figure that single clips have.
+    """Return (title, best clips, worst clips) of the first system, ranked by the first figure that has values for
+    single clips.
 
-    Of equal values, the further figures decide.
+    Ties are broken by the further figures.
     """
     cells = summary["systems"][systems[0]] if systems else {}
     keys = [f for f, about in summary["figures"].items() if f in cells and cells[f]["values"] and about["better"]]
@@ -84,7 +85,7 @@ def _card(clip: Clip, summary: Mapping[str, Any], systems: Sequence[str], media:
 
 
 def _media(take: Take | None) -> str:
-    """Return a player and a spectrogram of the first 20 s; "" where the file cannot be shown."""
+    """Return a player and a spectrogram of the first 20 s, or "" if the file cannot be shown."""
     if take is None or take.audio is None:
         return ""
     try:
@@ -103,7 +104,7 @@ def _url(content: Path | bytes, kind: str) -> str:
 
 
 def _player(audio: Path, video: Path | None) -> str:
-    """Return an <audio> or <video> element; "" if ffmpeg cannot convert the files."""
+    """Return an <audio> or <video> element, or "" if ffmpeg cannot convert the files."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "clip.mp4"
         files = [*source(audio), *(source(video) if video else [])]

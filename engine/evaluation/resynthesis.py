@@ -1,4 +1,4 @@
-"""What codecs make of ground-truth clips, as outputs of an evaluation.
+"""Resynthesis of ground-truth clips by codecs, as outputs of an evaluation.
 
 Axes: N samples, T frames, H height, W width, S side.
 """
@@ -24,7 +24,7 @@ from engine.metrics.metric import wave_of
 from engine.metrics.speech import FPS
 from engine.settings import require_range
 
-RATE = 24_000  # of the audio beside a cartoon face
+RATE = 24_000  # sample rate of the audio of a rendered face
 
 
 @torch.inference_mode()
@@ -36,14 +36,14 @@ def write_resynthesis(
     levels: int | None = None,
     chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Write what a codec makes of the ground-truth speech or picture of every clip, where the output is missing.
+    """Write the reconstruction of the audio or video of every clip by a codec, where the output is missing.
 
-    A portrait codec draws the motion of each clip on its first frame. The audio beside it is the given one.
+    A portrait codec renders the motion of each clip on its first frame. The original audio is added.
 
     Args:
-        weights: the codec's release folder; None: the bundled one.
-        levels: number of levels of codes that are decoded.
-        chosen: which of all batches of clips to write.
+        weights: release folder of the codec. None: the bundled one.
+        levels: number of codebook levels to decode.
+        chosen: slice of the batches to write.
     """
     portrait = isinstance(codec, PortraitCodec)
     facts: dict[str, Any] = {"given": "audio"} if portrait else {}
@@ -61,7 +61,7 @@ def write_resynthesis(
             wave = wave_of(clip.truth.audio, rate)
             if portrait:
                 if clip.truth.source is None:
-                    raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
+                    raise UserError("no video to reconstruct: expected ID.mp4 in references=, or video in the manifest")
                 frames = rebuild(codec, read_video(clip.truth.source, FPS))
             else:
                 wave = rebuild_wave(codec, wave, levels)
@@ -74,21 +74,25 @@ def write_resynthesis(
 
 
 def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> np.ndarray:
-    """Encode and decode a wave (N,) at the codec's rate; of levels of codes the first `levels`, None: all."""
+    """Encode and decode a waveform (N,) at the sample rate of the codec. `levels` limits the codebook levels; None uses
+    all.
+    """
     code = codec.encode(to_device(torch.from_numpy(wave.copy())[None, None], next(codec.parameters()).device))
     code = code if levels is None else code[:, :levels]
     return decode_wave(codec, code, len(wave))
 
 
 def decode_wave(codec: Codec, code: Tensor, samples: int) -> np.ndarray:
-    """Decode the code of one wave to `samples` samples (N,): cut, or filled up with zeros at the end."""
+    """Decode the code of one waveform to `samples` samples (N,), cropped or zero-padded at the end."""
     wave = codec.decode(code)[0, 0, :samples].float().cpu().numpy()
     return np.pad(wave, (0, samples - len(wave)))
 
 
 def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
-    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3): (T, S, S, 3) bytes."""
+    """Render the motion of frames (T, H, W, 3) on their first frame, or on `face` (H, W, 3). Return (T, S, S,
+    3) uint8.
+    """
     device = next(codec.parameters()).device
-    motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
+    motion = codec.encode(video_to_tensor(frames, codec.size))  # which moves them to the device in chunks
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
     return to_bytes(codec.decode(motion, codec.identity(to_device(picture, device))))

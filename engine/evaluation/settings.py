@@ -22,14 +22,14 @@ from engine.settings import (
 
 @dataclass(frozen=True)
 class GenerateConfig(Group, prefix="generate."):
-    """Settings of the systems that generate outputs; each model reads those that it has."""
+    """Settings of systems that generate outputs. Each model uses the settings that it supports."""
 
     weights: str | None = setting(None, about="release folder of the model; null: the bundled one")
     codec: str | None = setting(
-        None, about="hicodit: release folder of the tokenizer; null: the one that the weights name"
+        None, about="hicodit: release folder of the tokenizer; null: the tokenizer of the weights"
     )
     codecs: dict[str, Any] = setting(
-        {}, about="talker_t2av: release folders of codecs that it does not name, as in {speech: FOLDER}"
+        {}, about="talker_t2av: release folders of codecs, which override those of the weights, as in {speech: FOLDER}"
     )
     detector: str | None = setting(
         None,
@@ -40,11 +40,11 @@ class GenerateConfig(Group, prefix="generate."):
         None,
         about="hicodit: landmarks in every frame: dlib68, mtcnn, yunet, or a file or folder; null: as in training",
     )
-    precision: str = setting("fp32", choices=PRECISIONS, about="of the model: fp32, bf16, int8 or auto")
+    precision: str = setting("fp32", choices=PRECISIONS, about="precision of the model: fp32, bf16, int8 or auto")
     sampler: str = setting("release", about="hicodit: release, paper or fast (configs/sampler)")
-    sampling: dict[str, Any] = setting({}, about="settings that override the sampler's, as in {steps:5}")
+    sampling: dict[str, Any] = setting({}, about="settings that override those of the sampler, as in {steps:5}")
     guidance: dict[str, Any] = setting(
-        {}, about="hicodit: guidance scales that override the sampler's, as in {all:2.25}"
+        {}, about="hicodit: guidance scales that override those of the sampler, as in {all:2.25}"
     )
     voice: bool = setting(
         False,
@@ -102,18 +102,18 @@ class EvaluateConfig(Group):
         about="of speech without pictures of its own: source, those that it was made for; output: none",
     )
     protocol: dict[str, Any] = setting(
-        {}, about="by metric, how it is measured, as in {wer: grammar}; else the metric's first protocol"
+        {}, about="protocol by metric, as in {wer: grammar}; default: the first protocol of the metric"
     )
     grammar: str | None = setting(
-        None, about="JSGF file of the recogniser of protocol.wer=grammar; null: that of corpus="
+        None, about="JSGF grammar file for protocol.wer=grammar; null: the grammar of corpus="
     )
     voices: dict[str, Any] = setting(
         {}, about="by split, prepared shards whose speakers own voices are looked for among; else those of the clips"
     )
-    aim: dict[str, Any] = setting({}, about="by split, the values that are aimed at")
-    paper: dict[str, Any] = setting({}, about="rows of the paper, values in the order of the columns")
+    aim: dict[str, Any] = setting({}, about="target values by split")
+    paper: dict[str, Any] = setting({}, about="rows of the paper, with values in the order of the columns")
     paper_tables: dict[str, Any] = setting(
-        {}, about="whole tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown apart"
+        {}, about="further tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown apart"
     )
     true_speech: str | None = setting(
         None, about="which of the paper's ground-truth rows is shown, such as LRS3; null: all"
@@ -126,18 +126,20 @@ class EvaluateConfig(Group):
     executor: str = setting(
         "processes",
         choices=EXECUTORS,
-        about="where they run: processes (of this machine), or ray (a cluster, extra `cluster`)",
+        about="executor: processes (on this machine), or ray (a cluster, extra `cluster`)",
     )
     ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
-    workers: int | None = setting(None, 1, 10**7, "number of processes; null: one for each core")
-    cache: str | None = setting(None, about="folder of measurements, to be shared by reports; null: OUTPUT/cache")
+    workers: int | None = setting(None, 1, 10**7, "number of measurement processes; null: one per core")
+    cache: str | None = setting(
+        None, about="cache folder for measurements, which reports can share; null: OUTPUT/cache"
+    )
     exchanged: bool = setting(
         False, about="add a control to each system: its outputs, each measured as if it were another clip's"
     )
-    compare: bool = setting(True, about="test which of several systems is better")
-    resamples: int = setting(2000, 1, 10**7, "of the bootstrap and of the permutation test")
-    media: bool = setting(True, about="put players and spectrograms of the best and worst clips into the report")
-    title: str | None = setting(None, about="head of the report; null: the name of the table")
+    compare: bool = setting(True, about="test for significant differences between systems")
+    resamples: int = setting(2000, 1, 10**7, "number of resamples of the bootstrap and of the permutation test")
+    media: bool = setting(True, about="include players and spectrograms of the best and worst clips in the report")
+    title: str | None = setting(None, about="title of the report; null: the name of the table")
     record: str | None = setting(
         None, about="FOLDER/NAME of a JSON record FOLDER/DATE-NAME.json of the results, without those of single clips"
     )
@@ -145,10 +147,10 @@ class EvaluateConfig(Group):
         None, about="hicodit, talker_t2av, rvq_codec, whisperx_vae or lia_x: generate outputs first"
     )
     systems: dict[str, Any] = setting(
-        {}, about="several systems that generate, by name: settings of generate that differ, and model"
+        {}, about="systems to generate by name: `model`, and settings of generate that differ"
     )
-    only: list[str] | None = setting(None, about="names of those that do; null: all")
-    generate: GenerateConfig = group(GenerateConfig, about="of systems of model=")
+    only: list[str] | None = setting(None, about="names of the systems to generate; null: all")
+    generate: GenerateConfig = group(GenerateConfig, about="seed of the systems of model=")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:

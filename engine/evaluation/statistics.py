@@ -1,7 +1,7 @@
-"""Figures of many clips with intervals, and tests of two systems on the same clips.
+"""Means over clips with confidence intervals, and paired tests between systems.
 
-What is measured of a clip for a figure is a pair (a, b). A figure is sum(a) / sum(b) over clips, or the correlation of
-a with b. Clips, or whole groups of them such as speakers, are resampled by weights.
+The measurement of a clip is a pair (a, b). A figure is sum(a) / sum(b) over clips, or the correlation of a and b.
+Resampling weights clips, or groups of clips such as speakers.
 
 Axes: N clips, W rows of weights, S seeds (models of one system).
 """
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-LEVEL = 95.0  # per cent of an interval
-BLOCK = 2**22  # numbers drawn at once
+LEVEL = 95.0  # confidence level of an interval in per cent
+BLOCK = 2**22  # random numbers drawn at once
 RESAMPLES = 2000
 NORMAL = 1.96
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % point of the t distribution for the mean of so many values
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of the t distribution, by number of values
 
 Statistic = Callable[[np.ndarray, np.ndarray | float], np.ndarray]
 
@@ -31,7 +31,7 @@ def ratio(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
 def correlation(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
     """Return Pearson's r of pairs (..., N, 2) with weights (..., N); 0 where a or b does not vary.
 
-    The pitch range of a whisper, for example, does not.
+    The pitch range of whispered clips, for example, does not vary.
     """
     weights = np.broadcast_to(weights, np.broadcast_shapes(np.shape(weights), pairs.shape[:-1]))
     share = (weights / weights.sum(-1, keepdims=True))[..., None]
@@ -49,13 +49,14 @@ def bootstrap_interval(
     statistic: Statistic = ratio,
     minus: np.ndarray | None = None,
 ) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of a figure of pairs (N, 2), or of its difference to that of `minus` (N, 2).
+    """Return the 95 % percentile bootstrap interval of a figure of pairs (N, 2), or of its difference to that of
+    `minus` (N, 2).
 
     Args:
-        groups: of the clips, such as speakers: whole groups are drawn with replacement, the same for both.
+        groups: group of each clip, such as its speaker. Whole groups are resampled, identically for both systems.
 
     Returns:
-        None with fewer than two clips or groups.
+        The bounds (low, high), or None with fewer than two clips or groups.
     """
     values = [
         statistic(pairs, weights) - (0 if minus is None else statistic(minus, weights))
@@ -68,7 +69,9 @@ def bootstrap_interval(
 
 
 def resampled(count: int, groups: Sequence[str] | None, resamples: int) -> Iterator[np.ndarray]:
-    """Yield weights (W, N) of `count` clips, `resamples` rows in all; none with fewer than two clips or groups."""
+    """Yield weights (W, N) of `count` clips, `resamples` rows in total. Yield nothing with fewer than two clips or
+    groups.
+    """
     at = np.arange(count) if groups is None else np.unique(np.asarray(groups, str), return_inverse=True)[1]
     units = len(np.unique(at))
     rng = np.random.default_rng(0)
@@ -80,9 +83,10 @@ def resampled(count: int, groups: Sequence[str] | None, resamples: int) -> Itera
 def permutation_test(
     one: np.ndarray, two: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, statistic: Statistic = ratio
 ) -> tuple[float, float]:
-    """Return (difference of two systems' figures, two-sided p), both pairs (N, 2) of the same clips.
+    """Return (difference of the figures of two systems, two-sided p-value). Both are pairs (N, 2) of the same clips.
 
-    Under the null hypothesis the two takes of a clip can be exchanged: they are, with a fair coin for each clip.
+    Under the null hypothesis the outputs of both systems are exchangeable, so each clip is swapped with probability
+    1/2.
     """
     seen = float(statistic(one, 1.0) - statistic(two, 1.0))
     rng = np.random.default_rng(seed)
@@ -97,17 +101,17 @@ def permutation_test(
 def estimate(
     statistic: Statistic, models: np.ndarray, groups: Sequence[str], minus: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return (mean over seeds of a figure, or of its difference to another system's; half of its 95 % interval).
+    """Return (mean over seeds of a figure, or of its difference to another system, half-width of its 95 % interval).
 
-    Two parts are added as squares: Student's for the mean over seeds of models on the same clips, and the normal one
-    for clips, from resampled groups (whole groups, the same ones for all seeds and both systems).
+    The variances of two components are added: a Student t interval over the seeds, and a normal interval over clips
+    from resampled groups, which are the same for all seeds and both systems.
 
     Args:
-        models: pairs (S, N, 2), NaN where a clip does not count. groups: the clips' speakers.
-        minus: the same of the other system.
+        models: pairs (S, N, 2), NaN for excluded clips. groups: the clips' speakers.
+        minus: pairs of the other system.
 
     Returns:
-        NaN with fewer than two groups.
+        (mean, half-width), NaN with fewer than two groups.
     """
     counts = ~np.isnan(models).any((0, 2)) & (True if minus is None else ~np.isnan(minus).any((0, 2)))
     weights = [np.ones((1, counts.sum())), *resampled(counts.sum(), np.asarray(groups)[counts], RESAMPLES)]
@@ -122,7 +126,7 @@ def estimate(
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Raise p values so that one wrong rejection among all of them is as rare as in a single test (Holm 1979)."""
+    """Return Holm-adjusted p-values, which control the family-wise error rate (Holm 1979)."""
     order = np.argsort(values)
     out = [0.0] * len(values)
     worst = 0.0
@@ -133,7 +137,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a permutation (size,) that leaves nothing in place: whose words, or face, stands in for each clip's."""
+    """Draw a random permutation (size,) without fixed points."""
     order = rng.permutation(size)
     out = np.empty(size, int)
     out[order] = np.roll(order, 1)

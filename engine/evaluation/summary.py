@@ -1,4 +1,4 @@
-"""From measurements to the figures of a table: values, intervals, tests, and what was left out."""
+"""Aggregation of measurements to the figures of a table: values, intervals, tests, and omitted items."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from engine.evaluation.statistics import bootstrap_interval, holm, permutation_t
 from engine.metrics.frechet import frechet_distance
 from engine.metrics.metric import Figure, Metric
 
-Found = Mapping[str, Mapping[str, Any]]  # what was measured for a figure, by system and clip
+Found = Mapping[str, Mapping[str, Any]]  # measurements of a figure, by system and clip
 SIGNIFICANT = 0.05
-HEADLINE = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
-TOLERANCE = 0.2  # seconds between an output and the ground-truth speech that need no remark
+HEADLINE = ("value", "interval", "interval_speakers", "clips")  # keys of a figure in a record
+TOLERANCE = 0.2  # tolerated difference in length between output and ground truth, in seconds
 
 
 def summarise(
     clips: Sequence[Clip], results: Results, metrics: Mapping[str, Metric], resamples: int, compare: bool = True
 ) -> dict[str, Any]:
-    """Return the figures of every system, and if asked for tests of every two, as plain values for a JSON file.
+    """Return the figures of every system and, if requested, tests of every pair of systems, as plain values for a JSON
+    file.
 
     `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted),
-    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` are given
-    by the figures that are wanted of them.
+    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` maps each
+    requested figure to its metric.
     """
     missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}
     speakers = {clip.id: clip.speaker for clip in clips}
@@ -47,7 +48,7 @@ def summarise(
             except UserError as error:
                 missing[figure] = str(error)
         if rows and figure not in missing and not any(figure in cells for cells in systems.values()):
-            missing[figure] = "no clip has it"
+            missing[figure] = "no clip has a value"
     shown = {name: metric for name, metric in metrics.items() if any(name in cells for cells in systems.values())}
     return {
         "figures": {
@@ -71,7 +72,9 @@ def summarise(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by system and figure what a record keeps of a summary: all except what was measured of single clips."""
+    """Return by system and figure the part of a summary that a record stores: everything except the values of single
+    clips.
+    """
     systems = summary["systems"].items()
     return {name: {f: {key: cell[key] for key in HEADLINE} for f, cell in cells.items()} for name, cells in systems}
 
@@ -83,10 +86,10 @@ def _cell(
     about: Figure,
     resamples: int,
 ) -> dict[str, Any]:
-    """Return the figure of one system from what was measured by clip: pairs, or features of a set (F, D)."""
+    """Return the figure of one system from its measurements by clip: pairs, or features (F, D)."""
     if isinstance(next(iter(measured.values())), np.ndarray):
         if not true:
-            raise UserError("the ground-truth clips have no pictures to compare with")
+            raise UserError("the ground truth has no video to compare with")
         value = frechet_distance(*(np.concatenate([*rows.values()]) for rows in (measured, true)))
         return {"value": value, "interval": None, "interval_speakers": None, "clips": len(measured), "values": {}}
     pairs = np.array([*measured.values()], float)
@@ -103,7 +106,7 @@ def _cell(
 def _intervals(
     pairs: np.ndarray, speakers: Sequence[str | None], about: Figure, resamples: int, minus: np.ndarray | None = None
 ) -> dict[str, list[float] | None]:
-    """Return the interval of a figure over clips, and over their speakers if all are known; None of fewer than two."""
+    """Return the intervals of a figure over clips, and over speakers if all are known. None with fewer than two."""
     how = resamples, about.statistic, minus
     intervals = {
         "interval": bootstrap_interval(pairs, None, *how),
@@ -118,10 +121,11 @@ def _tests(
     speakers: Mapping[str, str | None],
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """Test every two systems by permutation on the clips that both have; p values are corrected over all tests (Holm).
+    """Run permutation tests between every two systems on the clips that both have. p-values are Holm-corrected over all
+    tests.
 
-    `better` names a system if the corrected p is below 0.05, else it is None. `smallest_p` is what the most different
-    systems could reach: each clip is exchanged or not, so few clips can show nothing.
+    `better` names a system if the corrected p is below 0.05, else it is None. `smallest_p` is the smallest p-value that
+    any two systems could reach with this number of clips.
     """
     tests = []
     compared = [name for name in systems if name != TRUTH and not name.endswith(EXCHANGED)]
@@ -155,7 +159,9 @@ def _tests(
 
 
 def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Name systems that end early or late: figures see only what they have in common with the ground-truth speech."""
+    """Report systems with outputs of another length: metrics only compare the part that output and ground truth have in
+    common.
+    """
     cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.cuts)
     true = lengths.get(TRUTH, {})
     notes = []
@@ -169,7 +175,7 @@ def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[s
 
 
 def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> list[str]:
-    """Name figures whose rows are of different clips, as of a system that has not all of them."""
+    """Report figures whose rows cover different clips."""
     other = []
     systems = 0
     for figure, metric in metrics.items():
@@ -180,12 +186,12 @@ def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> li
     if not other:
         return []
     are = f"{', '.join(other)} {'is' if len(other) == 1 else 'are'}"
-    note = f"the rows' {are} of different clips, as some were left out"
+    note = f"rows cover different clips, as some were skipped"
     return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
 
 
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the tests of every two systems for a terminal, one line each."""
+    """Return the tests of every two systems as lines for a terminal."""
     tests = summary["tests"]
     if not tests:
         return []
@@ -203,7 +209,9 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
+    """Return the table as lines for a terminal: a row per system with intervals, then the target values and the paper's
+    rows.
+    """
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     rows = [
@@ -224,7 +232,7 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(cell: Mapping[str, Any] | None, about: Mapping[str, Any]) -> tuple[str, str]:
-    """Return value and interval of a figure as they are printed."""
+    """Return the formatted value and interval of a figure."""
     if cell is None:
         return "-", ""
     value, *ends = (f"{number:.{about['digits']}f}" for number in (cell["value"], *(cell["interval"] or ())))

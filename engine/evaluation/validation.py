@@ -1,7 +1,7 @@
-"""A trainer's validation: `engine.evaluation.measure` for waves in memory, divided over processes.
+"""Validation during training: `engine.evaluation.measure` for waveforms in memory, divided over processes.
 
-Each process measures its part of the clips, and the figures come of all of them. What processes measure is kept by
-clip, in the order of the clips, so that the figures do not depend on their number.
+Each process measures its share of the clips, and the results of all processes are combined in the order of the clips,
+so that figures do not depend on the number of processes.
 
 Axes: N samples.
 """
@@ -25,18 +25,18 @@ from engine.metrics.registry import metrics_of, protocol_of
 
 @dataclass(frozen=True)
 class Share:
-    """What process `rank` of `count` measures: neighbouring items, the smaller shares first.
+    """The part of the items that process `rank` of `count` measures. Parts are contiguous, and smaller ones come first.
 
-    The first process also measures what cannot be divided. It has an item if there is any: random draws then come after
-    the same work as in a single process.
+    The first process also measures what cannot be divided. It has at least one item if there are any, so that its
+    random draws follow the same work as in a single process.
     """
 
     rank: int = 0
     count: int = 1
-    most: int | None = None  # items that are measured by all processes together; None: all
+    most: int | None = None  # number of items to measure over all processes; None: all
 
     def range(self, items: int) -> range:
-        """Return the numbers of this process's items among `items`."""
+        """Return the indices of this process's items among `items`."""
         items = items if self.most is None else min(items, self.most)
         parts = min(self.count, items)
         if self.rank >= parts:
@@ -49,11 +49,11 @@ class Share:
 
 
 ALONE = Share()
-OUTPUT = "output"  # the one system of a validation
+OUTPUT = "output"  # name of the only system of a validation
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Return the numbers of `count` of `total` clips, evenly spread; all of them if there are fewer."""
+    """Return the indices of `count` of `total` clips, evenly spaced, or all indices if there are fewer."""
     return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
@@ -63,14 +63,16 @@ def mean_of(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class ByClip:
-    """A figure that all clips have together."""
+    """A figure that is computed from the values of all clips."""
 
-    values: Mapping[int, Any]  # what was measured of a clip, by its number
-    figure: Callable[[list[Any]], Any] = mean_of  # of the values of all clips in order; pickle knows it by name
+    values: Mapping[int, Any]  # measurement by clip index
+    figure: Callable[[list[Any]], Any] = mean_of  # function of the values of all clips in order; must be picklable
 
 
 def figures_of(shares: Sequence[Mapping[str, float | ByClip]]) -> dict[str, float]:
-    """Return the figures of all shares. A figure of several values is their mean; one that no clip has is left out."""
+    """Combine the figures of all shares. Figures with several values are averaged; figures without values are
+    omitted.
+    """
     found: dict[str, float | ByClip] = {}
     for share in shares:
         for name, value in share.items():
@@ -88,7 +90,7 @@ def figures_of(shares: Sequence[Mapping[str, float | ByClip]]) -> dict[str, floa
 
 
 def words_by(recogniser: str | Path | None) -> dict[str, str]:
-    """Return the protocol of word errors: a JSGF grammar (a file), the Whisper of a folder; None: Whisper medium."""
+    """Return the WER protocol: a JSGF grammar (a file), the Whisper model of a folder, or Whisper medium (None)."""
     if recogniser is None:
         return {}
     return {"wer": f"{'whisper-medium' if Path(recogniser).is_dir() else 'grammar'}:{recogniser}"}
@@ -109,20 +111,20 @@ def measure_outputs(
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
 ) -> dict[str, ByClip]:
-    """Measure figures of generated speech as ratios: a word error rate of 0.1 is 10 %.
+    """Measure figures of generated speech as ratios: a WER of 0.1 is 10 %.
 
-    `figures_of` makes one number per figure of what all processes measured. A figure whose package or network is
-    missing is left out, and the first process prints one line about it. A clip that cannot be measured is left out.
+    `figures_of` combines the results of all processes. Figures whose package or network is missing are skipped, which
+    the first process reports. Clips that cannot be measured are skipped.
 
     Args:
         figures: names of `engine.metrics.registry`.
-        texts: the words of each clip.
-        waves: the generated speech of each clip, (N,).
-        truths: the ground-truth speech of each clip, (N,); None leaves out figures that compare with it.
+        texts: text of each clip.
+        waves: generated speech of each clip, (N,).
+        truths: ground-truth speech of each clip, (N,). None skips figures that need it.
         rate: sampling rate of both, in Hz.
-        recogniser: what transcribes the speech; see `words_by`.
+        recogniser: speech recogniser, see `words_by`.
         device: device of the metrics' networks.
-        numbers: index of each clip among all clips of the validation, of which other processes measure the rest.
+        numbers: index of each clip among all clips of the validation.
     """
     numbers = range(len(waves)) if numbers is None else numbers
     by_metric = {

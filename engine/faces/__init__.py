@@ -1,1 +1,1 @@
-"""Where the face is in a clip: detectors, tracks through time, a picture of the track to check."""
+"""Face localisation in video clips: detectors, tracking over time, and a visualisation of the track."""

@@ -53,7 +53,7 @@ def test_composition():
         ([RECIPE, "trainer.lr=half"], "trainer.lr=half must be a number"),
         ([RECIPE, "trainer.betas=3"], "trainer.betas=3 must be a list"),
         ([RECIPE, "lora=3"], "lora=3 must be a group of settings"),
-        ([RECIPE, "~trainer"], "trainer is a setting with a default and cannot be removed"),
+        ([RECIPE, "~trainer"], "trainer has a default and cannot be removed"),
         ([RECIPE, "+trainer.momentum=1"], "unknown setting 'trainer.momentum'"),
         ([RECIPE, "trainer.lr=1,2"], "add --multirun"),
         ([RECIPE, "name"], "unknown argument 'name'"),

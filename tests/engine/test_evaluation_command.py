@@ -176,7 +176,7 @@ def test_a_result_that_is_no_number_is_no_measurement(run, monkeypatch):
     values = iter([float("nan")])
     monkeypatch.setattr(STOI, "measure", lambda *a: {"stoi": (next(values, None) or measured(*a)["stoi"][0], 1)})
     results = run().results
-    assert [row["why"] for row in results["left_out"]["files"]] == ["the result is no finite number"]
+    assert [row["why"] for row in results["left_out"]["files"]] == ["the result is not finite"]
     assert results["systems"]["good"]["stoi"]["value"] > 0.5
 
 
@@ -232,7 +232,7 @@ def test_a_second_run_measures_nothing_again(run, monkeypatch, folders):
 def test_a_set_figure_without_true_pictures_is_left_out():
     results = Results(rows={"FID": {"a": {"x": {"fid": np.ones((3, 4))}}}})
     summary = summarise([], results, {"fid": FID()}, 10)
-    assert summary["left_out"]["figures"] == {"fid": "the ground-truth clips have no pictures to compare with"}
+    assert summary["left_out"]["figures"] == {"fid": "the ground truth has no video to compare with"}
 
 
 # --- outputs that a model generates ---
@@ -248,10 +248,10 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders):
     (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
     assert again().results["systems"] == results["systems"] and kept.stat().st_mtime_ns == before
     assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames per second
-    with pytest.raises(UserError, match="made with other settings"):
+    with pytest.raises(UserError, match="contains outputs of other settings"):
         again("generate.levels=1")
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name
-    with pytest.raises(UserError, match=r"holds an output of s1/c1 that was made from other files"):
+    with pytest.raises(UserError, match=r"contains an output of s1/c1 for other files"):
         again()
 
 

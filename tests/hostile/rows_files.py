@@ -252,9 +252,9 @@ MANIFESTS = {  # lines of a list of clips, and what is said of them
 CLIPS = {  # lines of an evaluation's manifest, and what is said of them
     '{"id": "../x"}': "line 1: id",
     '{"id": "a"}\n{"id": "a"}': "twice",
-    '{"id": 7}': "line 1: id must be text",
+    '{"id": 7}': "line 1: id must be a string",
     "[1]": "no JSON object",
-    '{"id": "a", "text": [1]}': "text must be text",
+    '{"id": "a", "text": [1]}': "text must be a string",
     "": "lists no clips",
     "{": "cannot be read as JSON",
 }

@@ -77,7 +77,7 @@ EVALUATE = [
     ("outputs=sounds references=sounds output=file", "cannot write to output=file"),
     (f"{REPORT} outputs=sounds cache=file", "cannot write to cache=file"),
     (f"{REPORT} outputs=nowhere", "outputs.nowhere=nowhere is not a folder"),
-    (f"{REPORT} outputs='{{{{true speech: .}}}}'", "'true speech' is the name of the true row"),
+    (f"{REPORT} outputs='{{{{true speech: .}}}}'", "'true speech' is the name of the ground-truth row"),
     (f"{REPORT} outputs='{{{{<b>: ., x: 3}}}}'", "cannot be read: quote names"),
     (f"{REPORT} protocol.wer=ears", "protocol.wer=ears is unknown; choose whisper-medium"),
     (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar needs grammar=FILE.jsgf: none is given"),
