@@ -1,4 +1,4 @@
-"""Output files appear whole or not at all."""
+"""Atomic output files and checks of output folders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 
 from engine.errors import UserError
 
-SPACE = 500  # megabytes that a run needs at least
+SPACE = 500  # minimum free disk space of a run in megabytes
 
 
 @contextmanager
 def report_os_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turn an OSError of the block into a UserError: `what` failed, why, and `advice`."""
+    """Convert an OSError in the block to a UserError that states the failed operation `what`, the reason, and
+    `advice`.
+    """
     try:
         yield
     except OSError as error:
@@ -28,14 +30,14 @@ def report_os_errors(what: str, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path` (same suffix); it replaces `path` when the block succeeds.
+    """Yield a temporary path next to `path`, with the same suffix, which replaces `path` when the block succeeds.
 
-    Missing folders are made. An existing `path` stays unchanged when the block fails.
+    Missing folders are created. An existing `path` is unchanged if the block fails.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; give a file name")
-    with report_os_errors(f"cannot write {path}", "; give a folder that can be written"):
+        raise UserError(f"cannot write {path}: it is a folder, not a file")
+    with report_os_errors(f"cannot write {path}", "; choose a writable folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -43,7 +45,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     try:
         with report_os_errors(f"cannot write {path}"):
             yield staging
-            umask = os.umask(0)  # mkstemp makes files only the owner can read; the result gets ordinary rights
+            umask = os.umask(0)  # mkstemp creates files with mode 0600; apply the default permissions
             os.umask(umask)
             staging.chmod(0o666 & ~umask)
             os.replace(staging, path)
@@ -53,13 +55,13 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, atomically."""
+    """Write a text file atomically."""
     with atomic_output(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, atomically."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
@@ -73,23 +75,23 @@ def checksum(path: Path) -> int:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise UserError if `folder` holds a link, by which another person could make us write elsewhere."""
+    """Raise UserError if `folder` contains a symbolic link, through which files elsewhere could be overwritten."""
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in folders + files):
             if path.is_symlink():
-                raise UserError(f"{path} is a link: put the file or folder itself there")
+                raise UserError(f"{path} is a link: replace it with the file or folder itself")
 
 
 def _named(folder: str | Path, setting: str) -> Path:
-    """Return the folder that a setting names, which must not be empty."""
+    """Return the folder of a setting, which must not be empty."""
     if not str(folder):
-        raise UserError(f"{setting}= is empty: name a folder")
+        raise UserError(f"{setting}= is empty: expected a folder")
     return Path(folder)
 
 
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
-    """Create the folder that `setting` names, or fail before any work; new folders that stay empty are removed."""
+    """Create the folder of `setting`, or fail before any work begins. New folders that stay empty are removed."""
     folder = _named(folder, setting)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     with report_os_errors(f"cannot write to {setting}={folder}"):
@@ -104,9 +106,9 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
 
 
 def require_space(folder: str | Path, setting: str) -> None:
-    """Check that the folder which the setting names could be written, on a disk with `SPACE` megabytes free.
+    """Check that the folder of `setting` is writable, on a disk with `SPACE` megabytes free.
 
-    It is not made: of several processes that check it, one would remove it while another writes.
+    The folder is not created, as concurrent processes could remove each other's folder.
     """
     path = _named(folder, setting).absolute()
     with report_os_errors(f"cannot write to {setting}={folder}"):
@@ -119,7 +121,7 @@ def require_space(folder: str | Path, setting: str) -> None:
 
 @contextmanager
 def all_or_none(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder inside `folder`; its files move there together when the block succeeds."""
+    """Yield a temporary folder inside `folder`. Its files are moved to `folder` when the block succeeds."""
     folder = Path(folder)
     staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:

@@ -1,4 +1,4 @@
-"""Release folders by their name on the Hugging Face hub."""
+"""Release folders on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAM
 
 
 def release_folder(source: str | Path) -> Path:
-    """Return the folder `source`, or, if there is none, the local copy of the hub's repository of that name.
+    """Return the folder `source`, or the local copy of the hub repository of that name.
 
-    OWNER/NAME is searched on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
-    stays a path. Without a network, an earlier copy is used. OWNER/NAME@REVISION names a branch, tag or commit. A
-    bundled release, assets/NAME, is found from every folder.
+    OWNER/NAME is looked up on the hub only if neither this folder nor a folder OWNER exists, so that mistyped paths are
+    not downloaded. Without a network, a cached copy is used. OWNER/NAME@REVISION selects a branch, tag or commit. A
+    bundled release assets/NAME is found from any working directory.
 
     Raises:
-        UserError: the folder is that of a training run, or the hub's repository cannot be downloaded.
+        UserError: If the folder is a training run, or the repository cannot be downloaded.
     """
     refuse_run(source)
     name = NAME.fullmatch(str(source))
@@ -53,23 +53,23 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
 
 def refuse_run(source: str | Path, key: str = "") -> None:
-    """Raise UserError if a folder is that of a training run: its release is a folder in it.
+    """Raise UserError if a folder is that of a training run, whose release is a subfolder.
 
     Args:
-        key: name of the setting that has this value.
+        key: name of the setting, for the error message.
     """
     release = Path(source) / "release"
     is_run = (release / "model.safetensors").is_file() and not (Path(source) / "model.safetensors").exists()
     if is_run:
         setting = f"{key}=" if key else ""
-        raise UserError(f"{setting}{source} is the folder of a training run: give its release, {setting}{release}")
+        raise UserError(f"{setting}{source} is the folder of a training run: use its release, {setting}{release}")
 
 
 def check_release(key: str, source: str | None) -> None:
-    """Check that the release that the setting `key` names exists; a name on the hub passes."""
+    """Check that the release of the setting `key` exists. A name on the hub is accepted."""
     if source is not None:
         refuse_run(source, key)
     if source is not None and not Path(source).exists():
         name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():
-            raise UserError(f"{key}={source}: not found; give a folder, or OWNER/NAME on the hub")
+            raise UserError(f"{key}={source}: not found; expected a folder, or OWNER/NAME on the hub")

@@ -1,4 +1,6 @@
-"""Objects from configuration: a node names its class or function as `_target_`, and the other keys are arguments."""
+"""Objects from configuration: `_target_` names the class or function, and the other keys of the node are its
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisper
 
 
 def build(node: Any, **extra: Any) -> Any:
-    """Call what `_target_` names with the other keys of the node as plain Python values.
+    """Call the `_target_` of a node with its other keys as plain Python values.
 
-    Nodes inside the node that have a `_target_` are built first. Unlike `hydra.utils.instantiate`, only classes and
-    functions of this repository are called.
+    Nested nodes with a `_target_` are built first. In contrast to `hydra.utils.instantiate`, only classes and functions
+    of this repository are called.
 
     Args:
-        extra: further arguments, which replace those of the node.
+        extra: additional arguments, which override those of the node.
 
     Raises:
-        UserError: the class does not exist, or its signature does not take these arguments.
+        UserError: If the class does not exist, or its signature does not accept the arguments.
     """
     node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if isinstance(node, list):
@@ -37,7 +39,7 @@ def build(node: Any, **extra: Any) -> Any:
     call = target(node["_target_"])
     try:
         inspect.signature(call).bind(**arguments)
-    except TypeError as error:  # only of the call itself: a TypeError from inside is a bug and keeps its traceback
+    except TypeError as error:  # only for the call itself: a TypeError raised inside is a bug and keeps its traceback
         raise UserError(f"{node['_target_']}: {error}") from error
     return call(**arguments)
 
@@ -45,11 +47,11 @@ def build(node: Any, **extra: Any) -> Any:
 def target(name: Any) -> Callable[..., Any]:
     """Return the class or function that a dotted name refers to.
 
-    Only names that a module of this repository defines itself are accepted, so that a configuration cannot call
-    anything else: `os.system` and `engine.release.torch.load` are refused.
+    Only names defined by a module of this repository are accepted, so that a configuration cannot call `os.system` or
+    `engine.release.torch.load`.
 
     Raises:
-        UserError: there is no such class or function.
+        UserError: If there is no such class or function.
     """
     module, _, attribute = str(name).rpartition(".")
     member = None
@@ -65,7 +67,7 @@ def target(name: Any) -> Callable[..., Any]:
 
 
 def check_targets(node: Any) -> None:
-    """Check every `_target_` in a tree of dicts and lists before any of them is built."""
+    """Check every `_target_` in nested dicts and lists before any of them is built."""
     if isinstance(node, dict):
         if "_target_" in node:
             target(node["_target_"])

@@ -1,4 +1,4 @@
-"""Detection of a face in a clip, whose frames are decoded as often as needed.
+"""Face detection in a clip whose frames are decoded on demand.
 
 Axes: T frames, H height, W width, n frames of a block, P landmarks.
 """
@@ -20,22 +20,23 @@ from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track
 from engine.media.video import iter_video
 from engine.progress import watched
 
-MAX_SIDE = 640  # pixels of frames for face detection; larger ones are scaled down
-GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
-KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
-MISFIT = 5  # frames by which landmarks and clip may differ in length: programs count the last ones differently
+MAX_SIDE = 640  # longer side of frames for face detection in pixels; larger frames are scaled down
+GOOD_WIDTH = 140  # face size in pixels beyond which crops do not improve: its size in AV-HuBERT's pose
+KEPT = 128 * 2**20  # bytes of decoded frames to keep: 1.5 min at 128 x 128, 7 s at 640 x 360
+MISFIT = 5  # tolerated difference in length between landmarks and clip, in frames
 # frames of the beginning that show how the head stands, and their distance
 LOOKS = 8
 LOOK_EVERY = 31
-SURE = 14  # tries of the cascade that agree on a face; mistakes have up to 13
-TILTS = (-30, 30)  # degrees anticlockwise by which the picture is turned
+SURE = 14  # number of overlapping cascade detections of a face; false positives have up to 13
+TILTS = (-30, 30)  # rotation of the image, in degrees anticlockwise
 TURNS = {90: "on its side", 180: "upside down", 270: "on its side"}
 
 
 class ClipFrames:
-    """Frames of a video file in blocks (n, H, W, 3), from its start each time it is iterated over.
+    """Iterable over the frames of a video file, in blocks (n, H, W, 3). Each iteration starts from the beginning.
 
-    A clip of up to `KEPT` bytes is decoded once and kept; a longer one is decoded each time, so that memory stays flat.
+    A clip of up to `KEPT` bytes is decoded once and kept in memory. A longer clip is decoded on each iteration, so that
+    memory stays constant.
 
     Args:
         path: a video file.
@@ -58,7 +59,7 @@ class ClipFrames:
         self.max_side = max_side
         self.frames = frames
         self.span = span
-        self.size = (0, 0)  # height and width of the frames, known after the first
+        self.size = (0, 0)  # height and width of the frames, known after the first block
         self._decoded: list[np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -89,11 +90,13 @@ class ClipFrames:
 
     @cached_property
     def display_size(self) -> tuple[int, int]:
-        """Height and width of the picture as a player shows it."""
+        """Height and width of the frames as shown by a player."""
         return next(iter_video(self.path, self.fps, block=1, span=self.span)).shape[1:3]
 
     def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
-        """Return these frames and their track; for a small face and a larger file, larger frames instead."""
+        """Return the frames and their track, or higher-resolution frames if the face is small and the file has a higher
+        resolution.
+        """
         width = float(np.median(track.boxes[track.seen, 2]))
         if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
             return self, track
@@ -104,10 +107,10 @@ class ClipFrames:
 
 
 class ArrayFrames(ClipFrames):
-    """Frames (T, H, W, 3) in memory, as one block; there are no larger ones.
+    """Frames (T, H, W, 3) in memory, as one block. There is no higher resolution.
 
     Args:
-        display_size: height and width of the picture as a player shows it; None: those of the frames.
+        display_size: height and width of the frames as shown by a player. None: those of the array.
     """
 
     max_side = math.inf
@@ -128,17 +131,18 @@ def find_faces(
     detector: FaceDetector | None = None,
     wave: np.ndarray | None = None,
 ) -> list[FaceTrack]:
-    """Find the face that is meant, or all, with a detector or OpenCV's cascade.
+    """Find the requested face, or all faces, with a detector or OpenCV's cascade.
 
-    If the cascade is not sure, tilted and very small heads are searched, too.
+    If the cascade is not confident, tilted and very small heads are searched, too.
 
     Args:
-        clip: blocks of frames (n, H, W, 3); it must give them again each time it is iterated over.
-        face: see `engine.faces.track.follow_faces`. "speaking" is the one of `engine.faces.speaking.speaking_face`.
+        clip: re-iterable over blocks of frames (n, H, W, 3).
+        face: see `engine.faces.track.follow_faces`. "speaking" selects the face by
+            `engine.faces.speaking.speaking_face`.
         wave: (N,) the clip's audio at 16 kHz, for "speaking".
 
     Raises:
-        FaceError: too little of the clip shows the face, or the picture stands on its head or side.
+        FaceError: If the face is visible in too few frames, or the video is rotated.
     """
     tracks = track_faces(clip, detector, fps, face) if detector else _search(clip, fps, face)
     if face == "speaking" and len(tracks) > 1:
@@ -147,7 +151,7 @@ def find_faces(
 
 
 def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrack]:
-    """Find faces with OpenCV's cascade: upright ones, else tilted ones, else very small ones."""
+    """Find faces with OpenCV's cascade: first upright, then tilted, then very small faces."""
     looks: list[np.ndarray] = []
     tracks = None
     error = None
@@ -168,7 +172,7 @@ def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrac
     angle = max(others, key=others.__getitem__)
     if others[angle] > max(2 * upright, SURE):
         if angle in TURNS:
-            words = f"there is a face {TURNS[angle]}: turn the picture by {angle} degrees anticlockwise first"
+            words = f"there is a face {TURNS[angle]}: rotate the video by {angle} degrees anticlockwise first"
             raise FaceError(f"{error}; {words}" if error else words, turn=angle)
         return track_faces(clip, HaarDetector(angle=angle), fps, face)
     if tracks is not None:
@@ -180,14 +184,16 @@ def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrac
 
 
 def _evidence(looks: list[np.ndarray], angle: float) -> float:
-    """Return how sure the cascade is of the faces in frames turned by `angle`; 0 if most frames have none."""
+    """Return the confidence of the cascade in frames rotated by `angle`; 0 if most frames have no face."""
     detector = HaarDetector(angle=angle)
     values = [detector.evidence(frame) for frame in looks]
     return float(np.median([v for v in values if v])) if 2 * sum(v > 0 for v in values) >= len(looks) else 0.0
 
 
 def place_face(clip: ClipFrames, boxes: Any, fps: float) -> FaceTrack:
-    """Return the track of the user's boxes, in pixels of the picture as it is shown; see `track_of_boxes`."""
+    """Return the track for boxes given by the user, in pixels of the frames as shown by a player; see
+    `track_of_boxes`.
+    """
     track = track_of_boxes(boxes, sum(map(len, clip)), fps)
     height, width = clip.display_size
     middle = middle_of(track.boxes)
@@ -195,16 +201,16 @@ def place_face(clip: ClipFrames, boxes: Any, fps: float) -> FaceTrack:
     if outside.any():
         box = ",".join(f"{value:g}" for value in track.boxes[outside.argmax()])
         raise FaceError(
-            f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the picture of {width} x {height} pixels"
+            f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the frame of {width} x {height} pixels"
         )
     return track.scaled(clip.size[1] / width)
 
 
 def place_landmarks(clip: ClipFrames, landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
-    """Return the track of the user's landmarks (T, P, 2), in pixels of the picture as it is shown.
+    """Return the track for landmarks (T, P, 2) given by the user, in pixels of the frames as shown by a player.
 
     Args:
-        present: (T,) in which frames there are any.
+        present: (T,) bool, True for frames with landmarks.
     """
     frames = sum(map(len, clip))
     if abs(len(landmarks) - frames) > MISFIT:

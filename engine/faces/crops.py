@@ -1,4 +1,4 @@
-"""Cutting pictures of mouth and face out by box, and the square around a face that a portrait codec sees.
+"""Crops of mouth and face by bounding box, and the square around a face that a portrait codec encodes.
 
 Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.faces.track import FaceTrack
 
-MOUTH_CENTRE = (0.5, 0.77)  # of the detector's box
+MOUTH_CENTRE = (0.5, 0.77)  # size of the mouth crop, in widths of the detector's box
 MOUTH_SIDE = 0.56  # likewise
 FACE_SIDE = 1.1
 
@@ -21,7 +21,7 @@ FACE_SIDE = 1.1
 # from the hairline on, and more above than below; on the released model's own example this is the same square.
 SQUARE_SIDE = 1.78
 RAISE = 0.16
-CROPPED = 0.85  # fraction of a square picture from which on the face fills it: it has been cropped already
+CROPPED = 0.85  # fraction of a square image above which the face fills it, so that it is not cropped again
 
 
 def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
 def _crop(
     frames: Iterable[np.ndarray], track: FaceTrack, centre: tuple[float, float], side: float, size: int
 ) -> np.ndarray:
-    """Crop squares around `centre` of the boxes, given with `side` in fractions of a box; borders are replicated."""
+    """Crop squares around `centre` of the boxes; `centre` and `side` are fractions of a box. Borders are replicated."""
     out = []
     for frame, (x, y, w, h), roll in zip(frames, track.boxes, track.roll, strict=True):
         right = (centre[0] - 0.5) * w
@@ -49,14 +49,16 @@ def _crop(
         scale = size / (side * w)
         turn = scale * np.array([[cos, sin], [-sin, cos]])
         matrix = np.column_stack([turn, size / 2 - turn @ middle - 0.5 * (1 - turn.sum(1))])
-        if scale < 0.5:  # bilinear sampling alone would skip pixels
+        if scale < 0.5:  # reduce the frame first: bilinear sampling alone would skip pixels
             frame = cv2.GaussianBlur(frame, (0, 0), 0.25 / scale)
         out.append(cv2.warpAffine(frame, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE))
     return np.stack(out)
 
 
 def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int, int]:
-    """Return left, top and side of the square in an H x W picture for a face box (x, y, w, h), forehead to chin."""
+    """Return left, top and side of the portrait square in an H x W image, for a face box (x, y, w, h) from forehead to
+    chin.
+    """
     x, y, w, h = (float(value) for value in box)
     most = min(height, width)
     side = min(most, round(SQUARE_SIDE * max(w, h)))
@@ -68,6 +70,6 @@ def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int,
 
 
 def centre_square(height: int, width: int) -> tuple[int, int, int]:
-    """Return left, top and side of the largest square in the middle of an H x W picture."""
+    """Return left, top and side of the largest centred square in an H x W image."""
     side = min(height, width)
     return (width - side) // 2, (height - side) // 2, side

@@ -1,4 +1,4 @@
-"""The landmarks of a followed face in every frame: dlib's 68, the five of a detector, or those of the user's file.
+"""Landmarks of a tracked face in every frame: dlib's 68, the five of a detector, or those of a file.
 
 Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks are (x, y) in pixels: 68 numbered as iBUG
 300-W does (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engine.faces.detectors`.
@@ -24,28 +24,28 @@ from engine.files import write_json
 from engine.torch_files import StandIn, load_problem, stand_in
 from engine.untrusted import read_json
 
-SIDE = 256  # pixels of the tracked box in the picture of twice the size that dlib sees
-USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # of dlib's box there: centre x, y and side; mean of a real clip
-TRIES = np.array([0.92, 1.0, 1.08])  # sizes of dlib's box; the median of what it predicts from them has fewer leaps
-MAX_BYTES = 2**28  # of a file of landmarks
+SIDE = 256  # size of the tracked box in pixels, within an image of twice the size that dlib processes
+USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # mean centre (x, y) and side of dlib's box in that image
+TRIES = np.array([0.92, 1.0, 1.08])  # scales of dlib's box; the median of the predictions is more stable
+MAX_BYTES = 2**28  # maximum size of a landmark file in bytes
 MAX_FRAMES = 200_000  # an hour at 25 frames per second has 90,000
 SUFFIXES = (".json", ".npz", ".pkl")
 
 
-# Gives the landmarks (P, 2) of a tracked face in each frame of a clip, or None where it has none. The clip is blocks
-# (n, H, W, 3); it must give them again each time it is iterated over.
+# Yields the landmarks (P, 2) of a tracked face in each frame of a clip, or None. The clip is a re-iterable over blocks
+# (n, H, W, 3).
 LandmarkFinder = Callable[[Iterable[np.ndarray], FaceTrack], Iterator[np.ndarray | None]]
 
 
 def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
-    """Add landmarks to every frame of the track; missing ones are interpolated between frames."""
+    """Add landmarks to every frame of the track. Missing landmarks are interpolated over time."""
     return replace(track, landmarks=fill_landmarks(*_stacked(list(finder(blocks, track)))))
 
 
 def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
     if not present.any():
-        raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
+        raise FaceError("no frame of the clip has landmarks: use another file, or omit face_landmarks")
     time = np.arange(len(landmarks))
     index = np.flatnonzero(present)
     flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
@@ -55,24 +55,26 @@ def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 
 def _stacked(frames: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Stack landmarks (P, 2) or None of each frame to (T, P, 2), zeros for None, and their presence (T,)."""
+    """Stack the landmarks (P, 2) or None of each frame to (T, P, 2), with zeros for None, and a mask (T,)."""
     present = np.array([points is not None for points in frames], bool)
     zeros = next((np.zeros_like(points, np.float64) for points in frames if points is not None), np.zeros((5, 2)))
     return np.stack([zeros if points is None else np.asarray(points, np.float64) for points in frames]), present
 
 
 class Dlib68:
-    """dlib's 68 landmarks, as AV-HuBERT's own preparation finds them. Tilted heads are set upright for it.
+    """dlib's 68 landmarks, as in AV-HuBERT's preprocessing. Tilted heads are rotated upright first.
 
-    Its frontal detector runs on every fifth frame, near the tracked face only: its box is what the predictor was
-    trained with. In the frames between, the box's position in the tracked one is interpolated.
+    The landmark predictor was trained on boxes of dlib's frontal detector, which runs on every fifth frame, near the
+    tracked face only. In between, the position of its box relative to the tracked box is interpolated.
 
     Weights: `shape_predictor_68_face_landmarks.dat` (Kazemi and Sullivan 2014, trained on iBUG 300-W: research only).
     """
 
     def __init__(self) -> None:
         dlib = require("dlib", "dlib", "landmarks")
-        models = importlib.util.find_spec("face_recognition_models")  # only its files: it imports what is outdated
+        models = importlib.util.find_spec(
+            "face_recognition_models"
+        )  # only its files are used, as the package imports outdated modules
         if models is None:
             raise UserError("this needs face_recognition_models: install it with  bash scripts/setup.sh landmarks")
         folder = Path(models.submodule_search_locations[0]) / "models"
@@ -97,7 +99,7 @@ class Dlib68:
         yield from [None] * (len(track) - count)
 
     def _look(self, picture: np.ndarray) -> list[np.ndarray]:
-        """Return centre x, y and side of dlib's box nearest to its usual position; empty if there is none."""
+        """Return centre x, y and side of the dlib box nearest to its usual position; empty if there is none."""
         boxes = [
             np.array([r.left() + r.right(), r.top() + r.bottom(), 2 * r.width()], np.float64)
             for r in self.detect(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
@@ -109,9 +111,10 @@ class Dlib68:
 def _upright(
     blocks: Iterable[np.ndarray], track: FaceTrack, every: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield number, picture (2 `SIDE`, 2 `SIDE`, 3) and transform (2, 3) of every `every`-th frame with the face.
+    """Yield index, image (2 `SIDE`, 2 `SIDE`, 3) and transform (2, 3) of every `every`-th frame in which the face is
+    seen.
 
-    The tracked box is the picture's middle half, turned upright.
+    The tracked box is the central half of the image, rotated upright.
     """
     roll = track.roll
     for i, frame in enumerate(frame for block in blocks for frame in block):
@@ -124,7 +127,7 @@ def _upright(
 
 
 def nearest_face(detector: FaceDetector, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
-    """Yield the five points of the face, of all that a detector with points finds, nearest the tracked one."""
+    """Yield the five points of the detected face that is nearest to the tracked one."""
     for i, frame in enumerate(frame for block in blocks for frame in block):
         faces = detector(frame) if track.seen[i] else ()
         best = min(faces, key=lambda face: face_distance(track.boxes[i], face, 0.4), default=None)
@@ -133,15 +136,16 @@ def nearest_face(detector: FaceDetector, blocks: Iterable[np.ndarray], track: Fa
 
 
 def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames per second, and their presence (T,).
+    """Read landmarks (T, P, 2), in pixels of the clip as shown by a player at 25 frames per second, and their mask
+    (T,).
 
-    A JSON file holds a list of one frame after the other, each a list of [x, y] or null, or what `debug=true` writes
-    as NAME_face.json; an npz file one array (T, P, 2) with NaN where there are none; a pickle a list of arrays or None,
-    as in Auto-AVSR's landmarks of LRS3.
+    A JSON file contains a list with an entry per frame, each a list of [x, y] or null, or is a NAME_face.json written
+    by `debug=true`. An npz file contains one array (T, P, 2) with NaN for missing frames. A pickle contains a list of
+    arrays or None, as in Auto-AVSR's landmarks of LRS3.
 
     Args:
-        path: the file, or a folder in which files are named and laid out as the clips are.
-        clip: path of the clip in its own folder.
+        path: the file, or a folder with the same layout and file names as the clips.
+        clip: path of the clip relative to its folder.
     """
     if path.is_dir():
         paths = [(path / clip).with_suffix(suffix) for suffix in SUFFIXES]
@@ -154,7 +158,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
             with zipfile.ZipFile(path) as archive:
                 size = sum(info.file_size for info in archive.infolist())
         if size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+            raise ValueError(f"the file exceeds {MAX_BYTES:,} bytes")
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 (frames,) = (arrays[name] for name in arrays.files)
@@ -179,16 +183,18 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Builds plain containers and stand-ins; no class or function that a pickle names is used."""
+    """Unpickler that builds plain containers and inert placeholders; classes and functions named by the pickle are not
+    used.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         return stand_in(f"{module}.{name}")
 
 
 def read_pickled_arrays(path: Path) -> list[np.ndarray | None]:
-    """Return a list of arrays of numbers, or None, that was pickled to `path`.
+    """Read a pickled list of numeric arrays or None.
 
-    numpy takes no part in unpickling, because it trusts the types that a pickle states. The bytes are read by hand.
+    numpy does not take part in unpickling, because it trusts the types in a pickle. The bytes are parsed here.
     """
     try:
         with path.open("rb") as file:
@@ -212,8 +218,8 @@ def _array(value: StandIn) -> np.ndarray:
 
 
 def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:
-    """Write a track as JSON: of each frame box, landmarks, and `mouth` (T, 2, 3), from its pixels to the picture of the
-    mouth with `side` pixels.
+    """Write a track as JSON: box and landmarks of each frame, and `mouth` (T, 2, 3), the affine transforms from frames
+    to the mouth crop of `side` pixels.
     """
     columns = (values.round(4).tolist() for values in (track.boxes, track.best_points, mouth))
     frames = [

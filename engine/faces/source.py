@@ -1,4 +1,4 @@
-"""What finds a face and its landmarks: one definition for the shards, the release trained on them, and inference."""
+"""Choice of face detector and landmarks, shared by shard preparation, releases and inference."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from engine.faces.detectors import FaceDetector, YuNetDetector
 from engine.faces.landmarks import SUFFIXES, Dlib68, LandmarkFinder, nearest_face
 from engine.faces.mtcnn import MTCNNDetector
 
-CASCADE = "cascade"  # the source of shards and releases that record none
+CASCADE = "cascade"  # source of shards and releases that do not record one
 FILES = "files"
 
 
 @dataclass(frozen=True)
 class FaceSource:
-    """A detector of faces and, unless the detector's own points are used, what finds landmarks in every frame.
+    """A face detector and, optionally, a landmark source for every frame.
 
     Attributes:
-        detector: None: OpenCV's cascade, with its search for tilted and small heads.
-        landmarks: a finder, a file or folder of landmarks, or None.
-        name: of both, such as `cascade` or `cascade+dlib68`. Shards and releases record it.
+        detector: face detector. None: OpenCV's cascade, including its search for tilted and small heads.
+        landmarks: a landmark finder, a file or folder of landmarks, or None for the points of the detector.
+        name: name of detector and landmarks, such as `cascade` or `cascade+dlib68`, which shards and releases record.
     """
 
     detector: FaceDetector | None = None
@@ -31,10 +31,10 @@ class FaceSource:
 
     @classmethod
     def from_settings(cls, detector: str | None = None, face_landmarks: str | None = None) -> FaceSource:
-        """Create what the settings `detector` and `face_landmarks` name; None: the cascade, and no landmarks.
+        """Create the source for the settings `detector` and `face_landmarks`. None: the cascade, without landmarks.
 
         Raises:
-            UserError: a package or file is missing.
+            UserError: If a package or file is missing.
         """
         if detector in (None, CASCADE):
             found = None
@@ -70,7 +70,7 @@ class FaceSource:
         """Create the source with which the release `trained` was trained.
 
         Raises:
-            UserError: a package is missing, or the source needs a file that only the user has.
+            UserError: If a package is missing, or the source requires a file of the user.
         """
         before = f"{trained} was trained on faces found by {name}"
         if name == FILES:
@@ -80,7 +80,7 @@ class FaceSource:
             more = " face_landmarks=yunet" if landmarks == "yunet" else ""
             raise UserError(f"{before}: give detector=face_detection_yunet_2023mar.onnx{more}")
         if detector not in (CASCADE, "mtcnn") or landmarks not in ("", "dlib68", "mtcnn"):
-            raise UserError(f"{before}, which this version does not know: name detector= and face_landmarks=")
+            raise UserError(f"{before}, which is unknown to this version: set detector= and face_landmarks=")
         try:
             return cls.from_settings(detector, landmarks or None)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Which of several faces speaks: the one whose mouth moves, or, with audio, whose mouth and the audio go together.
+"""Active speaker selection: the face whose mouth moves most or, given audio, whose mouth correlates with the audio.
 
 Axes: T video frames (25 per second), S side of a mouth crop, N samples at 16 kHz, P principal components.
 """
@@ -13,22 +13,22 @@ import numpy as np
 from engine.faces.crops import crop_mouth
 from engine.faces.track import FaceTrack
 
-SIDE = 24  # of the mouth crops that are compared, in pixels
+SIDE = 24  # side of the compared mouth crops in pixels
 # principal components of the mouth and of the audio
 MOUTH = 6
 SOUND = 3
-SAMPLES = 640  # of a frame's audio
-BANDS = 16  # of its spectrum
-FOLDS = 5  # parts of a clip
-GAP = 2  # frames between a part and those that predict it
-RIDGE = 0.3  # fraction of the variance
+SAMPLES = 640  # audio samples per video frame
+BANDS = 16  # number of spectral bands
+FOLDS = 5  # number of cross-validation folds of a clip
+GAP = 2  # gap in frames between a fold and its training frames
+RIDGE = 0.3  # ridge penalty as a fraction of the variance
 
 
 def speaking_face(blocks: Iterable[np.ndarray], tracks: Sequence[FaceTrack], wave: np.ndarray | None = None) -> int:
-    """Return the index of the face that speaks in the blocks (n, H, W, 3) of a clip.
+    """Return the index of the speaking face in the blocks (n, H, W, 3) of a clip.
 
     Args:
-        wave: (N,) the audio at 16 kHz; None: a silent clip, in which the mouth that moves most is chosen.
+        wave: (N,) audio at 16 kHz. None for a silent clip, in which the mouth with the most movement is chosen.
     """
     mouths: list[list[np.ndarray]] = [[] for _ in tracks]
     start = 0
@@ -44,10 +44,10 @@ def speaking_face(blocks: Iterable[np.ndarray], tracks: Sequence[FaceTrack], wav
 
 
 def mouth_movement(mouth: np.ndarray, seen: np.ndarray) -> float:
-    """Return the mean change from frame to frame of a mouth (T, S, S) that no movement of the head explains.
+    """Return the mean frame-to-frame change of a mouth (T, S, S) after removing head motion.
 
-    The change is fitted by shifts, a turn, a zoom and the brightness, to first order (Lucas & Kanade 1981). What
-    is left is in units of the pictures' contrast. Frames in which the face is not `seen` (T,) count as still.
+    Head motion is modelled as translation, rotation, zoom and brightness change, to first order (Lucas & Kanade 1981).
+    The residual is in units of the image contrast. Frames in which the face is not `seen` (T,) count as still.
     """
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
     change = np.zeros(len(mouth))
@@ -63,11 +63,11 @@ def mouth_movement(mouth: np.ndarray, seen: np.ndarray) -> float:
 
 
 def mouth_to_sound(mouth: np.ndarray, seen: np.ndarray, wave: np.ndarray) -> float:
-    """Return how well a mouth (T, S, S) predicts the audio (N,), as a correlation: about 0 for another's mouth.
+    """Return the correlation between the audio (N,) and its prediction from a mouth (T, S, S), about 0 for another
+    person's mouth.
 
-    A linear model, as FaceSync (Slaney & Covell 2000), predicts the spectrum from the mouth in each part of the clip.
-    It is fitted to the other parts of the same clip and needs no training. Frames that are not `seen` (T,) predict the
-    mean.
+    As in FaceSync (Slaney & Covell 2000), a linear model predicts the spectrum from the mouth. It is fitted and
+    evaluated on the same clip by cross-validation. Frames that are not `seen` (T,) predict the mean.
     """
     frames = min(len(mouth), len(wave) // SAMPLES)
     sound = _components(_bands(wave[: SAMPLES * frames].reshape(frames, SAMPLES)), SOUND)
@@ -92,7 +92,7 @@ def mouth_to_sound(mouth: np.ndarray, seen: np.ndarray, wave: np.ndarray) -> flo
 
 
 def _bands(pieces: np.ndarray) -> np.ndarray:
-    """Return the logarithms (T, B) of the power of each frame's audio (T, 640) in B bands, 40 dB deep."""
+    """Return the log power (T, B) of each frame's audio (T, 640) in B bands, limited to 40 dB below the maximum."""
     power = np.abs(np.fft.rfft(pieces * np.hanning(SAMPLES))) ** 2
     edges = np.geomspace(4, SAMPLES // 2, BANDS + 1).astype(int)  # bins of 25 Hz, from 100 Hz on
     bands = np.add.reduceat(power, edges[:-1], axis=1)

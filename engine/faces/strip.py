@@ -1,4 +1,4 @@
-"""A picture of a face track, for a person to check.
+"""Visualisation of a face track, for visual inspection.
 
 Axes: T frames, H height, W width, S image side.
 """
@@ -14,12 +14,12 @@ from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.files import atomic_output
 
-COLUMNS = 10  # moments that are shown
-SIDE = 192  # of a moment, in pixels
-GAP = 4  # between two moments, in pixels
+COLUMNS = 10  # number of frames that are shown
+SIDE = 192  # width of a frame in pixels
+GAP = 4  # gap between two frames in pixels
 BAR = 14  # height of the bar, in pixels
 LINE = 24  # height of a line of text, in pixels
-CLOSE = 1.5  # side of the close-up, in face boxes
+CLOSE = 1.5  # side of the close-up, relative to the face box
 SEEN = (60, 200, 90)
 UNSEEN = (230, 60, 60)
 GREY = (40, 40, 40)
@@ -27,10 +27,10 @@ WHITE = (255, 255, 255)
 
 
 class Strip:
-    """Ten moments of a clip: the frame with the face's box, the face with its points, and the mouth as it was cut.
+    """Ten frames of a clip: the frame with the face box, the face with its points, and the mouth crop.
 
-    Above them stands how much of the clip shows the face, below them a bar of its whole length: green where it does,
-    red where it does not. Every moment has the colour of its place in the bar.
+    The title states how much of the clip shows the face. A bar below covers the whole clip: green where the face is
+    detected, red where it is not. The frames are marked in the same colours.
     """
 
     def __init__(self, track: FaceTrack, fps: float) -> None:
@@ -66,9 +66,9 @@ class Strip:
             self.columns.append(column)
 
     def write(self, path: str | Path) -> None:
-        """Write the PNG."""
+        """Write the visualisation as PNG."""
         if Path(path).suffix.lower() != ".png":
-            raise UserError(f"cannot write {path}: the picture of the face track is a .png")
+            raise UserError(f"cannot write {path}: the image of the face track must be a .png")
         picture = np.concatenate(self.columns, 1)
         width = picture.shape[1]
         seconds = len(self.track) / self.fps
@@ -84,6 +84,6 @@ class Strip:
 
 
 def _write(picture: np.ndarray, text: str, position: tuple[int, int]) -> None:
-    """Draw white letters with a black rim, which can be read on anything."""
+    """Draw white text with a black outline, which is readable on any background."""
     for colour, width in (((0, 0, 0), 3), (WHITE, 1)):
         cv2.putText(picture, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)

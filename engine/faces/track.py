@@ -1,4 +1,4 @@
-"""Following a face through a clip.
+"""Face tracking through a clip.
 
 Axes: T frames, H height, W width, n detections, P landmarks. Boxes are (x, y, w, h), points (x, y), in pixels.
 """
@@ -16,23 +16,22 @@ from engine.faces.detectors import BOX, POINTS, FaceDetector, box_of_points, fiv
 from engine.untrusted import read_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
-MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
-MIN_COVERAGE = 0.3  # fraction of a clip that must show the face
+MAX_GAP = 1.0  # maximum gap without a detection that is interpolated, in seconds
+MIN_COVERAGE = 0.3  # minimum fraction of a clip that shows the face
 SMOOTH_SECONDS = 0.5
-ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
+ADVICE = "use a clip with a frontal, well-lit face, or set its position (face_box)"
 
 
 FACES = ("largest", "central", "left", "right", "speaking", "all")
-MOST_FACES = 9  # that are followed in a clip
-Face = str | int | tuple[float, float]  # which of several faces is followed; see `follow_faces`
+MOST_FACES = 9  # maximum number of tracked faces in a clip
+Face = str | int | tuple[float, float]  # choices of the tracked face, see `follow_faces`
 
 
 class FaceError(UserError):
-    """A face that cannot be followed through a clip; the message leaves the clip's name out.
+    """The face in a clip cannot be tracked. The message omits the clip's name.
 
     Attributes:
-        turn: degrees anticlockwise by which the picture must be turned so that its face stands upright; 0: it is not
-            known that turning would help.
+        turn: rotation in degrees anticlockwise after which the face is upright; 0 if none is known.
     """
 
     def __init__(self, message: str, turn: int = 0) -> None:
@@ -42,10 +41,11 @@ class FaceError(UserError):
 
 @dataclass(frozen=True)
 class FaceTrack:
-    """One face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), false where it was out of sight.
+    """Track of a face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), False where the face is not
+    visible.
 
-    Boxes and points are smooth in time; `landmarks` (T, P, 2), 68 or 5, are not smoothed, None if there are none.
-    Frames out of sight have the position at which the face was seen nearest in time.
+    Boxes and points are smoothed over time. `landmarks` (T, P, 2) with P = 68 or 5 are not smoothed, or None. Frames
+    without a visible face have the position of the nearest frame with one.
     """
 
     boxes: np.ndarray
@@ -57,23 +57,23 @@ class FaceTrack:
         return len(self.boxes)
 
     def __getitem__(self, frames: Any) -> FaceTrack:
-        """Return the track of some frames: a slice, or indices."""
+        """Return the track restricted to some frames: a slice or indices."""
         landmarks = None if self.landmarks is None else self.landmarks[frames]
         return FaceTrack(self.boxes[frames], self.points[frames], self.seen[frames], landmarks)
 
     def scaled(self, factor: float) -> FaceTrack:
-        """Return the track in pictures of `factor` times the size."""
+        """Return the track for frames scaled by `factor`."""
         landmarks = None if self.landmarks is None else self.landmarks * factor
         return FaceTrack(self.boxes * factor, self.points * factor, self.seen, landmarks)
 
     @property
     def best_points(self) -> np.ndarray:
-        """Landmarks (T, P, 2), or else the five points."""
+        """Landmarks (T, P, 2) if available, else the five points."""
         return self.points if self.landmarks is None else self.landmarks
 
     @property
     def roll(self) -> np.ndarray:
-        """Tilt of each head (T,) in radians: the direction from the eye on the left to that on the right."""
+        """Roll angle of the head (T,) in radians: the direction from the left to the right eye in the image."""
         across = self.points[:, 1] - self.points[:, 0]
         return np.arctan2(across[:, 1], across[:, 0]).round(6)
 
@@ -83,25 +83,25 @@ class FaceTrack:
         return float(self.seen.mean())
 
     def unseen(self, fps: float) -> str:
-        """Return the stretches out of sight, as "2.0-3.4 s, 7.1-8.0 s"; empty if there are none."""
+        """Return the intervals without a visible face, such as "2.0-3.4 s, 7.1-8.0 s", or ""."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], ~self.seen, [0]]).astype(int)))
         return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
 
 
 def read_face(face: str | int) -> str | int:
-    """Return the setting `face`, which may be the text of a number."""
+    """Parse the setting `face`, which may be a number given as text."""
     if isinstance(face, str) and face.isdecimal() and len(face) < 9:
         face = int(face)
     is_number = isinstance(face, int) and face >= 1
     if not (face in FACES or is_number):
-        raise UserError(f"face={str(face)[:40]} is unknown: give {', '.join(FACES)}, or a number from 1 on")
+        raise UserError(f"face={str(face)[:40]} is unknown: choose {', '.join(FACES)}, or a number from 1")
     return face
 
 
 def track_faces(
     blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: Face = "largest"
 ) -> list[FaceTrack]:
-    """Detect faces in every `DETECT_EVERY`-th frame of a clip and follow them; see `follow_faces`.
+    """Detect faces in every `DETECT_EVERY`-th frame of a clip and track them; see `follow_faces`.
 
     Args:
         blocks: the frames, in blocks (n, H, W, 3).
@@ -122,12 +122,11 @@ def track_faces(
 def follow_faces(
     detections: list[tuple[int, np.ndarray]], frames: int, size: tuple[int, int], fps: float, face: Face = "largest"
 ) -> list[FaceTrack]:
-    """Follow one face, or several, through a clip of `frames` pictures of width and height `size`.
+    """Track one face, or several, through a clip of `frames` frames of width and height `size`.
 
-    Detections that lie near each other in time and position are linked to tracklets. Tracklets that one person could
-    have made (one after the other: after a cut, or back in view) form a track. A line fitted to each neighbourhood
-    gives the face of every frame: it follows a moving head, not the jitter. Gaps of up to `MAX_GAP` seconds are
-    interpolated.
+    Detections that are close in time and position are linked to tracklets. Consecutive tracklets of the same person,
+    for example after a cut or an occlusion, form a track. Local linear regression over time yields the face of every
+    frame, which smooths jitter but follows head motion. Gaps of up to `MAX_GAP` seconds are interpolated.
 
     Args:
         detections: frame number and the faces (n, 14) detected in it, in order of time.
@@ -136,7 +135,7 @@ def follow_faces(
             that enough of the clip shows, by size.
 
     Raises:
-        FaceError: there is no such face, or too little of the clip shows it.
+        FaceError: If there is no such face, or it is visible in too few frames.
     """
     position = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
     target = None if position is None else np.array(size) * position
@@ -154,13 +153,13 @@ def follow_faces(
     else:
         number = face if isinstance(face, int) else 1
         if number > len(people):
-            raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
+            raise FaceError(f"face={face}: only {len(people)} were found, choose a lower number")
         chosen = [people[number - 1]]
     return [_check_coverage(_smooth(person, frames, fps), fps) for person in chosen]
 
 
 def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
-    """Return `track`, unless too few of its frames show the face."""
+    """Return `track`, or raise FaceError if the face is visible in too few frames."""
     if track.coverage < MIN_COVERAGE:
         raise FaceError(
             f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
@@ -185,13 +184,13 @@ class _Tracklet:
         return self.index[-1]
 
 
-_Person = list[_Tracklet]  # tracklets of one person, in order of time
+_Person = list[_Tracklet]  # tracklets of one person in chronological order
 
 
 def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Tracklet]:
-    """Link the faces (n, 14) of frames, in order of time, to tracklets.
+    """Link the faces (n, 14) of frames in chronological order to tracklets.
 
-    Tracklets of one or two detections beside longer ones are mistakes of the detector, and are left out.
+    If there are longer tracklets, those of one or two detections are discarded as false positives.
     """
     open_tracklets: list[list[tuple[int, np.ndarray]]] = []
     closed = []
@@ -205,7 +204,7 @@ def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Trackle
                 distance = face_distance(last, face, reach=0.4 + (frame - before) / fps)
                 if distance < 1:
                     pairs.append((distance, i, j))
-        assigned: dict[int, int] = {}  # by face, its tracklet
+        assigned: dict[int, int] = {}  # maps each face to its tracklet
         for _, i, j in sorted(pairs):  # nearest pairs first
             if j not in assigned and i not in assigned.values():
                 open_tracklets[i].append((frame, faces[j]))
@@ -219,10 +218,11 @@ def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Trackle
 
 
 def face_distance(one: np.ndarray, other: np.ndarray, reach: float) -> float:
-    """Return the distance of two faces (14,) or boxes (4,) in position and size; 1 or more: different people.
+    """Return the distance in position and size of two faces (14,) or boxes (4,). A distance of 1 or more means
+    different people.
 
     Args:
-        reach: face widths that the head may have moved.
+        reach: maximum head movement in face widths.
     """
     moved = np.abs(middle_of(other) - middle_of(one)).max() / max(one[2], other[2])
     grown = abs(np.log(other[2] / one[2]))
@@ -230,10 +230,10 @@ def face_distance(one: np.ndarray, other: np.ndarray, reach: float) -> float:
 
 
 def _group_by_person(tracklets: list[_Tracklet], target: np.ndarray | None, unit: float) -> list[_Person]:
-    """Group tracklets by person, the most prominent person first; tracklets that overlap in time are of different ones.
+    """Group tracklets by person, most prominent first. Tracklets that overlap in time belong to different people.
 
-    Prominent is who is large, or, if there is a `target` position (2,) in pixels, who is near it, in units of `unit`
-    pixels.
+    Prominence is the size of the face or, given a `target` position (2,) in pixels, the proximity to it in units of
+    `unit` pixels.
     """
 
     def prominence(chain: _Person) -> float:
@@ -263,7 +263,7 @@ def _overlap(one: _Tracklet, other: _Tracklet) -> bool:
 
 
 def _join(tracklets: list[_Tracklet]) -> list[_Person]:
-    """Join tracklets to chains: a face that comes back at the same position and size is the same person's."""
+    """Join tracklets to chains. A face that reappears at the same position and size counts as the same person."""
     pairs = []  # distance, gap in frames, earlier tracklet, later tracklet
     for i, earlier in enumerate(tracklets):
         for j, later in enumerate(tracklets):
@@ -272,7 +272,7 @@ def _join(tracklets: list[_Tracklet]) -> list[_Person]:
                 if distance < 1:
                     pairs.append((distance, later.first - earlier.last, i, j))
     following: dict[int, int] = {}
-    for _, _, i, j in sorted(pairs):  # the likeliest pairs first
+    for _, _, i, j in sorted(pairs):  # the most likely pairs first
         if i not in following and j not in following.values():
             following[i] = j
     chains = []
@@ -287,7 +287,7 @@ def _join(tracklets: list[_Tracklet]) -> list[_Person]:
 
 
 def _distinct(people: list[_Person], frames: int) -> list[_Person]:
-    """Return the people that enough of the clip shows, without faces that were detected in two sizes."""
+    """Return people who are visible in enough frames, without duplicate detections of a face at two sizes."""
     distinct: list[_Person] = []
     for person in people:
         _, seen = _nearest_tracklet(person, frames)
@@ -297,7 +297,7 @@ def _distinct(people: list[_Person], frames: int) -> list[_Person]:
 
 
 def _is_inside(person: _Person, other: _Person) -> bool:
-    """Return whether the middle of the face of `person` lies in the box of `other` in most of its frames."""
+    """Return whether the face centre of `person` lies in the box of `other` in most frames."""
     index, faces = _detections(person)
     other_index, boxes = _detections(other)
     _, i, j = np.intersect1d(index, other_index, return_indices=True)
@@ -313,12 +313,12 @@ def _detections(person: _Person) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _centres(person: _Person) -> np.ndarray:
-    """Return the middles (n, 2) of all detections of a person."""
+    """Return the centres (n, 2) of all detections of a person."""
     return middle_of(_detections(person)[1])
 
 
 def _smooth(person: _Person, frames: int, fps: float) -> FaceTrack:
-    """Return the face of every frame, each from the tracklet nearest in time; tracklets are smoothed one by one."""
+    """Return the face in every frame, from the tracklet nearest in time. Each tracklet is smoothed separately."""
     nearest, seen = _nearest_tracklet(person, frames)
     faces = np.empty((frames, POINTS.stop))
     for i, tracklet in enumerate(person):
@@ -330,26 +330,26 @@ def _smooth(person: _Person, frames: int, fps: float) -> FaceTrack:
 
 
 def _nearest_tracklet(person: _Person, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each frame (T,) the tracklet that is nearest in time, and whether the face is seen in it."""
+    """Return for each frame (T,) the tracklet nearest in time, and whether the face is visible."""
     time = np.arange(frames)
     starts = np.array([tracklet.first for tracklet in person])
     ends = np.array([tracklet.last for tracklet in person])
     away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)  # frames
     seen = away.min(0) <= DETECT_EVERY // 2
-    if frames - max(ends) <= DETECT_EVERY:  # no later frame was searched
+    if frames - max(ends) <= DETECT_EVERY:  # no detector ran on later frames
         seen[max(ends) :] = True
     return away.argmin(0), seen
 
 
 def _plausible(tracklet: _Tracklet, fps: float) -> np.ndarray:
-    """Return which detections (n,) lie where those of one second to either side usually do."""
+    """Return a mask (n,) of detections that agree with the median of those within one second."""
     faces = np.column_stack([middle_of(tracklet.faces), tracklet.faces[:, 2:4]])
     first = np.searchsorted(tracklet.index, tracklet.index - fps)
     last = np.searchsorted(tracklet.index, tracklet.index + fps, side="right")
     usual = []
     for a, b in zip(first, last):
         near = faces[a:b]
-        # The middle one by width, not a mean: where two faces were taken for one, one of them is followed.
+        # Use the median by width instead of a mean: if two faces were linked, one of them is tracked.
         usual.append(near[np.argsort(near[:, 2], kind="stable")[len(near) // 2]])
     usual = np.stack(usual)
     moved = np.abs(faces[:, :2] - usual[:, :2]).max(1) / usual[:, 2]
@@ -361,12 +361,12 @@ def _plausible(tracklet: _Tracklet, fps: float) -> np.ndarray:
 def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Fit locally weighted lines to faces (n, 14) at `seconds` (n,); return their values (m, 14) at `times` (m,).
 
-    Widths get only a local mean: a head does not grow while it is out of sight.
+    Widths are averaged locally without a trend, which would extrapolate.
     """
     values = faces.copy()
-    values[:, :2] = middle_of(faces)  # centres move; corners also shift as sizes flicker
+    values[:, :2] = middle_of(faces)  # fit centres, as corners also move when the size fluctuates
     out = np.empty((len(times), faces.shape[1]))
-    far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a tracklet has no gap as long
+    far = 8 * SMOOTH_SECONDS  # with zero weight; gaps within a tracklet are shorter
     for i, time in enumerate(times):
         near = slice(*np.searchsorted(seconds, (time - far, time + far)))
         offset = seconds[near] - time
@@ -383,21 +383,21 @@ def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> n
 
 
 def read_boxes(text: str) -> Any:
-    """Read the boxes that `face_box=` names, for `track_of_boxes`: "x,y,w,h", or the path of a JSON file."""
+    """Parse the setting `face_box` for `track_of_boxes`: "x,y,w,h", or the path of a JSON file."""
     if text.endswith(".json"):
         return read_json(text, f"face_box={text}")
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"face_box={text}: give x,y,w,h in pixels, or a .json file") from None
+        raise UserError(f"face_box={text}: expected x,y,w,h in pixels, or a .json file") from None
 
 
 def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
-    """Create a track from boxes that the user gives instead of a detector's.
+    """Create a track from boxes given by the user.
 
     Args:
-        boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one per frame; or a list of
-            {"time": seconds, "box": [x, y, w, h]}, between which boxes move in a line. A box reaches from the forehead
+        boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one per frame; or a list of {"time":
+            seconds, "box": [x, y, w, h]}, between which boxes are interpolated linearly. A box spans from the forehead
             to the chin.
     """
     try:
@@ -424,7 +424,9 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
 
 
 def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
-    """Create the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
+    """Create the track of a face from landmarks (T, P, 2), P = 68 or 5, which are valid where `present` (T,) is
+    True.
+    """
     points = five_points(landmarks)
     detections = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
     track = _smooth(_link(detections, fps), len(points), fps)

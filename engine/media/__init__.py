@@ -1,1 +1,1 @@
-"""Video and audio files in and out, through the ffmpeg binary of imageio-ffmpeg and libsndfile."""
+"""Reading and writing of video and audio files, with the ffmpeg binary of imageio-ffmpeg and libsndfile."""

@@ -1,4 +1,4 @@
-"""Audio files as float32 mono waveforms.
+"""Audio files as float32 mono waveforms, and spectrograms.
 
 Axes: N samples.
 """
@@ -34,18 +34,18 @@ from engine.media.ffmpeg import (
 )
 from engine.settings import LIMITS
 
-BLOCK = 2**20  # samples of each channel that are read, or written, at once
-LOUDEST = 100.0  # magnitude of a sample; full scale is 1
-UNKNOWN = 2**62  # samples of a file that does not state its length
-PICTURE_FRAMES = 6000  # of a spectrogram that are computed at once
-SILENT = 1e-3  # peak of a voice, -60 dB
+BLOCK = 2**20  # block size for reading and writing, in samples per channel
+LOUDEST = 100.0  # maximum magnitude of a sample, where full scale is 1
+UNKNOWN = 2**62  # frame count of a file that does not state its length
+PICTURE_FRAMES = 6000  # spectrogram frames computed at once
+SILENT = 1e-3  # minimum peak of a voice, -60 dB
 
 
 def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """Resample (..., N) to (..., ceil(N * target_rate / source_rate)) by torchaudio's windowed sinc."""
     if wave.shape[-1] == 0:
         return wave
-    if wave.device.type == "cuda":  # torchaudio would copy numbers there, and the host would wait
+    if wave.device.type == "cuda":  # torchaudio would copy constants to the device, which synchronises
         resampler = _resampler(int(source_rate), int(target_rate), wave.dtype)
         kernel = {name: to_device(of, wave.device) for name, of in resampler.named_buffers()}  # none for equal rates
         return torch.func.functional_call(resampler, kernel, (wave,))
@@ -53,21 +53,21 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
 
 
 def resample_wave(wave: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Resample samples of any type as `resample` does; the result is float32."""
+    """Resample a waveform of any dtype like `resample`. Return float32."""
     return resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), source_rate, target_rate).numpy()
 
 
 @lru_cache(maxsize=8)
 def _resampler(source_rate: int, target_rate: int, dtype: torch.dtype) -> torchaudio.transforms.Resample:
-    """Return a module that has the kernel in main memory."""
+    """Return the resampling module, whose kernel is kept in main memory."""
     return torchaudio.transforms.Resample(source_rate, target_rate, dtype=dtype)
 
 
 def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
-    """Read the audio of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
+    """Read the audio of an audio or video file as (N,) float32 at `rate` Hz, averaged over channels.
 
     Args:
-        span: seconds from and to which it is read; None: whole.
+        span: start and end in seconds of the part to read. None: the whole file.
     """
     path = check_readable(path)
     check_complete(path)
@@ -76,7 +76,7 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
         wave = _read_with_ffmpeg(path, rate, span)
     if len(wave) == 0:
         raise UserError(f"{path} has zero audio samples")
-    if not np.abs(wave).max() < LOUDEST:  # nor is NaN
+    if not np.abs(wave).max() < LOUDEST:  # also true for NaN
         raise UserError(
             f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1: save it as 16-bit PCM"
         )
@@ -84,7 +84,7 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
 
 
 def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
-    """Read the audio of a file of a kind that libsndfile reads; None for others."""
+    """Read a file with libsndfile. Return None for unsupported formats."""
     try:
         with soundfile.SoundFile(path) as file:
             file_rate = file.samplerate
@@ -93,13 +93,15 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
             count = 0
             if most < file.frames < UNKNOWN:
                 raise _too_long(path)
-            # Not `file.blocks`: where an MP3 states more frames than it has, that hands out memory that nobody wrote.
+            # `file.blocks` would return uninitialised memory if an MP3 states more frames than it has.
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(1))
                 count += len(block)
                 if count > most:
                     raise _too_long(path)
-            size = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # of WAV: stated and present bytes
+            size = re.search(
+                r"data : (\d+) \(should be (\d+)\)", file.extra_info
+            )  # libsndfile's log for WAV: stated and actual bytes
             share = int(size[2]) / int(size[1]) if size and int(size[2]) < int(size[1]) < 2**31 - 2**9 else 1.0
             total = count / share if 0 < share < 1 else file.frames
             if 0 < count < total - SHORT * file_rate and file.frames < UNKNOWN:
@@ -110,28 +112,28 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:
-    """Read a reference voice by `read_audio`; a silent one is refused."""
+    """Read a reference voice with `read_audio`. Silent recordings are rejected."""
     wave = read_audio(path, rate)
     if np.abs(wave).max() < SILENT:
-        raise UserError(f"{path} is silent: give a recording of the voice")
+        raise UserError(f"{path} is silent: expected a recording of the voice")
     return wave
 
 
 def write_wav(
     path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: bool = False, comment: str = ""
 ) -> None:
-    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file is written atomically.
+    """Write samples (N,), clipped to [-1, 1], as 16-bit mono WAV. The file is written atomically.
 
     Args:
-        lossless: as 32-bit floats and not clipped, for waves that are measured.
-        comment: metadata, see `generated_comment`; none if empty.
+        lossless: write 32-bit floats without clipping, for waveforms that are measured.
+        comment: metadata comment, see `generated_comment`. Omitted if empty.
     """
     if Path(path).suffix.lower() != ".wav":
         raise UserError(f"cannot write {path}: its name must end in .wav")
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
     samples = np.empty(len(wave), np.float32 if lossless else np.int16)
-    for start in range(0, len(wave), BLOCK):  # an hour of float64 at once would take gigabytes
+    for start in range(0, len(wave), BLOCK):  # converting an hour of float64 at once would take gigabytes
         part = wave[start : start + BLOCK].astype(np.float64)
         if not np.isfinite(part).all():
             raise UserError(f"cannot write {path}: its samples are not finite numbers")
@@ -142,7 +144,9 @@ def write_wav(
 
 
 def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
-    """Return the WAV file of mono samples (N,), int16 or float32; `comment` is its INFO metadata ICMT."""
+    """Return mono samples (N,), int16 or float32, as the bytes of a WAV file. `comment` is stored as INFO metadata
+    (ICMT).
+    """
     content = io.BytesIO()
     subtype = "PCM_16" if samples.dtype == np.int16 else "FLOAT"
     with soundfile.SoundFile(content, "w", int(rate), 1, subtype, format="WAV") as file:
@@ -153,7 +157,7 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
 
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Compute a log-mel spectrogram (80, frames) in dB for the eye, 100 frames per second."""
+    """Compute a log-mel spectrogram (80, frames) in dB for visualisation, 100 frames per second."""
     hop = rate // 100
     size = 1024
     mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=size, hop_length=hop, n_mels=80, center=False)
@@ -168,7 +172,7 @@ def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
-    # Audio that begins later than the picture is filled with silence, so that sample and frame indices share their
+    # Audio that begins after the video is padded with silence, so that sample and frame indices have the same
     # origin.
     filters = f"aresample={int(rate)}:async=1:first_pts=0"
     arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
@@ -187,11 +191,11 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
 
 
 def _too_long(path: Path) -> UserError:
-    return UserError(f"{path} has more than {LIMITS.seconds:g} s of audio (limits.seconds): give a part of it")
+    return UserError(f"{path} has more than {LIMITS.seconds:g} s of audio (limits.seconds): use a part of it")
 
 
 def generated_comment(model: str, what: str) -> str:
-    """Return the metadata of a generated file: the comment of MP4, WAV, MP3, FLAC and Ogg files.
+    """Return the metadata comment of generated MP4, WAV, MP3, FLAC and Ogg files.
 
     The last word is the value of IPTC's property `digitalSourceType` for media that a trained model generated.
 

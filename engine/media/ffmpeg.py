@@ -1,4 +1,4 @@
-"""Calling the ffmpeg binary that imageio-ffmpeg ships."""
+"""Calls of the ffmpeg binary that imageio-ffmpeg includes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,nut,rm,dv,ivf,h264,hevc,"
     "yuv4mpegpipe,wav,mp3,aac,ac3,flac,aiff,au,caf,amr,w64"
 )
-REPAIR = "get a whole copy, or cut out the good part"
-SHORT = 0.5  # seconds by which a damaged file may fall short of the length that it states
-THREADS = "4"  # of a decoder; each keeps several frames
+REPAIR = "use an undamaged copy, or cut out the intact part"
+SHORT = 0.5  # tolerated difference between stated and decoded length of a damaged file, in seconds
+THREADS = "4"  # number of decoder threads; each keeps several frames
 
 
 def command(*arguments: str) -> list[str]:
-    """Return the argument list of a quiet, non-interactive ffmpeg call."""
+    """Return the arguments of a quiet, non-interactive ffmpeg call."""
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", *arguments]
 
 
 def source(path: str | Path, span: tuple[float, float] | None = None) -> list[str]:
-    """Return input arguments for a local media file, or for its part from `span[0]` to `span[1]` seconds.
+    """Return ffmpeg's input arguments for a local media file, or for its part from `span[0]` to `span[1]` seconds.
 
-    The `file:` prefix keeps names with a colon from being read as URLs.
+    The `file:` prefix prevents names with a colon from being parsed as URLs.
     """
     allowed = ["-protocol_whitelist", "file,pipe", "-format_whitelist", FORMATS, "-max_pixels", str(LIMITS.pixels)]
     if span is not None:
@@ -43,27 +43,27 @@ def source(path: str | Path, span: tuple[float, float] | None = None) -> list[st
 
 
 def last_line(text: str) -> str:
-    """Return the last line of ffmpeg's complaint without its `[h264 @ 0x...]` prefix."""
+    """Return the last line of ffmpeg's error output without its `[h264 @ 0x...]` prefix."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return re.sub(r"^(\[[^\]]*\] )+", "", lines[-1]) if lines else "no message"
 
 
 def errors_of(log: str) -> list[str]:
-    """Return the lines of ffmpeg's messages that are errors."""
+    """Return the error lines of ffmpeg's messages."""
     return [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
 
 
 def stated_seconds(log: str) -> float:
-    """Return the length that a file states, from ffmpeg's messages; 0 if it states none."""
+    """Return the length stated by a file in seconds, parsed from ffmpeg's messages; 0 if unknown."""
     stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
     return sum(float(n) * unit for n, unit in zip(stated.groups(), (3600, 60, 1))) if stated else 0.0
 
 
 def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[float, float] | None = None) -> None:
-    """Raise UserError if ffmpeg met errors and decoded less than the file states, or than its part `span`.
+    """Raise UserError if ffmpeg reported errors and decoded less than the file, or its part `span`, states.
 
     Args:
-        seconds: decoded length. log: what ffmpeg wrote.
+        seconds: decoded length in seconds. log: ffmpeg's messages.
     """
     errors = errors_of(log)
     total = stated_seconds(log)
@@ -74,11 +74,11 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
 
 
 def stated_bytes(path: Path) -> int:
-    """Return the size that the header of an AVI, AIFF, AU, ASF or MP3 file states for the file; 0 if it states none."""
+    """Return the file size stated in the header of an AVI, AIFF, AU, ASF or MP3 file; 0 if unknown."""
     with path.open("rb") as file:
         head = file.read(4096)
         start = 0
-        if head[:3] == b"ID3":  # each byte of its size holds 7 bits
+        if head[:3] == b"ID3":  # the size has 7 bits per byte
             start = 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
             file.seek(start)
             head = file.read(4096)
@@ -98,7 +98,7 @@ def stated_bytes(path: Path) -> int:
         total = start + number(tag + (12 if head[tag + 7] & 1 else 8), 4, "big")
     else:
         return 0
-    return total if total < 2**32 - 1 else 0  # all bits set: not known
+    return total if total < 2**32 - 1 else 0  # all bits set: unknown
 
 
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -114,7 +114,7 @@ def check_complete(path: Path) -> None:
 
 
 def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> UserError:
-    """Create the error of a file that ends early."""
+    """Return the error for a truncated or damaged file."""
     of = f" of {total:.1f}" if total else ""
     return UserError(
         f"{path} is damaged: only the first {seconds:.1f}{of} s of its {kind} can be decoded ({why}): {REPAIR}"
@@ -126,7 +126,7 @@ def check_readable(path: str | Path) -> Path:
     path = Path(path)
     with report_os_errors(f"cannot read {path}"):
         if path.is_dir():
-            raise UserError(f"{path} is a folder; give a media file")
+            raise UserError(f"{path} is a folder, not a media file")
         if not path.is_file():
             raise UserError(f"no such file: {path}")
         if path.stat().st_size == 0:
@@ -136,16 +136,16 @@ def check_readable(path: str | Path) -> Path:
 
 
 def require_stream(path: str | Path, kind: str) -> None:
-    """Look into a media file without decoding it; `kind` is "video" or "audio"."""
+    """Check that a media file has a stream of `kind`, "video" or "audio", without decoding it."""
     path = check_readable(path)
-    with suppress(soundfile.LibsndfileError):  # which reads some files of audio alone that ffmpeg may not
+    with suppress(soundfile.LibsndfileError):  # libsndfile reads some audio files that ffmpeg does not
         if kind == "audio" and soundfile.info(path):
             return
     stream_codec(path, kind)
 
 
 def stream_codec(path: str | Path, kind: str) -> str:
-    """Return the codec name of the first stream of a file; `kind` is "video" or "audio"."""
+    """Return the codec name of the first stream of `kind`, "video" or "audio"."""
     codec = getattr(probe(path), kind)
     if codec is None:
         raise UserError(f"{path} has no {kind} stream")
@@ -154,9 +154,9 @@ def stream_codec(path: str | Path, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Streams:
-    """Codec names of the first video stream (cover pictures do not count) and first audio stream; None: absent.
+    """Codec names of the first video stream (excluding cover images) and audio stream; None if absent.
 
-    seconds: the length that the file states; 0 where it states none.
+    seconds: length stated by the file; 0 if unknown.
     """
 
     video: str | None
@@ -168,7 +168,7 @@ PLAYABLE = {".mp4", ".m4v", ".mov", ".webm"}, {"h264", "vp8", "vp9", "av1"}  # c
 
 
 def browser_plays(path: str | Path) -> bool:
-    """Return whether common browsers play a video file; False also for what is no video."""
+    """Return whether common browsers can play a video file; False if it is not a video."""
     containers, codecs = PLAYABLE
     try:
         return Path(path).suffix.lower() in containers and probe(path).video in codecs
@@ -177,7 +177,7 @@ def browser_plays(path: str | Path) -> bool:
 
 
 def probe(path: str | Path) -> Streams:
-    """Return which streams a media file has."""
+    """Return the streams of a media file."""
     path = check_readable(path)
     report = subprocess.run(command(*source(path)), capture_output=True, text=True, errors="replace").stderr
     lines = [line for line in report.splitlines() if re.match(r"\s*Stream #0:.*: (Video|Audio): ", line)]

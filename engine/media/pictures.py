@@ -1,4 +1,4 @@
-"""Pictures between bytes and the [-1, 1] of a portrait codec; pictures of audio.
+"""Conversions between uint8 images and the [-1, 1] range of a portrait codec, and spectrogram images.
 
 Axes: T frames, H height, W width, S side of the codec's square, N samples.
 """
@@ -15,9 +15,10 @@ from engine.media.audio import mel_picture
 
 
 def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
-    """Turn bytes (T, H, W, 3) RGB into (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing, aspect not kept.
+    """Convert frames (T, H, W, 3) uint8 RGB to (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing and
+    without preserving the aspect ratio.
 
-    This is how LIA-X's own tools prepare a driving video; crop to a square around the face first.
+    This matches the preprocessing of driving videos in LIA-X's tools. Crop to a square around the face first.
     """
     video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if video.shape[-2:] != (size, size):
@@ -26,24 +27,28 @@ def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
 
 
 def fit_frames(frames: np.ndarray, size: int) -> np.ndarray:
-    """Resize bytes (T, H, W, 3) as `video_to_tensor` does: (T, S, S, 3) bytes, rounded."""
+    """Resize frames (T, H, W, 3) uint8 like `video_to_tensor` to (T, S, S, 3) uint8, rounded."""
     return to_bytes(video_to_tensor(frames, size) + 0.5 / 127.5)  # `to_bytes` truncates
 
 
 def identity_to_tensor(frame: np.ndarray, size: int) -> Tensor:
-    """Turn bytes (H, W, 3) RGB into (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
+    """Convert an image (H, W, 3) uint8 RGB to (3, S, S) in [-1, 1], resized by area averaging like Talker-T2AV's
+    renderer.
+    """
     frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(frame).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Draw a wave (N,) as a log-mel spectrogram, 80 dB deep, low bands at the bottom: (80, T, 3) RGB bytes."""
+    """Render a waveform (N,) as a log-mel spectrogram with 80 dB range, low bands at the bottom: (80, T, 3)
+    uint8 RGB.
+    """
     mel = mel_picture(wave, rate)[::-1]
     grey = (255 * np.clip((mel - mel.max()) / 80 + 1, 0, 1)).astype(np.uint8)
     return cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB)
 
 
 def to_bytes(pictures: Tensor) -> np.ndarray:
-    """Turn (T, 3, S, S) into bytes (T, S, S, 3): clamped to [-1, 1], (x + 1) / 2 * 255, truncated."""
+    """Convert images (T, 3, S, S) to uint8 (T, S, S, 3): clamp to [-1, 1], scale (x + 1) / 2 * 255, truncate."""
     scaled = (pictures.clamp(-1, 1) + 1) / 2 * 255
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -35,7 +35,7 @@ CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
 def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None) -> np.ndarray:
-    """Read all frames of a video, resampled to `fps` by time stamps, rotation applied.
+    """Read all frames of a video, resampled to `fps` by time stamps and with rotation applied.
 
     Args:
         path: a video file of any size and frame rate.
@@ -48,8 +48,8 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
     return np.concatenate(list(iter_video(path, fps, max_side)))
 
 
-BLOCK_BYTES = 64 * 2**20  # of one block of frames: 25 frames of 1280 x 720
-LOG_BYTES = 2**16  # of ffmpeg's messages that are searched for damaged time stamps
+BLOCK_BYTES = 64 * 2**20  # maximum bytes of a block of frames: 25 frames of 1280 x 720
+LOG_BYTES = 2**16  # bytes of ffmpeg's messages that are searched for damaged time stamps
 
 
 def iter_video(
@@ -61,9 +61,9 @@ def iter_video(
 ) -> Iterator[np.ndarray]:
     """Yield the frames of `read_video` in blocks of at most `block` frames and `BLOCK_BYTES`, in constant memory.
 
-    With `span` only those from one time to another, in seconds; the file is not decoded up to there.
+    `span` limits the frames to a start and end time in seconds; the part before is not decoded.
 
-    Interlaced frames are turned into whole ones. Where the picture changes its size, it keeps that of its first frame.
+    Interlaced frames are deinterlaced. Frames whose size changes are scaled to the size of the first frame.
     """
     path = check_readable(path)
     check_complete(path)
@@ -115,7 +115,9 @@ def iter_video(
 
 
 def _check_times(path: Path, log: bytes) -> None:
-    """Raise UserError if ffmpeg left out frames after a gap: it would repeat the frame before it for hours."""
+    """Raise UserError if ffmpeg skipped frames after a gap in the time stamps, which it would fill with repeated
+    frames.
+    """
     if jump := re.search(rb"\[error\] (\d+\.\d+)\n", log):
         raise UserError(
             f"{path} has damaged time stamps: after more than {LIMITS.gap:g} s without a frame (limits.gap) one comes "
@@ -126,7 +128,9 @@ def _check_times(path: Path, log: bytes) -> None:
 def _check_decoded(
     path: Path, code: int, log: str, count: int, fps: float, span: tuple[float, float] | None = None
 ) -> None:
-    """Raise UserError unless ffmpeg decoded the whole video. It often exits with 0 on a cut file: its `log` tells."""
+    """Raise UserError unless ffmpeg decoded the whole video. ffmpeg often exits with 0 on truncated files, so `log` is
+    checked.
+    """
     complaint = last_line("\n".join(errors_of(log)))
     if "exceeds specified max pixel count" in log:
         raise UserError(f"{path} has frames of more than {LIMITS.pixels:,} pixels (limits.pixels): scale it down")
@@ -147,7 +151,7 @@ def write_video(
     lossless: bool = False,
     comment: str = "",
 ) -> None:
-    """Write H.264 (yuv420p), with AAC audio if `audio` is given; the file is written atomically.
+    """Write H.264 (yuv420p), with AAC audio if `audio` is given. The file is written atomically.
 
     Args:
         path: .mp4, .mov or .mkv.
@@ -155,7 +159,7 @@ def write_video(
             pixel, as 4:2:0 chroma needs even sides.
         fps: frames per second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
-        lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
+        lossless: keep every RGB value, for videos that are measured. Some players do not support such files.
         comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
     frames = iter(frames)
@@ -189,10 +193,10 @@ def write_video(
 
 
 def write_preview(video_path: str | Path, out_path: str | Path) -> None:
-    """Write a copy of a video that browsers play, an .mp4 of at most `limits.seconds` and 640 pixels.
+    """Write a copy of a video that browsers can play: an .mp4 of at most `limits.seconds` and 640 pixels.
 
     Raises:
-        UserError: the video cannot be decoded.
+        UserError: If the video cannot be decoded.
     """
     scale = "scale=w='min(iw,640)':h='min(ih,640)':force_original_aspect_ratio=decrease:force_divisible_by=2"
     streams = ["-map", "0:V:0", "-map", "0:a:0?", "-t", f"{LIMITS.seconds:g}"]
@@ -205,7 +209,8 @@ def write_preview(video_path: str | Path, out_path: str | Path) -> None:
 
 
 def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, comment: str = "") -> None:
-    """Write the picture of `video_path` with new audio: H.264 is copied, anything else re-encoded; audio is AAC.
+    """Write the video stream of `video_path` with new audio. H.264 is copied, other codecs are re-encoded. Audio is
+    AAC.
 
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
@@ -213,22 +218,22 @@ def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str
         comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
     choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_H264]]
-    if stream_codec(video_path, "video") == "h264":  # where a copy fails, as without time stamps, it is encoded
+    if stream_codec(video_path, "video") == "h264":  # re-encode if a copy fails, for example without time stamps
         choices.insert(0, ["-c:v", "copy", *_BITEXACT])
     with tempfile.TemporaryDirectory() as scratch:
         _join(out_path, [*source(video_path), *_sound_arguments(wave, rate, Path(scratch))], choices, comment)
 
 
-COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 takes over as it is
+COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # audio codecs that an .mp4 can copy
 
 
 def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path, comment: str = "") -> None:
-    """Write the picture of one file with the audio of another, both exactly as they are.
+    """Write the video stream of one file with the audio of another, both lossless.
 
-    Compressed audio is copied; whole-number PCM, as of WAV files, is packed as FLAC, which decodes to the same samples.
+    Compressed audio is copied. Integer PCM, as in WAV files, is encoded as FLAC, which is lossless.
 
     Args:
-        video_path: with a video stream that the container takes, such as H.264.
+        video_path: file with a video stream that the container supports, such as H.264.
         out_path: .mp4, .mov or .mkv.
         comment: metadata, see `engine.media.audio.generated_comment`; none if empty.
     """
@@ -239,7 +244,7 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
 
 
 def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]], comment: str) -> None:
-    """Write picture and audio of two ffmpeg inputs with the first of several encodings that works."""
+    """Write video and audio of two ffmpeg inputs with the first of several encodings that succeeds."""
     with atomic_output(out_path) as staging:
         streams = ["-map", "0:V:0", "-map", "1:a:0"]
         for choice in choices:
@@ -283,10 +288,10 @@ def _even(frame: np.ndarray) -> np.ndarray:
 
 
 def _read_ppm(stream: BinaryIO) -> np.ndarray | None:
-    """Read the next (H, W, 3) picture of a stream of binary PPM files, None at its end."""
+    """Read the next image (H, W, 3) from a stream of binary PPM files. Return None at its end."""
     if stream.readline() != b"P6\n":
         return None
     width, height = map(int, stream.readline().split())
-    stream.readline()  # the largest value, 255
+    stream.readline()  # skip the maximum value, 255
     data = stream.read(width * height * 3)
     return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None

@@ -41,7 +41,7 @@ def test_settings_and_names_make_the_same_source(dlib, tmp_path):
         ("yunet", f"x was trained on faces found by yunet: give {YUNET}"),
         ("yunet+yunet", f"give {YUNET}_?.*onnx face_landmarks=yunet"),
         ("files", "give face_landmarks=FOLDER"),
-        ("retina+dlib68", "which this version does not know"),
+        ("retina+dlib68", "which is unknown to this version"),
     ],
 )
 def test_sources_that_only_the_user_has_are_refused_by_name(name, line):

@@ -60,7 +60,7 @@ def test_the_folder_of_a_run_is_refused_with_the_name_of_its_release(tmp_path):
     run = tmp_path / "run"
     save_release(run / "release", "toy", {}, state(), "card")
     assert release_folder(run / "release") == run / "release"
-    with pytest.raises(UserError, match=f"{run} is the folder of a training run: give its release, {run}/release$"):
+    with pytest.raises(UserError, match=f"{run} is the folder of a training run: use its release, {run}/release$"):
         release_folder(run)
     with pytest.raises(UserError, match=f"^weights={run} is the folder .* weights={run}/release$"):
         check_release("weights", str(run))

@@ -125,7 +125,7 @@ REFUSALS = {
     "no face": (remade("-vf", "crop=30:160:0:0"), r"no face found in any of its 1\.2 s"),
     "too little of a face": (drawn(80, [lambda i: head(i) if i < 11 else None]), r"at 0\.[56]-3\.2 s"),
     "upside down": (bundled("-vf", "hflip,vflip"), "there is a face upside down"),
-    "on its side": (bundled("-vf", "transpose=1"), "a face on its side: turn the picture by 90 degrees anticlockwise"),
+    "on its side": (bundled("-vf", "transpose=1"), "a face on its side: rotate the video by 90 degrees anticlockwise"),
     "profile": (profile, "no face found"),
 }
 

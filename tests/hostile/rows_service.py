@@ -41,7 +41,7 @@ CASES = [
         for value in (*NUMBERS, "65", "1.5")
     ),
     ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.workers and ray.gpus instead"),
-    *((f"face: {value[:9]}", partial(bad_face, value), "is unknown: give largest") for value in (*NUMBERS, "nose")),
+    *((f"face: {value[:9]}", partial(bad_face, value), "is unknown: choose largest") for value in (*NUMBERS, "nose")),
     *(
         (f"a folder {name}", partial(in_the_way, name), f"cannot write .*{name}: it is a folder")
         for name in ("a.json", "a.srt", "a_face9.wav")

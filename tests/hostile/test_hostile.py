@@ -79,7 +79,7 @@ def test_a_server_that_never_ends_is_left(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/index.json"
-    with pytest.raises(UserError, match="sends more than the 9,000,000 bytes"):
+    with pytest.raises(UserError, match="sends more than the expected 9,000,000 bytes"):
         fetch(RemoteFile("index.json", url, most=9_000_000), tmp_path, progress=False)
     server.shutdown()
 

@@ -71,7 +71,7 @@ def test_where_no_face_is_found_the_middle_is_used_and_said(tmp_path):
 def test_the_user_says_where_the_face_is(wide):
     square = find_square(wide, 1, face_box="20,60,80,80")
     assert abs(square.left + square.side / 2 - 71) < 2 and square.side == round(1.78 * 80)
-    with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the picture of 480 x 240"):
+    with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the frame of 480 x 240"):
         find_square(wide, 1, face_box="900,60,80,80")
     with pytest.raises(UserError, match="give x,y,w,h"):
         find_square(wide, 1, face_box="there")
