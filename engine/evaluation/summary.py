@@ -186,7 +186,7 @@ def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> li
     if not other:
         return []
     are = f"{', '.join(other)} {'is' if len(other) == 1 else 'are'}"
-    note = f"rows cover different clips, as some were skipped"
+    note = f"{are} computed over different clips in each row, as some were skipped"
     return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
 
 
