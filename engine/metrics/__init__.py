@@ -1,1 +1,1 @@
-"""Measures of speech, one file a metric; what needs an optional package imports it on first use."""
+"""Metrics of speech and video, one per file. Optional packages are imported on first use."""

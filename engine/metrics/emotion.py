@@ -1,7 +1,7 @@
 """EmoAcc and EMO-SIM by emotion2vec+ large (Ma et al. 2024, arXiv:2312.15185), run by the package funasr (MIT).
 
-EmoAcc: fraction of clips whose class equals that of the ground truth. EMO-SIM: cosine of the utterances'
-embeddings. The weights have a licence of their own (FunASR's model licence).
+EmoAcc: fraction of clips whose class equals that of the ground truth. EMO-SIM: cosine of the utterances' embeddings.
+The weights are under FunASR's model licence.
 
 Axes: D embedding.
 """
@@ -25,7 +25,7 @@ FOLDER = "emotion2vec_plus_large"
 
 class Emotion(Metric):
     figures: ClassVar = {
-        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose emotion is heard as in the ground truth"),
+        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose recognised emotion equals that of the ground truth"),
         "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the ground truth"),
     }
     needs = ("funasr",)
@@ -38,7 +38,7 @@ class Emotion(Metric):
         self.read = lru_cache(CACHED)(self._read)
 
     def _read(self, path: Path | None) -> tuple[str, np.ndarray]:
-        """Return (class, embedding (D,)) of a file's speech."""
+        """Return (class, embedding (D,)) of the speech in a file."""
         with contextlib.redirect_stdout(io.StringIO()):
             (row,) = self.model.generate(wave_of(path, RATE), granularity="utterance", extract_embedding=True)
         return row["labels"][int(np.argmax(row["scores"]))], np.asarray(row["feats"], np.float64)
@@ -52,7 +52,7 @@ class Emotion(Metric):
 
 
 def load_emotion2vec(name: str, device: str, extra: str) -> Any:
-    """Load FunASR's model from a folder, or by its name on the Hugging Face hub; `extra` installs FunASR."""
+    """Load FunASR's model from a folder or the Hugging Face hub. `extra` is the extra that installs FunASR."""
     with contextlib.redirect_stdout(io.StringIO()):
         package = require("funasr", "funasr", extra)
         return package.AutoModel(model=name, hub="hf", device=device, disable_update=True, disable_pbar=True)

@@ -1,15 +1,15 @@
-"""FID and FVD: Frechet distance between the features of the made and the ground-truth videos' faces.
+"""FID and FVD: Frechet distance between face features of generated and ground-truth videos.
 
 |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances (Heusel et al. 2017, arXiv:1706.08500;
-Unterthiner et al. 2018, arXiv:1812.01717). Talker-T2AV's text does not say how its figures were computed, and figures
-of different protocols differ by a factor of four: compare within a table only.
+Unterthiner et al. 2018, arXiv:1812.01717). The Talker-T2AV paper does not state its protocol, and values of different
+protocols differ by up to a factor of four: compare within a table only.
 
 - FID: 16 evenly spaced frames of each clip, cut to the face, through the Inception network of the package
   torch-fidelity (Apache-2.0, weights too).
 - FVD: consecutive windows of 16 face squares of 224 pixels, through the I3D network of StyleGAN-V (a TorchScript
   file, which runs as a program; no licence stated).
 
-Few clips give a distance that is too large: 2,048 features want many thousands of frames.
+With few clips the distance is biased upwards: 2,048 features require many thousands of frames.
 
 Axes: T frames, F rows of features, D features.
 """
@@ -27,13 +27,13 @@ from engine.metrics.lip_sync import face_video
 from engine.metrics.metric import Figure, Metric, Take
 from engine.torch_files import read_checkpoint
 
-FRAMES = 16  # of a clip for FID, of a window for FVD
+FRAMES = 16  # frames per clip (FID) or per window (FVD)
 
 
 def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
-    """Compare two sets of features (F, D) as normal distributions with their means and covariances."""
+    """Return the Frechet distance between two sets of features (F, D), modelled as Gaussians."""
     if min(len(one), len(two)) < 2:
-        raise UserError("the distance of two sets needs two rows of features in each")
+        raise UserError("the Frechet distance needs at least two rows of features in each set")
     one = one.astype(np.float64)
     two = two.astype(np.float64)
     shift = one.mean(0) - two.mean(0)
@@ -45,7 +45,7 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
 
 
 class FID(Metric):
-    figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of the pictures' features from the true ones")}
+    figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of image features to the ground truth")}
     needs = ("torch_fidelity",)
     names = ("weights-inception-2015-12-05-6726825d.pth",)
     inputs = ("video",)
@@ -54,7 +54,7 @@ class FID(Metric):
     def load(self) -> None:
         package = require("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "metrics")
         (file,) = self.files
-        with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would run what a damaged file says
+        with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would execute code in a damaged file
             torch.save(dict(read_checkpoint(file)), plain.name)
             self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(self.device)
 
@@ -67,7 +67,7 @@ class FID(Metric):
 
 
 class FVD(Metric):
-    figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of the videos' features from the true ones")}
+    figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of video features to the ground truth")}
     names = ("i3d_torchscript.pt",)
     inputs = ("video",)
     parallel = False
@@ -77,7 +77,7 @@ class FVD(Metric):
         try:
             self.network = torch.jit.load(str(file), map_location=self.device).eval()
         except RuntimeError as error:
-            raise UserError(f"{file} is no TorchScript file ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{file} is not a TorchScript file ({str(error).splitlines()[0]})") from error
 
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

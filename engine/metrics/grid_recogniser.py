@@ -1,9 +1,9 @@
-"""A recogniser of GRID's sentences (Cooke et al. 2006): verb, colour, preposition, letter, digit, adverb.
+"""Recogniser for sentences of the GRID corpus (Cooke et al. 2006): verb, colour, preposition, letter, digit, adverb.
 
-A small network tells at each of 25 frames per second which of the 51 words is spoken, or none. A sentence's score is
-the sum over all ways to lay its six words over the frames, as in CTC (Graves et al. 2006). `transcribe` takes in each
-place the word whose sentences have the largest part of the sum over all 64,000. It hears six words in any audio, so
-chance is a WER of about 80 %: report a shuffled control beside a result.
+A small network predicts for each of 25 frames per second which of the 51 words is spoken, or none. The score of a
+sentence is the sum over all alignments of its six words with the frames, as in CTC (Graves et al. 2006). `transcribe`
+selects for each position the word with the largest posterior over all 64,000 sentences. It outputs six words for any
+audio, so chance is a WER of about 80 %: report a shuffled control with each result.
 
 Axes: B batch, N samples at 16 kHz, M mel bands, T frames (25 per second), W = 51 words, S = W + 1 with "none" first.
 """
@@ -31,21 +31,21 @@ PLACES = (
     ("again", "now", "please", "soon"),
 )
 WORDS = tuple(word for place in PLACES for word in place)
-LETTER = 3  # the place of the letter
+LETTER = 3  # position of the letter in a sentence
 SIZES = tuple(len(place) for place in PLACES)
-REDUCTION = 4  # mel frames (100 per second) of one frame of the network
-NEVER = -1e4  # logarithm of almost nothing
-PAUSE = RATE // 5  # zeros before and after a wave: a sentence may fill it
+REDUCTION = 4  # mel frames (100 per second) per network frame
+NEVER = -1e4  # approximate log of 0
+PAUSE = RATE // 5  # zeros before and after a waveform, which a sentence may fill
 
 
 def is_sentence(text: str) -> bool:
-    """Return whether a text is one of the 64,000 sentences of GRID."""
+    """Return whether a text is one of the 64,000 sentences of the GRID corpus."""
     words = text.lower().split()
     return len(words) == len(PLACES) and all(word in place for word, place in zip(words, PLACES))
 
 
 def word_numbers(text: str) -> list[int]:
-    """Return the numbers of the words of a sentence of GRID, 1 to W."""
+    """Return the indices of the words of a GRID sentence, 1 to W."""
     return [WORDS.index(word) + 1 for word in text.lower().split()]
 
 
@@ -59,7 +59,7 @@ class GridRecogniserConfig(Group):
 
 
 class ResidualConv(nn.Module):
-    """Two convolutions beside their input: (B, C, T) -> (B, C, T)."""
+    """Two convolutions with a residual connection: (B, C, T) -> (B, C, T)."""
 
     def __init__(self, channels: int, kernel: int, dropout: float) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ResidualConv(nn.Module):
 
 
 class GridRecogniser(Pretrained):
-    """Log-mel bands to logarithms of the words' probabilities, by convolutions and a bidirectional GRU."""
+    """Maps log-mel bands to log-probabilities of words, by convolutions and a bidirectional GRU."""
 
     kind = "grid_recogniser"
     Config = GridRecogniserConfig
@@ -102,7 +102,7 @@ class GridRecogniser(Pretrained):
         return self.head(self.dropout(x)).float().log_softmax(-1)
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
-        """Return the six words that are likeliest in a wave (N,) of samples in [-1, 1] at `rate` Hz."""
+        """Return the six most likely words of a waveform (N,) in [-1, 1] at `rate` Hz."""
         padded = np.pad(resample_wave(wave, rate, RATE), PAUSE).astype(np.float32)
         with torch.no_grad():
             scores = self(log_mel(torch.from_numpy(padded)[None], self.config.bands))
@@ -110,17 +110,18 @@ class GridRecogniser(Pretrained):
 
 
 def sentence_scores(scores: Tensor, entry: Tensor | None = None) -> Tensor:
-    """Sum the probabilities of all ways to lay sentences over the frames: logarithms (B,).
+    """Sum the probabilities of all alignments of sentences with the frames. Return logarithms (B,).
 
     Args:
         scores: log-probabilities (B, T, S).
-        entry: (B, W), a logarithm that each word adds to the sentences it is in; None: zeros, the sum over all 64,000.
+        entry: (B, W), log weight of each word, added to the sentences that contain it. None: zeros, which yields the
+            sum over all 64,000 sentences.
     """
     words = scores[..., 1:]
     silence = scores[..., :1]
     entry = torch.zeros_like(words[:, 0]) if entry is None else entry
     sizes = torch.tensor(SIZES, device=scores.device)
-    # Ways that end in a word, and ways that end in a pause before each place and after the last.
+    # Alignments that end in a word, and alignments that end in a pause before each position and after the last.
     spoken = torch.full_like(words[:, 0], NEVER)
     pauses = torch.tensor([0.0] + [NEVER] * len(SIZES), device=scores.device).expand(len(scores), -1)
     for t in range(scores.shape[1]):
@@ -133,7 +134,7 @@ def sentence_scores(scores: Tensor, entry: Tensor | None = None) -> Tensor:
 
 
 def sentences(scores: Tensor) -> list[str]:
-    """Return for each item of log-probabilities (B, T, S) the words with the largest probability in their places."""
+    """Return for each item of log-probabilities (B, T, S) the most likely word at each position."""
     with torch.enable_grad():
         entry = torch.zeros(len(scores), len(WORDS), device=scores.device, requires_grad=True)
         total = sentence_scores(scores.detach(), entry).sum()

@@ -2,9 +2,8 @@
 
 Chung & Zisserman 2016, "Out of time: automated lip sync in the wild"; scores of Wav2Lip (Prajwal et al. 2020,
 arXiv:2008.10010). Weights: `syncnet_v2.model` of joonson/syncnet_python (code MIT; no separate licence is stated for
-the weights). 25 frames per second, 31 shifts. The face is cut as SyncNet's own program cuts it, a margin of 0.4 around
-the tracked box, but found by OpenCV's cascade, where that program uses S3FD: figures of clips with loose boxes differ
-from its figures.
+the weights). 25 frames per second, 31 shifts. The face is cropped as in SyncNet's program, with a margin of 0.4 around
+the tracked box, but detected by OpenCV's cascade instead of S3FD, so scores may differ from those of that program.
 
 Axes: B batch, T video frames (25 per second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 per
 second), S = 31 shifts, D = 1024 embedding. Pictures are (T, height, width, 3).
@@ -34,13 +33,13 @@ from engine.torch_files import read_checkpoint
 RATE = 16_000
 SIDE = 224
 WINDOW = 5  # video frames
-STEPS = 20  # MFCC frames beside them
-SHIFT = 15  # largest shift that the published scores look at, in video frames
+STEPS = 20  # corresponding MFCC frames
+SHIFT = 15  # maximum shift of the published scores, in video frames
 BATCH = 20
 FPS = 25.0
 MARGIN = 0.4
 SMOOTH = 13
-MAX_SIDE = 1280  # of the picture in which the face is looked for
+MAX_SIDE = 1280  # longer side of the frame for face detection, in pixels
 
 
 # --- MFCC ---
@@ -63,7 +62,8 @@ def _mel_filters(count: int, size: int) -> np.ndarray:
 
 
 def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
-    """Turn 16-bit samples (N,) at 16 kHz into (coefficients, F) float64 by the defaults of python_speech_features.
+    """Compute MFCCs (coefficients, F) float64 of 16-bit samples (N,) at 16 kHz, with the defaults of
+    python_speech_features.
 
     Frames of 25 ms every 10 ms, a rectangular window, the last one filled with zeros; pre-emphasis 0.97; the log of the
     frame's energy in place of the first coefficient. F = 1 + ceil((N - 400) / 160).
@@ -105,7 +105,7 @@ def _project() -> nn.Sequential:
 
 
 class SyncNet(nn.Module):
-    """Two networks into one space: five frames of a face, and the 0.2 s of audio beside them."""
+    """Embeds five frames of a face and the corresponding 0.2 s of audio into a common space."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ class SyncNet(nn.Module):
         return self.netfcaud(self.netcnnaud(mfccs).flatten(1))
 
     def lip_features(self, frames: Tensor) -> Tensor:
-        """Compute features (B, 512) of faces (B, 3, 5, 224, 224), BGR in 0..255, before the last layers."""
+        """Compute features (B, 512) of faces (B, 3, 5, 224, 224), BGR in 0..255, before the final layers."""
         return self.netcnnlip(frames).flatten(1)
 
     def lip(self, frames: Tensor) -> Tensor:
@@ -148,10 +148,10 @@ class SyncNet(nn.Module):
 
     @torch.no_grad()
     def embed(self, frames: np.ndarray, wave: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Embed a clip: lip (W, D), audio (W, D); W is the smaller of T and floor(N / 640), less 5.
+        """Embed a clip: lip (W, D) and audio (W, D), where W = min(T, floor(N / 640)) - 5.
 
         Args:
-            frames: (T, H, W, 3) uint8 RGB at 25 fps, cut to the face; brought to 224 x 224.
+            frames: (T, H, W, 3) uint8 RGB at 25 fps, cropped to the face; resized to 224 x 224.
             wave: (N,) in [-1, 1] at 16 kHz.
         """
         windows = min(len(frames), len(wave) // (RATE // 25)) - WINDOW
@@ -181,18 +181,18 @@ class SyncNet(nn.Module):
 
 @dataclass(frozen=True)
 class SyncScore:
-    """How well lips and audio agree."""
+    """Synchronisation scores of lips and audio."""
 
-    confidence: float  # LSE-C, the median over shifts of the mean distance less the smallest one; larger is better
-    distance: float  # LSE-D, the smallest mean distance; smaller is better
-    offset: int  # video frames by which the audio comes early at the best shift
-    distances: Tensor  # (W, S) of every lip window to the audio at every shift
+    confidence: float  # LSE-C: median minus minimum over shifts of the mean distance; higher is better
+    distance: float  # LSE-D: minimum mean distance; lower is better
+    offset: int  # video frames by which the audio leads at the best shift
+    distances: Tensor  # (W, S) distance of each lip window to the audio at each shift
 
 
 def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
-    """Score embeddings (W, D) of lips and audio, window by window, over shifts of -shift..shift windows.
+    """Score embeddings (W, D) of lips and audio over shifts of -shift..shift windows.
 
-    Beyond the ends the audio is a zero vector.
+    The audio is zero-padded at both ends.
     """
     padded = nn.functional.pad(audio, (0, 0, shift, shift)).unfold(0, 2 * shift + 1, 1)  # (W, D, S)
     distances = (lip[..., None] - padded + 1e-6).norm(dim=1)
@@ -205,7 +205,7 @@ def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
 
 
 def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Cut (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, 224, 224, 3), what is outside the picture grey.
+    """Crop frames (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, 224, 224, 3), with grey outside the image.
 
     With s half of the box's longer side, the square reaches from s above its middle to 1.8 s below, 1.4 s to the sides;
     middle and s are medians over 13 frames.
@@ -227,17 +227,17 @@ def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 @lru_cache(2)
 def face_video(path: Path | None) -> np.ndarray:
-    """Cut squares of the largest face of a video at 25 frames per second: (T, 224, 224, 3) bytes."""
+    """Crop the largest face of a video at 25 frames per second: (T, 224, 224, 3) uint8."""
     if path is None:
-        raise UserError("the clip has no picture")
+        raise UserError("the clip has no video")
     frames = read_video(path, FPS, MAX_SIDE)
     return face_squares(frames, find_faces([frames], FPS)[0].boxes)
 
 
 class LipSync(Metric):
     figures: ClassVar = {
-        "lse_c": Figure("LSE-C", 1, meaning="confidence that lips and audio agree"),
-        "lse_d": Figure("LSE-D", -1, meaning="distance of lips and audio at the best shift"),
+        "lse_c": Figure("LSE-C", 1, meaning="confidence of lip synchronisation"),
+        "lse_d": Figure("LSE-D", -1, meaning="distance between lip and audio embeddings at the best shift"),
     }
     names = ("syncnet_v2.model",)
     inputs = ("audio", "video", "source")

@@ -1,9 +1,9 @@
 """Mel cepstral distortion in dB (Kubichek 1993), as the program pymcd 0.2.1 (MIT) computes it.
 
-22.05 kHz; spectral envelopes of WORLD every 5 ms (the package pyworld, MIT) with 512 bins; mel cepstra of order 13
-with alpha 0.65. The distance of two frames includes coefficient 0; the alignment does not see it. Modes: `plain` pads
-the shorter wave with silence; `dtw` aligns by FastDTW (Salvador and Chan 2007; the package fastdtw, MIT); `dtw_sl`
-multiplies by the ratio of the lengths. HiCoDiT's text does not say which of them it is.
+22.05 kHz; spectral envelopes of WORLD every 5 ms (the package pyworld, MIT) with 512 bins; mel cepstra of order 13 with
+alpha 0.65. The distance of two frames includes coefficient 0; the alignment excludes it. Modes: `plain` pads the
+shorter wave with silence; `dtw` aligns by FastDTW (Salvador and Chan 2007; the package fastdtw, MIT); `dtw_sl`
+multiplies by the ratio of the lengths. The HiCoDiT paper does not state which of them it uses.
 
 Axes: N samples, F frames, M = 14 coefficients.
 """
@@ -30,9 +30,10 @@ DECIBEL = 10 / math.log(10) * math.sqrt(2)
 
 @lru_cache(1)
 def _warp() -> np.ndarray:
-    """Return (BINS / 2 + 1, M), cepstrum to mel cepstrum by the all-pass (z^-1 - alpha) / (1 - alpha z^-1).
+    """Return the matrix (BINS / 2 + 1, M) from cepstrum to mel cepstrum, by the all-pass (z^-1 - alpha) / (1 - alpha
+    z^-1).
 
-    Column by column from the highest coefficient down (Oppenheim and Johnson 1972), applied to unit vectors.
+    Computed by the recursion of Oppenheim and Johnson (1972), from the highest coefficient down, on unit vectors.
     """
     half = BINS // 2
     warped = np.zeros((half + 1, ORDER + 1))
@@ -48,7 +49,7 @@ def _warp() -> np.ndarray:
 
 
 def mel_cepstrum(wave: np.ndarray) -> np.ndarray:
-    """Compute the mel cepstra (F, M) of a wave (N,) at 22.05 kHz."""
+    """Compute the mel cepstra (F, M) of a waveform (N,) at 22.05 kHz."""
     pyworld = require("pyworld", "pyworld", "metrics")
     wave = np.ascontiguousarray(wave, dtype=np.float64)
     f0, times = pyworld.dio(wave, RATE, frame_period=PERIOD)
@@ -60,7 +61,7 @@ def mel_cepstrum(wave: np.ndarray) -> np.ndarray:
 
 
 def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
-    """Return the distortion in dB of waves (N,) at 22.05 kHz; `mode` is plain, dtw or dtw_sl."""
+    """Return the distortion in dB between waveforms (N,) at 22.05 kHz; `mode` is plain, dtw or dtw_sl."""
     if mode == "plain":
         length = max(len(reference), len(made))
         reference, made = (np.pad(wave, (0, length - len(wave))) for wave in (reference, made))
@@ -76,7 +77,7 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
 
 
 class MCD(Metric):
-    figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="distance of spectral envelopes from the ground truth")}
+    figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="spectral envelope distance to the ground truth")}
     needs = ("pyworld", "fastdtw")
     protocols = ("dtw", "plain", "dtw_sl")
     pair = True

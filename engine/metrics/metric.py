@@ -1,7 +1,7 @@
-"""What a metric of an evaluation is: it measures one clip at a time, and its figures are sums over sums.
+"""Interface of metrics: each clip is measured separately, and figures are ratios of sums over clips.
 
-A file of this package holds one metric with its reference, its licence, what it needs and which package does the work.
-`engine.metrics.registry` knows them by the names of their figures.
+Each file of this package contains one metric with its reference, licence, requirements and the package that computes
+it. `engine.metrics.registry` maps the names of figures to metrics.
 
 Axes: N samples, F rows of features, D features.
 """
@@ -21,14 +21,14 @@ from engine.errors import UserError
 from engine.evaluation.statistics import Statistic, ratio
 from engine.media.audio import read_audio, resample_wave
 
-Rows = Mapping[str, Mapping[str, Any]]  # measurements by clip
+Rows = Mapping[str, Mapping[str, Any]]  # maps each clip to its measurement
 WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
-CACHED = 8  # waves and videos of the last files, which several systems are compared with
+CACHED = 8  # cache size for recent waveforms and videos, which are shared by several systems
 
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """A wave in memory (N,) at `rate` Hz, in place of a file."""
+    """A waveform (N,) in memory at `rate` Hz, in place of a file."""
 
     wave: np.ndarray
     rate: int
@@ -36,60 +36,62 @@ class Sound:
 
 @dataclass(frozen=True)
 class Take:
-    """One clip as one system gives it, or as it was recorded."""
+    """One version of a clip: the output of a system, or the ground truth."""
 
-    audio: Path | Sound | None = None  # the file with its speech, or its wave
-    video: Path | None = None  # the file with the picture that belongs to this take
-    source: Path | None = None  # the picture that the speech was made for, where the take has none of its own
-    text: str | None = None  # the words
-    heard: str | None = None  # a transcript made elsewhere
-    language: str = "en"  # of the words
+    audio: Path | Sound | None = None  # audio file, or waveform
+    video: Path | None = None  # video file of this take
+    source: Path | None = None  # input video, if the take itself has no video
+    text: str | None = None  # text
+    heard: str | None = None  # an external transcript
+    language: str = "en"  # language of the text
     speaker: str | None = None
-    # What else is known: of the ground-truth clip its row of the manifest, of an output what its system wrote in
-    # ID.json.
+    # Further fields: the manifest row of a ground-truth clip, or the system's ID.json of an
+    # output.
     about: Mapping[str, Any] = field(default_factory=dict)
-    given: str | None = None  # audio or video if that stream was given to the system and is not its own work
-    bits: float | None = None  # a second of the code that the speech was decoded from
+    given: str | None = None  # "audio" or "video" if that stream was an input of the system
+    bits: float | None = None  # bit rate of the code, in bits per second
 
 
 @dataclass(frozen=True)
 class Figure:
     """One column of a table."""
 
-    title: str  # head of the column
-    better: int  # 1 if larger is better, -1 if smaller is, 0 if neither
-    digits: int = 2  # after the point
-    scale: float = 1.0  # the printed value for a ratio of 1: 100 for per cent
-    meaning: str = ""  # one line for the reader of a report
-    statistic: Statistic = ratio  # or correlation, of the pairs of all clips
+    title: str  # column title
+    better: int  # 1 if higher is better, -1 if lower is better, 0 if neither
+    digits: int = 2  # number of decimals
+    scale: float = 1.0  # factor of the printed value: 100 for per cent
+    meaning: str = ""  # one-line description in the report
+    statistic: Statistic = ratio  # or `correlation`, of the pairs of all clips
 
 
 @dataclass(unsafe_hash=True)
 class Metric:
-    """Measures single clips, once it is loaded.
+    """Base class of metrics, which measure one clip at a time.
 
     A measurement maps the name of each figure to (a, b); the figure of many clips is sum(a) / sum(b), times its scale,
-    or their correlation. A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set is the
-    Frechet distance of its features from the true ones: a measurement has rows of them (F, D) instead. Figures that
-    need other clips, too, are made by `finish` of the other values in the rows. A transcript is shown in the report.
+    or their correlation. A mean over clips has b = 1, and a word error rate has (errors, words). For the Frechet
+    distance, which is a figure of the whole set, a measurement has features (F, D) instead. Figures that depend on
+    several clips are computed by `finish` from the other values in the rows. Transcripts are shown in the report.
     """
 
-    protocol: str = ""  # one of `protocols`, with what that needs after a colon: see `kind` and `argument`
-    weights: Path = WEIGHTS  # folder of the downloaded networks
+    protocol: str = ""  # one of `protocols`, optionally followed by a colon and an argument: see `kind` and `argument`
+    weights: Path = WEIGHTS  # folder with the downloaded networks
     device: str = "cpu"
 
-    figures: ClassVar[Mapping[str, Figure]] = {}  # the columns that it fills
-    protocols: ClassVar[tuple[str, ...]] = ("",)  # names of the ways to measure; the first one is the default
-    version: ClassVar[int] = 1  # raised when the same inputs give other values, which are not taken from a cache then
-    pair: ClassVar[bool] = False  # whether the true take is needed besides the one that is measured
-    parallel: ClassVar[bool] = True  # whether several processes may measure at once on a GPU; large networks may not
-    outputs_only: ClassVar[bool] = False  # whether the ground-truth clips have no such figure
-    pictured: ClassVar[bool] = False  # whether takes without a picture have no such figure
-    cuts: ClassVar[bool] = False  # whether the longer of output and ground truth is cut to the length of the other
-    inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the measured take that the result depends on
-    needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
-    names: ClassVar[tuple[str, ...]] = ()  # files below `weights`; a result holds until one of them changes
-    download: ClassVar[str] = "metrics"  # the group of configs/checkpoints.yaml that has them
+    figures: ClassVar[Mapping[str, Figure]] = {}  # columns computed by the metric
+    protocols: ClassVar[tuple[str, ...]] = ("",)  # names of the protocols; the first is the default
+    version: ClassVar[int] = (
+        1  # version, incremented when results for the same inputs change, which invalidates cached values
+    )
+    pair: ClassVar[bool] = False  # whether the metric needs the ground truth
+    parallel: ClassVar[bool] = True  # whether several processes may share a GPU, which large networks do not fit
+    outputs_only: ClassVar[bool] = False  # whether the metric does not apply to the ground truth
+    pictured: ClassVar[bool] = False  # whether the metric requires video
+    cuts: ClassVar[bool] = False  # whether output and ground truth are trimmed to the shorter length
+    inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the take on which the result depends
+    needs: ClassVar[tuple[str, ...]] = ()  # required modules
+    names: ClassVar[tuple[str, ...]] = ()  # required files below `weights`; changes invalidate cached results
+    download: ClassVar[str] = "metrics"  # group of configs/checkpoints.yaml with these files
 
     @property
     def name(self) -> str:
@@ -108,7 +110,7 @@ class Metric:
         return [self.weights / name for name in self.names]
 
     def check(self) -> None:
-        """Raise UserError if a package or a file is missing; the message says how to get it."""
+        """Raise UserError if a package or file is missing. The message states how to install it."""
         packages = [name for name in self.needs if find_spec(name) is None]
         files = [str(file) for file in self.files if not file.exists()]
         why = []
@@ -116,12 +118,14 @@ class Metric:
             why.append(f"not installed: {', '.join(packages)} (bash scripts/setup.sh metrics)")
         if files:
             get = f"python scripts/download_checkpoints.py {self.download} --to {self.weights}"
-            why.append(f"not there: {', '.join(files)} ({get})")
+            why.append(f"missing: {', '.join(files)} ({get})")
         if why:
             raise UserError("; ".join(why))
 
     def applies(self, take: Take) -> bool:
-        """Return whether a take can have the figures: it has none of a stream that was given to its system."""
+        """Return whether the metric applies to a take. It does not apply to a stream that was an input of the
+        system.
+        """
         picture = take.video or (take.source if "source" in self.inputs else None)
         if self.pictured and picture is None:
             return False
@@ -131,11 +135,11 @@ class Metric:
         """Load networks and packages."""
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        """Return the measurement of a clip; raise UserError if it cannot be measured."""
+        """Return the measurement of a clip. Raise UserError if it cannot be measured."""
         raise NotImplementedError
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
-        """Return the rows of one system with the figures that need the rows of other clips, or of the true ones.
+        """Return the rows of one system, with figures added that depend on several clips or on the ground truth.
 
         Args:
             rows: measurements of a system by clip. true: of the ground-truth clips. truths: the ground-truth clips
@@ -145,11 +149,11 @@ class Metric:
 
 
 class Stated(Metric):
-    """What a system itself states of an output in ID.json, as (a, b): its cost."""
+    """Statistics that a system reports for an output in ID.json, as (a, b)."""
 
     figures: ClassVar = {
         "evaluations": Figure(
-            "evaluations", -1, 1, meaning="clips that the network was given, by guidance branch and window"
+            "evaluations", -1, 1, meaning="network evaluations per clip, counted by guidance branch and window"
         )
     }
     inputs = ("about",)
@@ -163,15 +167,17 @@ class Stated(Metric):
 
 
 class Bitrate(Metric):
-    """What system.json states of all outputs: the bits per second of their code, levels x log2(codes) x frames."""
+    """Bit rate of the code, stated in system.json: levels x log2(codes) x frames per second."""
 
-    figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="of the code that the speech was decoded from")}
+    figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="bit rate of the code")}
     inputs = ("bits",)
     outputs_only = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         if take.bits is None:
-            raise UserError('not stated: write {"bits_per_second": N} to system.json in the folder of the outputs')
+            raise UserError(
+                'bit rate unknown: write {"bits_per_second": N} to system.json in the folder of the outputs'
+            )
         return {"bitrate": (take.bits, 1)}
 
 
@@ -181,15 +187,15 @@ def cosine(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def text_of(truth: Take) -> str:
-    """Return the words of the ground-truth clip."""
+    """Return the text of the ground truth."""
     if not truth.text:
-        raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
+        raise UserError("its text is unknown: set text in the manifest, or add ID.txt next to the ground-truth file")
     return truth.text
 
 
 @lru_cache(CACHED)
 def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
-    """Return samples (N,) float32 at `rate` Hz."""
+    """Return the waveform (N,) float32 at `rate` Hz."""
     if audio is None:
         raise UserError("the clip has no audio")
     if isinstance(audio, Sound):

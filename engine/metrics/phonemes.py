@@ -1,12 +1,11 @@
-"""Phonemes by pocketsphinx (BSD; it carries its models): which are heard, and how long they are.
+"""Phoneme error rate and phoneme durations by pocketsphinx (BSD, models included).
 
-- PER, phoneme error rate, for sentences of any words of its dictionary. Phonemes are recognised by a bigram model of
-  them, without words. The reference is the dictionary's first pronunciation of each word, without stress. Its rate on
-  clean speech is high: report that, and that of resynthesised ground-truth speech, beside a figure.
-- DD, duration distance: how far the lengths of the phones are from those of the ground truth. Talker-T2AV's text
-  does not define it. Here: both takes are aligned with the same text, and the absolute differences of the phones'
-  lengths are averaged, in milliseconds. English words only; words that the takes pronounce in different ways do not
-  count. Figures of other definitions cannot be compared.
+- PER, phoneme error rate, for English sentences within the dictionary. Phonemes are recognised with a phoneme bigram
+  model, without words. The reference is the first pronunciation of each word in the dictionary, without stress. The PER
+  of clean speech is high: report it, and that of resynthesised speech, with each result.
+- DD, duration distance: mean absolute difference of phone durations to the ground truth, in milliseconds. The
+  Talker-T2AV paper does not define it. Here both takes are aligned with the same text. English only; words with
+  different pronunciations in the two takes are excluded. Values are not comparable with other definitions.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from engine.errors import UserError, require
 from engine.metrics.metric import CACHED, Figure, Metric, Take, text_of, wave_of
 from engine.metrics.recogniser import RATE, hear
 
-FRAME = 10  # milliseconds of a frame
+FRAME = 10  # milliseconds per frame
 SETTINGS = {"allphone_ci": True, "beam": 1e-20, "pbeam": 1e-20, "lw": 2.0, "remove_noise": False, "loglevel": "FATAL"}
 
 
 class PhonemeErrors(Metric):
-    figures: ClassVar = {"per": Figure("PER %", -1, 1, 100, "phoneme errors over phonemes")}
+    figures: ClassVar = {"per": Figure("PER %", -1, 1, 100, "phoneme errors divided by phonemes")}
     needs = ("pocketsphinx",)
     parallel = False
 
@@ -39,7 +38,7 @@ class PhonemeErrors(Metric):
 
     @cached_property
     def dictionary(self) -> dict[str, list[str]]:
-        """Phonemes by word."""
+        """Phonemes of each word."""
         lines = Path(self.package.get_model_path("en-us/cmudict-en-us.dict")).read_text().splitlines()
         return {word: phonemes for word, *phonemes in map(str.split, lines)}
 
@@ -49,7 +48,7 @@ class PhonemeErrors(Metric):
         words = [part for word in words for part in ([word] if word in self.dictionary else word.split("-")) if part]
         missing = [word for word in words if word not in self.dictionary]
         if missing or not words:
-            raise UserError(f"no phonemes are known of {missing[0] if missing else 'a text without words'!r}")
+            raise UserError(f"no phonemes are known for {missing[0] if missing else 'a text without words'!r}")
         return [phoneme for word in words for phoneme in self.dictionary[word]]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
@@ -61,7 +60,9 @@ class PhonemeErrors(Metric):
 
 
 class DurationDistance(Metric):
-    figures: ClassVar = {"duration_distance": Figure("DD ms", -1, 1, meaning="mean difference of the phones' lengths")}
+    figures: ClassVar = {
+        "duration_distance": Figure("DD ms", -1, 1, meaning="mean absolute difference of phone durations")
+    }
     needs = ("pocketsphinx",)
     pair = True
 
@@ -70,7 +71,7 @@ class DurationDistance(Metric):
         self.phones = lru_cache(CACHED)(self._phones)
 
     def _phones(self, path: Path | None, text: str) -> list[list[tuple[str, int]]]:
-        """Return (phone, frames) of each word of a file's speech."""
+        """Return (phone, frames) for each word of the speech in a file."""
         pcm = (wave_of(path, RATE).clip(-1, 1) * 32767).astype("<i2").tobytes()
         decoder = self.package.Decoder(self.package.Config(loglevel="FATAL", lm=None, bestpath=False))
         try:

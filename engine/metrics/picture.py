@@ -1,7 +1,7 @@
-"""How well pictures are rebuilt: PSNR and SSIM of whole pictures, and of the eyes and the mouth alone.
+"""Image reconstruction metrics: PSNR and SSIM of whole images, and of the eye and mouth regions.
 
-`movement` is the fraction of a region's variance in time that the rebuilt frames explain: 1 is all, 0 is as good as the
-clip's mean picture. Regions are boxes of a square picture in which the face is framed as in the synthetic corpus.
+`movement` is the fraction of a region's temporal variance that is explained by the reconstruction: 1 is perfect, 0
+equals the mean image of the clip. Regions are boxes of a square image, framed as in the synthetic corpus.
 
 Axes: B images, T frames, C channels, H height, W width, S side.
 """
@@ -21,7 +21,7 @@ from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take
 from engine.metrics.speech import FPS
 
-# of SSIM's Gaussian, in pixels
+# side of SSIM's Gaussian window in pixels
 WINDOW = 11
 SIGMA = 1.5
 # Left, top, right, bottom, in fractions of the side.
@@ -29,14 +29,14 @@ REGIONS = {"eyes": (0.27, 0.36, 0.73, 0.58), "mouth": (0.30, 0.63, 0.70, 0.92)}
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of two equal shapes with values from 0 to 255. Equal inputs: inf."""
+    """Return the peak signal-to-noise ratio in dB of two arrays of equal shape in [0, 255]. Equal inputs yield inf."""
     error = (a.double() - b.double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def _gaussian(size: int) -> Tensor:
-    """Return a blur along one axis as a matrix (size - 10, size): on a CPU much faster than convolving one channel."""
-    assert size >= WINDOW, f"SSIM takes {WINDOW} pixels or more, not {size}"
+    """Return a 1-D blur as a matrix (size - 10, size), which is faster on a CPU than a single-channel convolution."""
+    assert size >= WINDOW, f"SSIM needs at least {WINDOW} pixels, not {size}"
     taps = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2).double() / (2 * SIGMA**2))
     rows = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
     for k, tap in enumerate(taps / taps.sum()):
@@ -45,7 +45,7 @@ def _gaussian(size: int) -> Tensor:
 
 
 def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
-    """Compute local structural similarity (Wang et al., 2004) (B, C, H - 10, W - 10) of two (B, C, H, W).
+    """Compute the local structural similarity (Wang et al., 2004) of images (B, C, H, W): (B, C, H - 10, W - 10).
 
     Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding. `span` is the range of
     the values.
@@ -63,7 +63,7 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Return the mean structural similarity of pictures (B, C, H, W) with values from 0 to 255, in float64."""
+    """Return the mean structural similarity of images (B, C, H, W) in [0, 255], in float64."""
     return ssim_map(a.double(), b.double()).mean().item()
 
 
@@ -71,13 +71,13 @@ class Reconstruction(Metric):
     figures: ClassVar = {
         "psnr": Figure("PSNR dB", 1, 2, meaning="of whole pictures"),
         "ssim": Figure("SSIM", 1, 4, meaning="of whole pictures"),
-        "mouth_psnr": Figure("mouth PSNR dB", 1, 2, meaning="of the mouth's region"),
+        "mouth_psnr": Figure("mouth PSNR dB", 1, 2, meaning="of the mouth region"),
         "mouth_movement": Figure(
-            "mouth movement", 1, 3, meaning="fraction of the mouth's variance in time that is rebuilt"
+            "mouth movement", 1, 3, meaning="explained fraction of the temporal variance of the mouth"
         ),
-        "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eyes' region"),
+        "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eye region"),
         "eyes_movement": Figure(
-            "eyes movement", 1, 3, meaning="fraction of the eyes' variance in time that is rebuilt"
+            "eyes movement", 1, 3, meaning="explained fraction of the temporal variance of the eyes"
         ),
     }
     pair = True
@@ -94,7 +94,7 @@ class Reconstruction(Metric):
 
 
 def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
-    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of `REGIONS`, for frames (T, S, S, 3) of bytes."""
+    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of each region, for frames (T, S, S, 3) uint8."""
     pictures = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (true, rebuilt)]
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
     for name, box in REGIONS.items():

@@ -1,10 +1,10 @@
-"""Opinions and intelligibility that programs compute for speech.
+"""Speech quality and intelligibility: DNSMOS, UTMOS, PESQ, STOI.
 
-- DNSMOS, predicted opinion of quality, 1 to 5, without a reference: `p808`, Reddy et al. 2021, arXiv:2010.15258
-  (HiCoDiT's, as its ground-truth rows say); `p835`, the overall score of Reddy et al. 2022, arXiv:2110.01763. The
-  package speechmos (MIT) carries both networks. Clips under 9 s are repeated, longer ones averaged over windows, as its
-  authors do.
-- UTMOS, predicted opinion of naturalness, 1 to 5, without a reference (Saeki et al. 2022, arXiv:2204.02152): the strong
+- DNSMOS, predicted mean opinion score (MOS) of quality, 1 to 5, without a reference: `p808`, Reddy et al. 2021,
+  arXiv:2010.15258 (HiCoDiT's, as its ground-truth rows say); `p835`, the overall score of Reddy et al. 2022,
+  arXiv:2110.01763. Both networks are included in the package speechmos (MIT). As in the official implementation, clips
+  under 9 s are repeated, and longer ones are averaged over windows.
+- UTMOS, predicted MOS of naturalness, 1 to 5, without a reference (Saeki et al. 2022, arXiv:2204.02152): the strong
   learner of utmos22, by the package utmos-pytorch (MIT), which states that it equals the original; weights MIT. One
   clip at a time: padding moves the score.
 - PESQ, quality against the ground truth: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2), by
@@ -12,7 +12,7 @@
 - STOI (Taal et al. 2011) and ESTOI (Jensen & Taal 2016), intelligibility against the ground truth, by the
   package pystoi (MIT).
 
-PESQ and STOI take time-aligned waves, the longer one cut.
+PESQ and STOI require time-aligned waveforms, of which the longer one is trimmed.
 
 Axes: N samples.
 """
@@ -35,7 +35,7 @@ RATE = 16_000
 
 
 class DNSMOS(Metric):
-    figures: ClassVar = {"dnsmos": Figure("DNSMOS", 1, meaning="predicted opinion of speech quality, 1 to 5")}
+    figures: ClassVar = {"dnsmos": Figure("DNSMOS", 1, meaning="predicted MOS of speech quality, 1 to 5")}
     needs = ("speechmos", "onnxruntime", "librosa")
     protocols = ("p808", "p835")
 
@@ -44,7 +44,7 @@ class DNSMOS(Metric):
         package = require("speechmos.dnsmos", "speechmos", "metrics")
         folder = Path(package.__file__).parent / "dnsmos_models"
         options = package.ort.SessionOptions()
-        options.intra_op_num_threads = 1  # the package takes all cores, which other processes use, too
+        options.intra_op_num_threads = 1  # limit the threads, as the package would use all cores
         self.model = package.DNSMOS.__new__(package.DNSMOS)
         self.model.onnx_sess = package.ort.InferenceSession(str(folder / "sig_bak_ovr.onnx"), options)
         self.model.p808_onnx_sess = package.ort.InferenceSession(str(folder / "model_v8.onnx"), options)
@@ -55,7 +55,7 @@ class DNSMOS(Metric):
 
 
 class UTMOS(Metric):
-    figures: ClassVar = {"utmos": Figure("UTMOS", 1, meaning="predicted opinion of naturalness, 1 to 5")}
+    figures: ClassVar = {"utmos": Figure("UTMOS", 1, meaning="predicted MOS of naturalness, 1 to 5")}
     needs = ("utmos_pytorch",)
     names = ("utmos_state_dict.pt",)
     parallel = False
@@ -63,7 +63,7 @@ class UTMOS(Metric):
     def load(self) -> None:
         package = require("utmos_pytorch.utmos_torch", "utmos-pytorch", "metrics")
         (file,) = self.files
-        with torch.device("meta"):  # the package itself passes over tensors that are missing
+        with torch.device("meta"):  # the package would ignore missing tensors
             load_strict(package.UTMOSModel(), dict(read_checkpoint(file)), file, assign=True)
         self.network = package.UTMOSScoreTorch(str(file), self.device)
 
@@ -92,10 +92,10 @@ class PESQ(Metric):
             for figure, rate, band in (("pesq_wide", 16_000, "wb"), ("pesq_narrow", 8_000, "nb")):
                 pair = (resample_wave(wave[:length], RATE, rate) for wave in (true, made))
                 found[figure] = (float(pesq.pesq(rate, *pair, band)), 1)
-        except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
+        except pesq.PesqError as error:  # such as no utterance, or less than 0.25 s
             raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
-        except ValueError as error:  # levels of almost nothing are no numbers for it
-            raise UserError("PESQ cannot be computed: one of the two is silent, or almost") from error
+        except ValueError as error:  # near-silent signals yield NaN
+            raise UserError("PESQ cannot be computed: a signal is silent or nearly silent") from error
         return found
 
 
@@ -108,7 +108,7 @@ class STOI(Metric):
     extended: ClassVar[bool] = False
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        """Measure a clip; less than 0.4 s of speech is refused, for which pystoi warns and gives 0.00001."""
+        """Measure a clip. Clips with less than 0.4 s of speech are rejected: pystoi would only warn and return 1e-5."""
         true = wave_of(truth.audio, RATE)
         made = wave_of(take.audio, RATE)
         length = min(len(true), len(made))
@@ -116,7 +116,7 @@ class STOI(Metric):
             warnings.simplefilter("always")
             value = float(require("pystoi", "pystoi").stoi(true[:length], made[:length], RATE, self.extended))
         if any("Not enough STFT frames" in str(warning.message) for warning in given):
-            raise UserError("STOI cannot be computed: the two have less than 0.4 s of speech in common")
+            raise UserError("STOI cannot be computed: less than 0.4 s of speech in both signals")
         (figure,) = self.figures
         return {figure: (value, 1)}
 

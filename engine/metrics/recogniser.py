@@ -1,6 +1,6 @@
-"""Word error rate by a recogniser that knows the grammar or a language model (pocketsphinx with its en-us voice model).
+"""Word recogniser for WER, with a grammar or a language model (pocketsphinx with its en-us acoustic model).
 
-With a grammar, chance is about 80 % word error, not 100 %: report a shuffled control beside a figure.
+With a grammar, chance is about 80 % WER instead of 100 %: report a shuffled control with each result.
 
 Axes: N samples.
 """
@@ -17,7 +17,7 @@ from engine.media.audio import resample_wave
 
 RATE = 16_000
 
-# The default beams lose the right path of a grammar search; these keep every hypothesis that matters.
+# The default beams prune the correct path of a grammar search; these are wide enough.
 SETTINGS = {
     "beam": 1e-150, "pbeam": 1e-150, "wbeam": 1e-100, "maxhmmpf": -1, "maxwpf": -1, "bestpath": False,
     "fwdflat": False, "remove_noise": False, "loglevel": "FATAL",
@@ -25,8 +25,10 @@ SETTINGS = {
 
 
 def hear(decoder: Any, wave: np.ndarray) -> None:
-    """Decode a wave (N,) at 16 kHz by pocketsphinx; the result is in `decoder` and does not depend on earlier waves."""
-    decoder.reinit_feat()  # forgets running statistics, which would change this wave's scores
+    """Decode a waveform (N,) at 16 kHz by pocketsphinx. The result is stored in `decoder` and does not depend on
+    earlier calls.
+    """
+    decoder.reinit_feat()  # reset running statistics, which would affect the scores
     decoder.start_utt()
     if len(wave):
         decoder.process_raw((wave.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
@@ -34,11 +36,11 @@ def hear(decoder: Any, wave: np.ndarray) -> None:
 
 
 class Recogniser:
-    """Speech to words under a JSGF grammar, or by an n-gram language model, which allows any order of words.
+    """Speech recogniser with a JSGF grammar, or with an n-gram language model that allows any word order.
 
     Args:
-        file: the grammar, or a language model in ARPA format (`.arpa`). Pronunciations of all its words may lie beside
-            it, in CMU's format, with the suffix `.dict`.
+        file: the grammar, or a language model in ARPA format (`.arpa`). An optional pronunciation dictionary in CMU
+            format has the same name with the suffix `.dict`.
     """
 
     def __init__(self, file: Path) -> None:
@@ -56,7 +58,7 @@ class Recogniser:
             raise UserError(f"the recogniser cannot use {file}: {error}; are all its words English?") from error
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
-        """Turn (N,) float samples in [-1, 1] at `rate` Hz into lower-case words, "" if none were recognised."""
+        """Transcribe samples (N,) in [-1, 1] at `rate` Hz to lower-case words; "" if none are recognised."""
         hear(self._decoder, resample_wave(wave, rate, RATE))
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""

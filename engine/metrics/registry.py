@@ -1,4 +1,4 @@
-"""All metrics by the names of their figures. Evaluation and the trainer's validation find them here."""
+"""Registry of all metrics, by the names of their figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def metric_of(figure: str) -> type[Metric]:
 
 
 def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
-    """Return figures by the class that measures them, in the order given."""
+    """Group figures by the metric that measures them, in the given order."""
     found: dict[type[Metric], list[str]] = {}
     for figure in figures:
         found.setdefault(metric_of(figure), []).append(figure)
@@ -41,5 +41,5 @@ def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
 
 
 def protocol_of(metric: type[Metric], given: Mapping[str, str]) -> str:
-    """Return what `given` says for one of the metric's figures; where it says nothing, the metric's first protocol."""
+    """Return the protocol in `given` for one of the metric's figures, or the metric's first protocol."""
     return next((given[figure] for figure in metric.figures if figure in given), metric.protocols[0])

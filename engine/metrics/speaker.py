@@ -1,6 +1,6 @@
-"""Whose voice it is: embeddings of speakers.
+"""Speaker similarity and speaker identification by speaker embeddings.
 
-SpkSim is the cosine of the embeddings of the measured and the ground truth:
+SpkSim is the cosine similarity between speaker embeddings of output and ground truth:
 - `ecapa` (HiCoDiT's is an ECAPA-TDNN, taken to be this one): Desplanques et al. 2020, arXiv:2005.07143, trained on
   VoxCeleb; network and filters of the package speechbrain, weights `spkrec-ecapa-voxceleb` (both Apache-2.0).
 - `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
@@ -8,10 +8,10 @@ SpkSim is the cosine of the embeddings of the measured and the ground truth:
 - `ge2e`: Wan et al. 2018, arXiv:1710.10467, by the package Resemblyzer (Apache-2.0), which carries its weights; as
   V2SFlow and SLD-L2S measure it.
 
-Own voice compares GE2E vectors with the mean vector of each of many voices:
-- `clips`: the voices are those of the ground-truth clips. A clip is left out of the mean of its own voice, and does not
-  count if nothing is left.
-- `shards`: the voices are the speakers of prepared shards that hold `ge2e`, such as those of a training set.
+Speaker identification compares a GE2E embedding with the mean embedding of each of many voices:
+- `clips`: the voices of the ground-truth clips. A clip is excluded from the mean of its own voice, and is skipped if no
+  other clip remains.
+- `shards`: the speakers of prepared shards with `ge2e`, such as a training set.
 
 Axes: N samples, V voices.
 """
@@ -35,7 +35,7 @@ from engine.release import load_strict
 from engine.shards.reader import ShardSplit
 from engine.torch_files import read_checkpoint
 
-Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector (256,)
+Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E embedding (256,)
 
 
 class SpeakerSimilarity(Metric):
@@ -78,7 +78,7 @@ class SpeakerSimilarity(Metric):
 class Ecapa:
     """SpeechBrain's ECAPA-TDNN with the settings of `spkrec-ecapa-voxceleb`.
 
-    It is put together here: speechbrain's own loader would run what the downloaded YAML names.
+    The network is built here, as speechbrain's loader would execute code named in the downloaded YAML.
     """
 
     def __init__(self, file: Path, device: str) -> None:
@@ -100,15 +100,19 @@ class Ecapa:
 
     @torch.inference_mode()
     def embed(self, wave: Tensor) -> Tensor:
-        """Embed a wave (N,) at 16 kHz: (192,)."""
+        """Embed a waveform (N,) at 16 kHz: (192,)."""
         whole = torch.ones(1, device=wave.device)
         return self.network(self.normalise(self.bands(wave[None]), whole), whole)[0, 0]
 
 
 class OwnVoice(Metric):
     figures: ClassVar = {
-        "own_voice_first": Figure("own voice first %", 1, 1, 100, "the nearest of the known voices is the clip's own"),
-        "voice_similarity": Figure("voice cosine", 1, 3, meaning="cosine with the mean of the own voice's other clips"),
+        "own_voice_first": Figure(
+            "speaker ID accuracy %", 1, 1, 100, "clips whose nearest voice is that of the correct speaker"
+        ),
+        "voice_similarity": Figure(
+            "voice cosine", 1, 3, meaning="cosine with the mean of the other clips of the same speaker"
+        ),
     }
     needs = ("resemblyzer",)
     protocols = ("clips", "shards")
@@ -124,7 +128,7 @@ class OwnVoice(Metric):
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         try:
             return {"vector": self.encoder.embed(wave_of(take.audio, 24_000), 24_000).tolist()}
-        except UserError:  # no speech: nobody's voice
+        except UserError:  # no speech found, so no voice matches
             return {"vector": [0.0] * 256}
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
@@ -136,7 +140,9 @@ class OwnVoice(Metric):
 
 
 def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return by clip whether the nearest of the `known` voices is its own, and the cosine with the own voice's mean."""
+    """Return by clip whether the nearest of the `known` voices is the correct one, and the cosine with the mean of the
+    correct voice.
+    """
     names = sorted(known)
     found = {}
     sums = np.array([np.sum([*known[name].values()], 0) for name in names])  # (V, 256)
@@ -158,7 +164,7 @@ def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, 
 
 @lru_cache(2)
 def stored_voices(shards: str | Path) -> Voices:
-    """Read the GE2E vector (256,) of every clip of a prepared split, by voice."""
+    """Read the GE2E embedding (256,) of every clip of a prepared split, by voice."""
     split = ShardSplit(shards)
     voices = {}
     split.require("ge2e")

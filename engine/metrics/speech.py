@@ -1,17 +1,16 @@
-"""Pitch, energy and end of speech, and how a mouth and audio go together.
+"""Prosody, utterance endings, and correlation of mouth opening with loudness.
 
-- Prosody: how pitch range and energy follow the ground-truth clips, and whether they move as those do where expressions
-  change. Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip that changes its
-  expression has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half second). The right
-  way is that of the means over all ground-truth clips' parts of the two expressions.
-- Pitch contour: how the pitch follows that of the ground truth in time, over the frames in which both are
-  voiced.
-- Endings: a model that decides itself when to stop may stop late, early, or never. An output is in time with 0.02 to
-  0.3 s of quiet after the last speech, late with more and cut with less. It runs away if only the limit of its length
-  ended it: `stopped` is false in ID.json.
-- Synchrony: the correlation of the mouth's opening with the loudness, clip by clip. A reader of openings knows one kind
-  of face. `drawn` is that of the synthetic corpus, a class named after a colon that turns frames (T, H, W, 3) into
-  openings (T,). The controls move the audio by 200 ms.
+- Prosody: correlation of pitch range and energy with the ground truth, and whether they change in the same direction
+  where the expression changes. Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip
+  that changes its expression has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half
+  second). The expected direction is that of the means over all ground-truth segments of the two expressions.
+- Pitch contour: correlation and RMSE of log F0 against the ground truth, over frames in which both are voiced.
+- Endings: a model with a stop predictor may stop late, early, or never. An output ends in time with 0.02 to 0.3 s of
+  silence after the last speech, late with more, and is cut off with less. It runs away if it only ended at the length
+  limit (`stopped` is false in ID.json).
+- Synchrony: per-clip correlation of mouth opening with loudness. The estimator of mouth opening is specific to a kind
+  of face: `drawn` is for the synthetic corpus, followed by a colon and a class that maps frames (T, H, W, 3) to
+  openings (T,). The controls shift the audio by 200 ms.
 
 Axes: N samples, F analysis frames, T video frames (25 per second).
 """
@@ -33,38 +32,40 @@ from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
 
 RATE = 24_000
 FPS = 25  # video frames per second
-WINDOW = 0.01  # seconds of a power measurement
-PITCH_HOP = 0.016  # seconds of a frame of `pitch`
+WINDOW = 0.01  # seconds per power measurement
+PITCH_HOP = 0.016  # seconds per frame of `pitch`
 FRAMES = 1 / PITCH_HOP  # a second
-# Hz, between which a pitch is looked for
+# search range of the pitch in Hz
 LOWEST = 60.0
 HIGHEST = 500.0
-MIN_VOICED = 10  # frames over which two pitches are compared
-DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
-# seconds of quiet; the synthetic corpus has 0.12 s and more
+MIN_VOICED = 10  # minimum number of frames for comparing two pitch contours
+DROP = 30.0  # speech threshold in dB below the maximum
+# seconds of silence; the synthetic corpus has at least 0.12 s
 LATE = 0.3
 CUT = 0.02
 SHIFT = 5  # video frames: 200 ms
 NAMES = ("pitch_range", "energy")
-WAY = "moves the right way where the expression changes"
+WAY = "changes in the expected direction where the expression changes"
 
 
 def pitch_range(f0: np.ndarray) -> float:
-    """Return semitones from the 10th to the 90th percentile of the voiced frames of a pitch (F,); 0 with under 5."""
+    """Return the range in semitones from the 10th to the 90th percentile of the voiced frames of a pitch contour (F,);
+    0 with under 5 voiced frames.
+    """
     voiced = f0[f0 > 0]
     return float(12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10))) if len(voiced) > 4 else 0.0
 
 
 def energy(wave: np.ndarray) -> float:
-    """Return the mean power of a wave (N,) in dB."""
+    """Return the mean power of a waveform (N,) in dB."""
     return float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
 
 
 def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Find the pitch (F,) in Hz of every 16 ms of a wave (N,), 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
+    """Estimate the pitch (F,) in Hz every 16 ms of a waveform (N,), 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
 
-    Its path search matters: frame by frame, resynthesised speech loses so many octaves that the pitch ranges of clips
-    no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
+    The Viterbi search of pYIN is necessary: frame-wise estimates of resynthesised speech have many octave errors, and
+    pitch ranges then correlate less with the originals (0.62 instead of 0.89, 20 clips).
     """
     librosa = require_librosa()
     low_rate = 12_000
@@ -74,17 +75,17 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Return the root mean square of each video frame's audio: (N,) -> (T,), T = N / rate * 25 rounded down."""
+    """Return the RMS of the audio of each video frame: (N,) -> (T,), T = floor(25 N / rate)."""
     frame = rate // FPS
     whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
     return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 
 
 def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) -> float:
-    """Correlate mouth opening (T,) with the loudness of the audio (Pearson), over the frames that both have.
+    """Return Pearson's correlation of mouth opening (T,) and audio loudness, over the common frames.
 
     Args:
-        shift: frames by which the audio is moved against the mouth; positive: it comes later.
+        shift: delay of the audio relative to the mouth, in frames.
     """
     mouth = opening[max(shift, 0) :]
     level = loudness(wave, rate)[max(-shift, 0) :]
@@ -97,9 +98,9 @@ def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) 
 
 
 def speech_end(wave: np.ndarray, rate: int) -> float:
-    """Return the seconds from the start to the end of the last 10 ms within 30 dB of the loudest; 0 for silence.
+    """Return the end time in seconds of the last 10 ms within 30 dB of the maximum; 0 for silence.
 
-    Energy alone decides: no recogniser is needed.
+    Only the energy is used, without a recogniser.
     """
     size = round(WINDOW * rate)
     windows = np.pad(wave, (0, -len(wave) % size)).reshape(-1, size)
@@ -115,8 +116,8 @@ class Prosody(Metric):
             "pitch r", 1, 2, 1, "pitch range: correlation with the ground truth", correlation
         ),
         "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with the ground truth", correlation),
-        "pitch_range_right_way": Figure("pitch right way %", 1, 1, 100, f"pitch range {WAY}"),
-        "energy_right_way": Figure("energy right way %", 1, 1, 100, f"energy {WAY}"),
+        "pitch_range_right_way": Figure("pitch direction %", 1, 1, 100, f"pitch range {WAY}"),
+        "energy_right_way": Figure("energy direction %", 1, 1, 100, f"energy {WAY}"),
     }
     needs = ("librosa",)
 
@@ -150,8 +151,8 @@ class Prosody(Metric):
 
 class PitchContour(Metric):
     figures: ClassVar = {
-        "f0_correlation": Figure("F0 r", 1, 2, meaning="correlation in time of log F0 with that of the ground truth"),
-        "log_f0_rmse": Figure("log F0 RMSE", -1, 3, meaning="difference to the true log F0, root mean square, nepers"),
+        "f0_correlation": Figure("F0 r", 1, 2, meaning="temporal correlation of log F0 with the ground truth"),
+        "log_f0_rmse": Figure("log F0 RMSE", -1, 3, meaning="RMSE of log F0 against the ground truth, in nepers"),
     }
     needs = ("librosa",)
     pair = True
@@ -177,13 +178,13 @@ class PitchContour(Metric):
 
 
 def ends_of(truth: Take) -> tuple[str, str]:
-    """Return the expressions at the beginning and at the end of a clip that changes."""
+    """Return the first and the last expression of a clip whose expression changes."""
     expressions = truth.about.get("expressions") or [""]
     return expressions[0], expressions[-1]
 
 
 def spans_around_change(row: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Return the seconds in which a clip speaks before and after its change of expression."""
+    """Return the time spans of speech before and after the change of expression, in seconds."""
     times = [times for _, *times in row["phonemes"]]
     parts = [[t for t in times if (t[0] >= row["change"] - 1e-6) == after] for after in (False, True)]
     return [(part[0][0], part[-1][1]) for part in parts]
@@ -194,7 +195,7 @@ class Endings(Metric):
         "ends_in_time": Figure("ends in time %", 1, 1, 100, "0.02 to 0.3 s after the last speech"),
         "ends_late": Figure("late %", -1, 1, 100, "over 0.3 s after the last speech"),
         "ends_cut": Figure("cut %", -1, 1, 100, "less than 0.02 s after the last speech"),
-        "runs_away": Figure("runs away %", -1, 1, 100, "ended by the limit of its length"),
+        "runs_away": Figure("runs away %", -1, 1, 100, "ended at the length limit"),
         "length_error": Figure("length s", -1, 2, meaning="difference to the length of the ground truth, in seconds"),
     }
     inputs = ("audio", "about")
@@ -217,8 +218,8 @@ class Endings(Metric):
 class Synchrony(Metric):
     figures: ClassVar = {
         "synchrony": Figure("mouth and audio", 1, 3, meaning="correlation of mouth opening and loudness"),
-        "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: the same with the audio 200 ms late"),
-        "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: the same with the audio 200 ms early"),
+        "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: synchrony with the audio delayed by 200 ms"),
+        "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: synchrony with the audio advanced by 200 ms"),
     }
     protocols = ("drawn",)
     inputs = ("audio", "video", "source")
@@ -236,9 +237,7 @@ class Synchrony(Metric):
 
 class MouthOpening(Metric):
     figures: ClassVar = {
-        "mouth_opening": Figure(
-            "mouth r", 1, 3, meaning="correlation in time of the opening with that of the ground-truth clip"
-        )
+        "mouth_opening": Figure("mouth r", 1, 3, meaning="temporal correlation of mouth opening with the ground truth")
     }
     protocols = ("drawn",)
     inputs = ("video",)
@@ -260,5 +259,5 @@ class MouthOpening(Metric):
 
 @lru_cache(1)
 def _reader(name: str) -> Any:
-    read = target(name)()  # fitted here, which takes seconds
+    read = target(name)()  # fitted at this point, which takes seconds
     return lru_cache(CACHED)(lambda path: read(read_video(path, FPS)))

@@ -1,21 +1,21 @@
-"""Word and character error rates of what a recogniser hears.
+"""Word and character error rates (WER, CER) by speech recognisers.
 
-Errors of all clips over words of all clips (micro average), by jiwer (Apache-2.0). A clip in which nothing is heard
-counts with all its words. Recognisers:
+Errors are summed over all clips and divided by the total number of words (micro average), by jiwer (Apache-2.0). A clip
+without recognised words counts as all deletions. Recognisers:
 
 - `whisper-medium` (HiCoDiT's, as its ground-truth rows say), `whisper-large-v3`: Radford et al. 2022, arXiv:2212.04356,
-  weights MIT, by transformers; greedy, the language given. A folder after a colon holds another one.
+  weights MIT, by transformers; greedy decoding with the given language. A colon and a folder select another Whisper
+  model.
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
-- `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised by the language model
-  beside it, `free.arpa`, and counted as `wer_free`.
-- `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), or that of a
-  folder after a colon; other sentences cannot be measured. Letters alone are counted as `letter_errors`.
-- `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; no package holds it: `heard` of the manifest gives what its own
-  program transcribed. Transcripts of any other recogniser can be given so, too.
+- `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised with the language
+  model `free.arpa` next to it, and counted as `wer_free`.
+- `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), or, after a
+  colon, the recogniser in a folder. Other sentences are not supported. `letter_errors` counts only the letters.
+- `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; not available as a package: the manifest provides its transcripts as
+  `heard`. Transcripts of any other recogniser can be provided in the same way.
 
-Texts of both sides are brought to one form by Whisper's English normaliser (with its list of British spellings where
-a Whisper folder is there), other languages by its basic one. Chinese, Japanese, Thai and Cantonese have a character
-error rate only.
+English texts are normalised by Whisper's English normaliser (with its list of British spellings if a Whisper folder is
+available), other languages by its basic normaliser. Chinese, Japanese, Thai and Cantonese only have a CER.
 
 Axes: N samples.
 """
@@ -41,8 +41,8 @@ from engine.metrics.recogniser import Recogniser
 from engine.untrusted import read_json
 
 RATE = 16_000
-MODEL = "free.arpa"  # name of a language model beside a grammar
-LONG = 30  # seconds that Whisper hears at once
+MODEL = "free.arpa"  # name of the language model next to a grammar
+LONG = 30  # window of Whisper in seconds
 FOLDERS = {"whisper-medium": "whisper-medium", "whisper-large-v3": "whisper-large-v3", "qwen3-asr": "Qwen3-ASR-1.7B-hf"}
 GRID = Path(__file__).parents[2] / "assets" / "grid_recogniser"
 WITHOUT_SPACES = ("zh", "ja", "th", "yue")
@@ -50,18 +50,18 @@ WITHOUT_SPACES = ("zh", "ja", "th", "yue")
 
 class WordErrors(Metric):
     figures: ClassVar = {
-        "wer": Figure("WER %", -1, 2, 100, "word errors over words"),
+        "wer": Figure("WER %", -1, 2, 100, "word errors divided by words"),
         "wer_free": Figure("WER free %", -1, 2, 100, "word errors of sentences outside the recogniser's grammar"),
-        "wer_shuffled": Figure("WER other %", -1, 1, 100, "control: word errors against the words of another clip"),
+        "wer_shuffled": Figure("WER other %", -1, 1, 100, "control: WER against the text of another clip"),
         "wer_free_shuffled": Figure("WER free other %", -1, 1, 100, "control: the same outside the grammar"),
-        "letter_errors": Figure("letters %", -1, 1, 100, "wrong letters: sentences of GRID have one each"),
-        "cer": Figure("CER %", -1, 2, 100, "character errors over characters"),
+        "letter_errors": Figure("letters %", -1, 1, 100, "letter error rate: GRID sentences contain one letter each"),
+        "cer": Figure("CER %", -1, 2, 100, "character errors divided by characters"),
     }
     protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar", "grid")
     version = 2
     parallel = False
     inputs = ("audio", "heard", "language")
-    free = None  # the recogniser of sentences outside the grammar
+    free = None  # recogniser for sentences outside the grammar
 
     def load(self) -> None:
         if self.kind == "grammar":
@@ -76,14 +76,14 @@ class WordErrors(Metric):
 
     @property
     def folder(self) -> Path:
-        """That of a network."""
+        """Folder of the network."""
         if self.argument:
             return Path(self.argument)
         return GRID if self.kind == "grid" else self.weights / FOLDERS[self.kind]
 
     @property
     def _recogniser_files(self) -> list[Path]:
-        """The grammar, the language model that may lie beside it, and pronunciations of both."""
+        """Grammar, optional language model next to it, and pronunciation dictionaries of both."""
         models = Path(self.argument), Path(self.argument).with_name(MODEL)
         return [*models, *(model.with_suffix(".dict") for model in models)]
 
@@ -91,7 +91,7 @@ class WordErrors(Metric):
     def files(self) -> list[Path]:
         if self.kind == "grammar":
             if not Path(self.argument).is_file():
-                raise UserError(f"grammar={self.argument}: there is no such file; give grammar=FILE.jsgf")
+                raise UserError(f"grammar={self.argument}: no such file; expected grammar=FILE.jsgf")
             return [file for file in self._recogniser_files if file.is_file()]
         if self.kind == "grid":
             return [self.folder / name for name in ("config.yaml", "model.safetensors")]
@@ -106,11 +106,13 @@ class WordErrors(Metric):
         return ("pocketsphinx",) if self.kind == "grammar" else ()
 
     def is_free(self, text: str) -> bool:
-        """Return whether the language model recognises a sentence, as the grammar lacks a word of it."""
+        """Return whether a sentence is transcribed with the language model, because the grammar lacks one of
+        its words.
+        """
         return self.free is not None and not set(text.lower().split()) <= self.vocabulary
 
     def transcribe(self, take: Take) -> str:
-        """Return what is heard in a take, as the recogniser writes it."""
+        """Return the transcript of a take, not normalised."""
         if self.kind == "auto-avsr":
             if take.heard is None:
                 raise UserError("the manifest gives no transcript: transcribe with auto-avsr and add it as heard")
@@ -133,7 +135,7 @@ class WordErrors(Metric):
 
     @cached_property
     def spellings(self) -> dict[str, str]:
-        """British to American words, of the first Whisper folder that is there."""
+        """British to American spellings, from the first available Whisper folder."""
         for folder in ("whisper-medium", "whisper-large-v3"):
             path = self.weights / folder / "normalizer.json"
             if path.is_file():
@@ -152,7 +154,7 @@ class WordErrors(Metric):
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         spoken = text_of(truth)
         if self.kind == "grid" and not is_sentence(spoken):
-            raise UserError(f"its words {printable(spoken)!r} are no sentence of GRID: choose another protocol.wer")
+            raise UserError(f"its words {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
         text, words = (self.normalise(part, take.language) for part in (spoken, heard))
         found = count_errors(text, words, take.language)
@@ -163,7 +165,7 @@ class WordErrors(Metric):
         return {**found, "heard": heard, "text": text, "words": words}
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
-        """Count what was heard against the words of another clip, which the same recogniser hears: a control."""
+        """Add the control: errors against the text of another clip that the same recogniser transcribes."""
         rng = np.random.default_rng(0)
         finished = {clip: dict(row) for clip, row in rows.items()}
         for figure in ("wer", "wer_free"):
@@ -175,9 +177,9 @@ class WordErrors(Metric):
 
 
 class LipWords(WordErrors):
-    """Words that a lip reader reads in the generated video, beside those that a recogniser hears in its audio."""
+    """WER of a lip reader on the generated video, in addition to that of a speech recogniser on its audio."""
 
-    figures: ClassVar = {"wer_lips": Figure("WER lips %", -1, 2, 100, "word errors of a lip reader on the video")}
+    figures: ClassVar = {"wer_lips": Figure("WER lips %", -1, 2, 100, "WER of a lip reader on the video")}
     protocols = ("auto-avsr",)
     inputs = ("heard", "language")
 
@@ -189,7 +191,7 @@ class LipWords(WordErrors):
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:
     """Count errors and units of `wer` (not for languages without spaces) and `cer`."""
     if not reference.split():
-        raise UserError("its text has no words")
+        raise UserError("its text contains no words")
     found = {}
     if language in WITHOUT_SPACES:
         reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
@@ -201,8 +203,13 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
 
 
 def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """Load (processor, model) of transformers, in `half` on a GPU, from a folder (Path) or by a name of the hub."""
-    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor  # half a minute on a busy machine
+    """Load (processor, model) with transformers, in `half` precision on a GPU, from a folder (Path) or the hub
+    (str).
+    """
+    from transformers import (
+        AutoModelForSpeechSeq2Seq,
+        AutoProcessor,
+    )  # importing transformers takes up to half a minute
 
     dtype = half if str(device).startswith("cuda") else torch.float32
     local = isinstance(name, Path)
@@ -213,7 +220,9 @@ def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.b
 
 @torch.inference_mode()
 def hear_words(processor: Any, model: Any, wave: np.ndarray, language: str | None = None) -> tuple[str, str, float]:
-    """Return the words that Whisper hears in audio (N,), their language, and its probability; 1 for a given one."""
+    """Return the words that Whisper recognises in audio (N,), their language, and its probability, which is 1 for a
+    given language.
+    """
     long = len(wave) > LONG * RATE
     probability = 1.0
     more = {"truncation": False, "padding": "longest"} if long else {}
@@ -226,7 +235,7 @@ def hear_words(processor: Any, model: Any, wave: np.ndarray, language: str | Non
 
 
 def _hear_language(model: Any, features: Tensor) -> tuple[str, float]:
-    """Return the likeliest language of a window: Whisper's first token after the start names it."""
+    """Return the most likely language of a window: the first token that Whisper predicts."""
     tokens = model.generation_config.lang_to_id
     start = torch.tensor([[model.config.decoder_start_token_id]], device=features.device)
     logits = model(features, decoder_input_ids=start).logits[0, -1].float()

@@ -161,14 +161,14 @@ def test_what_a_figure_leaves_out_is_said(run, folders):
 def test_bad_and_missing_files_are_named_and_left_out(run, folders):
     _, results, out, *_ = run(outputs=("good", "bad"), metrics="stoi,stoi")
     assert len(results["tests"]) == 1  # asked for twice, it is one
-    assert "of different clips" not in out
+    assert "over different clips" not in out
     (folders / "good" / "s0" / "c0.wav").write_text("no sound")
     (folders / "good" / "s1" / "c1.wav").unlink()
     code, results, out, err, _ = run(outputs=("good", "bad"))
     assert code == 1 and [results["systems"][name]["stoi"]["clips"] for name in ("good", "bad")] == [1, 3]
     assert [row["clip"] for row in results["left_out"]["files"]] == ["s0/c0", "s1/c1"]
     assert "c0.wav is not a video or audio file" in err
-    assert "note: the rows' STOI is of different clips, as some were left out; the comparison" in out
+    assert "note: STOI is computed over different clips in each row, as some were skipped; the comparison" in out
 
 
 def test_a_result_that_is_no_number_is_no_measurement(run, monkeypatch):

@@ -78,7 +78,7 @@ def test_word_errors_by_a_release_of_the_recogniser(tmp_path, monkeypatch):
     monkeypatch.setattr(metric.closed, "transcribe", lambda wave, rate: "bin blue at g two soon")
     found = metric.measure(Take(Sound(wave, 24_000)), Take(text="Bin blue at F two now"))
     assert found["wer"] == (2, 6) and found["letter_errors"] == (1, 1)
-    with pytest.raises(UserError, match=r"'hello' are no sentence of GRID: choose another protocol.wer"):
+    with pytest.raises(UserError, match=r"'hello' is not a GRID sentence: choose another protocol.wer"):
         metric.measure(Take(Sound(wave, 24_000)), Take(text="hello"))
 
 

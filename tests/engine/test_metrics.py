@@ -56,7 +56,7 @@ def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
     assert metric.reference("It's x-ray!") == ["IH", "T", "S", "EH", "K", "S", "R", "EY"]
     for text in (Path(__file__).parents[2] / "assets" / "demo" / "sentences.txt").read_text().splitlines():
         assert 15 < len(metric.reference(text)) < 60
-    with pytest.raises(UserError, match="no phonemes are known of 'xyzzyx'"):
+    with pytest.raises(UserError, match="no phonemes are known for 'xyzzyx'"):
         metric.reference("say xyzzyx")
 
 
