@@ -1,4 +1,4 @@
-"""Official checkpoints under our names: rules for the names of their tensors, and sizes from their shapes."""
+"""Conversion of upstream checkpoints: rules for renaming tensors, and configs inferred from tensor shapes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-# Each a pattern and what replaces it, as `re.sub` takes them; None leaves out the tensors whose names match.
+# Pairs of pattern and replacement for `re.sub`. A replacement of None removes matching tensors.
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str] | None]]
 
 
 def rename(name: str, rules: Rules) -> str | None:
-    """Apply rules to a name, one after another. None: its tensor is left out."""
+    """Apply the rules to a name in order. Return None if the tensor is removed."""
     for pattern, replacement in rules:
         if replacement is None and re.search(pattern, name):
             return None
@@ -25,28 +25,28 @@ def rename(name: str, rules: Rules) -> str | None:
 
 
 def rename_all(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Return tensors under other names, without those that a rule leaves out."""
+    """Rename the tensors of a state dict and drop those that a rule removes."""
     names = {key: rename(key, rules) for key in state}
     return {names[key]: value for key, value in state.items() if names[key] is not None}
 
 
 def numbered(state: Mapping[str, Tensor], pattern: str, first: int = 0) -> list[Tensor]:
-    """Return the tensors `pattern.format(i)` for i from `first` on, up to the first that is missing."""
+    """Return the tensors `pattern.format(i)` for i = `first`, `first` + 1, ... until one is missing."""
     end = next(i for i in count(first) if pattern.format(i) not in state)
     return [state[pattern.format(i)] for i in range(first, end)]
 
 
 def strides(state: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
-    """Return the strides of the blocks 1, 2, ...: half the kernel of their re-sampling convolution."""
+    """Return the strides of blocks 1, 2, ...: half the kernel size of their resampling convolution."""
     return tuple(kernel.shape[-1] // 2 for kernel in numbered(state, pattern, 1))
 
 
 @contextmanager
 def sizes_of(what: str) -> Iterator[None]:
-    """Raise UserError where the block, which reads sizes off tensors, meets a checkpoint that is not `what`."""
+    """Raise UserError if the block, which infers sizes from tensors, fails because the checkpoint is not `what`."""
     try:
         yield
     except KeyError as error:
-        raise UserError(f"not {what}: it has no tensor {error}") from error
+        raise UserError(f"not {what}: tensor {error} is missing") from error
     except (ValueError, IndexError) as error:
         raise UserError(f"not {what}: a tensor has another rank ({error})") from error

@@ -1,15 +1,14 @@
-"""In which numbers networks run in inference: `precision=auto|fp32|bf16|int8`.
+"""Numerical precision of networks in inference: `precision=auto|fp32|bf16|int8`.
 
-In bfloat16, matrices and what they are multiplied with are in half precision: half of the bytes, and up to three times
-the speed on a processor that multiplies such numbers. Sums over layers, log posteriors, draws and codecs stay float32.
+With bfloat16, the operands of matrix products are in half precision, which halves the memory and is up to three times
+as fast on processors with native support. Residual streams, log posteriors, sampling and codecs stay in float32.
 
-On x86 processors, weights of inference are packed (`PackedLinear`): put once into the memory layout of oneDNN, a
-library within PyTorch. Otherwise PyTorch gives float32 products to MKL, which is half as fast on processors of AMD, and
-converts bfloat16 weights to that layout in each call.
+On x86 CPUs, weights are prepacked for inference into the memory layout of oneDNN (`PackedLinear`). Without it, PyTorch
+uses MKL for float32, which is half as fast on AMD CPUs, and repacks bfloat16 weights in each call.
 
-In 8 bits (`Int8Linear`), a block's weights take a quarter of the bytes of float32: at few rows, reading them is what a
-layer costs. Weights have a scale for each output channel and activations one for each row, found when the layer runs.
-So nothing is calibrated, and a row's result does not depend on what shares its batch. All else is float32.
+With int8 (`Int8Linear`), the weights of transformer blocks take a quarter of the memory of float32, and small batches
+are memory-bound. Weights are quantised per output channel and activations dynamically per row, so that no calibration
+is needed and the result of a row does not depend on the rest of the batch. Everything else is float32.
 
 Axes: N input features, M output features.
 """
@@ -28,26 +27,26 @@ from torch import Tensor, nn
 from engine.errors import UserError, require
 from engine.settings import PRECISIONS, require_choice
 
-CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
-VNNI = ("avx512_vnni", "avx_vnni")  # instructions that multiply 8-bit integers
-BLOCKS = ("blocks", "layers")  # lists of transformer blocks: their linear layers are put into 8 bits
-LARGEST = 127  # absolute value of the integers that are used
-TINY = 1e-30  # smallest scale of a weight
-PACKED_FOR = 256  # rows of the input that the layout suits best; products with fewer or more rows are as fast
+CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # checks of torch.cpu: x86, x86, ARM
+VNNI = ("avx512_vnni", "avx_vnni")  # CPU flags of int8 dot-product instructions
+BLOCKS = ("blocks", "layers")  # attribute names of transformer blocks, whose linear layers are quantised
+LARGEST = 127  # maximum absolute quantised value
+TINY = 1e-30  # minimum scale of a weight
+PACKED_FOR = 256  # number of input rows for which the layout is optimised
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """Return the type of the matrices; `auto` takes bfloat16 where the processor multiplies it itself.
+    """Return the dtype of matrices. `auto` selects bfloat16 on devices with native support.
 
-    With `int8`, it is the type of the matrices that are not put into 8 bits.
+    With `int8`, it is the dtype of matrices that are not quantised.
     """
     require_choice("precision", precision, PRECISIONS)
     if precision in ("fp32", "bf16"):
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if precision == "int8" and can_int8(device):
-        return torch.float32  # casts between two types would cost more than the few other matrices
+        return torch.float32  # casts between two dtypes would cost more than the few other matrices save
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -57,10 +56,10 @@ def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 
 
 def convert_matrices(network: M, dtype: torch.dtype, without: Collection[str] = ()) -> M:
-    """Convert the weights of linear layers in place, for use under `half_precision`; the result is not to be saved.
+    """Convert the weights of linear layers in place, for use under `half_precision`. Do not save the result.
 
     Args:
-        without: names of modules that stay as they are, with all that they hold.
+        without: names of modules to exclude, including their submodules.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and not set(name.split(".")) & set(without):
@@ -69,9 +68,9 @@ def convert_matrices(network: M, dtype: torch.dtype, without: Collection[str] = 
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients whose weight (M, N) is in oneDNN's own layout; `weight.to_dense()` unpacks it.
+    """Inference-only linear layer whose weight (M, N) is prepacked for oneDNN. `weight.to_dense()` unpacks it.
 
-    The operators are those of PyTorch's own compiler (`torch._inductor.mkldnn_lowerings`).
+    It uses the operators of PyTorch's inductor (`torch._inductor.mkldnn_lowerings`).
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -82,23 +81,23 @@ class PackedLinear(nn.Module):
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PACKED_FOR)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., N) -> (..., M), both of the weight's type."""
+        """Apply the layer: x (..., N) -> (..., M), both in the dtype of the weight."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this processor is an x86 for which PyTorch has oneDNN's products of a type."""
+    """Return whether this is an x86 CPU for which PyTorch has oneDNN matrix products of a dtype."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Int8Linear(nn.Module):
-    """A float32 linear layer without gradients that multiplies 8-bit integers; its weight (M, N) is in FBGEMM's layout.
+    """Inference-only float32 linear layer with int8 matrix products. Its weight (M, N) is prepacked for FBGEMM.
 
-    With scales s = max |x| / 127 of each row and c = max |w| / 127 of each channel it is
-    s c sum(round(x / s) round(w / c)) + bias. The sum is exact, in 32 bits. FBGEMM is a library within PyTorch. At few
-    rows it reads weights twice as fast as oneDNN, whose operator for signed activations needs AMX.
+    With scales s = max |x| / 127 of each row and c = max |w| / 127 of each channel it is s c sum(round(x / s) round(w /
+    c)) + bias. The sum is exact in 32 bits. For small batches, FBGEMM is twice as fast as oneDNN, whose operator for
+    signed activations requires AMX.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -114,23 +113,25 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.quantized.linear_prepack(quantised, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., N), of two axes or more -> (..., M)."""
+        """Apply the layer: x (..., N), of at least two dimensions -> (..., M)."""
         largest = x.abs().amax(-1, keepdim=True)  # (..., 1)
-        # The operator rounds x / s + 128, multiplies unsigned integers, and takes what the 128 add from the sum.
-        # A row of zeros has no numbers here, whatever integers they become: their sum is multiplied by 0.
+        # The operator rounds x / s + 128, multiplies unsigned integers, and subtracts the contribution of 128 from the
+        # sum. A row of zeros yields NaN here, whose integer values do not matter, as their sum is multiplied by 0.
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         y = product(x / largest, 1 / LARGEST, 128, self.weight)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 def can_int8(device: torch.device | str) -> bool:
-    """Return whether a device is an x86 processor that multiplies 8-bit integers itself."""
+    """Return whether the device is an x86 CPU with int8 dot-product instructions."""
     found = torch.cpu.get_capabilities()
     return torch.device(device).type == "cpu" and can_pack(torch.float32) and any(found.get(name) for name in VNNI)
 
 
 def uses_int8(precision: str, device: torch.device | str, compiled: bool = False) -> bool:
-    """Return whether layers are put into 8 bits; say so in one line if the processor cannot do what is asked."""
+    """Return whether layers are quantised to int8. Print a line if the device does not support the requested
+    precision.
+    """
     if precision != "int8":
         return False
     if torch.device(device).type == "cuda":
@@ -140,20 +141,20 @@ def uses_int8(precision: str, device: torch.device | str, compiled: bool = False
         print("precision=int8 needs an x86 processor with VNNI: continuing with precision=auto", file=sys.stderr)
         return False
     if compiled:
-        raise UserError("precision=int8 cannot be compiled on a processor: leave out compile=true")
+        raise UserError("precision=int8 cannot be compiled on a CPU: omit compile=true")
     return True
 
 
 def prepare_inference(network: M, int8: bool = False, device: torch.device | str = "cpu", compiled: bool = False) -> M:
-    """Put the linear layers of a network into the layouts of inference, in place; the result is not to be saved.
+    """Convert the linear layers of a network to the layouts of inference in place. Do not save the result.
 
-    It has no gradients, and outputs change by rounding. Layers that share their weight with another module are not
-    packed.
+    Gradients are not supported, and outputs change by rounding. Layers that share their weight with another module are
+    not packed.
 
     Args:
-        int8: put the layers of transformer blocks into 8 bits (see `uses_int8`). On CUDA the weights alone are, by
-            torchao: half of the memory of bfloat16, and no speed.
-        compiled: whether `torch.compile` is applied, which does not take packed weights.
+        int8: quantise the linear layers of transformer blocks (see `uses_int8`). On CUDA, torchao quantises only the
+            weights, which halves the memory of bfloat16 without a speed-up.
+        compiled: whether `torch.compile` is used, which does not support packed weights.
     """
     on_cpu = torch.device(device).type == "cpu"
     for_torchao = set()
@@ -177,5 +178,5 @@ def prepare_inference(network: M, int8: bool = False, device: torch.device | str
 
 
 def half_precision(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
-    """Context in which networks with matrices of `dtype` run; does nothing in float32."""
+    """Return the autocast context for networks with matrices of `dtype`; it does nothing for float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)

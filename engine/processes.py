@@ -1,7 +1,8 @@
-"""Run work in processes of this machine, each of which may crash, hang or be killed without ending the others.
+"""Worker processes on this machine, each of which may crash, hang or be killed without affecting the others.
 
-Each process has a pipe of its own, so a killed one damages nothing that others use, and its number tells its device.
-`concurrent.futures` gives up a whole pool when one process dies; pebble's processes share a pipe and its lock.
+Each process has its own pipe, so that a killed process does not corrupt the communication of others, and its index
+determines its device. `concurrent.futures` gives up the whole pool when one process dies, and pebble's processes share
+a pipe and a lock.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from engine.settings import LIMITS, Limits, set_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-PR_SET_PDEATHSIG = 1  # of Linux' prctl(2)
-ATTEMPTS = 2  # at an item whose process dies
+PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2)
+ATTEMPTS = 2  # attempts at an item whose process dies
 
 
 class Work(Generic[Item, Result]):
-    """What a worker process does with each item; made once in each process.
+    """Work of a worker process, created once in each process.
 
     Attributes:
-        details: what the caller needs to know about it, such as digests of weights.
-        ahead: items that `run_all` takes before the result of the one before them is there.
+        details: information for the caller, such as digests of weights.
+        ahead: number of items that `run_all` may fetch before the result of the current item.
     """
 
     details: Any = None
@@ -44,25 +45,25 @@ class Work(Generic[Item, Result]):
         raise NotImplementedError
 
     def run_all(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the result of each item, in order. Work that prepares an item beside the one before overrides this."""
+        """Yield the result of each item, in order. Subclasses override this to prepare items in advance."""
         return map(self.run, items)
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The result of an item whose process died or hung. reason: what happened, in words."""
+    """Result of an item whose process died or timed out. reason: human-readable reason."""
 
     reason: str
 
 
 class _Process:
-    """A process, this end of its pipe, and its tasks: each an item and the number of the attempt.
+    """A worker process, its pipe, and its tasks, each with an item and the number of the attempt.
 
     Attributes:
-        tasks: the one in work, and those that wait in the process; at most one more than `ahead`.
+        tasks: the current task and queued ones; at most `ahead` + 1.
         ahead: see `Work`.
-        since: time at which the first task began; infinity while the process loads.
-        starts: how often the process was started.
+        since: start time of the first task; infinity while the process is loading.
+        starts: number of times that the process was started.
     """
 
     def __init__(self, number: int, build: Callable[[int], Work]) -> None:
@@ -74,7 +75,7 @@ class _Process:
         self.start()
 
     def start(self) -> None:
-        context = get_context("spawn")  # forked processes would share locks of torch
+        context = get_context("spawn")  # forked processes would inherit locks of torch
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.build, self.number, LIMITS), daemon=True)
         self.process.start()
@@ -83,7 +84,7 @@ class _Process:
         self.starts = self.starts + 1
 
     def accepts(self, attempt: int) -> bool:
-        """Return whether a task of this attempt may be given now. One whose process died is given alone."""
+        """Return whether the process accepts a task of this attempt. A retried task runs alone."""
         if not self.tasks:
             return True
         alone = attempt > 1 or self.tasks[0][1] > 1
@@ -93,17 +94,17 @@ class _Process:
         if not self.tasks and self.since < math.inf:
             self.since = time.monotonic()
         self.tasks.append(task)
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `receive` will notice
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle, which `receive` detects
             self.connection.send(task[0])
 
     def is_ready(self, answer: tuple[Any, int]) -> Any:
-        """Note that the process has loaded; return the details of its work."""
+        """Mark the process as loaded. Return the details of its work."""
         details, self.ahead = answer
         self.since = time.monotonic()
         return details
 
     def receive(self) -> tuple[str, Any]:
-        """Return what `_serve` sends next, or ("died", how)."""
+        """Return the next message of `_serve`, or ("died", reason)."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -112,7 +113,7 @@ class _Process:
             how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
             if self.since < math.inf:
                 return "died", how
-            return "refused", f"a process ended with {how} while it loaded: use fewer if memory is short"
+            return "refused", f"a process ended with {how} while loading: use fewer processes if memory is short"
 
     def end(self) -> None:
         self.process.kill()
@@ -121,11 +122,11 @@ class _Process:
 
 
 class Processes(Generic[Item, Result]):
-    """Processes that do work. A context: entering it waits until all are ready, leaving it ends them.
+    """A pool of worker processes. Entering the context waits until all are ready; leaving it ends them.
 
     Args:
-        count: number of processes; 0: this one, without a timeout.
-        build: makes the work in a process from its number, 0 to `count` - 1, or None in this one.
+        count: number of processes. 0 runs in the current process, without a timeout.
+        build: creates the work in a process from its index, 0 to `count` - 1, or None in the current process.
         timeout: seconds that an item may take.
     """
 
@@ -154,15 +155,15 @@ class Processes(Generic[Item, Result]):
 
     def __exit__(self, *_: object) -> None:
         for each in self.processes:
-            each.process.kill()  # all of them, before one is waited for
+            each.process.kill()  # start all processes before waiting for one
         for each in self.processes:
             each.end()
 
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
-        """Yield every item with its result, in the order in which they are done; an item is taken when it can start.
+        """Yield (item, result) pairs in the order of completion. Items are consumed when a process can start them.
 
-        An item whose process dies is tried again in another one, alone. A process that cannot be started again, as on a
-        card that failed, is done without.
+        An item whose process dies is retried alone in another process. A process that cannot be restarted, for example
+        because its GPU failed, is dropped.
         """
         if not self.processes:
             for item in items:
@@ -199,7 +200,7 @@ class Processes(Generic[Item, Result]):
                 item, attempt = each.tasks.popleft()
                 each.since = time.monotonic()
                 if word in ("died", "late"):
-                    # Any of its tasks may have ended the process, as later ones are prepared beside the first.
+                    # Any of its tasks may have ended the process, as later tasks are prepared concurrently.
                     again.extend((later, number + (word == "died")) for later, number in each.tasks)
                     each.tasks.clear()
                     each.end()
@@ -210,7 +211,7 @@ class Processes(Generic[Item, Result]):
                 yield item, Lost(f"its process died, {ATTEMPTS} times ({result})") if word == "died" else result
 
     def _give_tasks(self, fresh: Iterator[tuple[Item, int]], again: deque[tuple[Item, int]]) -> None:
-        """Give each process the tasks that it accepts, idle processes first; second attempts precede new items."""
+        """Assign tasks to the processes that accept them, idle processes first. Retries precede new items."""
         given = True
         while given:
             given = False
@@ -223,13 +224,13 @@ class Processes(Generic[Item, Result]):
 
 
 def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:
-    """Do the work of one process: send ("ready", details) or ("refused", why), then for every item ("done", result), or
-    ("error", why) if it cannot continue.
+    """Run the work of one process: send ("ready", details) or ("refused", reason), then for every item ("done",
+    result), or ("error", reason) if it cannot continue.
     """
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent receives it, too, and ends this process
     word = "refused"
-    with suppress(EOFError, BrokenPipeError):  # the parent has ended
+    with suppress(EOFError, BrokenPipeError):  # the parent process has ended
         try:
             set_limits(limits)
             work = build(number)
@@ -242,20 +243,20 @@ def _serve(connection: Connection, build: Callable[[int], Work], number: int, li
 
 
 def _receive_all(connection: Connection) -> Iterator[Any]:
-    """Yield what comes; at the end of the pipe EOFError is raised."""
+    """Yield received messages until the pipe is closed, which raises EOFError."""
     while True:
         yield connection.recv()
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent is killed, which cannot end its workers then (Linux)."""
+    """Ask the kernel to kill this process when its parent is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C in this process during the block, and always in the processes that it starts there."""
+    """Ignore Ctrl-C in this process during the block, and permanently in processes started within it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run a `@hydra.main` program from its command line: mistakes in one line, `--help` with sentences, numbered sweeps.
+"""Runs a `@hydra.main` program: one-line error messages, `--help` with descriptions, and numbered sweeps.
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
 def train(config: DictConfig) -> None:
@@ -37,19 +37,20 @@ from engine.schema import find_field, register
 
 
 class Failed(Exception):
-    """A run of a sweep returned a non-zero exit code; the remaining runs continue."""
+    """A run of a sweep returned a non-zero exit code. The remaining runs continue."""
 
 
 class Ended(BaseException):
-    """A run ended early. Hydra reports exceptions of other kinds in lines of its own."""
+    """A run ended early. A BaseException, as Hydra logs other exceptions."""
 
 
 def runs(output: str) -> Callable[[Callable[[DictConfig], int | None]], Callable[[DictConfig], None]]:
-    """Decorate what `@hydra.main` calls: check the configuration, choose the output folder, return the exit code.
+    """Decorate the function passed to `@hydra.main`: check the configuration, choose the output folder, return the exit
+    code.
 
     Args:
-        output: name of the setting with the output folder. Hydra's output folder replaces it where that was chosen: by
-            `-m`, where each run has a numbered folder, or by `hydra.run.dir=`.
+        output: name of the output folder setting. It is replaced by Hydra's output folder in sweeps (`-m`), where each
+            run has a numbered folder, and with `hydra.run.dir=`.
     """
 
     def decorate(function: Callable[[DictConfig], int | None]) -> Callable[[DictConfig], None]:
@@ -75,16 +76,17 @@ def runs(output: str) -> Callable[[Callable[[DictConfig], int | None]], Callable
 
 
 def run_program(program: Callable[[], None], config_name: str, help_text: str, words: Sequence[str]) -> int:
-    """Run a `@hydra.main` function, decorated by `runs`, as a command; return the exit code.
+    """Run a `@hydra.main` function decorated by `runs` as a command. Return the exit code.
 
     Args:
-        config_name: its configuration, `configs/{config_name}.yaml`.
+        config_name: name of the configuration `configs/{config_name}.yaml`.
         words: the command line, Hydra's flags and overrides.
-        help_text: what the program does, then a line `Examples:` and examples. `--help` puts the settings in between.
+        help_text: description of the program, then a line `Examples:` and examples. `--help` inserts the settings
+            between them.
 
     Raises:
-        UserError: a mistake in the command line or in the configuration. With the environment variable
-            HYDRA_FULL_ERROR=1, errors of Hydra itself are raised instead.
+        UserError: If the command line or the configuration is invalid. With HYDRA_FULL_ERROR=1, Hydra's own errors are
+            raised instead.
     """
     register(config_name)
     OmegaConf.register_new_resolver("help", partial(_help, config_name, help_text), replace=True)
@@ -93,9 +95,7 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
     wants_full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
     arguments = sys.argv
     reports_errors = logging.raiseExceptions
-    logging.raiseExceptions = (
-        False  # Hydra logs its `--info`: a reader that ends, as `head` does, is no error of logging
-    )
+    logging.raiseExceptions = False  # Hydra logs its `--info`; a closed pipe, as with `head`, is not a logging error
     sys.argv = [arguments[0], "--config-name", config_name, *prepared(config_name, overrides, is_sweep), *flags]
     try:
         one_line = nullcontext() if wants_full_errors else explained(config_name, overrides)
@@ -114,7 +114,7 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
 
 
 def _use_output_dir(config: DictConfig, key: str) -> None:
-    """Let the setting `key` name Hydra's output folder if that is another one than the working directory."""
+    """Set the setting `key` to Hydra's output folder, if that is not the working directory."""
     chosen = Path(HydraConfig.get().runtime.output_dir)
     if chosen == Path.cwd():
         return
@@ -123,7 +123,7 @@ def _use_output_dir(config: DictConfig, key: str) -> None:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the flags of a command line, with their values, and its overrides."""
+    """Split a command line into Hydra's flags, with their values, and overrides."""
     known = get_args_parser()._option_string_actions
     flags = []
     overrides = []
@@ -147,7 +147,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
-    """Return the text of `--help`: the resolver `${help:}`, which configs/program.yaml gives Hydra as its template."""
+    """Return the text of `--help`. This is the resolver `${help:}` in Hydra's help template of configs/program.yaml."""
     description, _, examples = text.partition("Examples:")
     choices = {group: choice for group, choice in _root_.hydra.runtime.choices.items() if not group.startswith("hydra")}
     config = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
@@ -162,10 +162,10 @@ def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
     lines += ["", "Hydra's options (all: --hydra-help):"]
     lines += _table(
         [
-            ("--help", "this text; after an experiment=NAME with that recipe's defaults"),
+            ("--help", "this text; with experiment=NAME, the defaults of that recipe"),
             ("--cfg job", "print the composed configuration"),
-            ("--info defaults", "print the files that it is composed of"),
-            ("-m KEY=A,B", "run once for each value; each run gets a numbered folder"),
+            ("--info defaults", "print the defaults list of the configuration"),
+            ("-m KEY=A,B", "run once per value, each in a numbered folder"),
         ]
     )
     if examples:
@@ -174,7 +174,7 @@ def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
 
 
 def _settings(config_name: str, config: DictConfig, choices: dict[str, str]) -> list[tuple[str, str, str]]:
-    """Return (key, default, sentence) of each setting that has a sentence: in its dataclass, else in YAML."""
+    """Return (key, default, description) of each setting that is described in its dataclass or in YAML."""
     comments = {}
     for group, choice in {"": config_name, **choices}.items():
         if choice:
@@ -193,7 +193,7 @@ def _settings(config_name: str, config: DictConfig, choices: dict[str, str]) -> 
 
 
 def _comments(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, comment) of a YAML file's lines, after those of the files that it is based on."""
+    """Yield (dotted key, comment) for the lines of a YAML file, after those of its base files."""
     text = path.read_text()
     for base in re.findall(r"^\s*-\s+(\w+)\s*$", text.partition("defaults:")[2], re.MULTILINE):
         if base != "_self_" and (path.parent / f"{base}.yaml").is_file():
@@ -219,12 +219,12 @@ def _headline(path: Path) -> str:
 
 
 def _width() -> int:
-    """Return the number of columns that help is wrapped at."""
+    """Return the terminal width for wrapping help text."""
     return max(80, min(shutil.get_terminal_size((120, 24)).columns, 140))
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table whose last column is wrapped at the width of the terminal."""
+    """Return the lines of a table whose last column is wrapped to the terminal width."""
     columns = [min(36, max((len(row[i]) for row in rows), default=0)) for i in range(len(rows[0]) - 1)] if rows else []
     lines = []
     for *cells, sentence in rows:

@@ -1,7 +1,7 @@
-"""Progress of long work on standard error: bars on a terminal, plain lines with rate and remaining time elsewhere.
+"""Progress reporting on standard error: bars on a terminal, otherwise lines with rate and remaining time.
 
-A command opens `showing`; what it calls names its stages with `stage`, without which nothing is shown. A page gives
-`showing` a function, which is called in place of a bar.
+A command opens `showing`, and the functions that it calls report stages with `stage`. Outside of `showing`, nothing is
+shown. A user interface can pass `showing` a callback to use instead of bars.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ LINE = "{n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
 LINE_EVERY = 10.0  # seconds
 
 
-Report = Callable[[int, int | None, str], object]  # of steps that are done, their total if it is known, and the label
+Report = Callable[[int, int | None, str], object]  # arguments: finished steps, total number of steps if known, label
 
 
 @dataclass
 class Progress:
-    """What a command shows. prefix: put before the labels of stages. bar: the open one. report: in place of bars."""
+    """Progress display of a command. prefix: prefix of stage labels. bar: the open bar. report: callback in place of
+    bars.
+    """
 
     prefix: str = ""
     bar: _Bar | _Reported | None = None
@@ -42,12 +44,12 @@ current = _CURRENT.get  # the progress of the running command, or None
 
 
 class _Bar(tqdm):
-    """A bar with a label; without a `unit`, the label alone.
+    """A progress bar with a label; without a `unit`, only the label is shown.
 
-    Where there is no terminal, all bars together print a line every `LINE_EVERY` seconds.
+    Without a terminal, all bars together print a line every `LINE_EVERY` seconds.
     """
 
-    monitor_interval = 0  # no thread that redraws
+    monitor_interval = 0  # disable tqdm's monitor thread
     last_line = time.monotonic()
 
     def __init__(self, label: str, total: int | None, unit: str, items: Iterable[T] | None = None) -> None:
@@ -61,7 +63,7 @@ class _Bar(tqdm):
         super().__init__(items, label, **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draw the bar, or print it as a line if it is time for one."""
+        """Draw the bar, or print it as a line when due."""
         if not self.lines:
             return super().display(msg, pos)
         if msg is None and time.monotonic() - _Bar.last_line > LINE_EVERY:
@@ -71,7 +73,7 @@ class _Bar(tqdm):
 
 
 class _Reported:
-    """In place of a bar: calls `report` when it opens and after each step."""
+    """Replacement of a bar that calls `report` when opened and after each step."""
 
     def __init__(self, report: Report, label: str, total: int | None) -> None:
         self.report = report
@@ -95,8 +97,8 @@ class _Reported:
 
 @contextmanager
 def showing(report: Report | None = None) -> Iterator[Progress]:
-    """Show the stages of the work in this block; with `report`, it is called instead."""
-    _Bar.last_line = time.monotonic()  # a command that ends within seconds writes no line
+    """Show the progress of the stages in this block. If `report` is given, call it instead."""
+    _Bar.last_line = time.monotonic()  # commands that finish within seconds print no line
     token = _CURRENT.set(Progress(report=report))
     try:
         yield current()
@@ -106,9 +108,9 @@ def showing(report: Report | None = None) -> Iterator[Progress]:
 
 @contextmanager
 def stage(label: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., object]]:
-    """Show a part of a command's work. Give a function to call after each step.
+    """Report a stage of a command. Yield a function to call after each step.
 
-    Without a `unit` of the steps, only the label is shown, and only if nothing else is.
+    Without a `unit`, only the label is shown, and only if no other bar is open.
     """
     progress = current()
     outer = progress and progress.bar
@@ -125,9 +127,9 @@ def stage(label: str, total: int | None = None, unit: str = "") -> Iterator[Call
 
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
-    """Yield blocks of frames as they are read, and count the frames in the open bar, if there is one."""
+    """Yield blocks of frames and advance the open bar, if any, by the number of frames."""
     bar = getattr(current(), "bar", None)
-    if bar is not None:  # frames that are read again are counted from 0
+    if bar is not None:  # restart at 0 when frames are read again
         bar.reset()
     for block in blocks:
         if bar is not None:
@@ -136,5 +138,5 @@ def watched(blocks: Iterable[B]) -> Iterator[B]:
 
 
 def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
-    """Yield the items; progress, rate and remaining time go to standard error."""
+    """Yield the items and report progress, rate and remaining time on standard error."""
     yield from _Bar("", total, unit, items)

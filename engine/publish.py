@@ -1,4 +1,4 @@
-"""Publish a release on the Hugging Face hub: its files, the codecs that it needs, and a card that renders there."""
+"""Publication of a release on the Hugging Face hub, with its codecs and a model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.hub import NAME, release_folder
 from engine.release import release_kind
 
 LIBRARY = "speaking-faces"
-TASKS = {  # by kind of release: the hub's name of its task, and tags
+TASKS = {  # pipeline tag and further tags on the hub, by kind of release
     "hicodit": ("video-to-video", ("lip-to-speech", "video-to-speech", "arxiv:2604.15923")),
     "talker_t2av": ("text-to-video", ("talking-head", "text-to-speech", "audio-driven", "arxiv:2604.23586")),
     "rvq_codec": ("audio-to-audio", ("speech-codec",)),
@@ -23,9 +23,9 @@ TASKS = {  # by kind of release: the hub's name of its task, and tags
 
 
 def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
-    """Return the metadata of a model card, as YAML between lines of dashes.
+    """Return the metadata of a model card as YAML front matter.
 
-    The figures `results`, by name, which were measured on `dataset`, become the card's model-index.
+    `results` maps names of metrics to values on `dataset` and becomes the model-index.
     """
     task, tags = TASKS.get(kind, (None, ()))
     figures = [
@@ -44,28 +44,28 @@ def front_matter(kind: str | None, title: str, results: Mapping[str, float], dat
 def publish(
     folder: Path | None, parts: Mapping[str, str | Path], repository: str, license: str | None, private: bool
 ) -> str:
-    """Upload a release and return its address. An existing repository gets a new commit.
+    """Upload a release and return its URL. An existing repository gets a new commit.
 
     Args:
-        folder: the release; None: the model was loaded from other files.
-        parts: by name, the releases of its codecs, which become folders of the repository.
+        folder: release folder. None if the model was loaded from other files.
+        parts: release folders of the codecs by name, which become subfolders of the repository.
         repository: OWNER/NAME.
-        license: the hub's name of the weights' licence, as apache-2.0; None: the card's.
+        license: licence identifier of the hub, such as apache-2.0. None: the licence in the card.
 
     Raises:
-        UserError: the model is not a release, no licence is named, or the hub refuses.
+        UserError: If the model is not a release, no licence is stated, or the upload fails.
     """
     if not NAME.fullmatch(repository) or "@" in repository:
-        raise UserError(f"{repository}: give OWNER/NAME, without a revision")
+        raise UserError(f"{repository}: expected OWNER/NAME, without a revision")
     if folder is None:
-        raise UserError("only a release of ours can be published: this model was loaded from other files")
+        raise UserError("only release folders can be published: this model was loaded from other files")
     readme = folder / "README.md"
     card = ModelCard(readme.read_text() if readme.is_file() else f"# {repository}\n", ignore_metadata_errors=True)
     task, tags = TASKS.get(release_kind(folder), (None, ()))
     data = card.data
     data.license = license or data.license
     if not data.license:
-        raise UserError(f"{readme} names no licence: give license=, as in license='apache-2.0'")
+        raise UserError(f"{readme} states no licence: set license=, as in license='apache-2.0'")
     data.library_name = data.library_name or LIBRARY
     data.pipeline_tag = data.pipeline_tag or task
     data.tags = sorted({*(data.tags or ()), *tags}) or None
@@ -73,7 +73,7 @@ def publish(
     for name, part in parts.items():
         part = release_folder(part)
         if not (part / "config.yaml").is_file():
-            raise UserError(f"{part} is not a release folder: publish with codecs that are")
+            raise UserError(f"{part} is not a release folder: use codecs from release folders")
         files |= {f"{name}/{path.name}": path for path in part.iterdir() if path.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     additions.append(CommitOperationAdd("README.md", str(card).encode()))

@@ -20,10 +20,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def portable(value: Any) -> Any:
-    """Make `value` portable: valid JSON, without paths of this machine.
+    """Convert `value` to valid JSON without absolute paths.
 
-    Absolute paths in strings are cut to their last component. NaN and infinity, as of figures that no clip has, become
-    None: JSON has neither.
+    Absolute paths in strings are reduced to their last component. NaN and infinity become None, as JSON supports
+    neither.
     """
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
@@ -33,32 +33,32 @@ def portable(value: Any) -> Any:
         return None
     if isinstance(value, Path):
         value = str(value)
-    # A slash after a name or another slash belongs to a relative path or to an address.
+    # A slash after a name or another slash belongs to a relative path or a URL.
     return re.sub(r"(?<![\w/.:-])/(?:[\w.-]+/)+(?=[\w.])", "", value) if isinstance(value, str) else value
 
 
 def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:
-    """Write FOLDER/DATE-NAME.json with a `record` and return its path."""
+    """Write a `record` to FOLDER/DATE-NAME.json and return its path."""
     path = dated(folder, f"{name}.json")
     write_json(path, portable(record(what, results, device, **about)))
     return path
 
 
 def dated(folder: Path, name: str) -> Path:
-    """Return the path FOLDER/DATE-NAME with the date of today."""
+    """Return the path FOLDER/DATE-NAME with today's date."""
     return folder / f"{date.today().isoformat()}-{name}"
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
-    """Create a record: `what` the results measure, `about` (such as settings), `origin`, and the results."""
+    """Create a record: `what` was measured, `about` (such as settings), `origin`, and the results."""
     return {"what": what, **about, **origin(device), "results": results}
 
 
 def origin(device: str = "cpu") -> dict[str, Any]:
-    """Return date, command, hardware and versions of what this process measures."""
+    """Return date, command line, hardware and software versions of this process."""
     cuda = device.startswith("cuda")
     processor = platform.processor() or platform.machine()
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m NAME, which puts its file into argv
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # `python -m NAME` puts the file into argv
     named = module is not None and module.origin == sys.argv[0]
     program = ["-m", module.name.removesuffix(".__main__")] if named else sys.argv[:1]
     return {

@@ -25,7 +25,7 @@ FOLDER = "emotion2vec_plus_large"
 
 class Emotion(Metric):
     figures: ClassVar = {
-        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose recognised emotion equals that of the ground truth"),
+        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips with the same recognised emotion as the ground truth"),
         "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the ground truth"),
     }
     needs = ("funasr",)

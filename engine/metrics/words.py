@@ -154,7 +154,7 @@ class WordErrors(Metric):
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         spoken = text_of(truth)
         if self.kind == "grid" and not is_sentence(spoken):
-            raise UserError(f"its words {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
+            raise UserError(f"its text {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
         text, words = (self.normalise(part, take.language) for part in (spoken, heard))
         found = count_errors(text, words, take.language)

@@ -1,1 +1,1 @@
-"""Network blocks, discriminators and losses that more than one codec needs."""
+"""Network blocks, discriminators and losses shared by several codecs."""

@@ -1,8 +1,8 @@
-"""Losses of wave generators: multi-scale mel, STFT, compressed complex spectrum, loudness, voice, least-squares GAN,
-feature matching.
+"""Losses of waveform generators: multi-scale mel, STFT, compressed complex spectrum, loudness, speaker similarity,
+least-squares GAN, feature matching.
 
-Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waves are (B, N) or (B, 1, N). Everything that
-takes a logarithm runs in the precision of its buffers (float32), whatever autocast says.
+Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waveforms are (B, N) or (B, 1, N). Logarithms are
+computed in the precision of the buffers (float32), also under autocast.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ def _flat(wave: Tensor) -> Tensor:
 
 
 def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
-    """Compute STFT magnitude (B, F, T), centred, reflect-padded; the least power keeps gradients finite."""
+    """Compute the STFT magnitude (B, F, T), centred and reflect-padded. Powers are clamped from below to keep gradients
+    finite.
+    """
     spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, hop, window.numel(), window, return_complex=True)
     return torch.view_as_real(spectrum).square().sum(-1).clamp_min(1e-20).sqrt()
 
 
 class MelSpectrogram(nn.Module):
-    """Slaney mel bands of the STFT magnitude: (B, N) -> (B, M, T). Hop is a quarter of the window."""
+    """Mel spectrogram with Slaney bands on the STFT magnitude: (B, N) -> (B, M, T). The hop is a quarter of the
+    window.
+    """
 
     def __init__(self, sample_rate: int, n_mels: int, window: int):
         super().__init__()
@@ -46,9 +50,9 @@ class MultiScaleMelLoss(nn.Module):
     """Sum over resolutions of the mean |log10 mel(fake) - log10 mel(real)| (DAC, Kumar et al., 2023, section 3.4).
 
     Args:
-        sample_rate: of both waves.
-        n_mels, windows: bands and window length of each resolution; the hop is a quarter of the window.
-        clamp: mel magnitudes are at least this before the logarithm.
+        sample_rate: sampling rate of both waveforms.
+        n_mels, windows: number of bands and window length of each resolution. The hop is a quarter of the window.
+        clamp: minimum mel magnitude before the logarithm.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class MultiScaleMelLoss(nn.Module):
     ):
         super().__init__()
         if len(n_mels) != len(windows):
-            raise UserError(f"mel.n_mels={list(n_mels)} and mel.windows={list(windows)}: give as many of both")
+            raise UserError(
+                f"mel.n_mels={list(n_mels)} and mel.windows={list(windows)}: both must have the same length"
+            )
         self.clamp = clamp
         self.scales = nn.ModuleList(MelSpectrogram(sample_rate, m, w) for m, w in zip(n_mels, windows))
 
@@ -78,7 +84,7 @@ class MultiResolutionSTFTLoss(nn.Module):
     """Spectral convergence plus mean log-magnitude distance, averaged over resolutions (Yamamoto et al., 2020).
 
     Args:
-        resolutions: (n_fft, hop, window) each.
+        resolutions: (n_fft, hop, window) of each resolution.
     """
 
     def __init__(self, resolutions: Sequence[Sequence[int]] = ((512, 128, 512), (2048, 512, 2048))):
@@ -101,11 +107,11 @@ class MultiResolutionSTFTLoss(nn.Module):
 
 
 class CompressedSpectrumLoss(nn.Module):
-    """Mean squared distance of STFTs whose magnitudes are raised to a power under one, with phases and without.
+    """Mean squared error of STFTs with power-law compressed magnitudes, with and without phase.
 
     mean |A^c e^(i a) - B^c e^(i b)|^2 + mean (A^c - B^c)^2 (Braun & Tashev, 2021, whose c is 0.3; equal weights here).
-    Compression lets quiet bands count, so that phases are learned beyond the loudest harmonics. The hop is a quarter of
-    the window.
+    Compression increases the weight of quiet bands, so that phases are learned beyond the loudest harmonics. The hop is
+    a quarter of the window.
     """
 
     power = 0.3  # c
@@ -119,7 +125,7 @@ class CompressedSpectrumLoss(nn.Module):
         n_fft = len(self.window)
         window = self.window
         spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, n_fft // 4, window=window, return_complex=True)
-        # The floor bounds the gradient of silence, where A^(c - 1) has no limit.
+        # The floor bounds the gradient for silence, where A^(c - 1) diverges.
         energy = torch.view_as_real(spectrum).square().sum(-1) + 1e-8
         return energy ** (self.power / 2), spectrum * energy ** ((self.power - 1) / 2)
 
@@ -133,22 +139,24 @@ class CompressedSpectrumLoss(nn.Module):
 
 
 class DisturbanceLoss(nn.Module):
-    """How far the loudness of one wave is from another's, as PESQ weighs it (ITU-T P.862, section 10.2).
+    """Difference in perceived loudness between two waveforms, weighted as in PESQ (ITU-T P.862, section 10.2).
 
-    Bark bands of both, in sones by Zwicker's law; their difference less a quarter of the softer, by itself and again
-    where the fake adds what is not there (asymmetric); third (symmetric) and first power means over bands, sixth over
-    0.3 s, second over the wave. As a loss first by Martin-Donas et al. (2018). Left out: alignment in time, the
-    equalisers of slow gains and of filters, so that a level that is off counts too, the input filter, and the steeper
-    law of loudness below 4 Bark. The reference program takes the second power mean over bands, which is smaller.
+    Bark spectra of both are converted to sones by Zwicker's law. Their difference is reduced by a quarter of the softer
+    one; the asymmetric part only counts components added by the fake. Power means of order 3 (symmetric) and 1
+    (asymmetric) are taken over bands, of order 6 over 0.3 s, and of order 2 over the waveform. First used as a loss by
+    Martin-Donas et al. (2018). Omitted: time alignment, compensation of gain and filtering (level differences therefore
+    count), the input filter, and the steeper loudness law below 4 Bark. The reference program uses the power mean of
+    order 2 over bands, which is smaller.
 
-    Returns about the drop of PESQ's raw score from 4.5, 0.1 symmetric + 0.0309 asymmetric disturbance, mean over waves.
+    Returns approximately the drop of PESQ's raw score from 4.5: 0.1 symmetric + 0.0309 asymmetric disturbance, averaged
+    over waveforms.
 
     Args:
-        sample_rate: of both waves, at least 16 kHz.
+        sample_rate: sampling rate of both waveforms, at least 16 kHz.
     """
 
     bands = 49  # Bark bands of equal width up to 8 kHz
-    power = 10 ** (80 / 10)  # at which the real wave is heard: 80 dB of sound pressure between 350 and 3,250 Hz
+    power = 10 ** (80 / 10)  # playback level of the real waveform: 80 dB SPL between 350 and 3,250 Hz
 
     def __init__(self, sample_rate: int):
         super().__init__()
@@ -159,7 +167,7 @@ class DisturbanceLoss(nn.Module):
         inside = (bins > 0) & (bins <= 8000)
         band = ((bark + 0.53) / (top + 0.53) * self.bands).long().clamp_max(self.bands - 1)
         filters = torch.nn.functional.one_hot(band, self.bands) * inside[:, None]
-        filters = filters[:, filters.sum(0) > 0].double()  # the lowest bands are narrower than a bin
+        filters = filters[:, filters.sum(0) > 0].double()  # the lowest bands are narrower than an FFT bin
         centre = (filters * bins[:, None]).sum(0) / filters.sum(0) / 1000
         # Threshold of hearing in decibels (Terhardt, 1979)
         quiet = 3.64 * centre**-0.8 - 6.5 * torch.exp(-0.6 * (centre - 3.3) ** 2) + 1e-3 * centre**4
@@ -183,39 +191,43 @@ class DisturbanceLoss(nn.Module):
             added = ((fake + 50) / (real + 50)) ** 1.2
             added = torch.where(added < 3, 0, added.clamp_max(12))
             whole = self.width * distance.shape[-1]
-            # A power mean has no gradient at nothing; 1e-4 is a hundredth of what is heard.
+            # A power mean has no gradient at 0; 1e-4 is a hundredth of an audible difference.
             symmetric = ((distance**3).sum(-1) / whole + 1e-12) ** (1 / 3) * whole
             asymmetric = (distance * added).sum(-1)
-            weight = ((real.sum(-1) + 1e5) / 1e7) ** 0.04  # soft frames count a little more
+            weight = ((real.sum(-1) + 1e5) / 1e7) ** 0.04  # soft frames have a slightly higher weight
             return sum(
                 factor * self._over_time((frames / weight).clamp_max(45)).mean()
                 for factor, frames in ((0.1, symmetric), (0.0309, asymmetric))
             )
 
     def _powers(self, wave: Tensor) -> Tensor:
-        """Return power in each band, (B, T, bands)."""
+        """Return the power in each band, (B, T, bands)."""
         wave = _flat(wave).to(self.window.dtype)
         spectrum = torch.stft(wave, self.frame, self.frame // 2, window=self.window, center=False, return_complex=True)
         return torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2) @ self.filters
 
     def _sones(self, power: Tensor) -> Tensor:
-        """Return loudness density of bands (Zwicker): nothing under the threshold of hearing, then a power of 0.23."""
+        """Return the loudness density of bands (Zwicker): 0 below the threshold of hearing, then a power law of
+        exponent 0.23.
+        """
         return 0.1866 * (2 * self.quiet) ** 0.23 * ((0.5 + 0.5 * power / self.quiet) ** 0.23 - 1).clamp_min(0)
 
     @staticmethod
     def _over_time(frames: Tensor) -> Tensor:
-        """Average (B, T) to (B,): sixth power means over 20 frames that overlap by half, then the second power mean."""
-        rest = max(20 - frames.shape[1], -frames.shape[1] % 10)  # what a last piece lacks counts as undisturbed
+        """Average (B, T) to (B,): power mean of order 6 over half-overlapping windows of 20 frames, then of order 2."""
+        rest = max(20 - frames.shape[1], -frames.shape[1] % 10)  # the last window is padded with zeros
         frames = torch.nn.functional.pad(frames, (0, rest))
         pieces = torch.nn.functional.avg_pool1d((frames[:, None] + 1e-4) ** 6, 20, 10) ** (1 / 6)
         return pieces.square().mean((1, 2)).sqrt()
 
 
 class VoiceLoss(nn.Module):
-    """One less the cosine of the GE2E embeddings of two waves, mean over waves (Wan et al. 2018, arXiv:1710.10467).
+    """Speaker similarity loss: 1 minus the cosine of the GE2E embeddings of two waveforms, averaged over waveforms (Wan
+    et al. 2018, arXiv:1710.10467).
 
-    The network is Resemblyzer's (extra eval), which carries its weights and belongs to no checkpoint. It sees a crop as
-    one piece; it was trained on pieces of 1.6 s. Volume and silence stay as they are.
+    The network is that of Resemblyzer (extra eval), which includes its weights; they are not stored in checkpoints. A
+    crop is embedded as a single window; the network was trained on windows of 1.6 s. Volume and silence are not
+    normalised.
     """
 
     def __init__(self, sample_rate: int):
@@ -227,7 +239,7 @@ class VoiceLoss(nn.Module):
         self.register_buffer("filters", mel_filters(RATE, 400, 40), persistent=False)
 
     def embed(self, wave: Tensor) -> Tensor:
-        """Embed waves (B, N): (B, 256), as `GE2EEncoder.embed` does for one loud piece without silence."""
+        """Embed waveforms (B, N): (B, 256), as `GE2EEncoder.embed` does for a single window without silence."""
         wave = resample(_flat(wave).to(self.window.dtype), self.sample_rate, RATE)
         spectrum = torch.stft(wave, 400, 160, window=self.window, pad_mode="constant", return_complex=True)
         power = self.filters.T @ torch.view_as_real(spectrum).square().sum(-1)
@@ -241,9 +253,10 @@ class VoiceLoss(nn.Module):
 
 
 def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return a discriminator's losses on real and on fake, summed over sub-discriminators (Mao et al., 2017).
+    """Return the least-squares discriminator losses on real and on fake inputs, summed over sub-discriminators (Mao et
+    al., 2017).
 
-    `real` and `fake` are what the discriminator returned: feature maps, logits last.
+    `real` and `fake` are the outputs of the discriminator: feature maps, followed by the logits.
     """
     return (
         sum((maps[-1].float() - 1).square().mean() for maps in real),
@@ -252,7 +265,7 @@ def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tu
 
 
 def generator_loss(fake: list[list[Tensor]]) -> Tensor:
-    """Return the generator's loss of a least-squares GAN, summed over sub-discriminators."""
+    """Return the least-squares GAN loss of the generator, summed over sub-discriminators."""
     return sum((maps[-1].float() - 1).square().mean() for maps in fake)
 
 

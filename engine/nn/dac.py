@@ -1,7 +1,9 @@
-"""Convolutional wave encoder and decoder of the Descript Audio Codec (Kumar et al., 2023), in released key names.
+"""Convolutional waveform encoder and decoder of the Descript Audio Codec (Kumar et al., 2023), with upstream parameter
+names.
 
 Axes: B batch, C channels, N samples, T frames. Encoder (B, 1, N) -> (B, C, T), decoder (B, C, T) -> (B, 1, T * hop).
-All paddings are zeros. Key names (`weight_g`, `weight_v`, `alpha`, `block.i`, `model.i`) are the released ones.
+All padding is zero padding. Parameter names (`weight_g`, `weight_v`, `alpha`, `block.i`, `model.i`) are those of the
+released checkpoints.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 
 class _WeightNorm:
-    """Weight normalisation (Salimans & Kingma, 2016) over all axes but axis 0, under the names `weight_g`, `weight_v`.
+    """Weight normalisation (Salimans & Kingma, 2016) over all axes except axis 0, with parameters `weight_g` and
+    `weight_v`.
 
-    Axis 0 of a transposed convolution is its *input* channel, as in the released files. Weights are PyTorch's default
-    ones, biases zero.
+    Axis 0 of a transposed convolution is its *input* channel, as in the released files. Weights use PyTorch's default
+    initialisation; biases are zero.
     """
 
     def __init__(self, *args, **kwargs):
@@ -57,7 +60,9 @@ class WNConvTranspose1d(_WeightNorm, nn.ConvTranspose1d):
 
 
 class Snake(nn.Module):
-    """x + sin(alpha x)^2 / (alpha + 1e-9), one slope per channel (Ziyin et al., 2020). (B, C, T) -> (B, C, T)."""
+    """Snake activation x + sin(alpha x)^2 / (alpha + 1e-9), with one slope per channel (Ziyin et al., 2020). (B, C, T)
+    -> (B, C, T).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -68,7 +73,7 @@ class Snake(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Snake, dilated conv k7, Snake, conv k1, plus the input. (B, C, T) -> (B, C, T)."""
+    """Residual unit: Snake, dilated convolution (kernel 7), Snake, pointwise convolution. (B, C, T) -> (B, C, T)."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
@@ -84,7 +89,7 @@ class ResidualUnit(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Three residual units, then a strided conv. (B, in, T) -> (B, out, `down_length(T, stride)`)."""
+    """Three residual units and a strided convolution. (B, in, T) -> (B, out, `down_length(T, stride)`)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -99,7 +104,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A strided transposed conv, then three residual units. (B, in, T) -> (B, out, T * stride)."""
+    """A transposed convolution and three residual units. (B, in, T) -> (B, out, T * stride)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -115,17 +120,20 @@ class UpBlock(nn.Module):
 
 
 def down_length(length: int, stride: int) -> int:
-    """Return the frames that one down block makes: floor(length / s) for even s, floor((length + 1) / s) for odd."""
+    """Return the number of output frames of a down block: floor(length / s) for even s, floor((length + 1) / s) for odd
+    s.
+    """
     return max(0, (length + 2 * math.ceil(stride / 2) - 2 * stride) // stride + 1)
 
 
 class DACEncoder(nn.Module):
-    """Wave to frames: conv k7, one down block per ratio (width doubles), Snake, conv k3, optional tanh.
+    """Encodes a waveform as frames: convolution (kernel 7), one down block per ratio (the width doubles), Snake,
+    convolution (kernel 3), optional tanh.
 
     Args:
         width: channels after the first conv; stage i has width * 2^i.
         ratios: strides of the down blocks, first to last; their product is the hop.
-        out_channels: channels of a frame.
+        out_channels: channels per frame.
         tanh: bound the output to (-1, 1).
     """
 
@@ -142,14 +150,16 @@ class DACEncoder(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def frames(self, samples: int) -> int:
-        """Return number of frames of a wave of `samples` samples; nothing is padded to a multiple of the hop."""
+        """Return the number of frames of a waveform of `samples` samples. Nothing is padded to a multiple of
+        the hop.
+        """
         for ratio in self.ratios:
             samples = down_length(samples, ratio)
         return samples
 
     @property
     def min_samples(self) -> int:
-        """The shortest wave that gives a frame."""
+        """The shortest waveform that yields a frame, in samples."""
         length = 1
         for ratio in reversed(self.ratios):
             length = (length - 1) * ratio + 2 * ratio - 2 * math.ceil(ratio / 2)
@@ -161,10 +171,11 @@ class DACEncoder(nn.Module):
 
 
 class DACDecoder(nn.Module):
-    """Frames to wave: conv k7, one up block per ratio (width halves), Snake, conv k7, tanh.
+    """Decodes frames to a waveform: convolution (kernel 7), one up block per ratio (the width halves), Snake,
+    convolution (kernel 7), tanh.
 
     Args:
-        in_channels: channels of a frame.
+        in_channels: channels per frame.
         width: channels after the first conv; stage i has width / 2^i.
         ratios: strides of the up blocks; their product is the hop.
     """
@@ -181,14 +192,16 @@ class DACDecoder(nn.Module):
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Number of frames before and after frame t its samples, t * hop .. (t + 1) * hop - 1, depend on."""
+        """Receptive field: number of frames before and after frame t on which its samples t * hop .. (t + 1) * hop - 1
+        depend.
+        """
         first = -3
         last = math.prod(self.ratios) - 1 + 3
         for ratio in reversed(self.ratios):
             units = 3 * (1 + 3 + 9)
             first = first - units
             last = last + units
-            # Sample j of a transposed convolution is made from inputs i with 0 <= j + padding - ratio i < 2 ratio.
+            # Sample j of a transposed convolution depends on inputs i with 0 <= j + padding - ratio i < 2 ratio.
             padding = math.ceil(ratio / 2)
             first = -((2 * ratio - 1 - padding - first) // ratio)
             last = (last + padding) // ratio

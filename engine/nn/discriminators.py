@@ -1,7 +1,7 @@
-"""Wave discriminators: multi-period (HiFi-GAN, Kong et al., 2020) and multi-resolution magnitude spectrogram.
+"""Waveform discriminators: multi-period (HiFi-GAN, Kong et al., 2020) and multi-resolution magnitude spectrogram.
 
-Axes: B batch, N samples, P period, F frequency bins, T frames. Both map a wave (B, 1, N) to a list with one entry a
-sub-discriminator; an entry is the list of its activated feature maps with the logits last.
+Axes: B batch, N samples, P period, F frequency bins, T frames. Both map a waveform (B, 1, N) to a list with one
+entry per sub-discriminator, each a list of its activated feature maps followed by the logits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from engine.nn.dac import WNConv2d
 
 
 class PeriodDiscriminator(nn.Module):
-    """Looks at every P-th sample: (B, 1, N) viewed as (B, 1, N / P, P), convolved along the long axis only.
+    """Discriminates a waveform (B, 1, N) reshaped to (B, 1, N / P, P), with convolutions along the long axis only.
 
-    Widths are channels * growth^j, at most `max_channels`.
+    The widths are channels * growth^j, limited to `max_channels`.
     """
 
     def __init__(self, period: int, channels: int = 16, growth: int = 4, max_channels: int = 512):
@@ -59,13 +59,13 @@ class MultiPeriodDiscriminator(nn.Module):
 
 
 class SpectrogramDiscriminator(nn.Module):
-    """Two-dimensional convolutions on the STFT magnitude (B, 1, F, T) of one resolution.
+    """Discriminates the STFT magnitude (B, 1, F, T) at one resolution with 2-D convolutions.
 
     Args:
-        n_fft, hop, window: of a centred, reflect-padded STFT with a periodic Hann window.
-        channels, max_channels: width of the first map, doubled by every later one up to the cap.
-        kernels: size of the first, and of the last two convolutions.
-        strides: of the convolutions between, whose kernels are 2 * stride + 1.
+        n_fft, hop, window: parameters of the STFT, which is centred and reflect-padded with a periodic Hann window.
+        channels, max_channels: width of the first feature map, which doubles with every layer up to the maximum.
+        kernels: kernel size of the first convolution, and of the last two.
+        strides: strides of the other convolutions, whose kernels are 2 * stride + 1.
     """
 
     def __init__(
@@ -132,7 +132,9 @@ class MultiResolutionDiscriminator(nn.Module):
 
 
 class WaveDiscriminators(nn.Module):
-    """Multi-period and multi-resolution discriminators as one: wave (B, 1, N) -> feature maps and logits of each."""
+    """Multi-period and multi-resolution discriminators combined: waveform (B, 1, N) -> feature maps and logits
+    of each.
+    """
 
     def __init__(self, period: Mapping[str, Any], spectrogram: Mapping[str, Any]):
         super().__init__()
@@ -143,7 +145,9 @@ class WaveDiscriminators(nn.Module):
         return self.period(wave) + self.spectrogram(wave)
 
     def own_losses(self, real: Tensor, fake: Tensor, active: bool) -> dict[str, Tensor]:
-        """Return the losses of the discriminators' update; if not `active`, a zero that reaches every parameter."""
+        """Return the losses of the discriminators' update. If not `active`, return a zero that depends on every
+        parameter.
+        """
         self.requires_grad_(True)
         if not active:
             return {"loss": sum(p.sum() for p in self.parameters()) * 0.0}
@@ -151,8 +155,10 @@ class WaveDiscriminators(nn.Module):
         return {"loss": on_real + on_fake, "real": on_real.detach(), "fake": on_fake.detach()}
 
     def generator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """Return the `adversarial` and `feature` losses of the generator's update, after the discriminators' own."""
-        self.requires_grad_(False)  # only the way to the wave is needed
+        """Return the `adversarial` and `feature` losses of the generator's update, computed after the discriminators'
+        update.
+        """
+        self.requires_grad_(False)  # gradients are only needed for the waveform
         with torch.no_grad():
             of_real = self(real)
         of_fake = self(fake)

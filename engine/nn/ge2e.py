@@ -1,4 +1,4 @@
-"""GE2E speaker embeddings (Wan et al. 2018, arXiv:1710.10467), by the package Resemblyzer, which carries its weights.
+"""GE2E speaker embeddings (Wan et al. 2018, arXiv:1710.10467), by the package Resemblyzer, which includes the weights.
 
 Axes: N samples.
 """
@@ -19,10 +19,10 @@ RATE = 16_000
 
 
 class GE2EEncoder:
-    """Waveform -> GE2E embedding; the dot product of two embeddings is their cosine similarity.
+    """Computes GE2E embeddings of waveforms. The dot product of two embeddings is their cosine similarity.
 
     Args:
-        device: of the network.
+        device: device of the network.
 
     Attributes:
         network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
@@ -30,7 +30,7 @@ class GE2EEncoder:
 
     def __init__(self, device: str | torch.device = "cpu"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old import paths inside webrtcvad and Resemblyzer
+            warnings.simplefilter("ignore")  # deprecated imports in webrtcvad and Resemblyzer
             resemblyzer = require("resemblyzer", "Resemblyzer")
             require_librosa()  # which Resemblyzer calls
         self.audio = resemblyzer.audio
@@ -38,12 +38,12 @@ class GE2EEncoder:
             self.network = resemblyzer.VoiceEncoder(device, verbose=False)
 
     def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """Embed (N,) float samples at `rate` Hz: (256,) float32 of unit length, non-negative.
+        """Embed samples (N,) at `rate` Hz: (256,) float32, of unit length and non-negative.
 
-        Volume is raised to -30 dBFS and silences are cut by Resemblyzer's own rules.
+        Resemblyzer's preprocessing raises the volume to -30 dBFS and trims silence.
 
         Raises:
-            UserError: no speech is found in the wave.
+            UserError: If no speech is found in the waveform.
         """
         wave = resample_wave(wave, rate, RATE)
         if not np.any(wave):

@@ -1,4 +1,5 @@
-"""Mel bands, and Whisper's log-mel front end: batched, on any device, equal to transformers' `WhisperFeatureExtractor`.
+"""Mel filter banks and Whisper's log-mel front end: batched, on any device, equal to transformers'
+`WhisperFeatureExtractor`.
 
 Axes: B batch, N samples at 16 kHz, M mel bands, T frames (100 per second), F frequency bins.
 """
@@ -20,7 +21,7 @@ HOP = 160
 
 
 def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:
-    """Return (F, M) triangles of unit area on the Slaney mel scale, from 0 Hz to half of `rate`; F = n_fft // 2 + 1."""
+    """Return Slaney mel filters (F, M) of unit area, from 0 Hz to half of `rate`, where F = n_fft // 2 + 1."""
     filters = mel_filter_bank(n_fft // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
@@ -29,22 +30,23 @@ _whisper_filters = lru_cache(maxsize=4)(partial(mel_filters, RATE, N_FFT))
 
 
 def pad_or_trim(wave: Tensor, samples: int) -> Tensor:
-    """Cut (..., N) to (..., samples), or fill it with zeros at the end."""
+    """Trim (..., N) to (..., samples), or zero-pad it at the end."""
     return F.pad(wave[..., :samples], (0, max(0, samples - wave.shape[-1])))
 
 
 def log_mel(wave: Tensor, bands: int = 128) -> Tensor:
-    """Turn 16-kHz waves (B, N) or (N,) into (B, M, T) or (M, T) with T = N // 160; N must exceed 200.
+    """Compute log-mel spectrograms (B, M, T) or (M, T) of 16-kHz waveforms (B, N) or (N,), where T = N // 160. N must
+    exceed 200.
 
-    Base-10 logarithms of the mel power, clipped to 8 below the item's peak, then (x + 4) / 4. An item's features do not
-    depend on the others of its batch.
+    Base-10 logarithms of the mel power are clipped to 8 below the maximum of the item and scaled by (x + 4) / 4. The
+    features of an item do not depend on the rest of the batch.
     """
     levels = mel_levels(wave, bands)
     return (torch.maximum(levels, levels.amax((-2, -1), keepdim=True) - 8) + 4) / 4
 
 
 def mel_levels(wave: Tensor, bands: int) -> Tensor:
-    """Return base-10 logarithms of the mel power, shapes as in `log_mel`."""
+    """Return base-10 logarithms of the mel power, with shapes as in `log_mel`."""
     window = torch.hann_window(N_FFT, device=wave.device)
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)

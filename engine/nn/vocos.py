@@ -1,6 +1,7 @@
 """Vocos decoder (Siuzdak, 2023): ConvNeXt blocks at the frame rate, then one inverse STFT.
 
-Axes: B batch, C channels, T frames, F = n_fft / 2 + 1 frequency bins, N = T * hop samples. Released key names.
+Axes: B batch, C channels, T frames, F = n_fft / 2 + 1 frequency bins, N = T * hop samples. Parameter names are those of
+the released checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise conv k7, LayerNorm, two linear layers with GELU between, a learned scale, plus the input. (B, C, T)."""
+    """ConvNeXt block: depthwise convolution (kernel 7), LayerNorm, two linear layers with GELU, a learned scale, and a
+    residual connection. (B, C, T) -> (B, C, T).
+    """
 
     def __init__(self, dim: int, intermediate: int, scale: float):
         super().__init__()
@@ -30,7 +33,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class VocosBackbone(nn.Module):
-    """(B, in_channels, T) -> (B, T, C)."""
+    """ConvNeXt backbone: (B, in_channels, T) -> (B, T, C)."""
 
     def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int):
         super().__init__()
@@ -47,10 +50,10 @@ class VocosBackbone(nn.Module):
 
 
 class ISTFTHead(nn.Module):
-    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, C) -> (B, T * hop).
+    """Predicts log-magnitude and phase of every frequency bin and applies the inverse STFT. (B, T, C) -> (B, T * hop).
 
-    Frames are overlapped and added with a periodic Hann window. (n_fft - hop) / 2 samples are cut from both ends of sum
-    and envelope before one is divided by the other.
+    Frames are overlap-added with a periodic Hann window. (n_fft - hop) / 2 samples are trimmed from both ends of the
+    sum and of the window envelope, by which the sum is divided.
     """
 
     def __init__(self, dim: int, n_fft: int, hop: int):
@@ -61,7 +64,7 @@ class ISTFTHead(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
-        """(B, n_fft, T) -> (B, T * hop)."""
+        """Overlap-add frames (B, n_fft, T) -> (B, T * hop)."""
         length = (frames.shape[-1] - 1) * self.hop + self.n_fft
         wave = F.fold(frames, (1, length), (1, self.n_fft), stride=(1, self.hop))[:, 0, 0]
         cut = (self.n_fft - self.hop) // 2
@@ -69,7 +72,7 @@ class ISTFTHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         magnitude, phase = self.out(x).to(self.window.dtype).transpose(1, 2).chunk(2, dim=1)
-        # No spectrum of a wave in [-1, 1] needs more than 100: a guard against exp running away early in training.
+        # Magnitudes of a waveform in [-1, 1] do not exceed 100; the limit prevents overflow of exp early in training.
         magnitude = magnitude.exp().clamp_max(100)
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())  # (B, F, T)
         frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * self.window[:, None]
@@ -78,26 +81,26 @@ class ISTFTHead(nn.Module):
 
 
 class VocosDecoder(nn.Module):
-    """(B, in_channels, T) -> (B, 1, T * hop), not clamped.
+    """Vocos decoder: (B, in_channels, T) -> (B, 1, T * hop), not clamped.
 
     Args:
         in_channels: channels of a frame.
-        dim, intermediate, layers: of the ConvNeXt blocks.
-        n_fft, hop: of the inverse STFT, in samples; `n_fft` - `hop` must be even.
+        dim, intermediate, layers: width, inner width and number of ConvNeXt blocks.
+        n_fft, hop: window and hop of the inverse STFT in samples; `n_fft` - `hop` must be even.
     """
 
     def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int, n_fft: int, hop: int):
         super().__init__()
         self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
         self.head = ISTFTHead(dim, n_fft, hop)
-        # Frames on each side that a frame's audio depends on: convolutions over seven frames, and windows that overlap.
+        # Receptive field to each side, in frames: convolutions over seven frames, and overlapping windows.
         self.reach = 3 * (layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # Phases pi k put a frame's energy in its middle; at the published phase 0 it is at the edge, where the window
-        # vanishes, and training begins with silence.
+        # Phases of pi k centre the energy of a frame. With the published initial phase 0 it is at the edge, where the
+        # window vanishes, so that training starts with silence.
         bins = torch.arange(n_fft // 2 + 1)
         self.head.out.bias.data[n_fft // 2 + 1 :] = math.pi * (bins % 2)
 

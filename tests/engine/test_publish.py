@@ -18,7 +18,7 @@ from tests.talker_t2av.talker_fixtures import save_talker, voice_file
 
 def test_a_pushed_hicodit_speaks_from_the_hub(release, stand_in_hub):  # noqa: F811
     pipeline = HiCoDiTPipeline.from_pretrained(release)
-    with pytest.raises(UserError, match="names no licence: give license="):
+    with pytest.raises(UserError, match="states no licence: set license="):
         pipeline.push_to_hub("someone/lips")
     assert not stand_in_hub.exists()
     assert pipeline.push_to_hub("someone/lips", license="apache-2.0") == f"{constants.ENDPOINT}/someone/lips"
@@ -54,7 +54,7 @@ def test_a_wrong_name_is_refused_before_anything_is_sent(release, stand_in_hub, 
 
 
 def test_other_files_and_a_hub_that_is_away_are_one_line(release, monkeypatch):  # noqa: F811
-    with pytest.raises(UserError, match="only a release of ours"):
+    with pytest.raises(UserError, match="only release folders can be published"):
         publish(None, {}, "someone/toy", "mit", False)
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
