@@ -29,7 +29,7 @@ python train.py experiment=hicodit_synthetic
 python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
 python train.py experiment=talker_synthetic_3 data.tasks=[t2av] init=assets/talker_t2av_tiny lora.rank=8 run=runs/new
-python train.py experiment=hicodit_paper trainer=fsdp dry_run=32    # three steps of one of 32 ranks, without cards
+python train.py experiment=hicodit_paper trainer.parallel=fsdp dry_run=32   # three steps of one of 32 ranks, no GPU
 python train.py -m experiment=hicodit_synthetic trainer.lr=3e-4,6e-4
 python train.py experiment=hicodit_synthetic --help
 """

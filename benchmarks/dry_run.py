@@ -134,7 +134,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
     """
     model, sizes, settings, rows, _ = read_recipe(name, list(words))
     if settings.parallel == "ddp":
-        raise UserError(f"dry_run={ranks} with trainer.parallel=ddp: use trainer=fsdp, or scripts/plan_run.py")
+        raise UserError(f"dry_run={ranks} with trainer.parallel=ddp: use trainer.parallel=fsdp, or scripts/plan_run.py")
     sizes.pop("lora", None)
     settings = replace(settings, workers=0, wandb="off", tensorboard=False, sanity_validation=False)
     with fake_group(ranks), TemporaryDirectory() as folder:

@@ -212,8 +212,7 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
 
 def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], TrainerConfig, int, float]:
     """(model, its settings, the trainer's, rows of a sample, samples of the whole run) of a recipe."""
-    data = [] if any(word.startswith("data=") for word in words) else ["data=shards"]  # required, but not used here
-    config = compose("train", [f"experiment={name}", *data, *words])
+    config = compose("train", [f"experiment={name}", *words])
     target = str(OmegaConf.select(config, "task._target_") or "")
     model = next((model for model in MODELS if target.startswith(model)), None)
     if model is None:

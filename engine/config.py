@@ -192,8 +192,6 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group or 'configuration'}={choice} does not exist; {nearest(choice, error.options or [])}"
-    if match := re.match(r"You must specify '([^']+)'", text):
-        return f"this recipe needs {match[1]}=NAME; there are: {', '.join(options(match[1]))}"
     if match := re.match(r"(?:Error merging override ([^\n]+)|Could not override '([^']+)')", text):
         key, _, value = (match[1] or match[2]).partition("=")
         key = key.lstrip("+~")

@@ -1,4 +1,4 @@
-"""Download the released checkpoints that this project can load; configs/checkpoints.yaml lists them.
+"""Download the released checkpoints that this project can load; scripts/checkpoints.yaml lists them.
 
     python scripts/download_checkpoints.py talker_t2av|hicodit|metrics|metrics_large|all --to DIR [--list]
 
@@ -17,14 +17,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_url
 
-from engine.config import CONFIGS
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.untrusted import read_yaml
 from scripts.arguments import Parser
 
-CATALOGUE = CONFIGS / "checkpoints.yaml"
+CATALOGUE = Path(__file__).with_name("checkpoints.yaml")
 
 
 Checkpoint = dict[str, Any]  # files that belong together: what they are, their licence, their origin, their `files`

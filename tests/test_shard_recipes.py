@@ -14,7 +14,7 @@ CODECS = [f"task.codecs.{name}=c" for name in ("speech", "motion", "speaker")] +
 
 
 def talker(name, *words):
-    return load("train", [f"experiment={name}", "data=talker_t2av_data", *CODECS, *words])
+    return load("train", [f"experiment={name}", "data.root=r", *CODECS, *words])
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_papers_batches_hold_on_any_number_of_gpus(name):
     samples, words = BATCHES[name]
-    config = load("train", [f"experiment={name}", "data=shards", "data.root=r", *words])
+    config = load("train", [f"experiment={name}", "data.root=r", *words])
     trainer = TrainerConfig(**OmegaConf.to_container(config.trainer, resolve=True))
     for processes in (1, 4, 8, 32):
         shared = trainer.shared_among(processes)

@@ -91,7 +91,7 @@ class Metric:
     inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the take on which the result depends
     needs: ClassVar[tuple[str, ...]] = ()  # required modules
     names: ClassVar[tuple[str, ...]] = ()  # required files below `weights`; changes invalidate cached results
-    download: ClassVar[str] = "metrics"  # group of configs/checkpoints.yaml with these files
+    download: ClassVar[str] = "metrics"  # group of scripts/checkpoints.yaml with these files
 
     @property
     def name(self) -> str:

@@ -47,7 +47,7 @@ def shards(footage, tmp_path_factory):
 
 
 def recipe(name, shards, *more):
-    words = [f"experiment={name}", "data=shards", f"data.root={shards}", "data.held_out=[train]", *more]
+    words = [f"experiment={name}", f"data.root={shards}", "data.held_out=[train]", *more]
     return load_config("train", words)
 
 

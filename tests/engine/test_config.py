@@ -60,8 +60,7 @@ def test_composition():
         ([RECIPE, "run="], "run= is empty"),
         ([RECIPE, "run=${nowhere}"], "nowhere"),
         ([], "choose a recipe with experiment=NAME; there are: .*hicodit_minute"),
-        (["experiment=hicodit_paper"], "this recipe needs data=NAME; there are: .*lrs2"),
-        (["experiment=hicodit_paper", "data=lrs2"], r"missing: task\.codec=\.\.\."),
+        (["experiment=hicodit_paper"], r"missing: data\.root=\.\.\. task\.codec=\.\.\."),
     ],
 )
 def test_mistakes_are_one_line_that_names_what_is_valid(words, message):

@@ -11,7 +11,7 @@ from engine.training import parallel
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 
-SMALL = ["trainer=fsdp", "task.model.low_blocks=1", "task.model.high_blocks=1"]
+SMALL = ["trainer.parallel=fsdp", "task.model.low_blocks=1", "task.model.high_blocks=1"]
 
 
 def test_a_rank_holds_its_shards_and_gathers_blocks_in_half_precision():
@@ -33,8 +33,8 @@ def test_a_rank_holds_its_shards_and_gathers_blocks_in_half_precision():
     [
         (["dry_run=many"], "dry_run=many must be a number of ranks"),
         (["dry_run=32"], "name a recipe with experiment=NAME"),
-        (["dry_run=32", "experiment=hicodit_paper"], "trainer.parallel=ddp: use trainer=fsdp"),
-        (["dry_run=33", "experiment=hicodit_paper", "trainer=fsdp"], "cannot be shared by 33 processes"),
+        (["dry_run=32", "experiment=hicodit_paper"], "trainer.parallel=ddp: use trainer.parallel=fsdp"),
+        (["dry_run=33", "experiment=hicodit_paper", "trainer.parallel=fsdp"], "cannot be shared by 33 processes"),
     ],
 )
 def test_mistakes_are_one_line(words, message):
