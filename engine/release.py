@@ -1,9 +1,9 @@
 """Release folders: `config.yaml` (kind and constructor arguments), `model.safetensors`, `README.md`.
 
-A release is what inference loads and what is published; training state lives in `engine.training.checkpoint`. Nothing
-is unpickled.
+Releases are loaded for inference and published. Training state is stored separately, see `engine.training.checkpoint`.
+Nothing is unpickled.
 
-Axes: R rows of a matrix, that is its first axis.
+Axes: R rows of a matrix (its first axis).
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Pretrained(nn.Module):
-    """A network with release folders: `save`, `from_pretrained`, `digest`.
+    """Base class of networks that are stored in release folders.
 
-    A subclass sets `kind` and `Config`, and its constructor takes one `Config`. A class that is built from more than a
-    dataclass, or that stores less than its state dict, overrides `arguments`, `from_arguments`, `stored` or
-    `load_tensors`.
+    Subclasses set `kind` and `Config`, and their constructor takes a `Config`. Subclasses that need further arguments,
+    or store only a part of their state dict, override `arguments`, `from_arguments`, `stored` or `load_tensors`.
 
     Attributes:
-        kind: names the class in config.yaml.
-        Config: dataclass of the constructor's argument, which is `config`.
-        max_extra_tensors, max_extra_params: how many tensors, and elements of them, the network may have that its
-            release does not store, such as tables.
-        release: the whole config.yaml of the folder that the network was loaded from, except for the kind; else {}.
+        kind: identifier of the class in config.yaml.
+        Config: dataclass of the constructor argument `config`.
+        max_extra_tensors, max_extra_params: maximum number of tensors, and of their elements, that are not stored in a
+            release, such as lookup tables.
+        release: contents of config.yaml, without the kind, of the folder from which the network was loaded; else {}.
     """
 
     kind: ClassVar[str]
@@ -61,16 +60,16 @@ class Pretrained(nn.Module):
         self.release: dict[str, Any] = {}
 
     def arguments(self) -> dict[str, Any]:
-        """Return what `from_arguments` makes the same network from; YAML can hold it."""
+        """Return the arguments of `from_arguments` that recreate this network, as YAML-serialisable values."""
         return asdict(self.config)
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
-        """Create a network with random weights. `arguments` are the whole config.yaml except the kind."""
+        """Create a network with random weights. `arguments` are the contents of config.yaml without the kind."""
         return cls(cls.Config(**arguments))
 
     def stored(self) -> dict[str, Tensor]:
-        """Return the tensors that a release holds."""
+        """Return the tensors that are stored in a release."""
         return self.state_dict()
 
     def load_tensors(self, state: dict[str, Tensor], source: str | Path) -> None:
@@ -78,18 +77,18 @@ class Pretrained(nn.Module):
         load_strict(self, state, source)
 
     def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
-        """Write a release folder in half precision, with `card` as its README.md; `extra` joins its config.yaml."""
+        """Write a release folder in half precision, with `card` as README.md. `extra` is added to config.yaml."""
         return save_release(folder, self.kind, self.arguments() | (extra or {}), to_float16(self.stored()), card)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
-        """Load a release folder, here or on the hub (OWNER/NAME), or its official files. The network is in eval mode.
+        """Load a release folder, a release on the hub (OWNER/NAME), or upstream files. The network is in eval mode.
 
         Args:
-            options: further arguments of `from_arguments`.
+            options: additional arguments of `from_arguments`.
 
         Raises:
-            UserError: the folder or a file is missing or damaged, or its tensors do not fit its config.
+            UserError: If the folder or a file is missing or damaged, or the tensors do not match the config.
         """
         folder = release_folder(folder)
         if not (folder / "config.yaml").is_file() and (official := cls.read_official(folder)) is not None:
@@ -100,7 +99,7 @@ class Pretrained(nn.Module):
                 network = cls.from_arguments(config, **options)
         except UserError as error:
             raise UserError(f"{folder / 'config.yaml'}: {error}") from error
-        except Exception as error:  # sizes that do not go together raise whatever the layers raise
+        except Exception as error:  # inconsistent sizes raise errors of the layers
             raise UserError(f"{folder / 'config.yaml'} does not describe a {cls.__name__}: {error}") from error
         network.load_tensors(state, folder)
         network.release = config
@@ -108,15 +107,16 @@ class Pretrained(nn.Module):
 
     @staticmethod
     def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Read the fields of `Config`, and the tensors under our names, of official files at `path`, a file or a
-        folder; None: it has none.
+        """Read the fields of `Config` and the renamed tensors from upstream files at `path`, a file or folder. Return
+        None if there are none.
         """
         return None
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Self:
-        """Create a network with these fields of its config and the tensors of `state`; none is initialised or
-        copied."""
+        """Create a network with the fields `sizes` of its config and the tensors of `state`, without initialising or
+        copying them.
+        """
         return build_with(lambda: cls(cls.Config(**sizes)), state, source)
 
     def digest(self) -> str:
@@ -126,13 +126,13 @@ class Pretrained(nn.Module):
 
 @contextmanager
 def _no_larger_than(state: dict[str, Tensor], extra_tensors: int, extra_params: int) -> Iterator[None]:
-    """Refuse networks built in the block that are far larger than the tensors of their release.
+    """Reject networks built in the block that are far larger than the tensors of their release.
 
-    The limit is twice the size of `state`, as weight normalisation registers a weight again in place of the first one,
-    and `extra_tensors` with `extra_params` elements more.
+    The limit is twice the size of `state`, as weight normalisation registers weights twice, plus `extra_tensors`
+    tensors with `extra_params` elements.
 
     Raises:
-        UserError: a module registers a tensor over the limit.
+        UserError: If a module registers a tensor beyond the limit.
     """
     tensors_left = 2 * len(state) + extra_tensors
     params_left = 2 * sum(value.numel() for value in state.values()) + extra_params
@@ -142,7 +142,7 @@ def _no_larger_than(state: dict[str, Tensor], extra_tensors: int, extra_params: 
         tensors_left -= 1
         params_left -= 0 if value is None else value.numel()
         if min(tensors_left, params_left) < 0:
-            raise UserError("its sizes make a far larger model than model.safetensors holds")
+            raise UserError("its sizes require a far larger model than model.safetensors contains")
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:
@@ -153,7 +153,7 @@ def _no_larger_than(state: dict[str, Tensor], extra_tensors: int, extra_params: 
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise UserError if `folder` holds something else than a release, which must not be overwritten."""
+    """Raise UserError if `folder` exists and is not a release, so that it must not be overwritten."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _kind(folder)):
         raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
 
@@ -166,12 +166,12 @@ def save_release(
     card: str,
     files: Path | None = None,
 ) -> Path:
-    """Write a release folder in one move: `folder` either holds the whole release or is as it was before.
+    """Write a release folder atomically: `folder` contains either the whole release or its previous contents.
 
-    Tensors keep their types; pass `to_float16(state)` or `compact(state)` to ship less.
+    Tensors keep their dtypes. Pass `to_float16(state)` or `compact(state)` for smaller files.
 
     Args:
-        files: folder whose files are copied into the release, such as a tokenizer's.
+        files: folder whose files are copied into the release, such as those of a tokenizer.
     """
     folder = Path(folder)
     _check_finite(state, f"release {folder}")
@@ -186,9 +186,9 @@ def save_release(
             (staging / "README.md").write_text(card)
             for path in files.iterdir() if files else ():
                 if path.is_symlink() or (staging / path.name).exists():
-                    raise UserError(f"{path} cannot join a release: it is a link, or has the name of another file")
+                    raise UserError(f"{path} cannot be added to a release: it is a link, or its name is already used")
                 shutil.copyfile(path, staging / path.name)
-            (staging / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
+            (staging / "model.safetensors").chmod(0o644)  # safetensors creates files with mode 0600
             if folder.exists():
                 previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
                 os.replace(folder, previous / "release")
@@ -203,28 +203,31 @@ def save_release(
 
 
 def _kind(folder: Path) -> str | None:
-    """Return the kind of the model in a release folder; None if it has no kind, or cannot be read."""
+    """Return the kind of a release folder, or None if it cannot be read."""
     with suppress(UserError):
         return release_kind(folder)
 
 
 def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return floating tensors as float16: half the download, and under 1e-3 relative rounding of each weight."""
+    """Convert floating-point tensors to float16, which halves the size. The relative rounding error of a weight is
+    below 1e-3.
+    """
     return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
 
 
-SCALE = "::scale"  # ending of the name of the scales of a tensor that is stored in 8 bits
-COMPACT_FROM = 4096  # numbers; smaller tensors are not worth the rounding
+SCALE = "::scale"  # suffix of the scales of a quantised tensor
+COMPACT_FROM = 4096  # minimum number of elements of a quantised tensor
 
 
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return `to_float16(state)` with large matrices in 8 bits: a quarter of the download in float32.
+    """Return `to_float16(state)` with large matrices quantised to int8: a quarter of the size in float32.
 
-    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 per row: the row's
-    largest magnitude over 127, so that rounding is at most 0.4 % of it. `read_release` undoes it.
+    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 scale per row: the
+    maximum magnitude of the row divided by 127, so that the rounding error is at most 0.4 % of it. `read_release`
+    dequantises.
 
     Args:
-        exact: beginnings of names that stay in half precision.
+        exact: name prefixes of tensors that stay in half precision.
     """
     out = to_float16(state)
     for key, value in state.items():
@@ -240,19 +243,20 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
 def average(
     states: list[dict[str, Tensor]], shares: list[float], prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, Tensor]:
-    """Return the first state dict, with floating-point tensors whose names begin with a prefix averaged over all.
+    """Return the first state dict, with floating-point tensors whose names start with a prefix averaged over all state
+    dicts.
 
-    `shares` are the weights of the state dicts, and are divided by their sum.
+    `shares` are the weights of the state dicts, normalised to sum 1.
     """
     first = states[0]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     for other in shapes[1:]:
         unlike = sorted(name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name))
         if unlike:
-            raise UserError(f"not the same model: {unlike[0]} is missing or of another shape in one of the releases")
+            raise UserError(f"not the same model: {unlike[0]} is missing or has another shape in one of the releases")
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
     if not names:
-        raise UserError(f"--only {' '.join(prefixes)}: no tensor begins so; the first is {min(first)}")
+        raise UserError(f"--only {' '.join(prefixes)}: no tensor has this prefix; the first is {min(first)}")
     weights = [share / sum(shares) for share in shares]
     return first | {name: sum(w * state[name] for w, state in zip(weights, states)) for name in names}
 
@@ -260,22 +264,22 @@ def average(
 def _check_finite(state: dict[str, Tensor], source: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{source} has weights that are not finite numbers ({key}): take an earlier checkpoint")
+            raise UserError(f"{source} has non-finite weights ({key}): use an earlier checkpoint")
 
 
 def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return stored tensors in float32, from half precision or from 8 bits with scales."""
+    """Convert stored tensors to float32, from half precision or from int8 with scales."""
     scales = {key.removesuffix(SCALE): state.pop(key) for key in [k for k in state if k.endswith(SCALE)]}
     out = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     for key, scale in scales.items():
         if key not in out or out[key].dtype != torch.int8 or scale.shape != out[key].shape[:1]:
-            raise UserError(f"{key}{SCALE} does not go with a tensor of bytes of as many rows")
+            raise UserError(f"{key}{SCALE} does not match an int8 tensor with the same number of rows")
         out[key] = out[key].float() * scale.view(-1, *[1] * (out[key].ndim - 1))
     return out
 
 
 def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub."""
+    """Return (constructor arguments, state dict in float32) of a release of `kind`, from a folder or the hub."""
     folder = release_folder(folder)
     config = _read_config(folder)
     actual = config.pop("kind", None)
@@ -291,38 +295,43 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
 
 
 def release_kind(folder: Path) -> str | None:
-    """Return the kind of the model in a release folder; None if its config.yaml has no `kind`."""
+    """Return the kind of a release folder, or None if its config.yaml has no `kind`."""
     kind = _read_config(folder).get("kind")
     return kind if isinstance(kind, str) else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"weights folder not found: {folder} (give a folder with config.yaml and model.safetensors)")
+        raise UserError(
+            f"weights folder not found: {folder} (expected a folder with config.yaml and model.safetensors)"
+        )
     for name in ("config.yaml", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or was copied in part")
+            raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or is incomplete")
     config = read_yaml(folder / "config.yaml")
     return config if isinstance(config, dict) else {}
 
 
 def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -> str:
-    """Return the folder of the codec of the model in `folder`; `name` is its path or hub name at training.
+    """Return the folder of a codec of the model in `folder`. `name` is its path or hub name during training.
 
-    Search `folder`, its parent and `bundled`, in this order, for a release of one of `kinds` whose folder has the last
-    part of `name` as its name. Without a match, return `name`.
+    Search `folder`, its parent and `bundled`, in this order, for a release of one of `kinds` in a folder named like the
+    last component of `name`. Without a match, return `name`.
     """
     if not isinstance(name, str):
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
     for parent in (folder, Path(os.path.realpath(folder)).parent, bundled):
         codec = parent / Path(name).name
-        if codec.is_dir() and _kind(codec) in (*kinds, None):  # a damaged one is ours: reading reports the damage
+        if codec.is_dir() and _kind(codec) in (
+            *kinds,
+            None,
+        ):  # a damaged release matches, too: the error is reported when it is read
             return str(codec)
     return name
 
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay."""
+    """Write a copy of a release with changed tensors. The card and further files, such as a tokenizer, are copied."""
     kind = release_kind(source)
     card = source / "README.md"
     config, state = read_release(source, kind)
@@ -333,14 +342,14 @@ def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]
 
 
 def without_retired(settings: Mapping[str, Any], retired: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings of a release without those that have been removed since it was written.
+    """Return the settings of a release without those that have been removed from the code since.
 
     Args:
-        retired: the removed settings, each with the value at which it had no effect.
-        prefix: where the settings stand in config.yaml, for error messages.
+        retired: the removed settings, each with the value at which it has no effect.
+        prefix: path of the settings in config.yaml, for error messages.
 
     Raises:
-        UserError: a removed setting has another value, so that the release depends on code that no longer exists.
+        UserError: If a removed setting has another value, so that the release depends on removed code.
     """
     for name, value in retired.items():
         if settings.get(name, value) != value:
@@ -349,9 +358,9 @@ def without_retired(settings: Mapping[str, Any], retired: Mapping[str, Any], pre
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
-    """Load a state dict; say in one line which keys or shapes do not fit.
+    """Load a state dict strictly. Missing or unexpected keys and shape mismatches raise a one-line UserError.
 
-    `assign` makes the tensors of `state` the module's own: for a module built on the meta device.
+    `assign` uses the tensors of `state` directly, for a module on the meta device.
     """
     parameters = module.state_dict()
     lacking = parameters.keys() - state.keys()
@@ -368,7 +377,9 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
 
 
 def build_with(make: Callable[[], N], state: Mapping[str, Tensor], source: str | Path) -> N:
-    """Create a network with the tensors of `state`, strictly, in float32 and eval mode; no others are allocated."""
+    """Create a network from the tensors of `state`, strictly, in float32 and eval mode, without allocating other
+    weights.
+    """
     with torch.device("meta"):
         network = make()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

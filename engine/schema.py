@@ -1,7 +1,7 @@
-"""The settings of each program: the dataclass that gives their types, defaults, bounds and sentences.
+"""Dataclass schemas of each program's settings: types, defaults, bounds and descriptions.
 
-`configs/NAME.yaml` names its dataclass as `NAME_schema` in its defaults list. Hydra finds it there because `register`
-has put it into Hydra's ConfigStore. A dataclass is imported only for the program that needs it.
+`configs/NAME.yaml` names its dataclass as `NAME_schema` in its defaults list. `register` stores it in Hydra's
+ConfigStore. A dataclass is imported only by the program that needs it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ def register(config_name: str) -> None:
 
 
 def find_schema(config_name: str, key: str = "") -> type | None:
-    """Return the dataclass of the settings inside a dotted key; "" stands for the whole configuration.
+    """Return the dataclass of the settings below a dotted key; "" is the whole configuration.
 
-    Returns None where no dataclass describes them: in `task`, `data`, `source` and `stages`, whose settings belong to
-    the classes that `_target_` names there.
+    Return None for `task`, `data`, `source` and `stages`, whose settings are the arguments of their `_target_` classes.
     """
     schema = target(SCHEMAS[config_name]) if config_name in SCHEMAS else None
     for name in key.split(".") if key else ():
@@ -47,7 +46,7 @@ def find_schema(config_name: str, key: str = "") -> type | None:
 
 
 def find_field(config_name: str, key: str) -> tuple[dataclasses.Field, Any] | None:
-    """Return the dataclass field and the type of a setting, such as `trainer.lr`; None if no dataclass has it."""
+    """Return the dataclass field and type of a setting such as `trainer.lr`, or None if no dataclass has it."""
     parent, _, name = key.rpartition(".")
     schema = find_schema(config_name, parent)
     for field in dataclasses.fields(schema) if schema else ():
@@ -57,7 +56,7 @@ def find_field(config_name: str, key: str) -> tuple[dataclasses.Field, Any] | No
 
 
 def _allow_changes(node: DictConfig) -> None:
-    """Remove the read-only flags that OmegaConf derives from frozen dataclasses: overrides change a schema's values."""
+    """Remove the read-only flags that OmegaConf sets for frozen dataclasses, so that overrides can change values."""
     node._set_flag("readonly", None)
     for name in node:
         child = node._get_node(name)

@@ -1,4 +1,4 @@
-"""Seeds as functions of names and numbers, so that a resumed run needs no stored random state."""
+"""Seeds derived from names and numbers, so that a resumed run needs no stored random state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from engine.settings import SEEDS, require_range
 
 
 def check_seed(seed: Any) -> None:
-    """Raise UserError if torch cannot be seeded with `seed`."""
+    """Raise UserError if `seed` is not a valid seed for torch."""
     require_range("seed", seed, *SEEDS)
 
 
 def seed_for(*names: str | int) -> int:
-    """Return a 63-bit seed that depends on every name and on their order, and on nothing else."""
+    """Return a 63-bit seed that is a function of the names and their order."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -1,10 +1,11 @@
-"""Settings: one dataclass field states name, type, bounds or choices, default and sentence; all else is made from it.
+"""Declarative settings: a dataclass field states name, type, bounds or choices, default and description.
 
     @dataclass(frozen=True)
     class SamplerConfig(Group, prefix="sampler."):
         steps: int = setting(64, 1, 1000, "number of network calls (the paper: 64)")
 
-Command lines, `--help` and `--cfg` (`engine.config`), requests of the service and lines of jobs are made from it.
+Command lines, `--help` and `--cfg` (`engine.config`), requests of the service and lines of job files are derived from
+it.
 """
 
 from __future__ import annotations
@@ -22,25 +23,27 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 hints_of = lru_cache(get_type_hints)  # type of each field of a dataclass
-NEEDED = dataclasses.MISSING  # the default of a setting that must be given
+NEEDED = dataclasses.MISSING  # default of a mandatory setting
 DEVICES = ("auto", "cpu", "cuda", "mps")
 EXECUTORS = ("processes", "ray")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
-SEEDS = (0, 2**63 - 1)  # that torch can be seeded with
-# sentences of settings that both models have
-SEED = "seed of all random numbers; equal seeds give equal results on the same machine"
+SEEDS = (0, 2**63 - 1)  # range of valid seeds for torch
+# descriptions of settings that both models share
+SEED = "random seed; equal seeds give equal results on the same machine"
 FACE = "which of several faces: largest, central, left, right, speaking (whose mouth moves most), or 1, 2, ... by size"
-FACE_BOX = "known position of the face instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
+FACE_BOX = "position of the face, instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
 KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",
-    dict: "a group of settings: set the ones inside it",
+    dict: "a group of settings: set its members",
 }  # fmt: skip
 
 
 def setting(
     default: Any, low: float | None = None, high: float | None = None, about: str = "", *, choices: Collection[str] = ()
 ) -> Any:
-    """Describe a setting: a dataclass field with bounds (those of the items of a list) or choices, and a sentence."""
+    """Declare a setting: a dataclass field with a default, bounds (for a list, those of its items) or choices, and a
+    description.
+    """
     metadata = {"bounds": None if low is None else (low, high), "choices": tuple(choices), "about": about}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
@@ -48,7 +51,9 @@ def setting(
 
 
 class Group:
-    """A dataclass of settings: type, bounds and choices are checked when it is made. `prefix` leads to it in errors."""
+    """Base class of settings dataclasses. Types, bounds and choices are checked on construction. `prefix` is the dotted
+    path in errors.
+    """
 
     prefix: ClassVar[str]
 
@@ -62,46 +67,46 @@ class Group:
             value = getattr(self, field.name)
             hint = hints[field.name]
             check_value(f"{self.prefix}{name}", value, hint, field.metadata)
-            if get_origin(hint) is tuple:  # YAML and JSON give lists
+            if get_origin(hint) is tuple:  # YAML and JSON yield lists
                 object.__setattr__(self, name, tuple(value))
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
-    """Describe a group of settings, the dataclass `kind`.
+    """Declare a nested group of settings, of the dataclass `kind`.
 
-    If `unset`, it is a dict of changes to settings that stand elsewhere; each is None, no change, by default.
+    If `unset`, it is a dict of overrides of settings that are stored elsewhere; each is None (no change) by default.
     """
     factory = partial(dict.fromkeys, [field.name for field in dataclasses.fields(kind)]) if unset else kind
     return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset, "about": about})
 
 
 def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Return the dataclass with these values; those of groups are mappings or dataclasses."""
+    """Create the dataclass from these values. Values of nested groups are mappings or dataclasses."""
     made = dict(values)
     for name, field in _fields(schema, values, prefix).items():
         if "group" in field.metadata and isinstance(value := values.get(name), Mapping):
             kind = field.metadata["group"]
             if field.metadata["unset"]:
-                override(kind(), value)  # only checked: the values stay changes
+                override(kind(), value)  # only validated: the values stay a dict of overrides
             else:
                 made[name] = make(kind, value, f"{prefix}{name}.")
     return schema(**made)
 
 
 def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """Return the group `settings` with those fields changed whose new value is not None."""
+    """Return a copy of `settings` with the fields replaced whose new value is not None."""
     _fields(type(settings), changes, settings.prefix)
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 def with_arguments(settings: T, arguments: Mapping[str, Any], others: Collection[str] = ()) -> T:
-    """Return the group `settings` changed by the keyword arguments of a method, whose names alone are in errors.
+    """Return a copy of `settings` changed by the keyword arguments of a method. Errors state only the argument names.
 
     Args:
-        others: names of the method's other arguments.
+        others: names of the other arguments of the method.
 
     Raises:
-        UserError: an argument is unknown, or its value is not allowed.
+        UserError: If an argument is unknown, or its value is not allowed.
     """
     names = [field.name for field in dataclasses.fields(settings)]
     for name in arguments:
@@ -114,7 +119,7 @@ def with_arguments(settings: T, arguments: Mapping[str, Any], others: Collection
 
 
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
-    """Check that `value` is of the type `hint`, within the bounds or choices in the metadata of a `setting`."""
+    """Check that `value` has the type `hint` and satisfies the bounds or choices in the metadata of a `setting`."""
     kind, takes_none = kind_of(hint)
     if value is None and (takes_none or kind is None):
         return
@@ -133,7 +138,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
 
 
 def require_range(name: str, value: Any, low: float, high: float) -> None:
-    """Check that `value` is a number from `low` to `high`, whole if both are."""
+    """Check that `value` is a number from `low` to `high`, and an integer if both bounds are."""
     kind = int if isinstance(low, int) and isinstance(high, int) else float
     if not is_a(value, kind) or not low <= value <= high:
         raise UserError(f"{name}={str(value)[:40]} must be {KINDS[kind]} from {low:,} to {high:,}")
@@ -146,16 +151,16 @@ def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Return whether a setting's value is of one of the types `KINDS`: 3 is a number, true is none."""
+    """Return whether a value has one of the types of `KINDS`. true is not a number."""
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if kind is list:  # Hydra hands over sequences of its own
+    if kind is list:  # Hydra passes its own sequence types
         return isinstance(value, Sequence) and not isinstance(value, str)
     return isinstance(value, Mapping if kind is dict else kind)
 
 
 def kind_of(hint: Any) -> tuple[Any, bool]:
-    """Return the one of `KINDS` that a field's type is (else None), and whether the field takes None."""
+    """Return the member of `KINDS` for a field's type (or None), and whether the field accepts None."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(option for option in options if option is not NoneType)
     kind = get_origin(kind) or kind
@@ -165,9 +170,11 @@ def kind_of(hint: Any) -> tuple[Any, bool]:
 
 
 def nearest(wrong: str, names: Collection[str]) -> str:
-    """Return a phrase with the names most like `wrong`; of a dotted key, names with a similar last word count too."""
+    """Return a phrase with the names most similar to `wrong`. For dotted keys, names with a similar last component are
+    considered.
+    """
 
-    wrong = wrong[:80]  # likeness of longer words takes seconds
+    wrong = wrong[:80]  # comparing longer words takes seconds
 
     def likeness(name: str, parts: slice = slice(None)) -> float:
         words = (".".join(key.split(".")[parts]) for key in (wrong, name))
@@ -193,35 +200,39 @@ def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, d
 
 @dataclasses.dataclass
 class Limits(Group, prefix="limits."):
-    """Limits of the files that a process reads; larger ones are rejected before they are decoded."""
+    """Limits for input files. Larger files are rejected before they are decoded."""
 
-    pixels: int = setting(2**24, 2**8, 2**31, "most pixels of a video frame (4K has 8,294,400)")
-    picture_pixels: int = setting(2**26, 2**8, 2**31, "most pixels of an image")
+    pixels: int = setting(2**24, 2**8, 2**31, "maximum pixels per video frame (4K: 8,294,400)")
+    picture_pixels: int = setting(2**26, 2**8, 2**31, "maximum pixels per image")
     seconds: float = setting(3600.0, 0.1, 1e6, "maximum length of a video or audio file in seconds")
-    gap: float = setting(60.0, 0.1, 1e6, "most seconds between two frames of a video; more are damaged time stamps")
+    gap: float = setting(
+        60.0, 0.1, 1e6, "maximum seconds between two frames of a video; larger gaps are damaged time stamps"
+    )
 
 
-LIMITS = Limits()  # of this process
+LIMITS = Limits()  # limits of this process
 
 
 def set_limits(limits: Limits) -> None:
-    """Use other limits in this process."""
+    """Set the limits of this process."""
     vars(LIMITS).update(vars(limits))
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig(Group, prefix="ray."):
-    """Settings `ray` of a command with executor=ray."""
+    """Settings `ray` of commands with executor=ray."""
 
-    address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
-    workers: int = setting(1, 1, 4096, "number of workers, each with a processor")
-    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each worker: 1, a part such as 0.25 to share one, or 0")
+    address: str | None = setting(
+        None, about="auto (the cluster of this machine) or HOST:PORT; null: start a local cluster"
+    )
+    workers: int = setting(1, 1, 4096, "number of workers, with one CPU each")
+    gpus: float = setting(0.0, 0.0, 8.0, "GPUs per worker: 1, a fraction such as 0.25 to share a GPU, or 0")
 
 
 def check_place(executor: str, devices: str = "1", device: str = "cpu", gpus: float = 0.0) -> None:
-    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`.
+    """Check that Ray is installed if needed, and that `devices` is a number or "all" and not combined with `ray`.
 
-    A Ray worker that has no GPU of its own must not look for one: all workers of a machine would use its first.
+    A Ray worker without an assigned GPU must not use one, as all workers of a machine would then use the first GPU.
     """
     if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
         raise UserError(f"devices={devices} must be a number from 1 to 64, or all")

@@ -1,1 +1,1 @@
-"""Prepared samples in tar shards: what every process of a job writes, and what training reads."""
+"""Prepared samples in tar shards: writing during preparation, and reading during training."""

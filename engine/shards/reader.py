@@ -1,7 +1,7 @@
-"""Reads any sample of a prepared split in place, inside its tar; nothing is unpacked.
+"""Random access to the samples of a prepared split, directly within the tar files.
 
-SPLIT/index.json lists the shards with sizes and checksums, and the stages and weights that made them;
-SPLIT/000000.json lists a shard's samples and the place of each member in SPLIT/000000.tar. See docs/data.md.
+SPLIT/index.json lists the shards with sizes and checksums, and the stages and weights that produced them.
+SPLIT/000000.json lists the samples of a shard and the offset of each member in SPLIT/000000.tar. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from engine.shards.source import SplitFiles, join, verify_once
 from engine.untrusted import parse_json, safe_name
 
 VERSION = 2
-OPEN_SHARDS = 64  # file handles that a process keeps
-HEADER = 2048  # bytes; most headers of a sample's tensors are shorter
+OPEN_SHARDS = 64  # number of open files per process
+HEADER = 2048  # bytes to read first; most headers are shorter
 DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
@@ -36,32 +36,35 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Reading(Group, prefix="data.shards."):
-    """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
+    """Settings of reading and shuffling shards: the fields of `data.shards` in configs/data/shards.yaml.
 
-    streams: process r of as many reads one part only; a run that continues with another number of processes keeps those
-        it began with.
+    streams: with as many processes as streams, each process reads a single stream. A run that is resumed with another
+    number
+        of processes keeps its number of streams.
     """
 
-    cache: str = setting("data/cache", about="folder of the copies of remote shards")
-    cache_gb: float = setting(50.0, 1e-9, 1e9, "size limit of these copies in GB")
-    verify: bool = setting(True, about="compare each shard's checksum when a machine first opens it")
-    window: int | None = setting(None, 1, 10**9, "shards whose clips are shuffled together; null: all of the split")
-    streams: int | None = setting(None, 1, 10**9, "parts into which the shards are dealt each epoch; null: processes")
+    cache: str = setting("data/cache", about="cache folder for remote shards")
+    cache_gb: float = setting(50.0, 1e-9, 1e9, "size limit of the cache in GB")
+    verify: bool = setting(True, about="verify the checksum of each shard when a machine first opens it")
+    window: int | None = setting(None, 1, 10**9, "number of shards whose clips are shuffled together; null: all")
+    streams: int | None = setting(
+        None, 1, 10**9, "number of streams among which the shards are divided in each epoch; null: number of processes"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is None and self.streams not in (None, 1):
             raise UserError(
-                f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
+                f"data.shards.streams={self.streams} requires data.shards.window, the shards shuffled together"
             )
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Consecutive items of a data set that are read together: block i holds sizes[i] items.
+    """Consecutive items of a data set that are read together; block i contains sizes[i] items.
 
-    window: blocks whose items are shuffled together. streams: parts into which the blocks are dealt each epoch; None:
-    as many as processes.
+    window: number of blocks whose items are shuffled together. streams: number of streams among which the blocks are
+    divided in each epoch. None: the number of processes.
     """
 
     sizes: Sequence[int]
@@ -70,19 +73,19 @@ class Blocks:
 
 
 class ShardSplit:
-    """All samples of a split: sample i is (its JSON, its tensors).
+    """All samples of a split; sample i is (its JSON, its tensors).
 
-    May be used in forked and in spawned worker processes.
+    Can be used in forked and spawned worker processes.
 
     Args:
-        source: folder or URL that holds index.json.
+        source: folder or URL with index.json.
         reading: see `Reading`.
-        least_frames: shorter samples are left out; a line says how many.
+        least_frames: shorter samples are skipped, and their number is printed.
 
     Attributes:
-        index: the split's index.json.
-        frames: (n,) int64, of every sample.
-        sizes: samples of each shard.
+        index: contents of index.json.
+        frames: (n,) int64, number of frames of each sample.
+        sizes: number of samples of each shard.
     """
 
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
@@ -91,10 +94,12 @@ class ShardSplit:
         self.files = SplitFiles(self.source, r.cache, round(r.cache_gb * 1e9))
         self.index = self.files.index
         if (version := self.index.get("version")) != VERSION:
-            raise UserError(f"{source}: shards of version {version}, this program reads {VERSION}: prepare them again")
+            raise UserError(
+                f"{source}: shards of version {version}, this program supports {VERSION}: prepare them again"
+            )
         self.shards: list[dict[str, Any]] = self.index["shards"]
         self.sizes: list[int] = [shard["clips"] for shard in self.shards]
-        with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
+        with ThreadPoolExecutor(16) as pool:  # fetch remote files concurrently
             frames, places, holds = zip(*pool.map(self._table, self.shards)) if self.shards else ((), (), ())
         if not sum(self.sizes):
             raise UserError(f"{source} has no samples: its quarantine.jsonl says why clips were rejected")
@@ -113,7 +118,7 @@ class ShardSplit:
         return self.__dict__ | {"_handles": OrderedDict()}
 
     def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the JSON of a sample, and those of its tensors that are named and present (None: all)."""
+        """Return the JSON of a sample, and its tensors with the given names that exist (None: all tensors)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
@@ -131,44 +136,46 @@ class ShardSplit:
     __getitem__ = read
 
     def require(self, *names: str) -> None:
-        """Leave out samples that lack one of these tensors, as a clip without pictures does; a line says how many."""
+        """Skip samples that lack one of these tensors, such as clips without video, and print their number."""
         without = np.array([not holds.issuperset(names) for holds in self._holds])
         held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
         lacking = ", ".join(name for name in names if name not in held)
         self._drop(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
 
     def blocks(self) -> Blocks | None:
-        """Return the shards as blocks; None if all samples are shuffled at once."""
+        """Return the shards as blocks, or None if all samples are shuffled together."""
         if self.reading.window is None:
             return None
         return Blocks(self.sizes, self.reading.window, self.reading.streams)
 
     def prefetch(self, items: Iterable[tuple[int, int]]) -> None:
-        """Fetch the shards of samples [first, last) in the background, if they are remote."""
+        """Fetch the shards of samples [first, last) in the background if they are remote."""
         spans = (np.searchsorted(self._ends, (first, last - 1), "right") for first, last in items)
         self.files.prefetch(self.shards[i] for first, last in spans for i in range(first, last + 1))
 
     def check_made_with(self, digests: dict[str, str]) -> None:
-        """Compare the digests, by feature, of the weights in use with those of the weights that made the features."""
+        """Check that the digests of the weights in use equal those of the weights that computed the features."""
         self.check_holds(*digests)
         for name, digest in digests.items():
             if (stored := self.index["digests"][name]) != digest:
-                use = f"{name} {digest} is in use: use the one it was made with, or prepare the shards again"
-                raise UserError(f"{self.source} was made with {name} {stored}, but {use}")
+                use = f"{name} {digest} is in use: use the original weights, or prepare the shards again"
+                raise UserError(f"{self.source} was prepared with {name} {stored}, but {use}")
 
     def check_holds(self, *names: str) -> None:
-        """Check that the split has features of these names."""
+        """Check that the split contains features with these names."""
         for name in names:
             if not (self.index.get("digests") or {}).get(name):
-                raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
+                raise UserError(f"{self.source} contains no {name} features: prepare them with that stage")
 
     def _drop(self, rows: np.ndarray, which: str, wanted: str) -> None:
-        """Forget the samples that are True in `rows` (n,); `which` names them, and `wanted` the others."""
+        """Drop the samples where `rows` (n,) is True. `which` describes them in the message, and `wanted` the
+        others.
+        """
         if not rows.any():
             return
         if rows.all():
             raise UserError(f"{self.source} has no samples {wanted}")
-        print(f"{self.source}: {rows.sum()} of {len(rows)} samples are left out, {which}", file=sys.stderr)
+        print(f"{self.source}: {rows.sum()} of {len(rows)} samples are skipped, {which}", file=sys.stderr)
         self.sizes = [int((~part).sum()) for part in np.split(rows, self._ends[:-1])]
         self._ends = np.cumsum(self.sizes)
         self._holds = [self._holds[i] for i in np.flatnonzero(~rows)]
@@ -176,8 +183,8 @@ class ShardSplit:
         self._places = self._places[~rows]
 
     def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str]]]:
-        """Return of a shard's n samples the frames (n,), offset and size of KEY.json and of KEY.safetensors (n, 2, 2),
-        and the names of the tensors of each.
+        """Return for the n samples of a shard: frames (n,), offset and size of KEY.json and KEY.safetensors (n, 2, 2),
+        and tensor names.
         """
         sidecar = self.files.sidecar(shard)
         name = join(self.source, f"{shard['name']}.json")
@@ -187,7 +194,7 @@ class ShardSplit:
             frames = np.array([sample["frames"] for sample in rows], np.int64)
             members = [[s["members"]["json"], s["members"]["safetensors"]] for s in rows]
             places = np.array(members, np.int64).reshape(-1, 2, 2)
-            everything = frozenset(sidecar["tensors"])  # which older shards do not list
+            everything = frozenset(sidecar["tensors"])  # not listed in older shards
             lacking = [tuple(sample.get("lacks", ())) for sample in rows]
             distinct = {lacks: everything.difference(lacks) for lacks in {*lacking}}
             holds = [distinct[lacks] for lacks in lacking]
@@ -207,7 +214,7 @@ class ShardSplit:
                 verify_once(path, known["crc32"])
             self._handles[shard] = path.open("rb", buffering=0)
             if len(self._handles) > OPEN_SHARDS:
-                self._handles.popitem(last=False)  # the file closes with its last reference
+                self._handles.popitem(last=False)  # the file is closed with its last reference
         self._handles.move_to_end(shard)
         return self._handles[shard]
 
@@ -215,16 +222,16 @@ class ShardSplit:
 def read_sample(
     file: BinaryIO, places: Sequence[Sequence[int]], names: Collection[str] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON of a sample, and those of its tensors that are named and present (None: all), from an open shard.
+    """Return the JSON of a sample, and its tensors with the given names (None: all tensors), from an open shard.
 
     Args:
-        places: offset and size of KEY.json, and of KEY.safetensors.
+        places: offset and size of KEY.json and of KEY.safetensors.
 
     Raises:
-        ValueError, KeyError, TypeError: the shard is damaged.
+        ValueError, KeyError, TypeError: If the shard is damaged.
     """
     info = parse_json(bytes(_bytes(file, *places[0])), "a sample")
-    safe_name(info["key"], "a sample's key")  # names what validation writes
+    safe_name(info["key"], "a sample's key")  # used as a file name in validation
     return info, _tensors(file, *places[1], names)
 
 
@@ -236,7 +243,7 @@ def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:
 
 
 def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) -> dict[str, Tensor]:
-    """Read the named tensors of a safetensors member and no others: 8 bytes of length, a JSON header, data."""
+    """Read the named tensors of a safetensors member: 8 bytes of header length, a JSON header, data."""
     head = _bytes(file, at, min(size, HEADER))
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:

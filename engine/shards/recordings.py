@@ -1,7 +1,7 @@
-"""A speech corpus: whole clips and random crops.
+"""Speech corpora for codec training: whole clips and random crops.
 
-It is a folder of recordings, ROOT/SPLIT.jsonl with ROOT/SPLIT/ID.wav, or prepared shards with waves (preparation stage
-`wave`), ROOT/SPLIT/index.json in a folder or at a URL.
+A corpus is a folder of recordings, ROOT/SPLIT.jsonl with ROOT/SPLIT/ID.wav, or prepared shards with waveforms
+(preparation stage `wave`), ROOT/SPLIT/index.json in a folder or at a URL.
 
 Axes: B batch, N samples.
 """
@@ -25,14 +25,16 @@ from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
 from engine.untrusted import read_json_lines, safe_name
 
-SPEED_STEPS = 20  # steps of speed that make it twice as fast
+SPEED_STEPS = 20  # speed steps per factor of two
 
 
 def read_manifest(root: str | Path, split: str) -> list[dict]:
     """Return the rows of ROOT/SPLIT.jsonl."""
     path = Path(root) / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
+        raise UserError(
+            f"no manifest {path}: create the corpus with scripts/make_synthetic_corpus.py, or set data.root"
+        )
     lines = read_json_lines(path)
     for place, row in lines:
         safe_name(row.get("id") if isinstance(row, dict) else None, f"{place}: id", folders=True)
@@ -42,12 +44,12 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
 
 
 def is_prepared(root: str | Path, split: str) -> bool:
-    """Return whether ROOT/SPLIT are prepared shards (as a URL always is), and not recordings."""
+    """Return whether ROOT/SPLIT contains prepared shards (always true for a URL) instead of recordings."""
     return is_remote(root) or (Path(root) / split / "index.json").is_file()
 
 
 def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.ndarray]:
-    """Read the first `count` clips (N,) of a split at `rate` Hz; a recording that cannot be read is left out."""
+    """Read the first `count` clips (N,) of a split at `rate` Hz. Unreadable recordings are skipped."""
     if is_prepared(root, split):
         stored = StoredWaves(root, split, rate)
         return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
@@ -66,7 +68,7 @@ def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.n
 
 
 class WavFiles:
-    """The WAV files of ROOT/SPLIT that its manifest names."""
+    """WAV files of ROOT/SPLIT that are listed in its manifest."""
 
     blocks = None
 
@@ -80,7 +82,9 @@ class WavFiles:
         return len(self.names)
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Return a clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
+        """Return a clip (N,), or a random crop of at most `most` samples. An unreadable clip is replaced by the next
+        one.
+        """
         for number in range(index, index + len(self)):
             name = self.names[number % len(self)]
             path = self.folder / f"{name}.wav"
@@ -99,7 +103,7 @@ class WavFiles:
 
 
 class StoredWaves:
-    """The waves of a split of prepared shards, 16 bits at 24 kHz."""
+    """Waveforms of a split of prepared shards, 16 bits at 24 kHz."""
 
     rate = 24_000
 
@@ -108,29 +112,29 @@ class StoredWaves:
         self.shards.check_holds("wave")
         self.shards.require("wave")
         if rate != self.rate:
-            raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz is required")
+            raise UserError(f"{self.shards.source} contains waveforms at {self.rate} Hz, {rate} Hz is required")
         self.blocks = self.shards.blocks()
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """As `WavFiles.read`."""
+        """See `WavFiles.read`."""
         wave = self.shards.read(index, ("wave",))[1]["wave"].float() / 32768
         start = 0 if most is None else draw(len(wave) - most, generator)
         return wave[start : None if most is None else start + most]
 
 
 class SpeechCrops(torch.utils.data.Dataset):
-    """Random crops of a corpus, one per clip and epoch. A recording that cannot be read is left out, with a line.
+    """Random crops of a corpus, one per clip and epoch. Unreadable recordings are skipped with a message.
 
     Args:
-        root, split: the corpus and its split: recordings or prepared shards, see the module.
-        sample_rate: that the recordings must have.
-        samples: length of a crop; shorter clips are padded with zeros at the end.
-        gain_db: gains are uniform in -gain_db..0 dB.
-        speed: half of the crops are played slower or faster by up to this share, in steps of a twentieth. Pitch and
-            formants move along, which makes more voices than there are.
+        root, split: the corpus and its split, either recordings or prepared shards; see the module docstring.
+        sample_rate: required sampling rate of the recordings.
+        samples: length of a crop. Shorter clips are zero-padded at the end.
+        gain_db: random gains are uniform in [-gain_db, 0] dB.
+        speed: maximum relative speed change, which is applied to half of the crops in steps of 1/20. It also shifts
+            pitch and formants, which augments the voices.
         shards: fields of `engine.shards.reader.Reading`, for prepared shards.
     """
 
@@ -145,7 +149,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         shards: Mapping[str, Any] | None = None,
     ):
         if samples < 1:
-            raise UserError(f"data.train.samples={samples}: give 1 or more")
+            raise UserError(f"data.train.samples={samples}: must be at least 1")
         self.samples = samples
         self.gain_db = gain_db
         self.speed = speed
@@ -157,11 +161,11 @@ class SpeechCrops(torch.utils.data.Dataset):
         return len(self.waves)
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Fetch clips [first, last), which come next."""
+        """Fetch clips [first, last), which are read next."""
         self.waves.shards.prefetch(spans)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"wave": (1, samples)}, a function of (index, generator)."""
+        """Return {"wave": (1, samples)}, which is a function of (index, generator)."""
         faster = self.draw_speed(generator)
         samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)
         wave = at_speed(self.waves.read(index, samples, generator), faster)[: self.samples]
@@ -169,7 +173,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         return {"wave": pad(wave * gain, self.samples)[None]}
 
     def draw_speed(self, generator: torch.Generator | None) -> int:
-        """Draw steps of speed, 0 for half of the crops."""
+        """Draw the number of speed steps, which is 0 for half of the crops."""
         most = round(self.speed * SPEED_STEPS)
         if not most or torch.rand((), generator=generator) < 0.5:
             return 0
@@ -184,10 +188,10 @@ def draw(spare: int, generator: torch.Generator | None) -> int:
 
 
 def at_speed(wave: Tensor, faster: int) -> Tensor:
-    """Play (N,) `faster` steps of speed faster, or slower below 0; pitch and formants move along."""
+    """Resample (N,) to play `faster` speed steps faster, or slower if negative. This also shifts pitch and formants."""
     return torchaudio.functional.resample(wave, SPEED_STEPS + faster, SPEED_STEPS) if faster else wave
 
 
 def pad(wave: Tensor, samples: int) -> Tensor:
-    """Add zeros at the end of (N,) up to `samples`."""
+    """Zero-pad (N,) at the end to `samples`."""
     return torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))

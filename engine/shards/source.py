@@ -1,4 +1,4 @@
-"""Where shards lie: in a folder, or behind a URL, whose files come through a cache on the local disk."""
+"""Shard storage: a local folder, or a URL with a cache on the local disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from engine.files import atomic_output, checksum
 from engine.untrusted import safe_name
 
 BLOCK = 1 << 22
-RETRY_DELAY = 1.0  # seconds before a second attempt; doubled for each further one
-ATTEMPTS = 5  # at a file of a store such as s3://
-MAX_JSON = 2**27  # bytes of an index or sidecar; a million shards take 80 MB
-AHEAD = 2  # shards that a process fetches at once while it trains
+RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
+ATTEMPTS = 5  # attempts at a file of object storage such as s3://
+MAX_JSON = 2**27  # maximum size of an index or sidecar in bytes; a million shards take 80 MB
+AHEAD = 2  # number of concurrent downloads per process
 
 
 def is_remote(source: str | Path) -> bool:
-    """Return whether `source` is a URL (https://..., s3://...) and no path."""
+    """Return whether `source` is a URL (https://..., s3://...) and not a path."""
     return "://" in str(source)
 
 
@@ -40,7 +40,7 @@ def join(source: str | Path, *names: str) -> str:
 
 
 def read_json(source: str | Path) -> Any:
-    """Return the JSON at a path or URL, as it is now."""
+    """Return the current JSON contents of a path or URL."""
     if not is_remote(source):
         return untrusted.read_json(source)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def read_json(source: str | Path) -> Any:
 
 
 def read_index(source: str | Path) -> dict[str, Any]:
-    """Return the index.json of a split, its entries of shards checked: their names become names of files."""
+    """Return the contents of a split's index.json, after checking the entries of shards, which become file names."""
     path = join(source, "index.json")
     index = read_json(path)
     shards = index.get("shards") if isinstance(index, dict) else None
@@ -59,17 +59,17 @@ def read_index(source: str | Path) -> dict[str, Any]:
     for number, shard in enumerate(shards):
         counts = [shard.get(key) for key in ("bytes", "crc32", "clips")] if isinstance(shard, dict) else [None]
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise UserError(f"{path} is damaged: shard {number} needs bytes, crc32 and clips as whole numbers")
+            raise UserError(f"{path} is damaged: shard {number} must have bytes, crc32 and clips as integers")
         safe_name(shard.get("name"), f"{path}: the name of shard {number}")
     return index
 
 
 def verify_once(path: Path, crc32: int) -> None:
-    """Compare a file's checksum, unless that was done since the file was last written.
+    """Verify the checksum of a file, unless this was done since its last modification.
 
-    What was verified is noted in an empty file in the folder `.verified` beside the file, for all machines that share
-    the disk; if that cannot be written, in the machine's folder of temporary files. One process of a machine reads, the
-    others that ask for the same file wait.
+    Verified files are marked by an empty file in the folder `.verified` next to the file, for all machines that share
+    the disk, or in the temporary folder if that is read-only. One process per machine reads the file, while others
+    wait.
     """
     about = path.stat()
     key = repr((path.name, about.st_size, about.st_mtime_ns, crc32)).encode()
@@ -87,12 +87,12 @@ def verify_once(path: Path, crc32: int) -> None:
         try:
             beside.parent.mkdir(exist_ok=True)
             beside.touch()
-        except OSError:  # such as a disk that cannot be written
+        except OSError:  # such as a read-only disk
             note.touch()
 
 
 def _scratch() -> Path:
-    """Return this user's folder in the machine's folder of temporary files."""
+    """Return this user's folder within the system's temporary folder."""
     folder = Path(tempfile.gettempdir()) / f"speaking-faces-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -101,39 +101,38 @@ def _scratch() -> Path:
 
 
 class SplitFiles:
-    """The files of one split, in a folder or behind a URL. All processes of a machine share a folder of remote copies.
+    """The files of one split, in a folder or at a URL. All processes of a machine share a cache of remote files.
 
-    A copy appears whole and verified or not at all, and is fetched by one process while the others wait. When the
-    copies exceed the limit, those that were opened longest ago are deleted; a process that has one open can still read
-    it.
+    Cached files are verified and stored atomically, and fetched by one process while others wait. When the cache
+    exceeds its limit, the least recently used files are deleted; a process that has one open can still read it.
 
     Args:
-        source: a folder as `scripts/prepare_data.py` leaves it, or a URL: http(s), or what fsspec has a package for.
-        cache: folder of copies, of any number of URLs.
-        limit: of the copies, in bytes.
+        source: a folder written by `scripts/prepare_data.py`, or a URL: http(s), or any protocol that fsspec supports.
+        cache: cache folder, which several URLs can share.
+        limit: size limit of the cache in bytes.
 
     Attributes:
-        index: the split's index.json. Its entries of shards have name, bytes and crc32.
+        index: the split's index.json. Its shard entries have name, bytes and crc32.
     """
 
     def __init__(self, source: str | Path, cache: str | Path, limit: int) -> None:
         self.source = str(source)
         self.remote = is_remote(source)
         if not self.remote and not Path(source, "index.json").is_file():
-            raise UserError(f"no prepared shards in {source}: make them with python scripts/prepare_data.py")
+            raise UserError(f"no prepared shards in {source}: create them with python scripts/prepare_data.py")
         self.index = read_index(source)
         self.folder = Path(source)
         self.cache = Path(cache)
         self.limit = limit
         self._slots: tuple[int, threading.Semaphore] | None = None
         self._asked: set[str] = set()
-        if self.remote:  # another index, other copies
+        if self.remote:  # a new index has a separate cache
             known = json.dumps([source, self.index], sort_keys=True).encode()
             self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()
             largest = max((shard["bytes"] for shard in self.index["shards"]), default=0)
             if limit < 2 * largest:
                 least = f"{4 * largest / 1e9:.1f}"
-                raise UserError(f"a shard cache of {limit / 1e9:g} GB is too small for {source}: give {least}")
+                raise UserError(f"the shard cache of {limit / 1e9:g} GB is too small for {source}: give {least}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_slots": None, "_asked": set()}
@@ -143,12 +142,12 @@ class SplitFiles:
         return read_json(self._fetched(name) if self.remote else self.folder / name)
 
     def tar(self, shard: dict[str, Any]) -> Path:
-        """Return the shard's path, fetched now if it is not there; UserError if it is missing or not whole."""
+        """Return the path of a shard, fetching it if necessary. Raise UserError if it is missing or incomplete."""
         path = self.folder / f"{shard['name']}.tar"
         if self.remote:
             self._fetched(path.name, shard)
             with suppress(OSError):
-                os.utime(path)  # the deletion goes by this time
+                os.utime(path)  # the deletion order depends on this time
         elif not path.is_file():
             raise UserError(
                 f"shard {path} is missing: copy it again, or prepare it with python scripts/prepare_data.py"
@@ -158,16 +157,16 @@ class SplitFiles:
         return path
 
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Fetch remote shards in the background. What goes wrong shows when the shard is opened."""
+        """Fetch remote shards in the background. Errors are reported when the shard is opened."""
         if not self.remote:
             return
-        if self._slots is None or self._slots[0] != os.getpid():  # threads do not live on in a forked process
+        if self._slots is None or self._slots[0] != os.getpid():  # threads do not survive a fork
             self._slots = (os.getpid(), threading.Semaphore(AHEAD))
             self._asked = set()
         for shard in shards:
             if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
                 self._asked.add(shard["name"])
-                # No pool: a process would not end before its pool's last download.
+                # No pool: a process would not exit before the last download of its pool.
                 threading.Thread(target=self._fetch_ahead, args=(shard,), daemon=True).start()
 
     def _fetch_ahead(self, shard: dict[str, Any]) -> None:
@@ -176,13 +175,13 @@ class SplitFiles:
         self._asked.discard(shard["name"])
 
     def _fetched(self, name: str, shard: dict[str, Any] | None = None) -> Path:
-        """Return the copy of a file, fetched now if it is not there; that of a `shard` is verified."""
+        """Return the cached copy of a file, fetching it if necessary. Shards are verified."""
         path = self.folder / name
         if path.is_file():
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"{name}.lock"):
-            if path.is_file():  # another process has just fetched it
+            if path.is_file():  # another process has fetched it in the meantime
                 return path
             arrival = self.folder / ".arriving" / name
             url = join(self.source, name)
@@ -200,7 +199,7 @@ class SplitFiles:
     def _make_room(self, newest: Path) -> None:
         copies = []
         for path in self.cache.glob("*/*.tar"):
-            with suppress(FileNotFoundError):  # another process deletes, too
+            with suppress(FileNotFoundError):  # another process may delete concurrently
                 copies.append((path.stat().st_mtime, path.stat().st_size, path))
         total = sum(size for _, size, _ in copies)
         for _, size, path in sorted(copies):
@@ -212,7 +211,7 @@ class SplitFiles:
 
 
 def _get(url: str, path: Path, size: int | None = None) -> None:
-    """Copy a URL's file to `path`, atomically."""
+    """Copy the file of a URL to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme in ("http", "https"):
         try:
@@ -222,7 +221,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
         except UserError as error:
             raise UserError(f"{url} could not be fetched: {error}") from error
         return
-    import fsspec  # slow to import, and most runs do without
+    import fsspec  # slow to import, and rarely needed
 
     most = MAX_JSON if size is None else size
     for attempt in range(1, ATTEMPTS + 1):
@@ -230,7 +229,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
             with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
                 while block := stream.read(BLOCK):
                     if out.tell() + len(block) > most:
-                        raise UserError(f"{url} sends more bytes than were expected")
+                        raise UserError(f"{url} sends more bytes than expected")
                     out.write(block)
             return
         except ImportError as error:
@@ -239,7 +238,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
             ) from error
         except UserError:
             raise
-        except Exception as error:  # each store has its own classes for a failed request
+        except Exception as error:  # each storage backend raises its own exception types
             if attempt == ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
                 raise UserError(f"{url} could not be fetched: {error}") from error
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))

@@ -1,12 +1,12 @@
-"""Writing samples into tar shards that come out the same, byte for byte, however often the work was interrupted.
+"""Writing of samples to tar shards, byte for byte reproducible regardless of interruptions.
 
-FOLDER holds one split. A finished sample waits in FOLDER/.work-SHARD-PLAN/KEY.tar, the reason for a rejected one in
-KEY.json there; when all samples of a shard are there, they are joined to FOLDER/SHARD.tar and FOLDER/SHARD.json, and
-the work folder is deleted. When all shards are there, index.json and quarantine.jsonl are written, which depend on the
-shards alone. PLAN is a digest of the settings: shards of other settings count as not made.
+FOLDER contains one split. A finished sample is stored as FOLDER/.work-SHARD-PLAN/KEY.tar, the reason for a rejected one
+as KEY.json there. When all samples of a shard are finished, they are joined to FOLDER/SHARD.tar and FOLDER/SHARD.json,
+and the work folder is deleted. When all shards are finished, index.json and quarantine.jsonl are written, which depend
+only on the shards. PLAN is a digest of the settings; shards of other settings count as missing.
 
-Unfinished files have fixed names in folders of their own (not `engine.files.atomic_output`, whose random ones a killed
-process would leave behind), and all are on the disk before they get their final names.
+Unfinished files have fixed names in separate folders, as the random names of `engine.files.atomic_output` would be left
+behind by a killed process. All files are synced to the disk before they get their final names.
 
 Axes: T frames, D channels.
 """
@@ -36,7 +36,7 @@ from engine.files import report_os_errors
 
 VERSION = 2
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar file
+END = bytes(2 * tarfile.BLOCKSIZE)  # end-of-archive marker of a tar file
 MIN_STD = 1e-6
 INDEX = "index.json"
 QUARANTINE = "quarantine.jsonl"
@@ -44,12 +44,12 @@ PLAN = ".plan.json"
 
 
 def dumps(value: Any) -> bytes:
-    """Write JSON in one line, the same bytes for equal values."""
+    """Serialise JSON to a single line, deterministically."""
     return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def read_members(data: bytes) -> Iterator[tuple[str, int, bytes]]:
-    """Return (suffix, offset of the data, data) of every member of a sample that `write_sample` wrote."""
+    """Yield (suffix, offset of the data, data) of every member of a sample written by `write_sample`."""
     with tarfile.open(fileobj=io.BytesIO(data + END)) as tar:
         for info in tar:
             start = info.offset_data
@@ -61,7 +61,7 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 
 
 def write_whole(path: Path, chunks: Iterable[bytes], staging: Path) -> None:
-    """Write `path` by way of `staging`, which lies on the same disk."""
+    """Write `path` via `staging`, which is on the same disk."""
     with _writing(path):
         with staging.open("wb") as file:
             for chunk in chunks:
@@ -72,8 +72,8 @@ def write_whole(path: Path, chunks: Iterable[bytes], staging: Path) -> None:
 
 
 def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
-    """Write a finished sample, the members KEY.SUFFIX of a tar file in the order given, into the work folder of its
-    shard; with no time, owner or other trace of the run.
+    """Write a finished sample, the members KEY.SUFFIX of a tar file in the given order, to the work folder of its
+    shard, without time, owner or other traces of the run.
     """
     assert KEY.fullmatch(key), key
     parts = []
@@ -85,30 +85,30 @@ def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
 
 
 def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) -> None:
-    """Write the reason why a sample is rejected into the work folder of its shard."""
+    """Write the reason for rejecting a sample to the work folder of its shard."""
     row = {"key": key, "source": source, "stage": stage, "reason": reason}
     write_whole(work / f"{key}.json", [dumps(row)], _own_staging(work, key))
 
 
 def _own_staging(work: Path, key: str) -> Path:
-    """Return a name that no other process writes to.
+    """Return a file name that no other process uses.
 
-    A cluster may run a clip again while its first run, on a machine that was given up, continues. What a killed process
-    leaves goes with the work folder.
+    A cluster may rerun a clip while the first run continues on an unreachable machine. Files left by killed processes
+    are deleted with the work folder.
     """
     return work / f"{key}.{uuid.uuid4().hex[:12]}.part"
 
 
 class SplitWriter:
-    """The shards of one split. One process writes a split at a time.
+    """Writer of the shards of one split. Only one process may write a split at a time.
 
-    The index gets the mean and standard deviation, over all frames, of the tensors `motion` (T, D).
+    The index contains the mean and standard deviation of the tensors `motion` (T, D) over all frames.
 
     Args:
-        keys: of all samples of the split, in order; sample i belongs to shard i // per_shard.
-        plan: what decides about the content of the shards, as JSON values.
-        stages: by name, the fingerprint of each stage that makes the samples; every shard's JSON gets them.
-        replace: replace shards of another plan; without it they are an error.
+        keys: keys of all samples of the split in order. Sample i belongs to shard i // per_shard.
+        plan: settings that determine the content of the shards, as JSON values.
+        stages: fingerprint of each stage by name, stored in the JSON of every shard.
+        replace: whether to replace shards of another plan, which are an error otherwise.
     """
 
     def __init__(
@@ -128,10 +128,12 @@ class SplitWriter:
         self.shards = range(-(-len(keys) // per_shard))
         self.scratch = folder / ".work-process"
         self._made: set[int] = set()
-        self._unsettled: dict[Path, tuple[int, int]] = {}  # by work folder: the shard and how many keys remain
+        self._unsettled: dict[
+            Path, tuple[int, int]
+        ] = {}  # maps each work folder to its shard and the number of remaining keys
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for abandoned in folder.glob(".work-process*"):  # by a killed process
+            for abandoned in folder.glob(".work-process*"):  # left by a killed process
                 shutil.rmtree(abandoned, ignore_errors=True)
             self.scratch.mkdir()
         self.check_plan(dict(plan), replace)
@@ -140,7 +142,7 @@ class SplitWriter:
                 shutil.rmtree(self.work(shard), ignore_errors=True)
 
     def check_plan(self, plan: dict[str, Any], replace: bool) -> None:
-        """Write the plan, or compare it with the one of the folder."""
+        """Write the plan, or compare it with that of the folder."""
         path = self.folder / PLAN
         if not path.exists():
             write_whole(path, [dumps(plan)], self.scratch / "plan.part")
@@ -152,7 +154,7 @@ class SplitWriter:
                 f"{self.folder} was begun with {_difference(existing, plan)}: give the same settings, another output, "
                 f"or reuse={self.folder.parent} to replace these shards and keep what is unchanged"
             )
-        for name in (INDEX, QUARANTINE):  # readers see no split until all its shards are of one plan
+        for name in (INDEX, QUARANTINE):  # readers do not see the split until all its shards have the same plan
             (self.folder / name).unlink(missing_ok=True)
         write_whole(path, [dumps(plan)], self.scratch / "plan.part")
         for work in self.folder.glob(".work-[0-9]*"):
@@ -166,14 +168,14 @@ class SplitWriter:
         return self.keys[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def is_made(self, shard: int) -> bool:
-        """Return whether the shard exists and is of this plan."""
+        """Return whether the shard exists and belongs to this plan."""
         path = self.folder / f"{shard:06d}.json"
         if shard not in self._made and path.is_file() and json.loads(path.read_bytes()).get("plan") == self.plan:
             self._made.add(shard)
         return shard in self._made
 
     def missing(self, shard: int) -> list[str]:
-        """Return the keys of a shard that are still to do, in order."""
+        """Return the remaining keys of a shard, in order."""
         if self.is_made(shard):
             return []
         work = self.work(shard)
@@ -181,26 +183,26 @@ class SplitWriter:
         return [key for key in self.shard_keys(shard) if key not in there]
 
     def begin(self, shard: int) -> tuple[Path, list[str]]:
-        """Create the work folder of a shard; returns it, and the keys that are to do. One that lacks none is packed."""
+        """Create the work folder of a shard. Return it and the remaining keys; a shard without any is packed."""
         work = self.work(shard)
         keys = self.missing(shard)
         if keys:
             with _writing(work):
                 work.mkdir(exist_ok=True)
             self._unsettled[work] = (shard, len(keys))
-        elif not self.is_made(shard):  # killed between its last sample and its packing
+        elif not self.is_made(shard):  # killed between the last sample and packing
             self.pack(shard)
         return work, keys
 
     def settle(self, work: Path) -> None:
-        """Count a key of a shard that was begun as written or rejected; after the last one the shard is packed."""
+        """Count a key of an open shard as written or rejected. The last one packs the shard."""
         shard, remaining = self._unsettled[work]
         self._unsettled[work] = (shard, remaining - 1)
         if remaining == 1:
             self.pack(shard)
 
     def pack(self, shard: int) -> None:
-        """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""
+        """Join the samples of a shard, all of which must exist, and write its sidecar."""
         name = f"{shard:06d}"
         work = self.work(shard)
         samples = []
@@ -232,7 +234,7 @@ class SplitWriter:
 
         write_whole(self.folder / f"{name}.tar", chunks(), work / ".shard")
         tensors = sorted({each for sample in samples for each in sample["tensors"]})
-        for sample in samples:  # most have all, so naming what one lacks is short
+        for sample in samples:  # list missing names, as most samples have all
             lacks = sorted({*tensors}.difference(sample.pop("tensors")))
             sample |= {"lacks": lacks} if lacks else {}
         count, (total, square) = _total(sums)
@@ -252,11 +254,11 @@ class SplitWriter:
         shutil.rmtree(work, ignore_errors=True)
 
     def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the index, with `facts` in it, and return it. Every shard must exist."""
+        """Write the index, with `facts` added, and return it. Every shard must exist."""
         sidecars = [(f"{i:06d}", json.loads((self.folder / f"{i:06d}.json").read_bytes())) for i in self.shards]
         lines = [dumps(each) for _, sidecar in sidecars for each in sidecar["quarantine"]]
         write_whole(self.folder / QUARANTINE, lines, self.scratch / "quarantine")
-        for path in self.folder.glob("[0-9]*"):  # of a split that was larger
+        for path in self.folder.glob("[0-9]*"):  # left over from a larger split
             if int(path.stem) >= len(self.shards):
                 path.unlink(missing_ok=True)
         index = self._index(sidecars, facts)
@@ -293,7 +295,7 @@ class SplitWriter:
 
 
 def _total(sums: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, torch.Tensor]:
-    """Add numbers of rows, and sums (2, D) of rows and of their squares in float64, in the order of the samples."""
+    """Sum row counts and sums (2, D) of rows and of their squares in float64, in the order of the samples."""
     if not sums:
         return 0, torch.zeros(2, 0)
     counts, totals = zip(*sums)

@@ -94,11 +94,11 @@ def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, caps
     assert len(SpeechCrops(tmp_path, samples=960)) == 2
     pairs = FramePairs(tmp_path, 32)
     assert len(pairs) == 1 and pairs[0]["frames"].shape == (2, 32, 32, 3)
-    assert "1 of 2 samples are left out, as they have no portraits" in capsys.readouterr().err
+    assert "1 of 2 samples are skipped, as they have no portraits" in capsys.readouterr().err
 
 
 def test_waves_of_another_rate_are_one_line(shards):
-    with pytest.raises(UserError, match="holds waves at 24000 Hz, 16000 Hz is required"):
+    with pytest.raises(UserError, match="contains waveforms at 24000 Hz, 16000 Hz is required"):
         SpeechCrops(shards, sample_rate=16_000)
 
 

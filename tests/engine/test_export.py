@@ -148,9 +148,9 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("other", "only", "message"),
     [
-        ({"encoder.w": torch.zeros(5)}, ("",), r"encoder\.w is missing or of another shape"),
+        ({"encoder.w": torch.zeros(5)}, ("",), r"encoder\.w is missing or has another shape"),
         ({"decoder.extra": torch.zeros(5)}, ("",), r"decoder\.extra is missing"),
-        ({}, ("head",), "--only head: no tensor begins so"),
+        ({}, ("head",), "--only head: no tensor has this prefix"),
     ],
 )
 def test_weights_that_do_not_fit_are_not_averaged(other, only, message):

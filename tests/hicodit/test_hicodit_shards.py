@@ -85,7 +85,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(data, codec
 
 
 def test_what_does_not_fit_is_one_line(data, codec, digests, tmp_path):
-    with pytest.raises(UserError, match=r"made with rvq .*, but rvq \w+ is in use"):
+    with pytest.raises(UserError, match=r"prepared with rvq .*, but rvq \w+ is in use"):
         HiCoDiTDataset(data / "train", "assets/rvq_tiny")
     sample = ({"key": "a", "frames": 5}, {"mouth": torch.zeros(5, 48, 48, dtype=torch.uint8)})
     write_split(tmp_path / "train", [sample], 1, digests=digests)
@@ -121,7 +121,7 @@ def longer(data, digests, tmp_path):
 
 def test_too_short_clips_are_left_out_and_counted(longer, codec, capsys):
     clips = HiCoDiTDataset(longer, codec, shards={"window": 1})
-    assert "1 of 6 samples are left out, shorter than 5 frames" in capsys.readouterr().err
+    assert "1 of 6 samples are skipped, shorter than 5 frames" in capsys.readouterr().err
     assert [clips.read(i)[0]["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
     assert clips.blocks.sizes == [2, 1, 2]
     with pytest.raises(UserError, match="has no samples of 100 frames or more"):
@@ -137,7 +137,7 @@ def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, digests, t
     write_split(tmp_path / "train", samples, 2, digests=digests)
     clips = HiCoDiTDataset(tmp_path / "train", codec, augment=False)
     found = [clips.read(i)[0]["key"] for i in range(len(clips))]
-    assert "3 of 6 samples are left out, as they have no mouth, faces\n" in capsys.readouterr().err
+    assert "3 of 6 samples are skipped, as they have no mouth, faces\n" in capsys.readouterr().err
     assert found == ["clip0", "clip2", "clip3"] and clips.lengths.tolist() == [24 * FRAMES[i] for i in (0, 2, 3)]
     assert HiCoDiTDataset(tmp_path / "train", codec, shards={"window": 1}).blocks.sizes == [1, 2, 0]
     _, losses = train(tmp_path, codec, tmp_path / "run", {"window": 2}, steps=4)

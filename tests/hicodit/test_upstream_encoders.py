@@ -266,7 +266,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
     with pytest.raises(UserError, match=f"was trained on lip features {made['lip']}, the shards hold 0000abcd"):
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
-    with pytest.raises(UserError, match="was made with lip"):
+    with pytest.raises(UserError, match="was prepared with lip"):
         figures_of([wrong.measure(tmp_path, ALONE)])
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     assert pipeline.system.encoders.expected["lip"] == made["lip"]

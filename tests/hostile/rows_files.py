@@ -266,8 +266,8 @@ SAMPLES = [  # bytes in a shard, their replacement of the same length, and the l
 ]
 INDEXES = {  # change of an index, and the line
     "a number": (lambda index: index.update(shards=7), "it has no list of shards"),
-    "text": (lambda index: index.update(shards=["x"]), "needs bytes, crc32"),
-    "negative": (lambda index: index["shards"][0].update(bytes=-1), "needs bytes, crc32"),
+    "text": (lambda index: index.update(shards=["x"]), "must have bytes, crc32"),
+    "negative": (lambda index: index["shards"][0].update(bytes=-1), "must have bytes, crc32"),
 }
 TARGETS = [
     "torch.load",

@@ -207,10 +207,10 @@ SETTINGS = [  # of a release's config.yaml: which release, key, value, and the l
     (SYSTEM, "motion.mean", [None], "config.yaml lacks or misspells"),
 ]
 WEIGHTS = {  # change of a release's tensors, and the line
-    "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not go with"),
+    "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not match"),
     "scales of another shape": (
         lambda state: state.update({f"{min(state)}::scale": torch.ones(7, 7)}),
-        "::scale does not go with",
+        "::scale does not match",
     ),
 }
 TEMPLATES = {
@@ -305,11 +305,11 @@ CASES = [
     *((f"command: {words}", partial(command, config=of, words=words), line) for of, words, line in COMMANDS),
     *((k, lambda _, make=make: make(), line) for k, (make, line) in VALUES.items()),
     *(
-        (f"release: {of[0]} of {v}", changed(of, partial(weights, partial(spoil, v))), "weights that are not finite")
+        (f"release: {of[0]} of {v}", changed(of, partial(weights, partial(spoil, v))), "non-finite weights")
         for of in (HICODIT, TALKER, RVQ)
         for v in (NAN, INF)
     ),
-    ("release: weights out of half precision", released, "weights that are not finite numbers .w."),
+    ("release: weights out of half precision", released, "non-finite weights .w."),
     ("release: cut", bytes_of(999), "model.safetensors is damaged"),
     ("release: one giant header", bytes_of(b"\xff" * 64), "model.safetensors is damaged"),
     ("checkpoint: larger than its data", file("c.pt", HUGE, read_checkpoint), "larger than its data"),

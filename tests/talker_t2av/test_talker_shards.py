@@ -118,7 +118,7 @@ def test_lengths_are_padded_patches(root):
 def test_speech_alone_needs_no_motion(root):
     data = TalkerPairs(root / "speech", tasks=["tts"], codecs=codecs(root), stats=index(root))
     assert same(data.sets[0][0], examples(root, "tts")[0])
-    with pytest.raises(UserError, match="speech/train holds no features of lia_x"):
+    with pytest.raises(UserError, match="speech/train contains no lia_x features"):
         TalkerPairs(root / "speech", codecs=codecs(root), stats=index(root))
 
 
@@ -130,7 +130,7 @@ def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
         next(codec.in_proj.parameters()).add_(1)
     codec.save(tmp_path / "speech", "card")
     wrong["speech"] = str(tmp_path / "speech")
-    with pytest.raises(UserError, match=r"made with whisperx_vae \w+, but whisperx_vae \w+ is in use"):
+    with pytest.raises(UserError, match=r"prepared with whisperx_vae \w+, but whisperx_vae \w+ is in use"):
         TalkerExamples(root / "shards" / "train", codecs=wrong)
     with pytest.raises(UserError, match=r"tasks=\['av'\]"):
         pairs(root, tasks=["av"])
@@ -160,7 +160,7 @@ def test_a_clip_without_motion_is_left_out_of_t2av_alone_and_counted(root, tmp_p
     assert all(len(t2av[i]["motion"]) for i in range(len(t2av)))
     assert [tts.info(i)["key"] for i in range(4)] == ["clip0", "clip1", "clip2", "clip3"]
     said = capsys.readouterr().err
-    assert keys == ["clip0", "clip2", "clip3"] and "1 of 4 samples are left out, as they have no motion\n" in said
+    assert keys == ["clip0", "clip2", "clip3"] and "1 of 4 samples are skipped, as they have no motion\n" in said
     write_split(tmp_path / "none", samples[1:2], 1, digests={}, **STATS)
     with pytest.raises(UserError, match="no samples with speech, speaker, motion: prepare that too"):
         TalkerExamples(tmp_path / "none", stats=index(root))
