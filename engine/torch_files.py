@@ -1,8 +1,8 @@
-"""Reads files that `torch.save` wrote, without running anything that they name.
+"""Safe reading of files written by `torch.save`, without executing code that they name.
 
-`torch.load(weights_only=True)` reads them. Released checkpoints also hold objects of their training programs: settings
-(AV-HuBERT: argparse or OmegaConf), meters (POSTER V2), hyperparameters (WhisperX-VAE). Each class or function that
-torch does not allow is replaced by an inert class of its own, by `torch.serialization.safe_globals`.
+Files are read by `torch.load(weights_only=True)`. Released checkpoints also contain objects of their training programs:
+settings (AV-HuBERT: argparse or OmegaConf), meters (POSTER V2), hyperparameters (WhisperX-VAE). Each class or function
+that torch does not allow is replaced by an inert placeholder class, by `torch.serialization.safe_globals`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from engine.errors import UserError
 
-_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch.save began with before 1.6
-# of the objects that `plain` follows
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch.save before PyTorch 1.6
+# limits of the nesting depth and number of objects in `plain`
 MAX_PARTS = 100_000
 MAX_DEPTH = 50
 
 
 class StandIn:
-    """An inert object in place of one of any class: it remembers constructor arguments and state."""
+    """Inert placeholder for an object of any class, which stores constructor arguments and state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = object.__new__(cls)
@@ -44,25 +44,25 @@ class StandIn:
 
 
 def stand_in(name: str) -> type[StandIn]:
-    """Create a class of inert objects in place of the class or function `name` (MODULE.NAME)."""
+    """Create an inert placeholder class for the class or function `name` (MODULE.NAME)."""
     return type(name.rpartition(".")[2], (StandIn,), {"__module__": f"stand_in.{name.rpartition('.')[0]}"})
 
 
 def _substitute(name: str) -> Any:
-    """Return what takes the place of the class or function `name` while a file is read."""
-    if name == "collections.defaultdict":  # which torch fills with items only if it is a dict
+    """Return the substitute for the class or function `name` during unpickling."""
+    if name == "collections.defaultdict":  # torch only adds items if it is a dict
         return lambda *_: {}
     return stand_in(name)
 
 
 def read_torch(path: str | Path) -> Any:
-    """Return what `torch.save` wrote to `path`, with stand-ins for foreign objects.
+    """Read a file written by `torch.save`, with placeholders for foreign objects.
 
-    Tensors of the zip format stay on disk until used; those of the format used until PyTorch 1.5 are read at once, and
-    such a file must hold only tensors and plain containers.
+    Tensors of the zip format are memory-mapped. Files in the format of PyTorch 1.5 and earlier are read at once, and
+    may only contain tensors and plain containers.
 
     Raises:
-        UserError: the file is missing, damaged, compressed, or a TorchScript program.
+        UserError: If the file is missing, damaged, compressed, or a TorchScript program.
     """
     try:
         with open(path, "rb") as file:
@@ -73,7 +73,7 @@ def read_torch(path: str | Path) -> Any:
                 members = archive.infolist()
             if any(info.filename.endswith("constants.pkl") for info in members):
                 raise ValueError("it is a TorchScript program, not a checkpoint")
-            if sum(info.file_size for info in members) > Path(path).stat().st_size:  # torch.save never packs
+            if sum(info.file_size for info in members) > Path(path).stat().st_size:  # torch.save never compresses
                 raise ValueError("it is compressed")
             foreign = [(_substitute(name), name) for name in get_unsafe_globals_in_checkpoint(path)]
         with safe_globals(foreign):
@@ -84,11 +84,11 @@ def read_torch(path: str | Path) -> Any:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
         reason = load_problem(error)
-        raise UserError(f"{path} is not a readable checkpoint ({reason}): make or download it again") from error
+        raise UserError(f"{path} is not a readable checkpoint ({reason}): create or download it again") from error
 
 
 def check_sizes(content: Any, depth: int = 0) -> None:
-    """Raise ValueError if plain containers hold a tensor that is larger than its data, which strides of zero allow."""
+    """Raise ValueError if a tensor in nested containers is larger than its storage, which zero strides allow."""
     if isinstance(content, torch.Tensor):
         dense = content.layout == torch.strided
         if dense and content.numel() * content.itemsize > content.untyped_storage().nbytes():
@@ -99,15 +99,15 @@ def check_sizes(content: Any, depth: int = 0) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the dict that `torch.save` wrote to `path`, as `read_torch` does."""
+    """Read a dict written by `torch.save`, see `read_torch`."""
     content = read_torch(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint dict")
     return content
 
 
 def read_state(path: str | Path, key: str = "") -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict that `torch.save` wrote to `path`, at its entry `key` if it has one."""
+    """Read a state dict written by `torch.save`, from its entry `key` if it has one."""
     content = read_checkpoint(path)
     state = content.get(key, content)
     if not isinstance(state, dict):
@@ -116,7 +116,7 @@ def read_state(path: str | Path, key: str = "") -> dict[str, torch.Tensor]:
 
 
 def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
-    """Return the finite numbers (rows, `columns`) of a torch file; None: any number of columns."""
+    """Read a finite matrix (rows, `columns`) from a torch file. None allows any number of columns."""
     value = read_torch(path)
     if (
         not isinstance(value, torch.Tensor)
@@ -132,18 +132,18 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
 
 
 def load_problem(error: BaseException) -> str:
-    """Return one line on why torch.load failed, without its advice to allow that a file is executed."""
+    """Return the reason why torch.load failed as one line, without its advice to disable weights_only."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or holds more than tensors"
+        return "it is damaged, or contains more than tensors"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:
-    """Turn stand-ins for configuration objects into dicts, lists and scalars; anything else becomes None.
+    """Convert placeholders of configuration objects to dicts, lists and scalars. Anything else becomes None.
 
-    An OmegaConf container's state has `_content` (a dict or list of nodes), an OmegaConf value's has `_val`; any other
-    object, such as an argparse namespace, becomes the dict of its attributes. Parts deeper than `MAX_DEPTH` or beyond
-    the first `MAX_PARTS` become None; a list may hold itself.
+    The state of an OmegaConf container has `_content` (a dict or list of nodes), that of an OmegaConf value `_val`.
+    Other objects, such as an argparse namespace, become a dict of their attributes. Objects deeper than `MAX_DEPTH` or
+    beyond the first `MAX_PARTS` become None, as a list may contain itself.
     """
     budget = [MAX_PARTS] if budget is None else budget
     budget[0] -= 1

@@ -1,6 +1,6 @@
-"""Names, JSON and YAML that come from elsewhere: a download, a server, a folder of another person.
+"""Validation of names, JSON and YAML from untrusted sources: downloads, servers, and folders of other users.
 
-Nothing read here can name a file outside the folder it belongs to, run code, or grow without bound.
+Data read here cannot refer to files outside of their folder, execute code, or grow without bound.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from omegaconf import OmegaConf
 
 from engine.errors import UserError
 
-MAX_NAME = 200  # bytes of a file name without its suffix; file systems take 255
-MAX_FILE = 2**28  # bytes of a JSON file or of a list of jobs, clips or files
-MAX_YAML = 2**20  # bytes of a configuration; the largest bundled one has 6,000
-MAX_SIZE = 2**20  # of a whole number in a configuration: a width, a count of layers or words
-MAX_DEPTH = 32  # of lists and mappings in one another
+MAX_NAME = 200  # maximum bytes of a file name without its suffix; file systems allow 255
+MAX_FILE = 2**28  # maximum bytes of a JSON file, or of a list of jobs, clips or files
+MAX_YAML = 2**20  # maximum bytes of a configuration; the largest bundled one has 6,000
+MAX_SIZE = 2**20  # maximum integer in a configuration, such as a width or a number of layers
+MAX_DEPTH = 32  # maximum nesting depth of lists and mappings
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPEN = (yaml.SequenceStartEvent, yaml.MappingStartEvent)
 _CLOSE = (yaml.SequenceEndEvent, yaml.MappingEndEvent)
 
 
 def safe_name(name: Any, what: str, folders: bool = False) -> str:
-    """Return `name` if it names a file inside some folder and nothing else; otherwise raise UserError.
+    """Return `name` if it is a valid name of a file within a folder; otherwise raise UserError.
 
-    Refused: no text, empty, too long, hidden (`.x`), absolute, with `..`, a backslash or a control character.
+    Rejected names: not a string, empty, too long, hidden (`.x`), absolute, or with `..`, a backslash or a control
+    character.
 
     Args:
-        what: where the name comes from, for the error.
-        folders: whether it may be a path down into subfolders, as in `speaker/clip`.
+        what: origin of the name, for the error message.
+        folders: whether subfolders are allowed, as in `speaker/clip`.
     """
     parts = name.split("/") if isinstance(name, str) and folders else [name]
     for part in parts:
@@ -53,65 +54,65 @@ def safe_name(name: Any, what: str, folders: bool = False) -> str:
 
 
 def read_text(path: str | Path, what: Any = None, limit: int = MAX_FILE) -> str:
-    """Return the content of a text file in UTF-8 of at most `limit` bytes. `what` is its name in errors."""
+    """Return the contents of a UTF-8 text file of at most `limit` bytes. `what` is its name in errors."""
     what = what or path
     try:
-        with open(path, "rb") as file:  # a device or a pipe does not state its size
+        with open(path, "rb") as file:  # devices and pipes have no size
             content = file.read(limit + 1)
         if len(content) > limit:
-            raise UserError(f"{what} has more than {limit:,} bytes: divide it")
+            raise UserError(f"{what} has more than {limit:,} bytes: split it")
         return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_lines(path: str | Path, what: Any = None) -> list[str]:
-    """Return the lines of a text file, as `read_text` does."""
+    """Return the lines of a text file, see `read_text`."""
     return read_text(path, what).splitlines()
 
 
 def read_json_lines(path: str | Path, what: Any = None) -> list[tuple[str, Any]]:
-    """Return (place, value) of each line of a file of JSON lines; the place is for errors."""
+    """Return (location, value) of each line of a JSON lines file. The location is used in errors."""
     places = [(f"{path}, line {number}", line) for number, line in enumerate(read_lines(path, what), 1) if line.strip()]
     return [(place, parse_json(line, place)) for place, line in places]
 
 
 def read_json(path: str | Path, what: Any = None) -> Any:
-    """Return the value of a JSON file, as `parse_json` does."""
+    """Return the value of a JSON file, see `parse_json`."""
     return parse_json(read_text(path, what), what or path)
 
 
 def parse_json(text: str | bytes, what: Any) -> Any:
-    """Return the value of a JSON text. `what` (a file, a line) is its name in errors.
+    """Parse JSON text. `what` (a file, a line) is its name in errors.
 
-    A null character is refused: no file name and no spoken text can have one.
+    Null characters are rejected, as neither file names nor texts may contain them.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         if "\\u0000" in text:
-            raise ValueError("it holds a null character")
+            raise ValueError("it contains a null character")
         return json.loads(text.removeprefix("\ufeff"))
     except RecursionError:
-        raise UserError(f"{what} cannot be read as JSON: it is nested too deep") from None
+        raise UserError(f"{what} cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{what} cannot be read as JSON ({error})") from error
 
 
 def parse_object(text: str | bytes, what: Any, names: Collection[str], example: str) -> dict[str, Any]:
-    """Return the JSON object of a text, all of whose names are among `names`; `what` and `example` are for errors."""
+    """Parse a JSON object whose keys must be among `names`. `what` and `example` are used in errors."""
     value = parse_json(text, what)
     if not isinstance(value, dict):
-        raise UserError(f"give an object, as in {example}")
+        raise UserError(f"expected an object, as in {example}")
     if unknown := sorted(value.keys() - names):
         raise UserError(f"unknown setting {unknown[0][:40]!r}; there are: {', '.join(sorted(names))}")
     return value
 
 
 def check_numbers(value: Any, source: Any, key: str = "") -> None:
-    """Raise UserError unless all floats in the plain containers `value` are finite and all integers 0 to `MAX_SIZE`.
+    """Raise UserError unless all floats in nested containers are finite and all integers are in 0..`MAX_SIZE`.
 
-    `source` and `key` are the file and the setting in which it stands.
+    `source` and `key` are the file and setting of the value, for errors.
     """
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -123,9 +124,9 @@ def check_numbers(value: Any, source: Any, key: str = "") -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain containers of a YAML file. References such as ${oc.env:HOME} stay text: they are not resolved.
+    """Parse a YAML file into plain containers. References such as ${oc.env:HOME} stay text and are not resolved.
 
-    Aliases, by which a small file can stand for gigabytes, are refused.
+    Aliases are rejected, as a small file could expand to gigabytes.
     """
     try:
         text = read_text(path, "it", MAX_YAML)
@@ -135,7 +136,7 @@ def read_yaml(path: Path) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("it uses aliases")
             if depth > MAX_DEPTH:
-                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+                raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception as error:  # yaml and omegaconf raise a dozen types for a damaged file
         raise UserError(f"{path} cannot be read as YAML: {error}") from error

@@ -1,6 +1,6 @@
-"""When each word of a wave is said, and files of it: JSON, and subtitles as SRT and WebVTT.
+"""Word timestamps of speech, written as JSON and as SRT and WebVTT subtitles.
 
-Words that are known are placed by forced alignment, others are recognised, both by pocketsphinx with its en-us model.
+Known words are located by forced alignment, unknown speech is recognised, both by pocketsphinx with its en-us model.
 
 Axes: N samples.
 """
@@ -22,19 +22,21 @@ from engine.files import write_json
 from engine.media.audio import resample_wave
 from engine.metrics.recogniser import RATE, hear
 
-FRAME = 0.01  # seconds of a frame of pocketsphinx
-QUIET = 0.1  # seconds of silence on both sides, without which the first and the last word lose their edges
-# words of a subtitle at most; a longer pause (seconds) begins a new one
+FRAME = 0.01  # seconds per frame of pocketsphinx
+QUIET = 0.1  # seconds of silence to add on both sides, without which the first and last word are truncated
+# maximum number of words per subtitle; minimum pause in seconds that starts a new one
 CUE_WORDS = 7
 CUE_GAP = 0.6
-SOUNDS = "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z"  # roughly, of the letters a to z
-MOST_ADDED = 10_000  # words, after which an aligner is made anew: its dictionary never forgets one
+SOUNDS = (
+    "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z"  # approximate pronunciations of the letters a to z
+)
+MOST_ADDED = 10_000  # number of added words after which the aligner is recreated, as its dictionary only grows
 SILENT = 1e-3  # peak of a wave without speech, -60 dB
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word as it was written, and the seconds from and to which it is said."""
+    """A word as written, with its start and end time in seconds."""
 
     text: str
     begin: float
@@ -42,17 +44,18 @@ class Word:
 
 
 class WordTimes:
-    """Places words in waves."""
+    """Computes word timestamps of waveforms."""
 
     def __init__(self) -> None:
         self._sphinx = require("pocketsphinx", "pocketsphinx")
         self._aligner: Any = None
-        self._added = 0  # words that the aligner's dictionary lacked
+        self._added = 0  # number of words added to the aligner's dictionary
 
     def align(self, text: str, wave: np.ndarray, rate: int) -> list[Word]:
-        """Place the words of `text` in a wave (N,) in [-1, 1] at `rate` Hz; none if they cannot be found in it.
+        """Align the words of `text` with a waveform (N,) in [-1, 1] at `rate` Hz. Return [] if the alignment fails.
 
-        A word that the dictionary lacks gets a rough pronunciation from its letters, which is enough to place it.
+        Words outside of the dictionary get an approximate pronunciation from their letters, which suffices for
+        alignment.
         """
         if self._aligner is None or self._added > MOST_ADDED:
             self._added = 0
@@ -74,7 +77,7 @@ class WordTimes:
         return [Word(word, span.begin, span.end) for word, span in zip(written, spans)]
 
     def recognise(self, wave: np.ndarray, rate: int) -> list[Word]:
-        """Recognise the words of a wave (N,) by pocketsphinx's own language model, and place them."""
+        """Recognise the words of a waveform (N,) and their times with pocketsphinx's language model."""
         return self._spans(self._recogniser, wave, rate)
 
     @cached_property
@@ -92,7 +95,7 @@ class WordTimes:
             return []
         hear(decoder, np.pad(wave, round(QUIET * RATE)))
         for segment in (decoder.seg() or ()) if decoder.hyp() else ():
-            name = re.sub(r"\(\d+\)$", "", segment.word)  # a second pronunciation
+            name = re.sub(r"\(\d+\)$", "", segment.word)  # suffix of an alternative pronunciation
             begin = segment.start_frame * FRAME - QUIET
             end = (segment.end_frame + 1) * FRAME - QUIET
             if name[0] not in "<[":
@@ -101,12 +104,12 @@ class WordTimes:
 
 
 def _key(word: str) -> str:
-    """Return a word as a dictionary has it."""
+    """Return a word in dictionary form."""
     return re.sub(r"[^a-z']", "", word.lower().replace("’", "'")).strip("'")
 
 
 def cues(words: Sequence[Word]) -> list[Word]:
-    """Join words into subtitles; a pause, the end of a sentence and a number of words end one."""
+    """Group words into subtitles, which end at a pause, at the end of a sentence, or at a maximum number of words."""
     lines: list[list[Word]] = []
     for word in words:
         last = lines[-1][-1] if lines else None
@@ -117,7 +120,7 @@ def cues(words: Sequence[Word]) -> list[Word]:
 
 
 def _span(line: Word, point: str) -> str:
-    """Return the time span of a subtitle; `point` parts seconds from milliseconds."""
+    """Return the time span of a subtitle. `point` is the decimal separator."""
 
     def clock(seconds: float) -> str:
         minutes, rest = divmod(round(seconds * 1000), 60_000)
@@ -130,7 +133,7 @@ def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool)
     """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
 
     Args:
-        origin: what placed the words: text or recogniser.
+        origin: source of the words, text or recogniser.
     """
     content = {"origin": origin, "words": [asdict(word) for word in words]}
     write_json(stem.with_name(f"{stem.name}.json"), content)

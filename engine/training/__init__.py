@@ -1,1 +1,1 @@
-"""The trainer and what a run needs: tasks, checkpoints, parallelism, export."""
+"""Training: trainer, tasks, checkpoints, parallelism and export."""

@@ -1,9 +1,9 @@
-"""Batches as a function of their number, so that a resumed run needs no stored position but a number.
+"""Batches as a function of their index, so that a resumed run only needs to store an index.
 
-Items of a dataset may lie in blocks, the shards of a prepared split. Blocks are then dealt to streams, and items are
-shuffled inside a window of blocks, so that a process that reads one stream has few blocks in use at a time. Batch
-number g belongs to stream g mod S. Of W processes, rank r takes the numbers r, r + W, ...: with S = W it reads one
-stream alone, and with any S and W all together see what one process sees.
+Items of a dataset may be grouped in blocks, the shards of a prepared split. Blocks are divided among streams, and items
+are shuffled within a window of blocks, so that a process that reads one stream uses few blocks at a time. Batch g
+belongs to stream g mod S. Of W processes, rank r takes batches r, r + W, ...: with S = W it reads a single stream. For
+any S and W, all ranks together see the same data as one process.
 
 Axes: n items, S streams, m = n // S items of a stream in an epoch.
 """
@@ -25,18 +25,18 @@ from engine.shards.reader import Blocks
 from engine.training import distributed
 from engine.training.signals import ignore_in_worker
 
-POOL = 32  # groups that are sorted by length together: more means less padding and less chance
-JITTER = 0.05  # relative noise of the lengths that are sorted, so that small datasets get new batches every epoch
-STEP = 512  # samples per step, unless stated
+POOL = 32  # groups per sorting pool: larger pools reduce padding and randomness
+JITTER = 0.05  # relative noise of the sorted lengths, so that batches of small datasets vary between epochs
+STEP = 512  # default number of samples per step
 
 
 class TrainingSet(Protocol):
-    """A dataset for the trainer. All randomness of an item (crops, augmentation) is drawn from the generator.
+    """Dataset for the trainer. All randomness of an item (crops, augmentation) must be drawn from the generator.
 
-    It may also have:
-        lengths: (n,) tensor, the tokens of each item, for batches by length.
-        blocks: `Blocks`, or None where every item is equally quick to read.
-        prefetch(spans): called with the items [first, last) that come next, where there are blocks.
+    Optional members:
+        lengths: (n,) number of tokens of each item, for batching by length. blocks: `Blocks`, or None if items can be
+        read in any order equally fast. prefetch(spans): called with the spans [first, last) of the next items, if there
+        are blocks.
     """
 
     def __len__(self) -> int: ...
@@ -47,30 +47,30 @@ class TrainingSet(Protocol):
 
 
 def require_lengths(dataset: TrainingSet | type) -> None:
-    """Refuse batches by length of a dataset, or class of datasets, whose items have none."""
+    """Raise UserError if a dataset (or class) has no item lengths, which batching by length requires."""
     if getattr(dataset, "lengths", None) is None:
         name = dataset.__name__ if isinstance(dataset, type) else type(dataset).__name__
         raise UserError(f"{name} has no lengths of its items: set trainer.by_length=false")
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """An endless sequence of batches; the same number gives the same batch in every process.
+    """Infinite sequence of batches. Batch i is the same in every process.
 
-    Each stream goes through its items in a new random order every epoch. Batch j of a stream holds its items
-    [j * size, (j + 1) * size), counted over all epochs, so batches are always full and may straddle two epochs.
-    Every item is used once per epoch, except for n mod S of them.
+    Each stream visits its items in a new random order in every epoch. Batch j of a stream holds its items [j * size, (j
+    + 1) * size), counted over all epochs, so batches are always full and may straddle two epochs. Every item is used
+    once per epoch, except for n mod S of them.
 
     With `by_length`, neighbouring items have similar lengths: the items are sorted in pools, and groups of neighbours
     are shuffled. A group holds the samples of one step, so that the ranks of a step finish together. The order does not
-    depend on `size` or on the world size, so a run that resumes with other ones continues at the same sample.
+    depend on `size` or on the world size, so that a resumed run can change both and continues at the same sample.
 
     Args:
         dataset: see `TrainingSet`.
-        size: items per batch.
-        seed: seed of order and items.
-        by_length: give neighbouring items similar lengths.
-        streams: S, for a dataset of blocks; None: the world size.
-        step: samples per step over all ranks, the size of a group with `by_length`.
+        size: number of items per batch.
+        seed: random seed of order and items.
+        by_length: group items of similar length.
+        streams: S, for a dataset with blocks. None: the world size.
+        step: samples per step over all ranks, which is the group size with `by_length`.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class MicroBatches(torch.utils.data.Dataset):
         self.streams = (self.blocks.streams or streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:
             raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips: lower it")
-        self.group = max(size, step // self.streams)  # items of a stream
+        self.group = max(size, step // self.streams)  # number of items per stream
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache out of a pickle."""
+        """Exclude the cache from pickling."""
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,22 +105,24 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether all batches are known to have the same shape, because items have no lengths."""
+        """Whether all batches have the same shape, because items have no lengths."""
         return getattr(self.dataset, "lengths", None) is None
 
     def state(self, number: int) -> dict[str, int]:
-        """Return what a checkpoint stores, for `resume`, before batch `number`."""
+        """Return the state to store in a checkpoint before batch `number`, for `resume`."""
         return {"samples": number * self.size, "streams": self.streams, "group": self.group}
 
     def resume(self, state: dict[str, Any]) -> int:
-        """Continue after a checkpoint, whose batches may have had another size; return the number of the next batch."""
+        """Restore a checkpoint, whose batch size may differ. Return the index of the next batch."""
         self.streams = state["streams"]
         self.group = state["group"]
         self._order.cache_clear()
         return state["samples"] // self.size
 
     def __getitem__(self, number: int) -> dict[str, Any] | UserError:
-        """Make batch `number`. A worker process returns an error, which `load_batches` raises: it stays one line."""
+        """Return batch `number`. Errors are returned, and raised by `load_batches`, so that worker processes do not
+        print tracebacks.
+        """
         try:
             epoch, window, indices = self._choose(number)
             if self.blocks is not None:
@@ -134,11 +136,11 @@ class MicroBatches(torch.utils.data.Dataset):
             return error
 
     def samples(self, number: int) -> list[int]:
-        """Return the index in the dataset of every sample of batch `number`."""
+        """Return the dataset index of every sample of batch `number`."""
         return self._choose(number)[2]
 
     def _choose(self, number: int) -> tuple[int, int, list[int]]:
-        """Return the epoch and the window in which a batch ends, and the indices of its items."""
+        """Return the epoch and window in which a batch ends, and its item indices."""
         turn, stream = divmod(number, self.streams)
         count = len(self.dataset) // self.streams
         indices = []
@@ -158,15 +160,17 @@ class MicroBatches(torch.utils.data.Dataset):
         return self._sort(order, epoch) if self.by_length else order
 
     def _sort(self, order: Order, epoch: int) -> Order:
-        """Reorder each stream of an epoch by length: sort pools of items, and shuffle groups within a pool.
+        """Sort each stream of an epoch by length: sort pools of items, and shuffle groups within each pool.
 
-        Pools and the permutation of groups are the same in all streams, so that ranks which read different streams have
-        similar lengths at the same time. Groups begin at multiples of their size, counted over all epochs, as steps do;
-        what is left before the first and after the last whole group stays there.
+        Pools and group permutations are the same in all streams, so that ranks that read different streams have similar
+        lengths at the same time. Groups start at multiples of their size, counted over all epochs like steps; items
+        before the first and after the last complete group keep their positions.
         """
         count = order.items.shape[1]
         windows = int(order.windows.max()) + 1
-        pool = max(1, min(POOL, count // windows // self.group)) * self.group  # few more items than a window of blocks
+        pool = (
+            max(1, min(POOL, count // windows // self.group)) * self.group
+        )  # slightly more items than a window of blocks
         head = min(count, -epoch * count % self.group)
         draw = generator_for(self.seed, "groups", epoch)
         lengths = torch.as_tensor(self.dataset.lengths)[order.items]
@@ -184,7 +188,7 @@ class MicroBatches(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Order:
-    """One epoch: items (S, m) in the order of each stream; the window (S, m) that each belongs to; spans of blocks."""
+    """Order of one epoch: items (S, m) of each stream, the window (S, m) of each item, and the spans of blocks."""
 
     items: Tensor
     windows: Tensor
@@ -192,7 +196,9 @@ class Order:
 
     @classmethod
     def of_blocks(cls, blocks: Blocks, draw: torch.Generator) -> Order:
-        """Deal blocks in random order to the streams in equal parts; a block on a border belongs to both."""
+        """Divide blocks in random order among the streams in equal parts. A block at a boundary belongs to both
+        streams.
+        """
         sizes = torch.tensor(blocks.sizes)
         first = sizes.cumsum(0) - sizes
         order = torch.randperm(len(sizes), generator=draw)
@@ -207,7 +213,7 @@ class Order:
         end = ranks[:, -1].tolist()
 
         def spans(stream: int, window: int) -> list[tuple[int, int]]:
-            """Return items [first, last) of each block of a window and of the next one."""
+            """Return the spans [first, last) of the items of each block in a window and the next one."""
             at = begin[stream] + window * blocks.window
             blocks_ahead = order[at : min(at + 2 * blocks.window, end[stream] + 1)].tolist()
             return [(int(first[i]), int(first[i] + sizes[i])) for i in blocks_ahead if sizes[i]]
@@ -218,12 +224,12 @@ class Order:
 def load_batches(
     batches: MicroBatches, numbers: range, workers: int, device: torch.device, stay: Container[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Yield the batches of these numbers on `device`, made by `workers` processes ahead of time.
+    """Yield the batches with these indices on `device`, prepared by `workers` processes.
 
-    For CUDA they come through pinned memory, and one is copied to the device ahead of the one in use.
+    For CUDA, pinned memory is used, and the next batch is copied to the device in advance.
 
     Args:
-        stay: entries of a batch that stay in main memory.
+        stay: entries of a batch that are not moved to the device.
     """
     cuda = device.type == "cuda"
     loader = torch.utils.data.DataLoader(
@@ -246,7 +252,7 @@ def load_batches(
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    """Move tensors, however nested in dicts, to `device`."""
+    """Move tensors, nested in dicts, to `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     return {k: _move(v, device) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,11 +1,11 @@
 """Training checkpoints: RUN/checkpoints/step-00001000/, written by torch.distributed.checkpoint.
 
-A folder holds tensors only (model, average, optimisers), `info.json` (step, data position, config, code version, size
-and CRC-32 of every file) and, where that step was validated, `results.json`. It is written under a temporary name,
-synced and renamed, so a folder with a final name was complete once; the checksums tell whether it still is.
+A folder contains only tensors (model, averaged weights, optimisers), `info.json` (step, data position, config, code
+version, size and CRC-32 of every file) and, where that step was validated, `results.json`. It is written under a
+temporary name, synced and renamed, so that a folder with a final name was complete; checksums detect later damage.
 
-No random state is stored: every draw of a step is a function of the run's seed and of the number of the batch
-(`engine.seeding`), in every process, so the data position is the random state.
+No random state is stored: the random numbers of a step are a function of the run's seed and the batch index
+(`engine.seeding`) in every process.
 """
 
 from __future__ import annotations
@@ -38,42 +38,44 @@ from engine.untrusted import parse_json, read_json, safe_name
 
 INFO = "info.json"
 RESULTS = "results.json"
-COUNTS = ("step", "samples", "streams", "group")  # in `INFO`
-FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
+COUNTS = ("step", "samples", "streams", "group")  # integer entries of `INFO`
+FAILING = 60.0  # seconds for which a failing process waits for a pending checkpoint, if there are several processes
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process: fine
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+)  # expected in a single process
 
 
 class Checkpoints:
-    """Writes a run's checkpoints in the background, one at a time.
+    """Writes the checkpoints of a run in the background, one at a time.
 
     `save` copies the state to main memory and returns; a thread writes the copy while training continues. Every process
-    makes one of these and calls the same methods in the same order; on several machines `root` must be on a disk that
-    all of them share. What several processes hold alike is copied and written by the first of them alone. The copies'
-    memory, pinned where it comes from a GPU, is kept for the next checkpoint.
+    creates an instance and calls the same methods in the same order. On several machines, `root` must be on a shared
+    disk. Replicated state is only copied and written by the first process. The buffers of the copies, pinned for GPUs,
+    are reused for the next checkpoint.
 
     Args:
         root: folder of the checkpoints.
-        keep: so many of the newest stay.
-        best: `min NAME` or `max NAME`: the one whose `results.json` has the best NAME stays too.
+        keep: number of newest checkpoints to keep.
+        best: `min NAME` or `max NAME`: also keep the checkpoint with the best NAME in its `results.json`.
     """
 
     def __init__(self, root: Path, keep: int, best: str | None = None):
         self.root = root
         self.keep = keep
         self.best = best
-        # Of its own: collective calls of the thread must not mix with those of training.
+        # A separate group: collective calls of the thread must not mix with those of training.
         self._group = distributed.patient_group() if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
-        self.problem: str | None = None  # one line: what could not be written
+        self.problem: str | None = None  # one-line description of a write error
 
     def save(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Start writing the checkpoint of `step`, once the one before is written; return its folder.
+        """Start writing the checkpoint of `step` as soon as the previous one is written. Return its folder.
 
         Args:
-            state: flat dict of tensors; equal keys of several processes are one replicated tensor, unless DTensors.
-            info: what JSON can hold; the main process's counts.
+            state: flat dict of tensors. Equal keys of several processes are replicated, except for DTensors.
+            info: JSON-serialisable values; those of the main process are stored.
         """
         self.wait()
         copies: dict[str, Tensor] = {}
@@ -88,23 +90,23 @@ class Checkpoints:
             copies[key] = DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
         device = None
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # once, after all copies are under way
-            device = torch.cuda.current_device()  # a thread has one of its own
-        # A daemon, so that a process that fails while its peers are dead can leave.
+            torch.cuda.synchronize()  # synchronise once, after all copies have been started
+            device = torch.cuda.current_device()  # threads have their own current device
+        # A daemon, so that a failing process can exit while its peers are dead.
         self._thread = threading.Thread(target=self._write, args=(step, copies, info, device), daemon=True)
         self._thread.start()
         return folder_of(self.root, step)
 
     def wait(self, failing: bool = False) -> None:
-        """Wait for the checkpoint in work, whatever becomes of it: see `problem`.
+        """Wait for the pending checkpoint, whether it succeeds or fails; see `problem`.
 
-        A process that is `failing` does not wait long if there are several: the others may be dead.
+        With several processes, a `failing` process only waits briefly, as the others may be dead.
         """
         if self._thread:
             self._thread.join(FAILING if failing and self._group else None)
 
     def note(self, step: int, results: dict[str, float]) -> None:
-        """Keep the validation results of `step` with its checkpoint, once that is written; for the main process."""
+        """Store the validation results of `step` with its checkpoint once it is written (main process only)."""
         self.wait()
         if (folder := folder_of(self.root, step)).is_dir():
             write_json(folder / RESULTS, results)
@@ -121,7 +123,7 @@ class Checkpoints:
                     for leftover in self.root.glob(".step-*"):
                         shutil.rmtree(leftover, ignore_errors=True)
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=self._group is None)
-            with self._together():  # each process reads what it wrote; the main one has written `.metadata`, too
+            with self._together():  # each process checks its own files; the main process also wrote `.metadata`
                 own = [*staging.glob(f"__{distributed.rank()}_*"), *[staging / ".metadata"] * distributed.is_main()]
                 written = {path.name: _fingerprint(path) for path in own}
             shares = distributed.gather(written, self._group)
@@ -136,7 +138,7 @@ class Checkpoints:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Wait until every process has done the block; raise OSError in all of them if one of them failed in it."""
+        """Wait until all processes have finished the block. Raise OSError in all of them if one of them failed."""
         problem = None
         try:
             yield
@@ -152,12 +154,14 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         _sync(staging)
-        if final.exists():  # it is damaged, or training would not have come here again
+        if final.exists():  # it is damaged, otherwise training would not repeat this step
             self._remove(final)
         os.replace(staging, final)
         _sync(self.root)
         present = steps(self.root)
-        kept = [step for step in present if step <= info["step"]][-self.keep :]  # later ones are damaged: skipped over
+        kept = [step for step in present if step <= info["step"]][
+            -self.keep :
+        ]  # later ones are damaged and were skipped
         if self.best:
             kept.append(best(self.root, self.best))
         for step in present:
@@ -165,14 +169,16 @@ class Checkpoints:
                 self._remove(folder_of(self.root, step))
 
     def _remove(self, folder: Path) -> None:
-        """Delete a checkpoint, under a hidden name first: a folder with a final name is whole at any moment."""
+        """Delete a checkpoint, after renaming it to a hidden name, so that folders with final names are always
+        complete.
+        """
         hidden = folder.with_name(f".{folder.name}.old")
         os.replace(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _is_first_copy(tensor: Tensor) -> bool:
-    """Return whether this process is the first of those that hold the same tensor, or the same shard of one."""
+    """Return whether this process is the first one with this tensor, or with this shard of it."""
     if not isinstance(tensor, DTensor):
         return distributed.is_main()
     places = zip(tensor.device_mesh.get_coordinate(), tensor.placements)
@@ -191,7 +197,9 @@ def steps(root: Path) -> list[int]:
 
 
 def best(root: Path, rule: str) -> int | None:
-    """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
+    """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`), or None if there is no such
+    result.
+    """
     direction, name = rule.split()
     found = {}
     for step in steps(root):
@@ -202,25 +210,27 @@ def best(root: Path, rule: str) -> int | None:
 
 
 def newest(root: Path, say: Callable[[str], None] = print) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped."""
+    """Return the newest checkpoint whose files are intact. `say` is called with a message for each skipped
+    checkpoint.
+    """
     for step in reversed(steps(root)):
         folder = folder_of(root, step)
         if (problem := damage(folder)) is None:
             return folder
         say(f"checkpoint {folder} is skipped: {problem}")
     if steps(root):
-        raise UserError(f"every checkpoint in {root} is damaged; bring one back, or start anew with fresh=true")
+        raise UserError(f"all checkpoints in {root} are damaged: restore one, or start again with fresh=true")
     return None
 
 
 def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint folder; None: nothing."""
+    """Return a description of the damage of a checkpoint folder, or None if it is intact."""
     try:
         for name, expected in info(folder)["files"].items():
             if name != ".metadata":
                 safe_name(name, "the name of a data file")
             if _fingerprint(folder / name) != expected:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -229,8 +239,8 @@ def damage(folder: Path) -> str | None:
 
 
 def load(folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill the tensors of `state` in place and return the info. Keys that the checkpoint lacks are removed from `state`
-    if they are of an optimiser (`optim.`): a parameter that never had a gradient has no optimiser state.
+    """Load the tensors of `state` in place and return the info. Keys that are missing in the checkpoint are removed
+    from `state` if they belong to an optimiser (`optim.`), as a parameter without gradients has no optimiser state.
     """
     shapes = _shapes(folder)
     for key in [key for key in state if key.startswith("optim.") and key not in shapes]:
@@ -240,21 +250,21 @@ def load(folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def require_model(root: Path, task: nn.Module) -> None:
-    """Refuse the newest checkpoint in `root` if it is of a model with other tensors or shapes than `task`."""
+    """Raise UserError if the newest checkpoint in `root` does not match the tensors and shapes of `task`."""
     for step in steps(root)[-1:]:
         folder = folder_of(root, step)
-        if damage(folder) is None:  # else training skips it, and says so
+        if damage(folder) is None:  # otherwise training skips it with a message
             stored = {key: shape for key, shape in _shapes(folder).items() if key.startswith("model.")}
             _require_equal(folder, stored, {f"model.{k}": tuple(v.shape) for k, v in task.state_dict().items()})
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a checkpoint."""
+    """Return the shape of each tensor in a checkpoint."""
     return {key: tuple(entry.size) for key, entry in Reader(folder).read_metadata().state_dict_metadata.items()}
 
 
 def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
-    hint = "the model was changed since: continue with the old config, or start anew with fresh=true or another run="
+    hint = "the model has changed since: use the original config, or start again with fresh=true or another run="
     for key in sorted(stored.keys() ^ own.keys()):
         lacks = f"has {key!r}, which the model lacks" if key in stored else f"lacks {key!r}"
         raise UserError(f"checkpoint {folder} {lacks}; {hint}")
@@ -264,7 +274,7 @@ def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[s
 
 
 def read(folder: Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read whole tensors whose keys begin with one of `prefixes`, and the info, in one process."""
+    """Read the full tensors whose keys start with one of `prefixes`, and the info, in a single process."""
     stored = Reader(folder).read_metadata().state_dict_metadata
     state = {
         key: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
@@ -283,16 +293,16 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 
 
 def info(folder: Path) -> dict[str, Any]:
-    """Read what is stored beside the tensors: step, config, and what else `save` was given."""
-    found = parse_json((folder / INFO).read_bytes(), folder / INFO)  # the error of a missing file is the caller's
+    """Read the metadata of a checkpoint: step, config, and other values passed to `save`."""
+    found = parse_json((folder / INFO).read_bytes(), folder / INFO)  # a missing file is handled by the caller
     whole = isinstance(found, dict) and all(type(found.get(name, 0)) is int for name in COUNTS)
     if not whole or "step" not in found:
-        raise UserError(f"{folder / INFO} is damaged: {', '.join(COUNTS)} must be whole numbers")
+        raise UserError(f"{folder / INFO} is damaged: {', '.join(COUNTS)} must be integers")
     return found
 
 
 def code_version() -> str:
-    """Return the git commit, with `-dirty` if files were changed; outside a checkout, the package's version."""
+    """Return the git commit, with `-dirty` if files have changed, or the package version outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -309,7 +319,7 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _sync(folder: Path) -> None:
-    """Make names in `folder` survive a loss of power."""
+    """Sync a folder, so that its file names survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -318,7 +328,7 @@ def _sync(folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Return one line: the operating system's message if there is one, else the first line of the error."""
+    """Return the message of the operating system, if any, or the first line of the error."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
     link: BaseException | None = error

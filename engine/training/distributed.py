@@ -1,4 +1,4 @@
-"""What the trainer needs of torch.distributed. Every function also works in a single process."""
+"""Distributed helpers of the trainer. All functions also work in a single process."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 _groups: list[dist.ProcessGroup] = []  # see `shutdown`
-PATIENT = timedelta(hours=4)  # of objects and checkpoints: rank 0 may prepare data meanwhile
-TIMEOUT = timedelta(minutes=10)  # of a collective on tensors: a process that hangs is noticed soon
-# NCCL's flight recorder keeps the last collectives and writes them to files when one does not end in time.
+PATIENT = timedelta(hours=4)  # timeout for objects and checkpoints, as rank 0 may prepare data in the meantime
+TIMEOUT = timedelta(minutes=10)  # timeout of tensor collectives, to detect hanging processes early
+# NCCL's flight recorder dumps the last collectives when one of them times out.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 def init(name: str, run: str | Path | None = None) -> torch.device:
-    """Join the process group that torchrun's environment describes, if there is one; return this process's device.
+    """Join the process group described by torchrun's environment variables, if any. Return the device of this process.
 
     Args:
-        name: of the device.
-        run: folder of the run; NCCL's flight recorder writes RUN/flight_recorder/rank0, rank1, ... when a collective
+        name: device name, see `pick_device`.
+        run: folder of the run. NCCL's flight recorder writes RUN/flight_recorder/rank0, rank1, ... when a collective
             times out.
     """
-    # Batches of many lengths fragment CUDA's memory otherwise. It is read when CUDA is initialised.
+    # Avoids memory fragmentation by batches of many lengths. It is read when CUDA is initialised.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device(name)
     if device.type == "cuda":
@@ -52,29 +52,37 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """Create a gloo group of all processes whose operations on host memory may take long; all have to call this."""
+    """Create a gloo group of all processes with a long timeout, for host memory. All processes must call this
+    function.
+    """
     group = dist.new_group(backend="gloo", timeout=PATIENT)
     _groups.append(group)
     return group
 
 
 def control() -> dist.ProcessGroup:
-    """Return the group for objects and flags, which does not touch the device; all processes make it at first use."""
+    """Return the group for objects and flags, which does not use the device. It is created on first use by all
+    processes.
+    """
     return _group_beside(dist.group.WORLD)
 
 
-_group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # anew in each process group
+_group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # once per process group
 
 
 class Agreement:
-    """Flags that any process may raise, known to all at the next call. Neither device nor host waits for them."""
+    """Flags that any process can raise and that all processes see in the next call, without synchronising device or
+    host.
+    """
 
     def __init__(self) -> None:
         self._work: dist.Work | None = None
         self._flags = torch.zeros(0)
 
     def reach(self, *flags: bool) -> list[bool]:
-        """Raise `flags`; return those that any process raised in the previous call (one process: in this call)."""
+        """Raise `flags`. Return the flags that any process raised in the previous call (in this call for a single
+        process).
+        """
         if not dist.is_initialized():
             return list(flags)
         known = [False] * len(flags)
@@ -87,10 +95,10 @@ class Agreement:
 
 
 def shutdown() -> None:
-    """Leave the process group.
+    """Destroy the process group.
 
-    `_groups` keeps the groups until the interpreter exits. Freeing a gloo group waits for its thread with the
-    interpreter's lock held; right after a collective, that thread may need the lock to free a tensor (PyTorch 2.11).
+    `_groups` keeps references to the groups until the interpreter exits. Freeing a gloo group joins its thread while
+    holding the GIL, which this thread may need to free a tensor right after a collective (PyTorch 2.11).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -109,12 +117,12 @@ def is_main() -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a sharded tensor; another one as it is."""
+    """Return the local shard of a sharded tensor. Other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Average every value over the processes; all must give the same keys."""
+    """Average values over all processes, which must pass the same keys."""
     if not dist.is_initialized() or not values:
         return values
     packed = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64, device=device)
@@ -124,14 +132,14 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 
 def sum_(values: Tensor) -> Tensor:
-    """Change `values` in place to the sum of each over the processes."""
+    """Sum `values` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every process's `value`, in order of rank."""
+    """Return the `value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -140,10 +148,10 @@ def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def fail(message: str) -> NoReturn:
-    """End a run for a reason that every process knows: rank 0 reports it, the others exit with the same code.
+    """End a run for a reason that is known to all processes. Rank 0 reports it, and the others exit with the same code.
 
     Raises:
-        UserError: in the main process.
+        UserError: In the main process.
     """
     if is_main():
         raise UserError(message)
@@ -151,19 +159,19 @@ def fail(message: str) -> NoReturn:
 
 
 def restarted() -> bool:
-    """Return whether torchrun or SLURM restarted this command, after a failure or a preemption."""
+    """Return whether torchrun or SLURM restarted this process after a failure or preemption."""
     return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite every process's tensors with those of rank 0."""
+    """Overwrite the tensors of every process with those of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def from_main(action: Callable[[], T]) -> T:
-    """Return the main process's result of `action` in every process; a `UserError` of it ends them all."""
+    """Call `action` in the main process and return its result in all processes. A `UserError` ends all processes."""
     box: list[Any] = [None, None]
     if is_main():
         try:

@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's trained parameters."""
+"""Exponential moving average (EMA) of the trained parameters of a module."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from engine.training.distributed import local
 
 
 class ExponentialMovingAverage:
-    """Averages of all parameters that require gradients; buffers and frozen weights are not averaged.
+    """EMA of all parameters that require gradients. Buffers and frozen parameters are not averaged.
 
-    Of sharded parameters every process averages its own shards.
+    For sharded parameters, each process averages its local shards.
 
     Args:
-        decay: weight of the old average. Update n uses min(decay, (1 + n) / (10 + n)), so that the random start is
-            forgotten in short runs too. 0: the weights are their own average, and nothing is kept.
+        decay: weight of the previous average. Update n uses min(decay, (1 + n) / (10 + n)), so that the initial weights
+            are forgotten in short runs, too. 0 disables averaging.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -28,7 +28,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, count: int) -> None:
-        """Take in the weights after update number `count` (from 0)."""
+        """Update the averages after step `count` (from 0)."""
         decay = min(self.decay, (1 + count) / (10 + count))
         if self.averages:
             averages, weights = (map(local, each.values()) for each in (self.averages, self.parameters))
@@ -36,7 +36,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the module, which must not be sharded, the averages as its weights within the block."""
+        """Use the averages as weights of the module within the block. The module must not be sharded."""
         self._swap()
         try:
             yield
@@ -44,5 +44,5 @@ class ExponentialMovingAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for name, parameter in self.parameters.items():  # exchanges storages; nothing is copied
+        for name, parameter in self.parameters.items():  # swaps storages without copying
             parameter.data, self.averages[name] = self.averages[name], parameter.data

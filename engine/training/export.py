@@ -1,7 +1,7 @@
-"""From a training run to a release folder: averaged weights of a checkpoint, config, and a card with the run's figures.
+"""Export of a training run to a release folder: averaged weights of a checkpoint, config, and a model card.
 
-At its start a run writes RUN/release.json: what its release will hold beside the weights. From this file, a checkpoint
-and the log a release is made without the model's code, its data, or the processes that trained it.
+At its start a run writes RUN/release.json with the contents of its release except for the weights. A release can then
+be created from this file, a checkpoint and the log, without the model's code, its data or the training processes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from engine.untrusted import parse_json, read_json
 # files in a run's folder
 DESCRIPTION = "release.json"
 FILES = "release_files"
-# PEFT's names
+# parameter names of PEFT
 BASE = ".base_layer."
 A = ".lora_A.default.weight"
 B = ".lora_B.default.weight"
 
 
 def describe(run: Path, task: Task) -> None:
-    """Write into the run's folder what its release will hold beside the weights."""
+    """Write the contents of a future release, except for the weights, to the folder of the run."""
     release = task.release_info()
     files = run / FILES
     if release is None:
@@ -47,9 +47,10 @@ def describe(run: Path, task: Task) -> None:
 
 
 def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path:
-    """Write the release of a run's newest whole checkpoint, or of that of `step`; return the checkpoint's folder.
+    """Write the release of the newest complete checkpoint of a run, or of `step`. Return the folder of the checkpoint.
 
-    Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
+    This works in a single process for any parallelism of the run. The metrics are those of the last validation before
+    the checkpoint.
     """
     run = Path(run)
     root = run / "checkpoints"
@@ -68,13 +69,15 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     try:
         text = card(release, info, results, at)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{run} holds settings or figures that train.py does not write ({error})") from error
+        raise UserError(f"{run} contains settings or metrics that train.py does not write ({error})") from error
     write(folder, release, weights, text, run / FILES)
     return found
 
 
 def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
-    """Write a release in half precision from a task's state dict, with `text` as its card and the files of `files`."""
+    """Write a release in half precision from the state dict of a task, with `text` as its card and the files of
+    `files`.
+    """
     prefix = f"{release.module}."
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if release.lora_scale is not None:
@@ -84,7 +87,7 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Add the low-rank updates of a state dict to the weights they update, under the original names."""
+    """Merge the low-rank updates of a state dict into the weights, under the original names."""
     out = {}
     for key, value in state.items():
         if key.endswith((A, B)):
@@ -97,7 +100,7 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
 
 
 def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
-    """Return (figures, step) of the last validation at or before `step`; ({}, 0) where there is none."""
+    """Return (metrics, step) of the last validation at or before `step`, or ({}, 0)."""
     found: tuple[dict[str, float], int] = {}, 0
     for _, record in read_log(log):
         figures = {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
@@ -107,7 +110,7 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line of a run's log.jsonl and its record, except for lines that a kill cut short."""
+    """Yield (line, record) of a run's log.jsonl. Lines truncated by a kill are skipped."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         with suppress(UserError):
             record = parse_json(line, path)
@@ -116,11 +119,11 @@ def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
-    """Write the model card: what it is, how it is loaded, data, recipe, figures.
+    """Return the text of the model card: description, usage, data, recipe and metrics.
 
     Args:
-        info: of the checkpoint: `step`, `config` and `code`, where there are any. results: figures of the validation
-            after step `at`.
+        info: metadata of the checkpoint: optional `step`, `config` and `code`. results: metrics of the validation after
+            step `at`.
     """
     config = info.get("config") or {}
     step = info.get("step", 0)
@@ -154,5 +157,5 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         parts.append(f"## Recipe\n\n{recipe.strip()}")
     if config:
         parts.append(f"The run's whole config:\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(config)))}```")
-    parts.append("No licence is chosen here: name one before the weights are passed on.")
+    parts.append("No licence is stated: choose one before publishing the weights.")
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -1,4 +1,4 @@
-"""The training step of a wave codec with discriminators, whose update comes before the generator's."""
+"""Training of waveform codecs with discriminators, which are updated before the generator in each step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from engine.training.task import Task
 
 
 class GANTask(Task):
-    """A codec that learns from its own losses and, from `gan_start` on, from discriminators.
+    """A codec trained with its own losses and, from step `gan_start`, with adversarial losses.
 
     Attributes:
-        discriminator: of waves (B, 1, N).
-        weights: of the losses by name; a loss that is not in it counts once.
-        gan_start: step from which the discriminators are trained and heard; None: never.
-        validation: `root` of a corpus, `splits`, and `clips` of each; None: there is no validation.
-        figures: of the codes of all clips of a validation, from what `code_facts` returns of each.
+        discriminator: discriminator of waveforms (B, 1, N).
+        weights: loss weights by name. Default: 1.
+        gan_start: first step of adversarial training. None: never.
+        validation: `root` of a corpus, `splits`, and number of `clips` of each. None: no validation.
+        figures: metrics of the codes of all validation clips, computed from the results of `code_facts`.
     """
 
     codec: Codec
@@ -39,15 +39,17 @@ class GANTask(Task):
     figures: ClassVar[Mapping[str, Callable[[list[Any]], Any]]]
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Run the codec: waves `real` and `fake` (B, 1, N), and whatever `reconstruction_losses` needs."""
+        """Run the codec. Return waveforms `real` and `fake` (B, 1, N), and further inputs of
+        `reconstruction_losses`.
+        """
         raise NotImplementedError
 
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the generator's losses () that need no discriminator, without their weights."""
+        """Return the unweighted generator losses () that need no discriminator."""
         raise NotImplementedError
 
     def code_facts(self, code: Tensor) -> Tensor:
-        """Return what `figures` need of the code of one clip, on the CPU."""
+        """Return the statistics of the code of one clip that `figures` needs, on the CPU."""
         raise NotImplementedError
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
@@ -56,7 +58,9 @@ class GANTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure mel loss and codes of the first held-out clips; write the first of each split, true and decoded."""
+        """Measure the mel loss and codes of held-out clips. Write the first clip of each split, original and
+        decoded.
+        """
         results: dict[str, float | ByClip] = {}
         rate = self.codec.sample_rate
         device = next(self.codec.parameters()).device
@@ -80,11 +84,11 @@ class GANTask(Task):
         return results
 
     def adversarial(self) -> bool:
-        """Return whether the discriminators take part in this step."""
+        """Whether adversarial training is active in this step."""
         return self.gan_start is not None and self.step >= self.gan_start
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Return the losses of the part `discriminator` or `generator`; the codec runs once per step, for both."""
+        """Return the losses of the part `discriminator` or `generator`. The codec runs only once per step."""
         if "_run" not in batch:
             batch["_run"] = self.run(batch)
         real = batch["_run"]["real"]

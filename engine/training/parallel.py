@@ -1,10 +1,9 @@
-"""How a task is spread over processes, and what is done to its blocks to save memory and time.
+"""Data-parallel training, and per-block compilation and activation checkpointing.
 
-One process wraps nothing. `ddp` keeps a whole copy in every process and averages gradients while the backward pass
-runs. `fsdp` (FSDP2, `fully_shard`) gives every process a share of each parameter, gradient and optimiser state: a block
-is gathered when it is its turn, what is in no block once a forward pass. `hybrid` shards within a machine, where
-connections are fast, and replicates between machines. All three divide a global batch alike, so losses differ only in
-rounding.
+A single process is not wrapped. `ddp` keeps a full copy in every process and averages gradients during the backward
+pass. `fsdp` (FSDP2, `fully_shard`) shards parameters, gradients and optimiser states: each block is gathered when it is
+used, and all other parameters once per forward pass. `hybrid` shards within a machine, where links are fast, and
+replicates between machines. All three divide a global batch equally, so that losses only differ by rounding.
 """
 
 from __future__ import annotations
@@ -36,31 +35,31 @@ from engine.training.settings import TrainerConfig
 from engine.training.speed import recomputing
 from engine.training.task import Task
 
-# DDP lays out its buckets anew after the first step unless it looks for idle parameters. Sums over three or more
-# processes would then differ in the last digits between the first step of a resumed run and that of an uninterrupted
-# one.
+# DDP rebuilds its buckets after the first step unless it searches for unused parameters. Sums over three or more
+# processes would then differ by rounding between a resumed and an uninterrupted run.
 warnings.filterwarnings("ignore", "find_unused_parameters=True was specified in DDP constructor")
 
-LARGE_EMBEDDING = 2**24  # weights of an embedding that is sharded by itself
+LARGE_EMBEDDING = 2**24  # minimum number of weights of an embedding that is sharded separately
 
 
 class ParallelTask:
-    """A task moved to its device and wrapped by DDP or FSDP. Do not add parameters afterwards.
+    """A task on its device, wrapped by DDP or FSDP. Do not add parameters afterwards.
 
     Args:
-        task: that of the main process counts; elsewhere its parameters may be on the meta device (see `build_once`).
+        task: the task. Only the weights of the main process are used; in other processes, parameters may be on the meta
+            device (see `build_once`).
         config: `parallel`, `precision`, `compile`, `checkpointing`, `reshard_after_forward` and `reduce_each` are used.
-        device: where the task is moved, whole or as this process's shards of it.
+        device: device of the task, or of the shards of this process.
 
     Attributes:
-        task: the task to train; with shards a copy, whose parameters are DTensors.
+        task: the task to train; when sharded, a copy whose parameters are DTensors.
     """
 
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
         self.reduce_each = config.reduce_each
         self.task = without_weights(task) if self.sharded else task.to(device)
-        self._spare = without_weights(task) if self.sharded else None  # for `evaluation_copy`
+        self._spare = without_weights(task) if self.sharded else None  # used by `evaluation_copy`
         prepare_blocks(self.task, config.compile, config.checkpointing)
         self._whole: list[nn.Parameter] = []
         self._losses: nn.Module = _Losses(self.task)
@@ -69,17 +68,18 @@ class ParallelTask:
             _fill(self.task, task.state_dict() if distributed.is_main() else {}, device)
             self._whole = [p for module in self.task.whole() for p in module.parameters()]
         elif distributed.world_size() > 1:
-            # Buffers are sent by the trainer: DDP would overwrite those that a stored result's backward needs.
+            # Buffers are broadcast by the trainer: DDP would overwrite buffers that are needed by a pending backward
+            # pass.
             self._losses = DistributedDataParallel(
                 self._losses, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def _shard(self, config: TrainerConfig, device: torch.device) -> None:
-        """Shard the blocks, the large embeddings, and all other parameters together."""
+        """Shard the blocks, the large embeddings, and all other parameters as one group."""
         mesh = _mesh(config.parallel, device)
         policy = MixedPrecisionPolicy()
         if config.precision == "bf16":
-            # Weights travel in half precision; autocast decides about everything else, as it does without shards.
+            # Weights are gathered in half precision; all other dtypes are set by autocast, as without sharding.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = self.task.blocks()
         ignored = {p for module in self.task.whole() for p in module.parameters()}
@@ -88,7 +88,7 @@ class ParallelTask:
         for embedding in _large_embeddings(self.task, blocks):
             tied = _holders(self.task, embedding.weight)
             fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-            for module, name in tied:  # sharding has replaced the weight in the embedding alone
+            for module, name in tied:  # sharding only replaces the weight of the embedding itself
                 setattr(module, name, embedding.weight)
             ignored.add(embedding.weight)
         fully_shard(self._losses, mesh=mesh, ignored_params=ignored)
@@ -96,18 +96,20 @@ class ParallelTask:
     def losses(
         self, batch: dict[str, Any], part: str, factors: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Call `task(batch, part)` and multiply losses by `factors`; only `loss`, their sum, is attached to the graph.
+        """Return the losses of `task(batch, part)`, multiplied by `factors`. Only their sum, `loss`, is attached to the
+        graph.
 
         Args:
-            factors: factor () of each loss by name; others are left unchanged.
+            factors: factor () of each loss by name. Other losses are unchanged.
         """
         return self._losses(_Opaque(batch), part, factors or {})
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Surround forward and backward of a micro-batch; gradients are averaged over processes in the `last` only.
+        """Context for forward and backward of a micro-batch. Gradients are only averaged over processes in the `last`
+        one.
 
-        With shards and `reduce_each`, they are averaged in every one.
+        When sharded with `reduce_each`, they are averaged in every micro-batch.
         """
         if self.sharded:
             self._losses.set_requires_gradient_sync(last or self.reduce_each)
@@ -121,7 +123,7 @@ class ParallelTask:
                     p.grad /= distributed.world_size()
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Scale gradients down to a common norm of at most `limit`; return their norm before, over all shards."""
+        """Clip gradients to a total norm of at most `limit`. Return the total norm before clipping, over all shards."""
         parameters = [p for p in parameters if p.grad is not None]
         if not self.sharded or not parameters:
             return clip_grad_norm_(parameters, limit)
@@ -135,7 +137,7 @@ class ParallelTask:
     def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task]:
         """Yield the task with averaged weights, in eval mode and without gradients.
 
-        All processes have to enter. With shards it is a copy, which holds the gathered weights within the block.
+        All processes must enter this context. When sharded, the task is a copy with the gathered weights.
         """
         task = self._spare or self.task
         task.eval()
@@ -147,7 +149,7 @@ class ParallelTask:
 
     @contextmanager
     def _gathered(self, ema: ExponentialMovingAverage) -> Iterator[None]:
-        """Give the spare task the gathered weights and the buffers of the sharded one within the block."""
+        """Load the gathered weights and the buffers of the sharded task into the spare task within the block."""
         whole = {id(p): _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
         weights = {name: whole[id(p)] for name, p in self.task.named_parameters(remove_duplicate=False)}
         empty = {name: p.detach() for name, p in self._spare.named_parameters(remove_duplicate=False)}
@@ -161,9 +163,9 @@ class ParallelTask:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """Create the optimiser of a part. Gains and biases are not decayed.
+    """Create the AdamW optimiser of a part. Gains and biases have no weight decay.
 
-    Fused on CUDA; on processors fusing changes last digits, and golden losses with them.
+    Fused on CUDA only, as fusing changes the rounding of golden losses on a CPU.
     """
     parameters = list(parameters)
     groups = [
@@ -175,21 +177,21 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.op
 
 
 def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) -> list[list[nn.Parameter]]:
-    """Group `parameters` that are clipped by a norm of their own: those of each module in `apart`, and the others."""
+    """Group `parameters` for gradient clipping: those of each module in `apart`, and all others."""
     left = {id(p): p for p in parameters}
     groups = [[left.pop(id(p)) for p in module.parameters() if id(p) in left] for module in apart]
     return [group for group in (list(left.values()), *groups) if group]
 
 
 def begin_state(optimiser: torch.optim.Optimizer) -> None:
-    """Create the state that AdamW makes at its first step, for a checkpoint to fill."""
+    """Initialise the state of AdamW as in its first step, so that a checkpoint can be loaded into it."""
     for p in (p for group in optimiser.param_groups for p in group["params"]):
         count = torch.zeros((), device=p.device)
         optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list[nn.Parameter]]:
-    """Group parameters by (is a matrix, is sharded): kernels over many tensors take one kind at a time."""
+    """Group parameters by (is a matrix, is sharded), as foreach kernels process one kind at a time."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for p in parameters:
         groups[p.ndim >= 2, isinstance(p, DTensor)].append(p)
@@ -197,7 +199,7 @@ def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor, sharded or not; every process has to call this."""
+    """Return the full tensor, gathered if it is sharded. All processes must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -208,28 +210,28 @@ def _mesh(kind: str, device: torch.device) -> DeviceMesh:
     node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % node:
         raise UserError(
-            f"trainer.parallel=hybrid needs the same number of processes on every machine: {world} in total, {node} on "
-            "this one; give every machine the same --nproc_per_node, or use trainer.parallel=fsdp"
+            f"trainer.parallel=hybrid requires the same number of processes on every machine: {world} in total, {node} on "
+            "this one; use the same --nproc_per_node everywhere, or trainer.parallel=fsdp"
         )
     return init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
 
 
 def prepare_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
-    """Compile the task's blocks, and let the backward pass compute their activations again instead of keeping them."""
+    """Apply torch.compile and activation checkpointing to the blocks of a task."""
     require_blocks(task, compiled, recomputed)
     for block in task.blocks() if compiled or recomputed else ():
         block.forward = _training_forward(block, compiled, recomputed)
 
 
 def require_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
-    """Refuse to compile or recompute the blocks of a task that names none."""
+    """Raise UserError if compilation or checkpointing is requested for a task without blocks."""
     for name, wanted in (("compile", compiled), ("checkpointing", recomputed)):
         if wanted and not task.blocks():
-            raise UserError(f"trainer.{name}=true: {type(task).__name__} has no blocks to work on; set it to false")
+            raise UserError(f"trainer.{name}=true: {type(task).__name__} has no blocks; set it to false")
 
 
 def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Callable[..., Any]:
-    """Create a block's forward of training; validation, whose lengths vary, takes the plain one."""
+    """Return the training forward of a block. Validation, whose lengths vary, uses the original forward."""
     plain = block.forward
     fast = torch.compile(plain) if compiled else plain
     if recomputed:
@@ -242,7 +244,7 @@ def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Cal
 
 
 def build_once(make: Callable[[], Task]) -> Task:
-    """Call `make` in the main process; return its task, in the others with parameters on the meta device."""
+    """Call `make` and return its task. In all processes except the main one, parameters are on the meta device."""
     built: list[Task] = []
 
     def build() -> Task:
@@ -254,7 +256,7 @@ def build_once(make: Callable[[], Task]) -> Task:
 
 
 def without_weights(task: Task) -> Task:
-    """Copy a task; the copy shares nothing with it, and its parameters are on the meta device."""
+    """Return a copy of a task that shares nothing with it and has its parameters on the meta device."""
     empty = {id(p): _empty(p) for p in task.parameters()}
     return copy.deepcopy(task, empty)
 
@@ -264,21 +266,21 @@ def _empty(p: Tensor) -> nn.Parameter:
 
 
 def _large_embeddings(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return large embeddings outside the blocks; they are gathered separately, which overlaps with computation."""
+    """Return large embeddings outside of the blocks, which are gathered separately to overlap with computation."""
     taken = {id(module) for unit in (*blocks, *task.whole()) for module in unit.modules()}
     embeddings = [module for module in task.modules() if isinstance(module, nn.Embedding) and id(module) not in taken]
     return [module for module in embeddings if module.weight.numel() >= LARGE_EMBEDDING]
 
 
 def _holders(task: Task, p: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Return each module that holds `p` itself, and its name there."""
+    """Return each module that directly owns `p`, and the parameter's name there."""
     modules = [(module, module.named_parameters(recurse=False, remove_duplicate=False)) for module in task.modules()]
     return [(module, name) for module, named in modules for name, each in named if each is p]
 
 
 @torch.no_grad()
 def _fill(task: Task, state: dict[str, Tensor], device: torch.device) -> None:
-    """Materialise a task on the meta device; the main process's `state` is sent to all, one tensor at a time."""
+    """Materialise a task on the meta device. The `state` of the main process is broadcast tensor by tensor."""
     buffers = {name: buffer.to(device) for name, buffer in task.named_buffers(remove_duplicate=False)}
     task.to_empty(device=device)
     for name, buffer in buffers.items():
@@ -293,14 +295,14 @@ def _set_buffer(task: Task, name: str, buffer: Tensor) -> None:
 
 
 class _Opaque:
-    """Hides a batch from wrappers, which would pass on a copy: what one part stores in it would be lost to the next."""
+    """Hides a batch from wrappers, which would copy it, so that values stored by one part reach the next."""
 
     def __init__(self, batch: dict[str, Any]):
         self.batch = batch
 
 
 class _Losses(nn.Module):
-    """The task as DDP needs it: of what it returns, only `loss` may be attached to the graph."""
+    """Wraps the task for DDP: only the output `loss` may be attached to the graph."""
 
     def __init__(self, task: Task):
         super().__init__()

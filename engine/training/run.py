@@ -1,4 +1,4 @@
-"""A run of `train.py`: wrong settings, missing files and devices are found before data are made."""
+"""A run of `train.py`. Invalid settings, missing files and devices are detected before data are generated."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(config: DictConfig, command: str) -> int:
-    """Train as configs/train.yaml and a recipe say; return the exit code, `REQUEUE` if the run was told to stop.
+    """Train as specified by the config and return the exit code, which is `REQUEUE` if the run was asked to stop.
 
     Args:
-        command: the command line, for the record.
+        command: the command line, which is recorded.
     """
     set_limits(Limits(**config.limits))
     trainer = make(TrainerConfig, plain(config.trainer)).shared_among(int(os.environ.get("WORLD_SIZE", 1)))
@@ -66,24 +66,24 @@ def run(config: DictConfig, command: str) -> int:
     finished = loop.fit() is not None
     if finished:
         loop.release(Path(config.run) / "release")
-    distributed.shutdown()  # not after a failure: it would wait for processes that wait for this one
+    distributed.shutdown()  # not after a failure, where it could deadlock with waiting processes
     return 0 if finished else REQUEUE
 
 
 def check_inputs(config: DictConfig) -> None:
-    """Find releases, folders and packages that the run needs, before hours of making data for it."""
+    """Check releases, folders and packages that the run needs, before its data are generated."""
     task = config.task
     data = config.data
     trainer = config.trainer
     if config.lora.rank and not task.get("init"):
-        raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
+        raise UserError(f"lora.rank={config.lora.rank} adapts a release: set init=FOLDER")
     named = {"init": task.get("init"), "task.codec": task.get("codec")}
     named |= {f"task.codecs.{stream}": codec for stream, codec in (task.get("codecs") or {}).items()}
     for key, place in named.items():
         if isinstance(place, str):
             refuse_run(place, key)
         if isinstance(place, str) and not release_folder(place).exists():
-            raise UserError(f"{key}={place}: there is no such file or folder")
+            raise UserError(f"{key}={place}: no such file or folder")
     validation = task.get("validation") or {}
     splits = data.get("splits")
     for key, count in (("validate_clips", task.get("validate_clips")), ("validation.clips", validation.get("clips"))):
@@ -104,15 +104,15 @@ def check_inputs(config: DictConfig) -> None:
 
 
 def made_folders(data: DictConfig) -> dict[str, str]:
-    """Return the folders of data that `data.make` makes, by setting; {} for data that the user has to bring."""
+    """Return the data folders that `data.make` generates, by setting; {} for data that the user provides."""
     folders = {f"data.{key}": data.get(key) for key in ("corpus", "root") if data.get("make")}
     return {key: folder for key, folder in folders.items() if folder and "://" not in folder}
 
 
 def try_to_build(config: DictConfig, trainer: TrainerConfig, make_task: Callable[[], Task]) -> None:
-    """Build what is trained before its data are made, to find wrong settings and damaged releases.
+    """Build the task before its data are generated, to detect invalid settings and damaged releases.
 
-    An error that names one of the folders of data is left to the build after they are made.
+    Errors that mention one of the data folders are ignored until these are generated.
     """
     folders = made_folders(config.data).values()
 
@@ -136,7 +136,7 @@ def try_to_build(config: DictConfig, trainer: TrainerConfig, make_task: Callable
 
 
 def check_validation(config: DictConfig) -> None:
-    """Find what the first validation needs: held-out splits and a grammar."""
+    """Check the requirements of the first validation: held-out splits and a grammar."""
     data = config.data
     root = data.get("root") or data.get("corpus")
     for split in (data.get("held_out") or ()) if root else ():
@@ -151,19 +151,19 @@ def check_validation(config: DictConfig) -> None:
 
 
 def find_grammar(config: DictConfig) -> None:
-    """Refuse a grammar that does not exist: a validation reads it first, after hours of training."""
+    """Raise UserError if the grammar does not exist, which would otherwise fail in the first validation."""
     for key in ("task.grammar", "task.validation.grammar"):
         grammar = OmegaConf.select(config, key)
         if grammar and not Path(grammar).exists():
-            raise UserError(f"{key}={grammar}: there is no such file or folder")
+            raise UserError(f"{key}={grammar}: no such file or folder")
 
 
 def make_data(data: DictConfig) -> None:
-    """Run the commands of `data.make` in order. Each does only what is not done yet."""
+    """Run the commands of `data.make` in order. Each of them skips finished work."""
     for command in filter(None, (data.get("make") or {}).values()):
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
-        if code == 2:  # a mistake, which the command has explained in a line
+        if code == 2:  # a user error, which the command has reported
             raise SystemExit(2)
         if code != 0:
             raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data to train on")

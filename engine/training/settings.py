@@ -1,4 +1,4 @@
-"""Settings of `train.py`, checked before PyTorch is imported, data are made or anything is downloaded."""
+"""Settings of `train.py`, validated before PyTorch is imported and before data are generated or downloaded."""
 
 from __future__ import annotations
 
@@ -15,30 +15,36 @@ from engine.settings import DEVICES, NEEDED, SEEDS, Group, Limits, group, settin
 class TrainerConfig(Group, prefix="trainer."):
     """Settings of the trainer."""
 
-    steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
-    batch_size: int = setting(16, 1, 10**6, "samples of a micro-batch in one process")
-    by_length: bool = setting(False, about="group samples of similar length into a batch")
+    steps: int = setting(1000, 1, 10**9, "number of optimiser steps of the run")
+    batch_size: int = setting(16, 1, 10**6, "samples per micro-batch and process")
+    by_length: bool = setting(False, about="batch samples of similar length")
     accumulate: int = setting(1, 1, 10**6, "micro-batches per step; global batch: batch_size x accumulate x processes")
     global_batch_size: int | None = setting(
-        None, 1, 10**9, "samples of a step over all processes, in micro-batches of at most batch_size; sets accumulate"
+        None, 1, 10**9, "samples per step over all processes, in micro-batches of at most batch_size; sets accumulate"
     )
     lr: float = setting(2e-4, 0.0, 10.0, "peak learning rate of AdamW")
     betas: tuple[float, float] = setting((0.9, 0.98), 0.0, 1 - 1e-9, "AdamW's betas")
-    weight_decay: float = setting(0.01, 0.0, 100.0, "AdamW's decay of weight matrices; biases and gains have none")
-    warmup: int = setting(100, 0, 10**9, "steps of linear warm-up")
-    schedule: str = setting("cosine", choices=("constant", "cosine"), about="rate after warm-up: cosine or constant")
+    weight_decay: float = setting(
+        0.01, 0.0, 100.0, "weight decay of AdamW for matrices; biases and gains are not decayed"
+    )
+    warmup: int = setting(100, 0, 10**9, "linear warm-up steps")
+    schedule: str = setting(
+        "cosine", choices=("constant", "cosine"), about="learning rate schedule after warm-up: cosine or constant"
+    )
     min_lr_ratio: float = setting(0.1, 0.0, 1.0, "final learning rate of the cosine schedule as a fraction of lr")
-    clip: float | None = setting(1.0, 1e-9, 1e9, "largest gradient norm of each part, such as a GAN's two; null: any")
-    ema_decay: float = setting(0.999, 0.0, 1 - 1e-9, "decay of the averaged weights, which are released; 0: none")
+    clip: float | None = setting(
+        1.0, 1e-9, 1e9, "maximum gradient norm of each part, such as a GAN's two; null: no clipping"
+    )
+    ema_decay: float = setting(0.999, 0.0, 1 - 1e-9, "decay of the EMA weights, which are released; 0: no EMA")
     precision: str = setting("fp32", choices=("fp32", "bf16"), about="fp32, or bf16 for autocast")
     device: str = setting("cpu", choices=DEVICES, about="cpu, cuda or auto")
     parallel: str = setting(
         "ddp",
         choices=("ddp", "fsdp", "hybrid"),
-        about="how several processes share the model: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
+        about="data parallelism: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
     )
     reshard_after_forward: bool = setting(
-        True, about="fsdp and hybrid: free a block's gathered weights until its backward pass; false: more memory"
+        True, about="fsdp and hybrid: free the gathered weights of a block after its forward pass; false: more memory"
     )
     reduce_each: bool = setting(
         False, about="fsdp and hybrid with accumulate: reduce the gradients of every micro-batch; true: less memory"
@@ -52,11 +58,15 @@ class TrainerConfig(Group, prefix="trainer."):
     keep: int = setting(2, 1, 10**6, "number of newest checkpoints to keep")
     best: str | None = setting(None, about="also keep the best checkpoint by a validation figure, e.g. 'min wer_seen'")
     sanity_validation: bool = setting(True, about="measure one clip per process before the first step")
-    seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
-    wandb: str = setting("off", choices=("off", "offline", "online"), about="off, offline or online, beside log.jsonl")
+    seed: int = setting(0, *SEEDS, "seed of initial weights, data order and noise")
+    wandb: str = setting(
+        "off",
+        choices=("off", "offline", "online"),
+        about="Weights & Biases mode: off, offline or online, in addition to log.jsonl",
+    )
     tensorboard: bool = setting(False, about="write TensorBoard event files into RUN/tensorboard")
     peak_tflops: float | None = setting(
-        None, 1e-9, 1e9, "peak of the device for the MFU in the log; null: bf16 peak in the data sheet of known GPUs"
+        None, 1e-9, 1e9, "peak TFLOP/s of the device for the MFU; null: the data sheet's bf16 peak of known GPUs"
     )
     profile: int = setting(0, 0, 10_000, "steps traced by torch.profiler into RUN/profile/, from the sixth on")
 
@@ -65,10 +75,12 @@ class TrainerConfig(Group, prefix="trainer."):
         if len(self.betas) != 2:
             raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
-            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
+            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, such as 'min wer_seen'")
 
     def shared_among(self, processes: int) -> TrainerConfig:
-        """Return equal batches of at most `batch_size` for each process, which make `global_batch_size` together."""
+        """Return the settings with `batch_size` and `accumulate` such that all processes together process
+        `global_batch_size` samples.
+        """
         whole = self.global_batch_size
         if whole is None:
             return self
@@ -106,7 +118,7 @@ class TrainConfig(Group):
 
     name: str = setting(NEEDED, about="name of the run; default: the experiment's name")
     run: str = setting("runs/${name}", about="folder of the run: checkpoints, log.jsonl, validation results, release")
-    fresh: bool = setting(False, about="true deletes the run's checkpoints; false resumes from the last checkpoint")
+    fresh: bool = setting(False, about="true: delete the run's checkpoints; false: resume from the last checkpoint")
     init: str | None = setting(None, about="release folder, or OWNER/NAME on the hub, with the initial weights")
     lora: LoRAConfig = group(LoRAConfig)
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")

@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REQUEUE = 75  # exit code of a run that was asked to stop, has saved and can continue; EX_TEMPFAIL in sysexits.h
+REQUEUE = (
+    75  # exit code of a run that was asked to stop, has saved a checkpoint and can continue; EX_TEMPFAIL in sysexits.h
+)
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ONE_PRESS = 3.0  # seconds within which two Ctrl-C are one: the terminal's, and the same one handed on by torchrun
+ONE_PRESS = 3.0  # seconds within which two Ctrl-C count as one, as torchrun forwards that of the terminal
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[float]]:
-    """Within the block SIGTERM, SIGUSR1 and Ctrl-C do no more than add their time to the list.
+    """Within the block, record the time of SIGTERM, SIGUSR1 and Ctrl-C in the yielded list instead of stopping.
 
-    Repeats change nothing, as a scheduler and torchrun may both tell a process the same thing; only a later second
-    Ctrl-C interrupts at once. Outside the main thread, where Python allows no handlers, nothing is changed.
+    Repeated signals are ignored, as a scheduler and torchrun may both send one; only a second Ctrl-C after a pause
+    interrupts immediately. Outside of the main thread, where Python does not allow handlers, nothing is changed.
     """
     times: list[float] = []
 
@@ -38,6 +40,6 @@ def stop_requests() -> Iterator[list[float]]:
 
 
 def ignore_in_worker(_: int) -> None:
-    """Ignore stop signals in a data loading process: torchrun signals all, and batches are needed to the end."""
+    """Ignore stop signals in a data loading process, as torchrun signals all processes but batches are still needed."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How well a run uses its device: model FLOPs utilisation, memory, and traces of single steps."""
+"""Device utilisation of a run: model FLOPs utilisation (MFU), memory, and profiler traces."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# Dense bf16 tensor-core TFLOP/s without sparsity, as in NVIDIA's data sheets of the products (H100, H200 and B200 state
-# twice the figure, with sparsity). The first name that is found in the device's name counts.
+# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (those of H100, H200 and B200 state twice the value, with
+# sparsity). The first name contained in the device name is used.
 PEAKS = {
     "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "L40": 181.1,
     "L4": 121.0, "RTX 4090": 165.2,
@@ -23,7 +23,7 @@ _ATEN = torch.ops.aten
 
 
 def _attention(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
-    """Count operations of attention; torch's formula refuses fewer heads of keys and values than of queries."""
+    """Count the FLOPs of attention. torch's formula does not support grouped-query attention."""
     return sdpa_flop_count(query, *((x[0], query[1], *x[2:]) for x in (key, value)))
 
 
@@ -31,7 +31,7 @@ def _attention_backward(gradient: tuple, query: tuple, key: tuple, value: tuple,
     return sdpa_backward_flop_count(gradient, query, *((x[0], query[1], *x[2:]) for x in (key, value)))
 
 
-# For processors torch's counter has no formula.
+# torch's counter has no formula for attention on a CPU.
 _ATTENTION = {}
 for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
     _ATTENTION[getattr(_ATEN, f"_scaled_dot_product_{_name}")] = _attention
@@ -39,7 +39,7 @@ for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:
-    """Return the device's peak: `stated`, else the data sheet's dense bf16 figure of a known GPU, else None."""
+    """Return the peak TFLOP/s of the device: `stated`, else the dense bf16 peak of a known GPU, else None."""
     if stated is not None or device.type != "cuda":
         return stated
     name = torch.cuda.get_device_name(device)
@@ -47,29 +47,34 @@ def peak_tflops(stated: float | None, device: torch.device) -> float | None:
 
 
 class Utilisation:
-    """Floating-point operations of a process's steps against its device's peak.
+    """FLOPs of the training steps of a process relative to the peak of its device.
 
-    Operations (matrix products, convolutions, attention; forward and backward, as torch.utils.flop_counter counts them)
-    are counted in one step and scaled by the tokens of the others. Hardware utilisation (HFU) takes all of them, model
-    utilisation (MFU) leaves out what activation checkpointing computes a second time (PaLM, arXiv 2204.02311, app. B).
+    FLOPs (matrix products, convolutions and attention, forward and backward, as counted by torch.utils.flop_counter)
+    are counted in one step and scaled by the number of tokens. Hardware FLOPs utilisation (HFU) includes recomputation
+    by activation checkpointing, MFU excludes it (PaLM, arXiv 2204.02311, app. B).
     """
 
     def __init__(self, peak: float | None):
         self.peak = peak
-        self._counted: tuple[int, int, int] | None = None  # operations, of them recomputed, tokens
+        self._counted: tuple[int, int, int] | None = None  # FLOPs, recomputed FLOPs among them, tokens
 
     def count(self, step: Callable[..., int], *arguments: Any) -> None:
-        """Do a step, which returns its tokens; count its operations unless one was counted or no peak is known."""
+        """Run a step, which returns its number of tokens. Count its FLOPs unless this was already done or no peak is
+        known.
+        """
         if self.peak is None or self._counted:
             step(*arguments)
             return
         _recomputed.clear()
-        with torch.compiler.set_stance("force_eager"), counter() as flops:  # compiled code hides its operations
+        with (
+            torch.compiler.set_stance("force_eager"),
+            counter() as flops,
+        ):  # operations in compiled code are not counted
             tokens = step(*arguments)
         self._counted = flops.get_total_flops(), sum(_recomputed), tokens
 
     def share(self, tokens: int, steps: int, seconds: float) -> dict[str, float]:
-        """Return `mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""
+        """Return `mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} if the peak is unknown."""
         if self.peak is None or self._counted is None:
             return {}
         operations, again, counted_tokens = self._counted
@@ -78,15 +83,15 @@ class Utilisation:
 
 
 def counter() -> FlopCounterMode:
-    """Count floating-point operations within a block, those of attention on processors too."""
+    """Return a counter of FLOPs, including those of attention on a CPU."""
     return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
-_recomputed: list[int] = []  # operations of blocks that were computed a second time since a step began to be counted
+_recomputed: list[int] = []  # FLOPs of recomputed blocks since the counted step began
 
 
 def recomputing() -> tuple[Any, Any]:
-    """Return the contexts of the first and the second computation of a block, for `torch.utils.checkpoint`."""
+    """Return the contexts of the forward pass and of the recomputation, for `torch.utils.checkpoint`."""
     return nullcontext(), _recount() if torch.utils._python_dispatch._get_current_dispatch_mode() else nullcontext()
 
 
@@ -95,17 +100,17 @@ def _recount() -> Iterator[None]:
     with counter() as again:
         try:
             yield
-        finally:  # the second computation ends by an exception as soon as it has all that is needed
+        finally:  # recomputation is ended by an exception as soon as all required tensors are available
             _recomputed.append(again.get_total_flops())
 
 
 @contextmanager
 def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
-    """Change settings for a loop of training steps, and restore them; yield a line that says them.
+    """Set backend options for a training loop and restore them afterwards. Yield a line that describes them.
 
-    In bf16, what autocast leaves in float32 may use TF32; fp32 means float32 throughout. cuDNN tries its algorithms
-    where the shapes of batches stay the same. Python collects garbage when it is told to, not in the middle of a step:
-    a pause of one process is a pause of all.
+    In bf16, operations that autocast keeps in float32 may use TF32; fp32 means float32 throughout. cuDNN benchmarking
+    is enabled if batch shapes are fixed. Garbage is only collected at log lines, as a pause of one process delays all
+    of them.
     """
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
@@ -126,16 +131,16 @@ def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this process's tensors on its GPU, or of the process on a CPU, in GiB."""
+    """Return the peak memory in GiB: of tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
 
 
 def tracing(folder: Path, steps: int, rank: int) -> Any:
-    """Trace `steps` steps within a block, from the sixth on, into FOLDER/rank0.json.gz, for Perfetto.
+    """Profile `steps` steps within the block, from the sixth on, to FOLDER/rank0.json.gz, for Perfetto.
 
-    The block's value has `step()`, to be called after every step; with 0 steps it is None.
+    Yield a profiler whose `step()` must be called after every step, or None if `steps` is 0.
     """
     if not steps:
         return nullcontext()

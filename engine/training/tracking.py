@@ -1,4 +1,4 @@
-"""The record of a run: RUN/log.jsonl always, wandb and TensorBoard if the settings name them.
+"""Logging of a run: RUN/log.jsonl, and optionally wandb and TensorBoard.
 
 Axes: T video frames, H height, W width, N samples.
 """
@@ -30,31 +30,31 @@ from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation
 
-# TensorBoard plays no video files, but animated images
+# TensorBoard does not support video files, only animated images
 GIF_SIDE = 256
 GIF_FPS = 12.5
 
 
 def check_trackers(wandb: str, tensorboard: bool) -> None:
-    """Refuse trackers that are not installed, or that nobody is logged in to."""
+    """Raise UserError if a requested tracker is not installed or not logged in."""
     if tensorboard:
         require("torch.utils.tensorboard", "TensorBoard", "tensorboard")
     if wandb == "online":
         from wandb import api  # slow to import
 
         if not api.api_key:
-            raise UserError("trainer.wandb=online: nobody is logged in; run `wandb login` or set trainer.wandb=offline")
+            raise UserError("trainer.wandb=online: not logged in; run `wandb login` or set trainer.wandb=offline")
 
 
 class Tracker:
-    """Appends one JSON object a record to `run/log.jsonl`, and sends it to wandb and TensorBoard.
+    """Appends one JSON object per record to RUN/log.jsonl, and forwards it to wandb and TensorBoard.
 
     Args:
         run: the run's folder.
-        start: the step where the run continues, and whether it was validated; later records, written before a kill, are
-            dropped. The record of a step's validation, which has no `lr`, follows that of its losses.
-        wandb: `off`, `offline` (kept in `run`) or `online`.
-        tensorboard: whether event files are written to RUN/tensorboard.
+        start: the step from which the run continues, and whether it was validated. Later records, written before a
+            kill, are dropped. The validation record of a step, which has no `lr`, follows its loss record.
+        wandb: `off`, `offline` (stored in `run`) or `online`.
+        tensorboard: whether to write event files to RUN/tensorboard.
         config: stored with the wandb run.
     """
 
@@ -62,7 +62,7 @@ class Tracker:
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
         kept = [line for line, record in read_log(path) if (record["step"], "lr" not in record) <= start]
-        write_text(path, "".join(f"{line}\n" for line in kept))  # a kill must not cost the log of the steps before
+        write_text(path, "".join(f"{line}\n" for line in kept))  # flush, so that a kill does not lose earlier records
         self._file = path.open("a")
         self._wandb = _begin_wandb(run, wandb, config) if wandb != "off" else None
         self._events = None
@@ -72,7 +72,7 @@ class Tracker:
             self._events = SummaryWriter(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Store a record; it has a `step`."""
+        """Log a record, which must have a `step`."""
         with report_os_errors(f"cannot write {self._file.name}"):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -83,9 +83,9 @@ class Tracker:
                 self._events.add_scalar(name, record[name], record["step"])
 
     def media(self, step: int, folder: Path) -> None:
-        """Show every WAV (with its spectrogram) and MP4 file that a validation wrote below `folder`.
+        """Log every WAV file (with its spectrogram) and MP4 file that a validation wrote below `folder`.
 
-        A file's name is validation/its path without the suffix/what it is: a clip has the same name at each step.
+        The name of a file is validation/PATH WITHOUT SUFFIX/KIND, so that a clip has the same name at each step.
         """
         for path in sorted(folder.rglob("*")) if self._wandb or self._events else ():
             name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
@@ -107,7 +107,7 @@ class Tracker:
                     self._add_gif(f"{name}/video", path, step)
 
     def _add_gif(self, name: str, path: Path, step: int) -> None:
-        """Show a video in TensorBoard, which plays no video files."""
+        """Add a video to TensorBoard as an animated image."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         frames = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)]
@@ -118,7 +118,7 @@ class Tracker:
         self._events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
-        with suppress(OSError):  # the disk is full, which was already reported
+        with suppress(OSError):  # the disk is full, which is reported elsewhere
             self._file.close()
         if self._wandb:
             self._wandb.finish()
@@ -127,10 +127,10 @@ class Tracker:
 
 
 def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> ModuleType:
-    """Begin or resume the wandb run of a folder; return the package, whose functions then log to it.
+    """Start or resume the wandb run of a folder. Return the package, which logs to this run.
 
-    `step` is logged as a metric, and is the axis of all others: wandb drops points older than its own counter after a
-    resume, and with them the validation that a stopped run owes.
+    `step` is logged as a metric and used as the axis of all others: after a resume, wandb drops points that are older
+    than its own counter, such as the pending validation of a stopped run.
     """
     import wandb  # slow to import, and most runs do without
 
@@ -147,7 +147,7 @@ def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> ModuleType:
 
 
 class Window:
-    """Sums over the steps since the last log line; losses stay on the device until the line is written."""
+    """Sums over the steps since the last log line. Losses stay on the device until the line is written."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -158,7 +158,7 @@ class Window:
         self._counts: dict[str, int] = defaultdict(int)
 
     def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """Return the next batch; the wait for it counts."""
+        """Return the next batch and record the waiting time."""
         begin = time.perf_counter()
         batch = next(batches)
         self.wait += time.perf_counter() - begin
@@ -166,27 +166,27 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block, such as that of saving, out of the rates."""
+        """Exclude the time of the block, such as that of saving, from the rates."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin
 
     def add(self, values: dict[str, Tensor], prefix: str) -> None:
-        """Add the scalars of one step."""
+        """Add the scalars of a step."""
         for key, value in values.items():
             self._sums[prefix + key] += value.detach()
             self._counts[prefix + key] += 1
 
     def means(self) -> dict[str, float]:
-        """Return the means of the scalars over the steps that had them. Synchronises with the device."""
+        """Return the means of the scalars over the steps that reported them. Synchronises with the device."""
         keys = list(self._sums)
         sums = torch.stack([self._sums[key].double() for key in keys]).tolist()
         return {key: total / self._counts[key] for key, total in zip(keys, sums)}
 
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
-        """Return the speed of all processes together, from `samples` per step.
+        """Return the throughput of all processes, given `samples` per step.
 
-        `data_wait` is the fraction of time without data, `mfu` this process's utilisation of its device.
+        `data_wait` is the fraction of time spent waiting for data, and `mfu` the MFU of this process.
         """
         seconds = time.perf_counter() - self.start
         return {
@@ -201,17 +201,19 @@ class Window:
 def first_line(
     parameters: dict[str, dict[str, Tensor]], step: int, config: TrainerConfig, device: str, processes: int
 ) -> str:
-    """Say what is trained, by part, how long and on what."""
+    """Return a line that states parameters, steps and devices of the run."""
     counts = {part: sum(p.numel() for p in each.values()) / 1e6 for part, each in parameters.items()}
     parts = ", ".join(f"{part} ({count:.2f} M parameters)" for part, count in counts.items())
     place = f"{processes} x {device}" + (f" ({config.parallel})" if processes > 1 else "")
-    return f"training {parts}; {config.steps - step:,} of {config.steps:,} steps to go on {place}, {config.precision}"
+    return (
+        f"training {parts}; {config.steps - step:,} of {config.steps:,} steps remaining on {place}, {config.precision}"
+    )
 
 
 def progress_line(
     step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float], peak: float | None
 ) -> str:
-    """Write one line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
+    """Return the progress line. `peak` in TFLOP/s is the reference of `mfu`."""
     values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
     eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
     use = f"MFU {rates['mfu']:.1%} HFU {rates['hfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
@@ -223,7 +225,7 @@ def progress_line(
 
 
 def validation_line(step: int, results: dict[str, float], best: str | None) -> str:
-    """Say what a validation found, and in a second line if it lacks the figure that `trainer.best` names."""
+    """Return a line with the metrics of a validation, and a second one if the metric of `trainer.best` is missing."""
     figures = " ".join(f"{key} {value:.4g}" for key, value in results.items())
     line = f"step {step:,} | validation {figures or 'gives no figures: the task measures none'}"
     if best and best.split()[1] not in results:

@@ -1,11 +1,10 @@
-"""The training loop: one task, one dataset, any number of processes.
+"""The training loop for a task and a dataset, with any number of processes.
 
-A task defines what is learned; the trainer does everything else. Data order, augmentation and all random draws of
-step n are functions of (seed, n), so a resumed run equals an uninterrupted one, and W processes see the same data and
-the same random numbers as one process with `accumulate` W times larger.
+Data order, augmentation and all random numbers of step n are functions of (seed, n). A resumed run therefore equals an
+uninterrupted one, and W processes use the same data and random numbers as one process with `accumulate` W times larger.
 
-The loss of a step is a mean over the elements (tokens, clips) of all its micro-batches in all processes: it does not
-depend on how a global batch is divided.
+The loss of a step is the mean over the elements (tokens, clips) of all micro-batches in all processes, so that it does
+not depend on how the global batch is divided.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_SAMPLES = 8  # named in the message about a step that is not finite
+MOST_SAMPLES = 8  # maximum number of samples listed in the message about a non-finite step
 
 
 class Trainer:
@@ -51,9 +50,9 @@ class Trainer:
         task: see `Task`; it is moved to the device.
         dataset: see `engine.training.batches.TrainingSet`.
         config: the fields of `TrainerConfig`.
-        run: folder of this run; an earlier run in it is continued.
-        record: the whole config, kept with checkpoints and log.
-        fresh: delete earlier checkpoints, unless torchrun or SLURM started this process again by itself.
+        run: folder of this run. An earlier run in it is resumed.
+        record: the complete config, which is stored with checkpoints and log.
+        fresh: delete earlier checkpoints, unless torchrun or SLURM restarted this process.
     """
 
     def __init__(
@@ -90,20 +89,20 @@ class Trainer:
         self.agreement = distributed.Agreement()
         self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
         self.step = 0  # steps done
-        self.position = 0  # number of the next micro-batch, over all processes
+        self.position = 0  # index of the next micro-batch, over all processes
         self.saved: int | None = None  # the last step with a checkpoint
         self.validated = 0  # the last step that was validated
-        self.write_error: str | None = None  # what this process could not write; training ends at the next step
+        self.write_error: str | None = None  # write error of this process; training ends at the next step
 
     def fit(self) -> dict[str, float] | None:
-        """Train to `config.steps` and validate.
+        """Train until `config.steps` and validate.
 
         Returns:
             The results of the last validation ({} on ranks other than 0). None: stopped by SIGTERM, SIGUSR1 or
             Ctrl-C, after a checkpoint; run again to continue.
 
         Raises:
-            UserError: a gradient is not finite, or the disk is full; the last checkpoint is complete.
+            UserError: If a gradient is not finite, or the disk is full. The last checkpoint is complete.
         """
         c = self.config
         self._resume()
@@ -116,8 +115,8 @@ class Trainer:
             self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         else:
             self._say(
-                f"{self.run} is finished: all {c.steps:,} steps are done; it is validated, and its release is written, "
-                "again. Another run=FOLDER, or fresh=true, starts anew"
+                f"{self.run} is finished: all {c.steps:,} steps are done. Its validation and release are repeated. "
+                "To train again, set another run=FOLDER, or fresh=true"
             )
         self.task.train()
         try:
@@ -132,7 +131,8 @@ class Trainer:
                 numbers = self._numbers((c.steps - self.step) * c.accumulate)
                 batches = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 while self.step < c.steps and not stopping:
-                    # Before the next step, not after the last: so a run that stopped in between validates when resumed.
+                    # Before the next step instead of after the last one, so that a run that stopped in between
+                    # validates when resumed.
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
@@ -157,12 +157,14 @@ class Trainer:
                 return None
             return self.validate(tracker)
         finally:
-            self.checkpoints.wait(failing=True)  # nothing is in work unless this process fails
+            self.checkpoints.wait(failing=True)  # nothing is pending unless this process fails
             if tracker:
                 tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Validate the averaged weights, each process its part of the clips; return the figures on rank 0, else {}."""
+        """Validate the averaged weights, divided over all processes. Return the metrics on rank 0, and {} on other
+        ranks.
+        """
         folder = self.run / "validation" / f"step-{self.step:08d}"
         shares = self._measure(folder, Share(distributed.rank(), distributed.world_size()))
         results: dict[str, float] = {}
@@ -181,9 +183,9 @@ class Trainer:
         return results
 
     def _measure(self, folder: Path, share: Share) -> list[dict[str, float | ByClip]]:
-        """Return what each process measured of its share with the averaged weights; clips are written into `folder`.
+        """Return the measurements of each process with the averaged weights. Clips are written to `folder`.
 
-        If one process fails, all stop: the others would wait for it.
+        If one process fails, all of them stop, as the others would wait for it.
         """
         figures: dict[str, float | ByClip] = {}
         self._share_buffers()
@@ -195,26 +197,28 @@ class Trainer:
                     figures = task.measure(folder, share)
             except Exception as error:
                 self.write_error = f"process {share.rank} failed in validation: {error!r}"
-                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
+                with suppress(
+                    UserError, SystemExit
+                ):  # the other processes end like this; this one raises the original error
                     self._stop_on_write_error()
                 raise
         self._stop_on_write_error()
         return distributed.gather(figures)
 
     def _sanity_check(self) -> None:
-        """Measure one clip per process before the first step: what fails in a validation fails now, not hours later."""
+        """Measure one clip per process before the first step, to detect errors of the validation early."""
         world = distributed.world_size()
         folder = self.run / "validation" / "sanity"
         self._measure(folder, Share(distributed.rank(), world, most=world))
         distributed.from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def release(self, folder: str | Path) -> None:
-        """Write a release folder from the last checkpoint (rank 0; the others wait)."""
+        """Write a release folder from the last checkpoint on rank 0, while the others wait."""
         distributed.from_main(lambda: export(self.run, folder))
         self._say(f"released to {folder}")
 
     def _train_step(self, batches: Iterator[dict[str, Any]], window: Window) -> int:
-        """Update every part from the next micro-batches; return their tokens."""
+        """Update all parts with the next micro-batches. Return the number of tokens."""
         micro_batches = [window.next(batches) for _ in range(self.config.accumulate)]
         factors = self._loss_factors(micro_batches)
         self._share_buffers()
@@ -239,11 +243,10 @@ class Trainer:
         return tokens
 
     def _loss_factors(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """Return for each micro-batch the factors () of the losses that `Task.loss_counts` names.
+        """Return for each micro-batch the factors () of the losses named in `Task.loss_counts`.
 
-        A loss is a mean over the elements of its micro-batch. Times its factor, which is the micro-batch's number of
-        elements over the mean number of all micro-batches of the step in all processes, their mean is that over all
-        elements of the step.
+        The factor is the number of elements of the micro-batch divided by the mean number over all micro-batches of the
+        step in all processes. The mean of the scaled losses is then the mean over all elements of the step.
         """
         counts = [self.task.loss_counts(batch) for batch in micro_batches]
         total = len(counts) * distributed.world_size()
@@ -256,11 +259,11 @@ class Trainer:
         return [dict(zip(names, row.unbind())) for row in factors]
 
     def _backward(self, part: str, micro: int, batch: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add a micro-batch's gradients of a part; return its losses ()."""
+        """Accumulate the gradients of a part for a micro-batch. Return its losses ()."""
         c = self.config
         number = self._numbers(c.accumulate)[micro]
         torch.manual_seed(seed_for(c.seed, "step", next(iter(self.optimisers)), number))
-        # What a part stores in a batch for the next part is kept only if a step has one batch.
+        # Results stored in a batch for the next part are only kept if the step has a single micro-batch.
         batch = batch if c.accumulate == 1 else dict(batch)
         with self.parallel.micro_batch(last=micro + 1 == c.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
@@ -269,14 +272,14 @@ class Trainer:
         return {name: value.detach().float() for name, value in losses.items()}
 
     def _clip(self, part: str) -> Tensor:
-        """Clip the gradients of a part, each group by its own norm; return the norm () of all before clipping."""
+        """Clip the gradients of a part, each group by its own norm. Return the total norm () before clipping."""
         norms = [self.parallel.clip(group, self.config.clip or math.inf) for group in self.clipped[part]]
         return torch.stack([norm.to(self.device) for norm in norms]).norm()
 
     def _stop_unless_finite(self, grad_norm: Tensor, part: str, losses: list[dict[str, Tensor]]) -> None:
-        """Save a checkpoint and end the run if a gradient is not finite; every process has the same `grad_norm`.
+        """Save a checkpoint and end the run if a gradient is not finite. `grad_norm` is the same in all processes.
 
-        This is the one value of a step that the host waits for.
+        This is the only synchronisation of a step with the device.
         """
         if grad_norm.isfinite():
             return
@@ -284,7 +287,7 @@ class Trainer:
         if self.saved != self.step:
             self._save()
         self._stop_on_write_error()
-        bad: list[int] = []  # samples of micro-batches whose loss is not finite
+        bad: list[int] = []  # samples of micro-batches with a non-finite loss
         for number, each in zip(self._numbers(self.config.accumulate), losses):
             if not each["loss"].isfinite():
                 bad += self.batches.samples(number)
@@ -298,7 +301,7 @@ class Trainer:
 
     @contextmanager
     def _record_write_error(self) -> Iterator[None]:
-        """Keep an error of this process, such as a full disk, until all processes can stop together."""
+        """Store an error of this process, such as a full disk, until all processes can stop together."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -307,24 +310,24 @@ class Trainer:
             self.write_error = str(error)
 
     def _stop_on_write_error(self) -> None:
-        """Wait for the checkpoint in progress; stop all processes if one of them could not write something."""
+        """Wait for the pending checkpoint. Stop all processes if one of them had a write error."""
         self.checkpoints.wait()
         for problem in distributed.gather(self.write_error or self.checkpoints.problem):
             if problem:
                 distributed.fail(f"training stopped after step {self.step}: {problem}")
 
     def _share_buffers(self) -> None:
-        """Overwrite persistent buffers by those of rank 0, in training as in checkpoints."""
+        """Overwrite persistent buffers with those of rank 0, as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
     def _numbers(self, count: int) -> range:
-        """Return the numbers of this process's next `count` micro-batches."""
+        """Return the indices of this process's next `count` micro-batches."""
         world = distributed.world_size()
         first = self.position + distributed.rank()
         return range(first, first + count * world, world)
 
     def _state(self) -> dict[str, Tensor]:
-        """Return everything that training changes, as a flat dict of tensors (references, not copies)."""
+        """Return the complete training state as a flat dict of tensors (references, not copies)."""
         state = {f"model.{k}": v for k, v in self.task.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.averages.items()}
         for part, optimiser in self.optimisers.items():
@@ -360,7 +363,7 @@ class Trainer:
         self.position = self.batches.resume(info)
         if distributed.from_main((folder / checkpoint.RESULTS).is_file):
             self.validated = self.step
-        self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
+        self._say(f"resumed from {folder}; init= is not read again; fresh=true starts again")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:
         c = self.config
@@ -377,5 +380,5 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if distributed.is_main():
-            with suppress(OSError):  # its file may be on the full disk
+            with suppress(OSError):  # the log file may be on the full disk
                 print(line, flush=True)

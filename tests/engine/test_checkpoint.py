@@ -70,7 +70,7 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path, monkeypatch):
 
 def test_resume_fails_if_every_checkpoint_is_damaged(tmp_path):
     truncate(save(tmp_path, 1))
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         checkpoint.newest(tmp_path, lambda _: None)
 
 
@@ -87,14 +87,14 @@ def flip_a_bit(folder):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (truncate, "is not as it was written"),
-        (flip_a_bit, "is not as it was written"),
+        (truncate, "has changed since it was written"),
+        (flip_a_bit, "has changed since it was written"),
         (lambda folder: data_file(folder).unlink(), "is missing"),
         (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
         (lambda folder: (folder / "info.json").unlink(), "info.json is missing"),
         (lambda folder: (folder / "info.json").write_text('{"step": 2'), "cannot be read"),
         (lambda folder: (folder / "info.json").write_text("[]"), "cannot be read"),
-        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be whole numbers"),
+        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be integers"),
     ],
 )
 def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):

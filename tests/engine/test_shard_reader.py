@@ -104,7 +104,11 @@ HARMS = [  # what is done to a file of five shards, its arguments, and the line
     (replace, ["000002.json", '"crc32": ', '"crc32": 1'], "000002.json does not belong to this index"),
     (replace, ["000002.json", '"tensors": ', '"other": '], "000002.json is damaged .*tensors.* prepare it again"),
     (replace, ["000001.json", '"tensors": [', '"tensors": ["z", '], "000001.tar is damaged .k05 has no z"),
-    (replace, ["index.json", '"version": 2', '"version": 1'], "of version 1, this program supports 2: prepare them again"),
+    (
+        replace,
+        ["index.json", '"version": 2', '"version": 1'],
+        "of version 1, this program supports 2",
+    ),
     (remove, ["index.json"], "no prepared shards in .*prepare_data.py"),
 ]
 

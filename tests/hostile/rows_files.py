@@ -49,7 +49,7 @@ BAD_NAMES = {
     "list": ["a"],
     "empty folder": "a//b",
 }
-NAME = r"must be a (file name|path)|must be a file name|cannot be read as JSON \(it holds a null"
+NAME = r"must be a (file name|path)|must be a file name|cannot be read as JSON \(it contains a null"
 
 
 def file(name: str, content: Any, read: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -166,9 +166,9 @@ FORGED = {
     "a tensor as a pickled object": (by_bytes, "names torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
     "payload in a data file": (blob, r"cannot be read"),
     "a terabyte": (huge, "cannot hold"),
-    "a tensor without parts": (half_of_it, "differ in size"),
+    "a tensor without parts": (half_of_it, "sizes of a tensor and its shards differ"),
     "a data file elsewhere": (elsewhere, "must be a file name"),
-    "packed data files": (packed, "its data files are packed"),
+    "packed data files": (packed, "its data files are compressed"),
     "not metadata": (lambda metadata, step: {"a": 1}, "damaged or forged"),
 }
 
@@ -239,8 +239,8 @@ CONFIGS = {  # text of a release's config.yaml, and the line
     "hello": "a model of kind None",
 }
 JSON = {  # a text, and the line
-    "[" * 100_000: "it cannot be read as JSON: it is nested too deep",
-    '{"a": "\\u0000"}': "it holds a null character",
+    "[" * 100_000: "it cannot be read as JSON: it is nested too deeply",
+    '{"a": "\\u0000"}': "it contains a null character",
     b"\xff\xfe\x00": "it cannot be read as JSON",
 }
 MANIFESTS = {  # lines of a list of clips, and what is said of them

@@ -27,7 +27,7 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
         AVHubert.from_pretrained,
         "a.pt",
         b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off",
-        "not .*: make or download it",
+        "not .*: create or download it",
     ),
     (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "no ArcFace network"),
     (ArcFace.from_pretrained, "absent.pth", None, "no such checkpoint"),
