@@ -210,7 +210,7 @@ def _mesh(kind: str, device: torch.device) -> DeviceMesh:
     node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % node:
         raise UserError(
-            f"trainer.parallel=hybrid requires the same number of processes on every machine: {world} in total, {node} on "
+            f"trainer.parallel=hybrid requires equally many processes on every machine: {world} in total, {node} on "
             "this one; use the same --nproc_per_node everywhere, or trainer.parallel=fsdp"
         )
     return init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
