@@ -29,7 +29,6 @@ python train.py experiment=hicodit_synthetic
 python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
 python train.py experiment=talker_synthetic_3 data.tasks=[t2av] init=assets/talker_t2av_tiny lora.rank=8 run=runs/new
-python train.py experiment=hicodit_paper trainer.parallel=fsdp dry_run=32   # three steps of one of 32 ranks, no GPU
 python train.py -m experiment=hicodit_synthetic trainer.lr=3e-4,6e-4
 python train.py experiment=hicodit_synthetic --help
 """
@@ -45,10 +44,6 @@ def train(config: DictConfig) -> int:
 
 
 def main() -> int:
-    if any(word.startswith("dry_run=") for word in sys.argv[1:]):
-        from benchmarks.dry_run import main as dry_run
-
-        return dry_run(sys.argv[1:])
     return run_program(train, "train", HELP, sys.argv[1:])
 
 

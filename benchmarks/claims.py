@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import hicodit_models
 from benchmarks.common import in_own_process, run_program
+from engine.arguments import within
 from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.charts import chart_curves, chart_differences
@@ -27,7 +28,6 @@ from engine.evaluation.clips import TRUTH
 from engine.evaluation.statistics import estimate, ratio
 from engine.metrics.registry import metric_of
 from engine.record import dated
-from scripts.arguments import within
 from scripts.evaluate import evaluate
 
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))

@@ -1,4 +1,4 @@
-"""Three steps of the trainer as one rank of many, without cards and data: `python train.py ... dry_run=32`.
+"""Three steps of the trainer as one rank of many, without GPUs and data; `scripts/dry_run.py` is the command.
 
 The trainer and FSDP2 run in a fake process group, whose collectives move nothing. Weights, gradients and activations
 are fake tensors (shapes without data, see `benchmarks.fake_step`); lengths of clips are drawn from a log-normal
@@ -8,7 +8,6 @@ distribution.
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -134,7 +133,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
     """
     model, sizes, settings, rows, _ = read_recipe(name, list(words))
     if settings.parallel == "ddp":
-        raise UserError(f"dry_run={ranks} with trainer.parallel=ddp: use trainer.parallel=fsdp, or scripts/plan_run.py")
+        raise UserError("trainer.parallel=ddp is not walked: use fsdp or hybrid, or scripts/plan_run.py")
     sizes.pop("lora", None)
     settings = replace(settings, workers=0, wandb="off", tensorboard=False, sanity_validation=False)
     with fake_group(ranks), TemporaryDirectory() as folder:
@@ -187,21 +186,3 @@ def report(found: dict[str, Any]) -> str:
         largest = max(size for k, d, size, _ in found["collectives"] if f"{k} {d}" == kind)
         lines += [f"  {kind}: {count} calls, {size / 1e6:,.1f} MB, the largest {largest / 1e6:,.1f} MB"]
     return "\n".join([*lines, f"padding efficiency: {found['padding']:.2f}"])
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Do what `train.py ARGUMENTS` says, of which one is dry_run=RANKS."""
-    stated = dict(word.split("=", 1) for word in arguments if "=" in word)
-    ranks = stated["dry_run"]
-    name = stated.get("experiment")
-    if not ranks.isdecimal() or not 2 <= int(ranks) <= 65_536:
-        raise UserError(f"dry_run={ranks} must be a number of ranks, from 2 to 65536")
-    if name is None:
-        raise UserError(f"dry_run={ranks}: name a recipe with experiment=NAME")
-    words = [word for word in arguments if not word.startswith(("dry_run=", "experiment="))]
-    print(report(dry_run(name, words, int(ranks))))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import in_own_process, peak_memory_mb, read_config
+from engine.arguments import within
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
@@ -30,7 +31,6 @@ from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
-from scripts.arguments import within
 
 ENCODERS = {"tiny": TinyEncoderConfig, "upstream": UpstreamEncoderConfig}
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from benchmarks.common import ROOT, run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
+from engine.arguments import within
 from engine.evaluation.charts import chart_file
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_json, write_text
@@ -31,7 +32,6 @@ from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.progress import track
 from engine.untrusted import read_json
-from scripts.arguments import within
 
 VOICES = 40  # none of them in the training of the bundled weights
 SEED = 1  # of the footage; the corpus has 0

@@ -28,6 +28,7 @@ from corpora.synthetic.sentences import SLOTS, draw_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS, mouth_track
 from corpora.synthetic.voices import draw_traits, looks, voice_lines
+from engine.arguments import within
 from engine.errors import require
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_text
@@ -39,7 +40,6 @@ from engine.progress import track
 from engine.training.export import read_log
 from engine.untrusted import read_json
 from engine.word_times import WordTimes
-from scripts.arguments import within
 
 SPEAKERS = "s1", "s2", "s3", "s4", "s5", "s9", "s6", "s7", "s8", "s10", "s12"  # of GRID, in the order of their voices
 FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller

@@ -47,6 +47,7 @@ from benchmarks.common import (
     tiny_encoders,
 )
 from benchmarks.official_talker import official_t2av
+from engine.arguments import within
 from engine.evaluation.charts import chart_file
 from engine.precision import can_int8, convert_matrices, prepare_inference
 from engine.record import dated
@@ -61,7 +62,6 @@ from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
-from scripts.arguments import within
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.model import TalkerConfig, TalkerT2AV

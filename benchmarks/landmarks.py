@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.arguments import within
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
 from engine.faces.detectors import FaceDetector, HaarDetector, five_points
@@ -22,7 +23,6 @@ from engine.faces.landmarks import Dlib68
 from engine.faces.mtcnn import MTCNNDetector
 from engine.faces.track import DETECT_EVERY
 from hicodit.settings import VIDEO_SUFFIXES
-from scripts.arguments import within
 
 FPS = 25.0
 DETECTORS: dict[str, Callable[[], FaceDetector]] = {"cascade": HaarDetector, "mtcnn": MTCNNDetector}

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 
 from corpora.synthetic.mouth_opening import MouthReader
+from engine.arguments import within
 from engine.errors import UserError, require
 from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import ALONE
@@ -32,7 +33,6 @@ from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, vide
 from engine.metrics.picture import reconstruction
 from lia_x.codec import LiaX
 from lia_x.data import held_out_frames
-from scripts.arguments import within
 from talker_t2av.faces import find_square, read_square
 
 COPY = "copy"

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inference import build_talker
+from engine.arguments import within
 from engine.errors import UserError, require
 from engine.settings import PRECISIONS
-from scripts.arguments import within
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
 

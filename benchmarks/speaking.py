@@ -23,13 +23,13 @@ from corpora.synthetic.face import Face as DrawnFace
 from corpora.synthetic.face import draw_motion
 from corpora.synthetic.visemes import mouth_track
 from corpora.synthetic.voices import load_voices
+from engine.arguments import within
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
 from engine.faces.track import FaceTrack
 from engine.media.audio import read_audio
 from engine.media.video import read_video, write_video
 from engine.shards.recordings import read_manifest
-from scripts.arguments import within
 
 RATE = 24_000
 HEIGHT = 160

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.arguments import within
 from engine.errors import UserError
 from engine.media.audio import resample_wave
 from engine.nn.mel import RATE, log_mel
 from engine.shards.reader import ShardSplit
-from scripts.arguments import within
 
 # mel frames of a video frame
 BANDS = 20

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import in_own_process, matrix_rate, nbytes, now, read_config, tiny_encoders
+from engine.arguments import within
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.parallel import ParallelTask, adamw
@@ -31,7 +32,6 @@ from hicodit.conditions.types import windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec, RVQCodecConfig
-from scripts.arguments import within
 from talker_t2av.task import TalkerTask
 
 MODELS = {"hicodit": "hicodit", "talker": "talker_t2av"}  # and their packages

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from engine.arguments import Parser, within
 from engine.device import pick_device
 from engine.errors import run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
-from scripts.arguments import Parser, within
 
 NAMES = (
     "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "synchrony",

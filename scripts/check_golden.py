@@ -19,8 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from engine.arguments import Parser
 from engine.errors import UserError, run_cli
-from scripts.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 

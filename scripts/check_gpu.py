@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import CHECKS, Machine, run_checks
+from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
-from scripts.arguments import Parser, within
 
 
 def main(machine: Machine | None = None) -> int:

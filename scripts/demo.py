@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine.arguments import Parser, within
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, Limits, set_limits
-from scripts.arguments import Parser, within
 from service.demo_actions import MAX_SECONDS, Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 

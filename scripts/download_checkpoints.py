@@ -17,11 +17,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_url
 
+from engine.arguments import Parser
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.untrusted import read_yaml
-from scripts.arguments import Parser
 
 CATALOGUE = Path(__file__).with_name("checkpoints.yaml")
 

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.arguments import Parser
 from engine.errors import UserError, run_cli
 from engine.release import average, compact, read_release, release_kind, rewrite_release, to_float16
 from engine.training import checkpoint
 from engine.training.export import export
-from scripts.arguments import Parser
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from engine.arguments import Parser
 from engine.errors import run_cli
 from engine.shards.reader import ShardSplit
 from hicodit.people import FILE, KnownPeople, face_features
-from scripts.arguments import Parser
 
 
 def main() -> None:

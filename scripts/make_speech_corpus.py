@@ -17,8 +17,8 @@ from corpora.preparation.speech_corpus import (
     synthetic_recordings,
     write_corpus,
 )
+from engine.arguments import Parser, existing_folder, within
 from engine.errors import run_cli
-from scripts.arguments import Parser, existing_folder, within
 
 
 def main() -> None:

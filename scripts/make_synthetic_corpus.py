@@ -27,11 +27,11 @@ from pathlib import Path
 from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
+from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
 from engine.files import require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import track
-from scripts.arguments import Parser, within
 
 _maker = lru_cache(ClipMaker)  # one for a process
 

@@ -11,8 +11,8 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from corpora.preparation.voice_corpus import grid_sentences, prompt_sentences, write_voices
+from engine.arguments import Parser, existing_folder, within
 from engine.errors import UserError, run_cli
-from scripts.arguments import Parser, existing_folder, within
 
 SOUNDS = "/usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")

@@ -26,10 +26,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, padding_of, plan, read_recipe
+from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
 from engine.files import write_json
 from engine.record import portable, record
-from scripts.arguments import Parser, within
 
 
 def line(p: Plan) -> str:

@@ -27,10 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
 from engine.evaluation.charts import chart_file
 from engine.training.export import read_log
-from scripts.arguments import Parser, within
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib")
 COLUMNS = 4  # of the grid

@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from engine.arguments import Parser, within
 from engine.device import pick_device
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, PRECISIONS, Limits, set_limits
-from scripts.arguments import Parser, within
 from service.limits import ServeLimits
 
 

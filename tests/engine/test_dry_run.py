@@ -29,17 +29,15 @@ def test_a_rank_holds_its_shards_and_gathers_blocks_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "ranks", "message"),
     [
-        (["dry_run=many"], "dry_run=many must be a number of ranks"),
-        (["dry_run=32"], "name a recipe with experiment=NAME"),
-        (["dry_run=32", "experiment=hicodit_paper"], "trainer.parallel=ddp: use trainer.parallel=fsdp"),
-        (["dry_run=33", "experiment=hicodit_paper", "trainer.parallel=fsdp"], "cannot be shared by 33 processes"),
+        ([], 32, "trainer.parallel=ddp is not walked"),
+        (["trainer.parallel=fsdp"], 33, "cannot be shared by 33 processes"),
     ],
 )
-def test_mistakes_are_one_line(words, message):
+def test_mistakes_are_one_line(words, ranks, message):
     with pytest.raises(UserError, match=message):
-        dry_run.main(words)
+        dry_run.dry_run("hicodit_paper", words, ranks)
 
 
 class Tied(Task):

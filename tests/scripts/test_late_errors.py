@@ -82,9 +82,9 @@ EVALUATE = [
     (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar needs grammar=FILE.jsgf: none is given"),
     (f"{REPORT} protocol.wer=grammar grammar=gone.jsgf", "grammar=gone.jsgf is not a file"),
     (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's ground-truth rows: LRS3, LRS2"),
-    (f"hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
-    (f"hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
-    (f"hicodit {OWN} split=[]", "needs split="),
+    (f"table=synthetic_hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
+    (f"table=synthetic_hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
+    (f"table=synthetic_hicodit {OWN} split=[]", "needs split="),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
@@ -113,6 +113,8 @@ SCRIPTS = [
     ("serve --rows 0", "--rows=0 must be"),
     ("plan_run nope", "experiment=nope does not exist"),
     ("plan_run hicodit_synthetic --json file/x.json", "--json file/x.json cannot be written"),
+    ("dry_run hicodit_paper", "trainer.parallel=ddp is not walked"),
+    ("dry_run hicodit_paper --ranks 1", "--ranks 1: give 2 to 65536"),
     ("benchmark training --out file", "cannot write to --out=file"),
     ("check_gpu --out out", "1 CUDA cards are needed, 0 here"),
     ("check_golden sounds", "no case (*.safetensors) under sounds"),
