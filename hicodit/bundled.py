@@ -1,4 +1,4 @@
-"""The two bundled releases, one for cartoon faces and one for real ones, and the choice between them.
+"""The two bundled releases, for cartoon faces and for real faces, and the selection between them.
 
 Axes: T frames, H height, W width, n images, S image side.
 """
@@ -21,30 +21,30 @@ from hicodit.settings import BUNDLED
 
 DRAWN = BUNDLED
 FILMED = BUNDLED.parent / "hicodit_grid"
-LOOK_FRAMES = 32  # of the beginning of a clip, that are looked at
+LOOK_FRAMES = 32  # number of frames at the start of a clip that are examined
 PICTURES = 4
-SIDE = 64  # pixels of the face crops
-MAX_SIDE = 640  # pixels of the frames
-STEP = 1.5  # of 255: neighbouring pixels that differ by less are flat
+SIDE = 64  # side of the face crops in pixels
+MAX_SIDE = 640  # longer side of the frames in pixels
+STEP = 1.5  # threshold out of 255: neighbouring pixels that differ by less count as flat
 FLAT_FRACTION = 0.4  # cartoon faces have 0.46 or more, those of GRID at most 0.35
 
 
 def flat_fraction(faces: np.ndarray) -> float:
-    """Return the fraction of horizontal neighbours in pictures (n, S, S, 3) uint8 that are equally bright.
+    """Return the fraction of horizontally adjacent pixels in images (n, S, S, 3) uint8 that have equal brightness.
 
-    A cartoon face has areas of one colour; skin, and the noise of a camera, have hardly any.
+    Cartoon faces have areas of constant colour, in contrast to skin with camera noise.
     """
     grey = faces.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return float((np.abs(np.diff(grey, axis=-1)) < STEP).mean())
 
 
 def bundled_weights(video: str | Path | np.ndarray) -> Path:
-    """Return the folder of the bundled release that suits a clip, by its first faces.
+    """Return the folder of the bundled release for a clip, selected by the faces in its first frames.
 
-    A clip without a face gets the release for real faces: generation then reports what is wrong.
+    For clips without a face, the release for real faces is returned; generation then reports the error.
 
     Args:
-        video: a file, or frames (T, H, W, 3) uint8.
+        video: video file, or frames (T, H, W, 3) uint8.
     """
     if isinstance(video, np.ndarray):
         frames = video[:LOOK_FRAMES]
@@ -60,22 +60,22 @@ def bundled_weights(video: str | Path | np.ndarray) -> Path:
 
 
 class PipelineChooser:
-    """Pipelines of releases, each loaded once, and the choice of the one for a clip.
+    """Loads pipelines of releases on demand and selects the one for a clip.
 
     Args:
-        load: makes the pipeline of a release folder.
-        weights: the release for all clips; None: for each clip, the bundled one that suits its face.
+        load: creates the pipeline of a release folder.
+        weights: release for all clips. None selects a bundled release by the face of each clip.
     """
 
     def __init__(self, load: Callable[[str | Path], HiCoDiTPipeline], weights: str | Path | None = None) -> None:
         self.load = load
         self.weights = weights
         self.loaded: dict[str | Path, HiCoDiTPipeline] = {}
-        self._lock = threading.Lock()  # requests of a server choose at once
+        self._lock = threading.Lock()  # requests of a server choose concurrently
 
     @classmethod
     def of(cls, pipeline: HiCoDiTPipeline) -> PipelineChooser:
-        """Return a chooser that has this pipeline for all clips."""
+        """Return a chooser that uses the given pipeline for all clips."""
         chooser = cls(lambda _: pipeline, "given")
         chooser.load_all()
         return chooser
@@ -88,9 +88,9 @@ class PipelineChooser:
             return self.loaded[weights]
 
     def for_clip(self, video: str | Path | np.ndarray) -> HiCoDiTPipeline:
-        """Return the pipeline for a clip: a file, or frames (T, H, W, 3) uint8."""
+        """Return the pipeline for a clip: a video file, or frames (T, H, W, 3) uint8."""
         return self.pipeline(self.weights or bundled_weights(video))
 
     def load_all(self) -> list[HiCoDiTPipeline]:
-        """Load and return all pipelines that may be chosen."""
+        """Load and return all pipelines that can be selected."""
         return [self.pipeline(weights) for weights in ([self.weights] if self.weights else [DRAWN, FILMED])]

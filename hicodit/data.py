@@ -1,4 +1,4 @@
-"""The data set of HiCoDiT: clips of prepared shards.
+"""HiCoDiT's dataset: clips of prepared shards.
 
 Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face crops, S image side,
 E lip feature width.
@@ -24,22 +24,23 @@ from hicodit.conditions.types import FPS, MIN_FRAMES, windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
-SECOND = int(FPS)  # video frames
-PICTURES = ("mouth", "faces")  # what encoders that learn read
-FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made of the pictures, in half precision
-FACE = "face"  # entry of the digests that says what found the faces, see `engine.faces.source`
+SECOND = int(FPS)  # minimum length in video frames
+PICTURES = ("mouth", "faces")  # inputs of trainable encoders
+FEATURES = ("lip", "face_identity")  # outputs of frozen encoders, in half precision
+FACE = "face"  # entry of the digests with the face detector, see `engine.faces.source`
 REQUIRED = ("tokens", "ge2e", "expression")
-HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condition in training -> its tensor
-SHIFT = 4  # pixels by which a mouth crop is moved in training: the tracker's own jitter and more
-MAX_TURN = 0.12  # radians by which it is turned
-MAX_SCALE = 0.12  # largest change of its size
-MAX_HIDDEN = 7  # frames that are hidden at once
+HEARD = {"heard": "heard_expression", "seen": "expression"}  # tensor of each expression condition in training
+SHIFT = 4  # maximum translation of a mouth crop in training in pixels, more than the jitter of the tracker
+MAX_TURN = 0.12  # maximum rotation in radians
+MAX_SCALE = 0.12  # maximum relative change of its size
+MAX_HIDDEN = 7  # maximum number of masked frames
 
 
 def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Move, turn, scale, mirror, relight and partly cover mouth crops (T, S, S) in [0, 1], the same way in a clip.
+    """Augment mouth crops (T, S, S) in [0, 1] by translation, rotation, scaling, mirroring, shading and occlusion,
+    equally for all frames.
 
-    Brightness and contrast need no change: the lip encoder takes them out of every picture.
+    Brightness and contrast are not augmented, as the lip encoder normalises them.
     """
     side = mouth.shape[-1]
     x, y, turn, scale, cover, gamma = (2 * torch.rand(6, generator=generator) - 1).tolist()
@@ -62,9 +63,9 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def hide_span(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace a random span of mouth crops (T, S, S) by their mean, so that words are also read from what is around.
+    """Mask a random span of mouth crops (T, S, S) by their mean, to learn context.
 
-    Masking in time, as lip reading trains with it (arXiv 2202.13084, Section 3.3), of up to `MAX_HIDDEN` frames.
+    This is time masking of up to `MAX_HIDDEN` frames, as used in lip reading (arXiv 2202.13084, Section 3.3).
     """
     frames = len(mouth)
     length = int(torch.randint(2, MAX_HIDDEN + 1, (), generator=generator))
@@ -75,26 +76,28 @@ def hide_span(mouth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def picture_frames(length: int, count: int) -> np.ndarray:
-    """Return the frames (F,) of a clip's stored face crops: `count` of them, evenly spread between its ends."""
+    """Return the frame indices (F,) of the stored face crops of a clip: `count` indices, evenly spaced over the
+    clip.
+    """
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
 
 
 class HiCoDiTDataset:
-    """Clips of one split of prepared shards, for `engine.training.trainer`. Those that lack pictures (or another tensor
-    that is needed), or are too short, are left out and counted.
+    """Clips of one split of prepared shards, for `engine.training.trainer`. Clips that are too short or lack a required
+    tensor are skipped.
 
     Args:
-        source: folder of the split, or its URL.
-        codec: release folder of the tokenizer that must have made the tokens.
-        encoders: kind of the model's condition encoders: those that learn ("tiny") read pictures; of others the shards
-            hold the features, so that none of them runs in training.
-        expression: the condition in training: "heard", the voice's in each half second, as in the paper, or "seen", the
-            face's, as at inference.
-        seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
-        augment: shift, mirror and relight the mouth crops; features stay as they are.
-        hide: fraction of the clips in which a short span of mouth crops is hidden, if they are augmented.
+        source: folder or URL of the split.
+        codec: release folder of the tokenizer; the tokens must have been computed with it.
+        encoders: kind of the condition encoders. Trainable ones ("tiny") use crops; for frozen ones the shards contain
+            features, so that the encoders are not run in training.
+        expression: expression condition in training: "heard" (from the voice, as in the paper) or "seen" (from the
+            face, as in inference).
+        seconds: longer clips are randomly cropped to this number of seconds. None: no cropping.
+        augment: whether to augment mouth crops. Features are not augmented.
+        hide: fraction of the clips with a masked span of mouth crops, if augmented.
         shards: fields of `engine.shards.reader.Reading`.
-        phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
+        phonemes: number of classes of the lip encoder's auxiliary phoneme loss. None or 0: no such loss.
     """
 
     def __init__(
@@ -142,13 +145,13 @@ class HiCoDiTDataset:
         self.blocks = self.shards.blocks()
 
     def read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Read the JSON and the tensors of clip `index` as they are stored.
+        """Read the JSON and the stored tensors of clip `index`.
 
         Returns:
-            tokens (2 T, K) int64; ge2e (256,); phoneme (T,) int64, 0 is silence or not known; expression (J,) int64,
-            what the face shows; heard_expression (J,) int64, what the voice says, if that is the condition:
-            `NO_EXPRESSION` where it is not known. Pictures: mouth (T, S, S) uint8 grey, and faces (F, S', S', 3) uint8
-            RGB of the frames `picture_frames`; or their features: lip (T, E) and face_identity (F, 512) float16.
+            tokens (2 T, K) int64; ge2e (256,); phoneme (T,) int64, 0 for silence or unknown; expression (J,) int64,
+            from the face; heard_expression (J,) int64, from the voice, if it is the condition, `NO_EXPRESSION` where
+            unknown. Pictures: mouth (T, S, S) uint8 grey, and faces (F, S', S', 3) uint8 RGB of the frames
+            `picture_frames`; or their features: lip (T, E) and face_identity (F, 512) float16.
         """
         info, tensors = self.shards.read(index, (*self.required, "phoneme"))
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
@@ -158,12 +161,12 @@ class HiCoDiTDataset:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each clip, all levels counted, (n,)."""
+        """Number of tokens of each clip over all levels, (n,)."""
         frames = self.shards.frames
         return (frames if self.most is None else frames.clamp(max=self.most)) * TOKENS_PER_FRAME * self.levels
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Announce that the clips [first, last) come next."""
+        """Prefetch the clips [first, last), which are read next."""
         self.shards.prefetch(spans)
 
     def __len__(self) -> int:
@@ -171,8 +174,8 @@ class HiCoDiTDataset:
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
-        tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, heard or seen, and
-        face_expression (), seen in the one that the face is from.
+        tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,), heard or seen, and face_expression (), the
+        expression seen in the window of the face crop.
         """
         _, whole = self.read(index)
         clip = self._crop(whole, generator)
@@ -197,9 +200,9 @@ class HiCoDiTDataset:
         return item | {"face_expression": whole["expression"][at]}
 
     def _crop(self, clip: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return a random part of a clip that is too long. Its face crops may be from anywhere in the clip.
+        """Return a random crop of a long clip. Its face crops may be from anywhere in the clip.
 
-        Parts begin at whole seconds, where a window of expression does.
+        Crops start at whole seconds, where an expression window starts.
         """
         spare = 0 if self.most is None else len(clip["phoneme"]) - self.most
         if spare <= 0:

@@ -3,9 +3,9 @@
 Axes: B batch, M masked positions, N real tokens (ids 0..N-1; id N is the mask).
 Any leading shape works where a docstring says `...`; a time or noise level broadcasts against it from the left.
 
-Two readings of one network output are used. The *score* of token y at a masked position is
-`s_y = q_y / (exp(sigma) - 1)`, where `q` is the posterior of the clean token. With a normalised `q` the score-entropy
-loss is cross entropy weighted by 1/t, and a step reveals a masked token with probability h/t whatever the network says.
+The network output has two interpretations. The *score* of token y at a masked position is `s_y = q_y / (exp(sigma) -
+1)`, where `q` is the posterior of the clean token. With a normalised `q` the score-entropy loss is cross entropy
+weighted by 1/t, and a step reveals a masked token with probability h/t independently of the network.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogLinearNoise:
-    """sigma(t) = -log(1 - (1 - eps) t): a token is masked at time t with probability (1 - eps) t."""
+    """Log-linear noise schedule sigma(t) = -log(1 - (1 - eps) t): a token is masked at time t with probability (1 -
+    eps) t.
+    """
 
     eps: float = 1e-3
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Return the total noise at time t in [0, 1]; the network's time input is sigma, not t."""
+        """Return the total noise at time t in [0, 1]. The time input of the network is sigma, not t."""
         return -torch.log1p(-(1 - self.eps) * t)
 
     def rate(self, t: Tensor) -> Tensor:
@@ -32,37 +34,39 @@ class LogLinearNoise:
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Append axes to `value` until it broadcasts against `like` from the left."""
+    """Append dimensions to `value` until it broadcasts against `like` from the left."""
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
 def masked_at(sigma: Tensor, u: Tensor) -> Tensor:
-    """Return which tokens are masked: where the uniform u (B, ...) falls below 1 - exp(-sigma); sigma is (B,)."""
+    """Return a mask of the tokens where the uniform u (B, ...) falls below 1 - exp(-sigma). sigma is (B,)."""
     return u < -torch.expm1(-expand(sigma, u))
 
 
 def log_expm1(sigma: Tensor) -> Tensor:
-    """Return log(exp(sigma) - 1), exact for small sigma; its negative is the log odds of a token being unmasked."""
+    """Return log(exp(sigma) - 1), accurate for small sigma. Its negative is the log odds of a token being unmasked."""
     return torch.log(torch.expm1(sigma))
 
 
 def weighted_score_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinearNoise) -> Tensor:
-    """Compute sigma'(t) times the score entropy of masked tokens from their log posterior: (M, N), (M,), (M,) -> (M,).
+    """Return sigma'(t) times the score entropy of masked tokens, given log posteriors: (M, N), (M,), (M,) -> (M,).
 
-    SEDD's equation 5 for the scores `q / (exp(sigma) - 1)`, written so that a normalised posterior (sum q = 1) gives
-    exactly cross entropy over t.
+    This is equation 5 of SEDD for the scores `q / (exp(sigma) - 1)`, written such that a normalised posterior (sum q =
+    1) yields exactly the cross entropy divided by t.
     """
     weight = noise.rate(t) / torch.expm1(noise.sigma(t))
-    excess = torch.expm1(log_q.logsumexp(-1))  # Z - 1: the price of a wrong total rate
+    excess = torch.expm1(log_q.logsumexp(-1))  # Z - 1 penalises a wrong total rate
     return weight * (excess - log_q.gather(-1, x0.unsqueeze(-1)).squeeze(-1))
 
 
 def stratified_times(batch: int, low: float) -> Tensor:
-    """Draw `batch` times in [low, 1], one in each of `batch` equal slices, at random: the 1/t weight stays tame."""
+    """Draw `batch` stratified times in [low, 1], one from each of `batch` equal intervals, which reduces the variance
+    of the 1/t weight.
+    """
     u = (torch.randperm(batch) + torch.rand(batch)) / batch
     return low + (1 - low) * u
 
 
 def exponential_noise(u: Tensor) -> Tensor:
-    """Return exponential draws from uniforms, with the small constants of the reference program."""
+    """Transform uniforms to exponential noise, with the small constants of the reference program."""
     return 1e-10 - torch.log(u + 1e-10)

@@ -1,4 +1,4 @@
-"""Speech for the clips of an evaluation, and for those of a validation."""
+"""Speech generation for the clips of an evaluation or validation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hicodit.generation import generate, windows
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from hicodit.settings import with_preset
 
-# that a validation keeps of each split
+# clips per split whose files a validation keeps
 WAVES = 4
 VIDEOS = 2
 EXPRESSIONS = ("own", "shuffled", "exchanged")
@@ -56,14 +56,15 @@ def write_outputs(
     chosen: slice = ALL_BATCHES,
     **other: object,
 ) -> None:
-    """Speak the pictures of clips: FOLDER/ID.wav, where it is missing. Clip i is drawn with seed + i.
+    """Generate the missing speech FOLDER/ID.wav for the videos of clips. Clip i uses the seed seed + i.
 
     Args:
-        detector, face_landmarks: see `FaceSource.from_settings`; both None: those of the training of the weights.
-        sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
-        voice: speak with the voice of each clip's prompt, not with the face's.
-        chosen: which of all batches of clips to write. other: settings of other models.
-        expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
+        detector, face_landmarks: see `FaceSource.from_settings`. If both are None, those of training are used.
+        sampler: name of a file in configs/sampler. sampling, guidance: settings that override it.
+        voice: use the voice of each clip's prompt instead of the one predicted from the face.
+        chosen: slice of the batches to write. other: ignored settings of other models.
+        expressions: own, shuffled (those of another clip), or exchanged (first and last expression of the clip
+            swapped).
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
     face_source = FaceSource.from_settings(detector, face_landmarks) if detector or face_landmarks else None
@@ -80,7 +81,7 @@ def write_outputs(
     others = derangement(len(clips), np.random.default_rng(0))
 
     def crops_of(number: int, clip: Clip) -> Crops:
-        """Return the crops of a clip, with the classes of half seconds that it is to be spoken with."""
+        """Return the crops of a clip, with the expressions to generate."""
         crops = pipeline.crops(clip.truth.source)
         if expressions == "own":
             return crops
@@ -91,12 +92,12 @@ def write_outputs(
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if any(clip.truth.source is None for _, clip in batch):
-            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
+            raise UserError("no input video: expected ID.mp4 in references=, or video in the manifest")
         crops = [crops_of(i, clip) for i, clip in batch]
         identity = None
-        if ge2e is not None:  # one voice a call
+        if ge2e is not None:  # one voice per call
             if batch[0][1].prompt.audio is None:
-                raise UserError("no other clip of its speaker: give reference_audio in the manifest")
+                raise UserError("no other clip of its speaker: set reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
         speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
         for (_, clip), speech in zip(batch, speeches):
@@ -113,7 +114,7 @@ def write_outputs(
 
 
 def exchange(classes: np.ndarray) -> np.ndarray:
-    """Put the first and the last of the classes (J,) in each other's place, wherever they occur."""
+    """Swap the first and the last of the classes (J,), wherever they occur."""
     first = classes[0]
     last = classes[-1]
     return np.where(classes == first, last, np.where(classes == last, first, classes))
@@ -128,14 +129,13 @@ def evaluate_clips(
     metrics: Sequence[str],
     share: Share = ALONE,
 ) -> dict[str, ByClip]:
-    """Measure a share of `clips` prepared clips, spoken from their pictures (or their features) alone.
+    """Measure a share of `clips` prepared clips, with speech generated only from their crops or features.
 
-    Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them.
+    Four waveforms are written to `folder`, and two videos of the mouth crops if the shards contain them.
 
     Args:
-        recogniser: for word errors, see `words_by`.
-        metrics: names of `engine.metrics.registry`. The ground-truth speech is what the tokenizer makes of the
-            ground-truth tokens.
+        recogniser: recogniser for WER, see `words_by`.
+        metrics: names of `engine.metrics.registry`. The ground truth is decoded from the ground-truth tokens.
     """
     chosen = spread(len(data), clips)
     own = share.range(len(chosen))
@@ -168,9 +168,9 @@ def evaluate_clips(
 
 @torch.inference_mode()
 def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Tensor]]) -> Conditions:
-    """Encode prepared clips (`HiCoDiTDataset.read`): from their pictures, or from features where they hold those.
+    """Encode the conditions of prepared clips (`HiCoDiTDataset.read`), from their crops or stored features.
 
-    Each frame whose expression is read takes the nearest of the stored face crops.
+    Each classified frame uses the nearest stored face crop.
     """
     system = pipeline.system
     if "lip" in clips[0]:

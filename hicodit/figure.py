@@ -1,4 +1,4 @@
-"""The picture that goes with a clip's speech: mouth crops, spectrogram, token levels, on one time axis."""
+"""Figure of generated speech: mouth crops, spectrogram and token levels on a common time axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hicodit.conditions.types import EXPRESSIONS, FPS, WINDOW_SECONDS
 from hicodit.pipeline import Speech
 
 MOUTHS = 24
-COLUMNS = 4000  # of a picture; matplotlib takes many bytes for each
+COLUMNS = 4000  # maximum number of columns of an image; matplotlib needs much memory per column
 
 
 def draw(speech: Speech, path: Path) -> None:
@@ -43,5 +43,7 @@ def draw(speech: Speech, path: Path) -> None:
 
 
 def thinned(picture: np.ndarray) -> np.ndarray:
-    """Return at most `COLUMNS` evenly spaced columns of a picture (rows, columns): more than the figure has pixels."""
+    """Subsample an image (rows, columns) to at most `COLUMNS` evenly spaced columns, more than the figure has
+    pixels.
+    """
     return picture[:, :: -(-picture.shape[1] // COLUMNS)]

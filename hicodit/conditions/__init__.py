@@ -1,4 +1,4 @@
-"""Conditions of the score network: their types, and the encoders that make them from pictures of a face."""
+"""Conditions of the score network: their types, and the encoders that compute them from face images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "Encoders", "e
 
 EncoderConfig = TinyEncoderConfig | UpstreamEncoderConfig
 Encoders = ConditionEncoders | UpstreamEncoders
-KINDS = {  # `kind` of configs/task/encoders/*.yaml -> its configuration, the encoders that it configures
+KINDS = {  # `kind` of configs/task/encoders/*.yaml maps to the config class and the encoder class
     "tiny": (TinyEncoderConfig, ConditionEncoders),
     "upstream": (UpstreamEncoderConfig, UpstreamEncoders),
 }
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """Create the configuration from the `values` of a YAML file. `kind` is a name of `KINDS`, by default "tiny".
+    """Create the encoder config from the `values` of a YAML file. `kind` is a key of `KINDS`, by default "tiny".
 
-    Releases of before 2026-11-25 call the kind "upstream" "released".
+    Releases before 2026-11-25 use "released" for the kind "upstream".
     """
     kind = values.get("kind", "tiny")
     if kind == "released":
@@ -37,5 +37,5 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
 
 
 def make_encoders(config: EncoderConfig) -> Encoders:
-    """Make lip, identity and expression encoder with random weights, or with those of the files that `config` names."""
+    """Create the lip, identity and expression encoders, with random weights or with those of the files in `config`."""
     return KINDS[config.kind][1](config)

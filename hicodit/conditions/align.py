@@ -1,10 +1,10 @@
-"""Pictures of a face brought into a standard pose by a similarity: the mouth of AV-HuBERT, the face of ArcFace.
+"""Alignment of face images to a canonical pose by similarity transforms: the mouth for AV-HuBERT, the face for ArcFace.
 
-Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S image side. Points are (x, y) in pixels;
-a matrix (2, 3) maps source points to picture points.
+Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S image side. Points are (x, y) in pixels; a
+matrix (2, 3) maps source points to points of the aligned image.
 
-68 landmarks are numbered as iBUG 300-W does. Five are the eye on the picture's left, the eye on its right, nose, mouth
-corner on the left, on the right (ArcFace's and YuNet's order).
+68 landmarks are numbered as iBUG 300-W does. Five are left eye, right eye, nose, left mouth corner, right mouth corner,
+as seen in the image (the order of ArcFace and YuNet).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from engine.errors import UserError
 from engine.faces.detectors import transform
 
 MOUTH_SIDE = 96
-FRAME_SIDE = 256  # of the frame in which the mean face stands
-WINDOW = 12  # frames over which AV-HuBERT's preparation averages landmarks
+FRAME_SIDE = 256  # side of the frame with the mean face, in pixels
+WINDOW = 12  # number of frames over which AV-HuBERT's preprocessing averages landmarks
 
-# Points of a mean face in a 256 x 256 frame: the nose's base and the corners of the eyes, which no speech moves, and
-# the middle of the mouth (published with LRW preprocessing; the values are facts of AV-HuBERT's input).
-# of 68 landmarks
+# Points of a mean face in a 256 x 256 frame: the base of the nose and the eye corners, which speech does not move,
+# and the mouth centre (published with the LRW preprocessing that AV-HuBERT uses).
+# indices into 68 landmarks
 STABLE = (33, 36, 39, 42, 45)
 MOUTH = slice(48, 68)
 MEAN_STABLE = np.array([[128.87, 137.30], [92.52, 94.37], [112.77, 94.94], [145.53, 94.54], [166.68, 93.57]])
 MEAN_MOUTH = np.array([129.31, 157.82])
 
-# Five points of an aligned face in a 112 x 112 picture (ArcFace, arXiv 1801.07698, as its published code has them).
+# Five points of an aligned face in a 112 x 112 image, from the published code of ArcFace (arXiv 1801.07698).
 ARCFACE_POINTS = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
 )
@@ -35,16 +35,17 @@ ARCFACE_SIDE = 112
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Fit the least-squares similarity (2, 3) float64, without reflection, from `source` (P, 2) onto `target` (P, 2).
+    """Fit the least-squares similarity transform (2, 3) float64, without reflection, from `source` (P, 2) to `target`
+    (P, 2).
 
-    Umeyama, "Least-squares estimation of transformation parameters between two point patterns" (1991), in the precision
-    of its arguments.
+    Umeyama, "Least-squares estimation of transformation parameters between two point patterns" (1991), computed in the
+    precision of the arguments.
     """
     centre = source.mean(0)
     goal = target.mean(0)
     spread = (source - centre).var(0).sum()
     if not spread > 0:
-        raise UserError("the landmarks of a face fall on one point: no pose can be found from them")
+        raise UserError("all landmarks of a face coincide: the pose cannot be estimated")
     covariance = (target - goal).T @ (source - centre) / len(source)
     left, size, right = np.linalg.svd(covariance)
     sign = np.array([1.0, np.sign(np.linalg.det(covariance)) or 1.0])
@@ -54,13 +55,13 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
-    """Sample `picture` (H, W[, 3]) through `matrix` to (size, size[, 3]) uint8, bilinear, black outside.
+    """Resample `picture` (H, W[, 3]) through `matrix` to (size, size[, 3]) uint8, bilinear, black outside of the image.
 
-    The same numbers as OpenCV 5's `warpAffine`; OpenCV 4 rounds positions to 1/32 pixel.
+    The results equal `warpAffine` of OpenCV 5; OpenCV 4 rounds positions to 1/32 pixel.
     """
     inverse = cv2.invertAffineTransform(np.asarray(matrix, np.float64)).astype(np.float32)
     x = np.arange(size, dtype=np.float32)
-    # float32 throughout; the last multiply-add rounds once, as a fused instruction does
+    # float32 throughout; the last multiply-add rounds once, as with a fused instruction
     sx, sy = (
         (x.astype(np.float64) * row[0] + (x * row[1] + row[2]).astype(np.float64)[:, None]).astype(np.float32)
         for row in inverse
@@ -69,9 +70,11 @@ def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
 
 
 def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray, unit: float = 1.0) -> np.ndarray:
-    """Sample bytes (H, W[, 3]), divided by `unit`, at sx, sy (S, S), in their type; a missing neighbour counts as 0."""
+    """Sample an image (H, W[, 3]) uint8, divided by `unit`, at positions sx, sy (S, S). The result has their dtype.
+    Pixels outside count as 0.
+    """
     number = sx.dtype.type
-    left, top = (max(0, int(s.min())) for s in (sx, sy))  # only what is touched is converted
+    left, top = (max(0, int(s.min())) for s in (sx, sy))  # convert only the required region
     right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
     picture = picture[top:bottom, left:right] / number(unit)
     sx = sx - number(left)
@@ -93,24 +96,26 @@ def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray, unit: float = 
 
 
 def face_picture(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
-    """Cut the face (size, size, 3) uint8 of `picture` (H, W, 3) in ArcFace's pose, from five points (5, 2)."""
+    """Crop the face (size, size, 3) uint8 from `picture` (H, W, 3) in ArcFace's pose, given five points (5, 2)."""
     matrix = face_matrix(points, size)
     scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    if scale < 0.5:  # detail is too fine for the result: bilinear sampling would skip pixels
+    if scale < 0.5:  # reduce the image first, as bilinear sampling would skip pixels
         picture = cv2.GaussianBlur(picture, (0, 0), 0.25 / scale)
     return warp(picture, matrix, size)
 
 
 def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
-    """Map five points (5, 2) onto ArcFace's by (2, 3); pixel centres stay pixel centres in pictures of another size."""
+    """Return the transform (2, 3) from five points (5, 2) to ArcFace's pose. Pixel centres are preserved at other image
+    sizes.
+    """
     target = ARCFACE_POINTS if size == ARCFACE_SIDE else (ARCFACE_POINTS + 0.5) * (size / ARCFACE_SIDE) - 0.5
     return similarity(np.asarray(points, np.float32), target.astype(np.float32))
 
 
 def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
-    """Return AV-HuBERT's transforms (T, 2, 3) from frames to mouth crops, from landmarks (T, P, 2) of every frame.
+    """Return AV-HuBERT's transforms (T, 2, 3) from frames to mouth crops, given landmarks (T, P, 2) of every frame.
 
-    With 68 landmarks this is the procedure of its own preparation; five lend it both eyes and the middle of the mouth.
+    With 68 landmarks, this is AV-HuBERT's preprocessing. With five, the eyes and the mouth centre are used.
     """
     if landmarks.shape[1] == 68:
         return cut_poses(*avhubert_poses(landmarks[:, list(STABLE)], landmarks[:, MOUTH]))
@@ -122,13 +127,13 @@ def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
 def avhubert_poses(
     stable: np.ndarray, mouth: np.ndarray, mean: np.ndarray = MEAN_STABLE, window: int = WINDOW
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return AV-HuBERT's transforms (T, 2, 3) onto the mean face in its 256 x 256 frame, and the mouth's centres (T, 2)
+    """Return AV-HuBERT's transforms (T, 2, 3) to the mean face in its 256 x 256 frame, and the mouth centres (T, 2)
     there.
 
     Args:
         stable: (T, P, 2) landmarks that speech does not move. mouth: (T, M, 2). mean: (P, 2) of the mean face.
-        window: frames over which stable landmarks are averaged. It BEGINS at the current frame; the last full window
-            serves all frames after its first.
+        window: number of frames over which stable landmarks are averaged, starting at the current frame. The last full
+            window is used for all later frames.
     """
     window = min(len(stable), window)
     full = len(stable) - window + 1
@@ -139,10 +144,10 @@ def avhubert_poses(
 
 
 def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Move transforms (T, 2, 3) to the mean face's frame on to the 96 x 96 square round `centres` (T, 2), at whole
-    pixels.
+    """Compose transforms (T, 2, 3) to the mean face's frame with the crop of a 96 x 96 square around `centres` (T, 2),
+    at integer positions.
 
-    Where the square would stick out of the frame it is moved inside.
+    Squares that exceed the frame are moved inside.
     """
     half = MOUTH_SIDE // 2
     out = matrices.copy()
@@ -151,19 +156,19 @@ def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """Cut mouth crops (T, 96, 96) uint8 grey as AV-HuBERT's preparation does, without its lossy file in between.
+    """Crop the mouth (T, 96, 96) uint8 grey as in AV-HuBERT's preprocessing, but without its lossy intermediate file.
 
     Args:
-        frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the pictures.
+        frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the crops.
     """
     mouths = []
     x = np.arange(MOUTH_SIDE, dtype=np.float64)
     for frame, matrix in zip(frames, poses, strict=True):
         sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in cv2.invertAffineTransform(matrix))
         values = bilinear(frame, sx, sy, 255) * 255
-        mouths.append(cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_RGB2GRAY))  # the original cuts fractions off
+        mouths.append(cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_RGB2GRAY))  # the original truncates
     return np.stack(mouths)
 
 
-# An eye's middle is halfway between its corners (36 and 39, 42 and 45).
+# The centre of an eye is halfway between its corners (36 and 39, 42 and 45).
 _MEAN_EYES_AND_MOUTH = np.stack([MEAN_STABLE[1:3].mean(0), MEAN_STABLE[3:5].mean(0), MEAN_MOUTH])

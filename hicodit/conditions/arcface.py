@@ -1,9 +1,9 @@
-"""ArcFace's iresnet (arXiv 1801.07698): aligned faces to identity embeddings, and its released weights.
+"""ArcFace's iresnet (arXiv 1801.07698), which maps aligned faces to identity embeddings, and its released weights.
 
 Axes: B batch, F face crops of a clip, n images, C channels, H = W image side, E = 512 embedding.
 
-Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` per network and training
-set). The code there is MIT, the models are for non-commercial research only. They are not part of this project.
+Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` per network and training set).
+The code is under MIT; the weights are for non-commercial research only and not part of this project.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from engine.release import build_with
 from engine.torch_files import read_state
 from hicodit.conditions.align import ARCFACE_SIDE
 
-IRESNET100 = (3, 13, 30, 3)  # residual blocks of each stage
+IRESNET100 = (3, 13, 30, 3)  # number of residual blocks per stage
 WIDTHS = (64, 128, 256, 512)
 
 
 class _Block(nn.Module):
-    """(n, C, H, W) -> (n, C', H / stride, W / stride); nothing follows the sum."""
+    """Residual block without activation after the sum: (n, C, H, W) -> (n, C', H / stride, W / stride)."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class _Block(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """Identity from faces in ArcFace's pose. Names of parameters are the released ones.
+    """Computes identity embeddings of faces in ArcFace's pose. Parameter names are those of the released checkpoints.
 
     Args:
-        blocks: residual blocks of each of the four stages.
+        blocks: number of residual blocks in each of the four stages.
     """
 
     def __init__(self, blocks: tuple[int, ...] = IRESNET100) -> None:
@@ -80,31 +80,31 @@ class ArcFace(nn.Module):
         return self.features(self.fc(self.bn2(self.maps(pictures)[-1]).flatten(1)))
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Map faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112, to (B, 512).
+        """Map faces (B, F, 3, H, H) RGB in [0, 1], where H is a multiple of 112, to embeddings (B, 512).
 
-        The mean of the pictures' unit vectors, times sqrt(512). How many pictures HiCoDiT takes is not reported; the
-        scale makes the values of order one for the adapter.
+        The result is the mean of the unit vectors of the images, times sqrt(512), so that values for the adapter are of
+        order one. The number of images is not stated in the HiCoDiT paper.
         """
         each = F.normalize(self.embed(prepare_faces(faces.flatten(0, 1))), dim=-1).unflatten(0, faces.shape[:2])
         return each.mean(1) * each.shape[-1] ** 0.5
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ArcFace:
-        """Load an `arcface_torch` file, in eval mode; its depth follows from the names in it."""
+        """Load an `arcface_torch` file in eval mode. The depth is inferred from the parameter names."""
         return cls.from_released(read_state(path), path)
 
     @classmethod
     def from_released(cls, state: dict[str, Tensor], source: str | Path) -> ArcFace:
-        """Create the network with the tensors of `state`, strictly, in eval mode."""
+        """Create the network from the tensors of `state`, strictly, in eval mode."""
         state = rename_all(state, ((r"^module\.", ""),))
         blocks = tuple(len(numbered(state, f"layer{stage}.{{}}.bn1.weight")) for stage in range(1, 5))
         if not all(blocks):
-            raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
+            raise UserError(f"{source} is not an ArcFace network: it has no tensors layer1.0.* to layer4.0.*")
         return build_with(lambda: cls(blocks), state, source)
 
 
 def prepare_faces(faces: Tensor) -> Tensor:
-    """Turn faces (n, 3, H, H) in [0, 1] into (n, 3, 112, 112) in [-1, 1]; larger ones are averaged down."""
+    """Convert faces (n, 3, H, H) in [0, 1] to (n, 3, 112, 112) in [-1, 1]. Larger images are reduced by averaging."""
     factor, rest = divmod(faces.shape[-1], ARCFACE_SIDE)
     assert factor and not rest and faces.shape[-1] == faces.shape[-2], faces.shape
     return 2 * (F.avg_pool2d(faces, factor) if factor > 1 else faces) - 1

@@ -1,4 +1,4 @@
-"""AV-HuBERT's video path (arXiv 2201.02184): mouth crops to lip features, and its released checkpoint.
+"""AV-HuBERT's visual encoder (arXiv 2201.02184), which maps mouth crops to lip features, and its released checkpoint.
 
 Axes: B batch, T video frames (25 per second), H = W image side, C channels, E model width.
 
@@ -23,15 +23,15 @@ from engine.release import build_with
 from engine.settings import Group, setting
 from engine.torch_files import plain, read_checkpoint
 
-VIEW = 88  # side of the picture that the network sees
-# of grey values in [0, 1]
+VIEW = 88  # side of the network input in pixels
+# mean and standard deviation of grey values in [0, 1]
 MEAN = 0.421
 DEVIATION = 0.165
 
 
 @dataclass(frozen=True)
 class AVHubertConfig(Group, prefix="encoders.lip."):
-    """Sizes; the defaults are AV-HuBERT Large."""
+    """Config of AV-HuBERT. The defaults are AV-HuBERT Large."""
 
     width: int = setting(1024, 1, 2**14)
     layers: int = setting(24, 0, 256)
@@ -39,11 +39,13 @@ class AVHubertConfig(Group, prefix="encoders.lip."):
     hidden: int = setting(4096, 1, 2**16)
     conv_kernel: int = setting(128, 1, 2**10)
     conv_groups: int = setting(16, 1, 2**10)
-    norm_first: bool = True  # false: layer norms after the residual sums
+    norm_first: bool = True  # False: layer norms after the residual sums
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:
-    """Cut the middle (..., 88, 88) of mouth crops (..., H, W) in [0, 1]; apply the fixed mean and deviation."""
+    """Crop the centre (..., 88, 88) of mouth crops (..., H, W) in [0, 1] and normalise by the fixed mean and
+    deviation.
+    """
     height, width = mouth.shape[-2:]
     assert min(height, width) >= VIEW, mouth.shape
     top = (height - VIEW) // 2
@@ -52,7 +54,7 @@ def prepare_mouth(mouth: Tensor) -> Tensor:
 
 
 class _Block(nn.Module):
-    """ResNet basic block with learned slopes: (n, C, H, W) -> (n, C', H / stride, W / stride)."""
+    """ResNet basic block with PReLU: (n, C, H, W) -> (n, C', H / stride, W / stride)."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class _Block(nn.Module):
 
 
 class VideoFrontEnd(nn.Module):
-    """A convolution over five frames, then ResNet-18 per frame: (B, T, 88, 88) -> (B, T, 512)."""
+    """3-D convolution over five frames, followed by a ResNet-18 per frame: (B, T, 88, 88) -> (B, T, 512)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class VideoFrontEnd(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Transformer layer (B, T, E) -> (B, T, E); `attend` (B, 1, 1, T) is true for keys that may be seen."""
+    """Transformer layer (B, T, E) -> (B, T, E). `attend` (B, 1, 1, T) is True for keys to attend to."""
 
     def __init__(self, c: AVHubertConfig) -> None:
         super().__init__()
@@ -122,7 +124,7 @@ class _Layer(nn.Module):
 
 
 class AVHubert(nn.Module):
-    """AV-HuBERT's visual encoder: lip features from mouth crops of at least 88 x 88 pixels."""
+    """AV-HuBERT's visual encoder, which computes lip features from mouth crops of at least 88 x 88 pixels."""
 
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__()
@@ -131,21 +133,21 @@ class AVHubert(nn.Module):
         self.video_proj = nn.Linear(512, c.width)
         self.fusion_norm = nn.LayerNorm(2 * c.width)
         self.fusion_proj = nn.Linear(2 * c.width, c.width)
-        # The released kernel is a direction and a gain; only their product is needed here.
+        # The released kernel is stored as direction and gain; only their product is needed.
         self.position = nn.Conv1d(c.width, c.width, c.conv_kernel, padding=c.conv_kernel // 2, groups=c.conv_groups)
         self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E), the last hidden states."""
+        """Map mouth crops (B, T, H, W) in [0, 1] with frames (B,) valid frames to the last hidden states (B, T, E)."""
         valid = torch.arange(mouth.shape[1], device=frames.device) < frames[:, None]
         whole = bool(valid.all())
-        valid = to_device(valid, mouth.device)  # the former on the host
-        video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
+        valid = to_device(valid, mouth.device)  # on the host
+        video = prepare_mouth(mouth) * valid[..., None, None]  # mask frames beyond the end of a clip
         return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if whole else valid)
 
     def fuse(self, video: Tensor, audio: Tensor | None = None) -> Tensor:
-        """Fuse projected video features with audio ones, or with zeros in their place: each (B, T, E) -> (B, T, E)."""
+        """Fuse projected video features with audio features, or with zeros: each (B, T, E) -> (B, T, E)."""
         audio = torch.zeros_like(video) if audio is None else audio
         return self.fusion_proj(self.fusion_norm(torch.cat([audio, video], -1)))
 
@@ -153,15 +155,15 @@ class AVHubert(nn.Module):
         """Run the transformer on fused features (B, T, E).
 
         Args:
-            valid: (B, T), false for padded frames.
-            layer: return what this layer (counted from 1) gives, without the last layer norm, instead.
+            valid: (B, T) bool, False for padded frames.
+            layer: return the output of this layer (counted from 1), without the final layer norm.
         """
         attend = None
         if valid is not None:
             x = x * valid[..., None]
             attend = valid[:, None, None]
         position = self.position(x.transpose(1, 2)).transpose(1, 2)
-        x = x + F.gelu(position[:, : x.shape[1]])  # an even kernel gives one frame too many
+        x = x + F.gelu(position[:, : x.shape[1]])  # an even kernel yields one frame too many
         if not self.config.norm_first:
             x = self.norm(x)
         for block in self.layers[:layer]:
@@ -170,27 +172,27 @@ class AVHubert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> AVHubert:
-        """Load the video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
+        """Load the visual encoder from a released checkpoint, pre-trained or fine-tuned, in eval mode.
 
-        Nothing that the file's pickle names is run.
+        No code named in the pickle is executed.
         """
         content = read_checkpoint(Path(path))
         state = content.get("model")
         if not isinstance(state, dict):
-            raise UserError(f"{path} has no entry 'model': it is not an AV-HuBERT checkpoint")
+            raise UserError(f"{path} has no entry 'model': not an AV-HuBERT checkpoint")
         state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         return cls.from_released(state, path, content.get("cfg") or content.get("args"))
 
     @classmethod
     def from_released(cls, state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubert:
-        """Create the network with the tensors of `state` (released names), strictly; see `released_config`."""
+        """Create the network from the tensors of `state` (released names), strictly; see `released_config`."""
         ours = our_state(state)
         config = released_config(ours, settings)
         return build_with(lambda: cls(config), ours, source)
 
 
-RULES = (  # names of the released file -> ours; what the video path does not need is left out
-    (r"^encoder\.w2v_model\.", ""),  # where fine-tuned checkpoints keep the encoder
+RULES = (  # renaming rules from the released file; tensors that the visual encoder does not need are dropped
+    (r"^encoder\.w2v_model\.", ""),  # prefix of the encoder in fine-tuned checkpoints
     (r"^(?!feature_extractor_video\.|layer_norm\.|post_extract_proj\.|encoder\.)", None),
     (r"^feature_extractor_video\.proj\.", "video_proj."),
     (r"^feature_extractor_video\.resnet\.frontend3D\.", "front_end.stem."),
@@ -207,7 +209,7 @@ RULES = (  # names of the released file -> ours; what the video path does not ne
 
 
 def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the video path's tensors of `state` under our names; the position kernel is multiplied out."""
+    """Return the tensors of the visual encoder under our names, with the weight norm of the position kernel merged."""
     out = rename_all(state, RULES)
     if "position.weight_v" in out and "position.weight_g" in out:
         direction = out.pop("position.weight_v").float()
@@ -217,7 +219,9 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def released_config(state: dict[str, Tensor], settings: Any = None) -> AVHubertConfig:
-    """Read sizes from the tensors' shapes (our names), the rest from the pickled `settings`, or as published."""
+    """Infer the config from tensor shapes (our names) and, for other fields, from the pickled `settings` or the
+    published defaults.
+    """
     with sizes_of("an AV-HuBERT checkpoint"):
         width, group, kernel = state["position.weight"].shape
         hidden = len(state["layers.0.fc1.weight"])
@@ -234,7 +238,9 @@ def released_config(state: dict[str, Tensor], settings: Any = None) -> AVHubertC
 
 
 def _settings(node: Any) -> dict[str, Any]:
-    """Return the model's settings in a fairseq configuration: of the pre-trained model if a fine-tuned one wraps it."""
+    """Return the model settings in a fairseq configuration: those of the pre-trained model if a fine-tuned one wraps
+    it.
+    """
     node = plain(node)
     if not isinstance(node, dict):
         return {}

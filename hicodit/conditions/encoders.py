@@ -1,10 +1,10 @@
-"""Condition encoders: pictures of a face to lip features, a face embedding and expression probabilities.
+"""Condition encoders, which map face images to lip features, a face embedding and expression probabilities.
 
 Axes: B batch, T video frames (25 per second), F face crops, n images, H = W image side (S of
 mouth, S' of face crops), E feature width.
 
-The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER V2; see
-`hicodit.conditions.upstream`) take their place behind the same three call signatures.
+The tiny encoders in this module are trained together with the model. The upstream encoders (AV-HuBERT, ArcFace, POSTER
+V2; see `hicodit.conditions.upstream`) have the same interface.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table
 
 
 def unit(pictures: Tensor) -> Tensor:
-    """Scale bytes to [0, 1]; floats stay as they are."""
+    """Scale uint8 images to [0, 1]. Floats are returned unchanged."""
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
 def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
-    """Encode mouth (B, T, H, W) in [0, 1], or bytes, of any length to lip features (B, T, E), by overlapping windows.
+    """Encode mouth crops (B, T, H, W) in [0, 1], or uint8, of any length to lip features (B, T, E), in overlapping
+    windows.
 
-    A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
-    batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only. Bytes become
-    floats window by window. `frames` lies on the host.
+    A clip of up to `window` frames is encoded at once, without the padding of its batch, so that its features do not
+    depend on the batch. The windows of longer clips have `context` extra frames at each inner boundary, whose features
+    are discarded. uint8 is converted window by window. `frames` is on the host.
     """
     whole = frames <= window
     if bool(whole.all()):
@@ -54,21 +55,21 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
     for start in range(0, mouth.shape[1], keep):
         first = max(start - context, 0)
         part = mouth[:, first : start + keep + context]
-        remaining = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs a frame to attend to
+        remaining = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs one frame to attend to
         parts.append(encoder(unit(part), remaining)[:, start - first :][:, :keep])
     return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
 class TinyEncoderConfig(Group, prefix="encoders."):
-    """Sizes of the tiny encoders.
+    """Config of the tiny encoders.
 
-    lip_front: what reads the mouth crops: "strided" convolutions of single frames, enough for cartoon faces, or
-    "residual" blocks over five frames, for real ones. phonemes: classes of the auxiliary frame-wise phoneme loss (0:
-    no such head).
+    lip_front: front end for mouth crops: "strided" convolutions of single frames, sufficient for cartoon faces, or
+    "residual" blocks over five frames, for real faces. phonemes: number of classes of the auxiliary frame-wise phoneme
+    loss (0: no such head).
     """
 
-    picture_every: ClassVar[int] = 1  # video frames to a face crop
+    picture_every: ClassVar[int] = 1  # video frames per face crop
 
     kind: str = "tiny"
     mouth_size: int = setting(48, 8, 2**10)
@@ -93,20 +94,20 @@ class TinyEncoderConfig(Group, prefix="encoders."):
             )
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Cut mouth crops (n, S, S) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
+        """Crop the mouth (n, S, S) uint8 grey from frames (n, H, W, 3), which start at frame `start` of the track."""
         return crop_mouth(frames, track[start : start + len(frames)], self.mouth_size)
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Cut face crops (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
+        """Crop the face (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
         return crop_face(frames, track, self.face_size)
 
 
-WINDOW_FRAMES = 100  # of a long clip that the tiny lip encoder sees at once; it is trained on clips of up to 80
+WINDOW_FRAMES = 100  # window of the tiny lip encoder in frames; it is trained on clips of up to 80 frames
 CONTEXT_FRAMES = 20
 
 
 def _trunk(channels: int, *widths: int) -> list[nn.Module]:
-    """Return the strided convolutions of a picture (n, C, H, W) to values (n, C' * H / 16 * W / 16)."""
+    """Return strided convolutions that map images (n, C, H, W) to features (n, C' * H / 16 * W / 16)."""
     layers = []
     sizes = ((6, 4), (4, 2), (4, 2))  # kernel and stride
     for width, (kernel, stride) in zip(widths, sizes, strict=True):
@@ -116,7 +117,9 @@ def _trunk(channels: int, *widths: int) -> list[nn.Module]:
 
 
 class StridedFront(nn.Sequential):
-    """Standardised mouth crops (B, T, S, S) to values (B, T, C): three strided convolutions of each frame."""
+    """Front end that maps normalised mouth crops (B, T, S, S) to features (B, T, C), with three strided convolutions
+    per frame.
+    """
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__(*_trunk(1, width, 2 * width, 4 * width))
@@ -128,7 +131,7 @@ class StridedFront(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with group norm beside a shortcut, as in ResNet: (n, C, H, W) to (n, C2, H2, W2)."""
+    """ResNet block with two 3 x 3 convolutions and group norm: (n, C, H, W) to (n, C2, H2, W2)."""
 
     GROUPS = 4
 
@@ -148,16 +151,17 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualFront(nn.Module):
-    """Standardised mouth crops (B, T, S, S) to values (B, T, C): a convolution over five frames, residual blocks.
+    """Front end that maps normalised mouth crops (B, T, S, S) to features (B, T, C), with a convolution over five
+    frames and residual blocks.
 
-    The layout of the visual front ends of lip reading (Stafylakis and Tzimiropoulos, arXiv 1703.04105), small.
+    A small version of the front end for lip reading of Stafylakis and Tzimiropoulos (arXiv 1703.04105).
     """
 
-    SPAN = 5  # frames that the first convolution sees
+    SPAN = 5  # frames in the receptive field of the first convolution
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        # A convolution over time and space, written as one over space with the neighbouring frames as channels.
+        # A spatio-temporal convolution, implemented as a spatial one with the neighbouring frames as channels.
         self.stem = nn.Conv2d(self.SPAN, width, 5, stride=2, padding=2, bias=False)
         self.norm = nn.GroupNorm(ResidualBlock.GROUPS, width)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -166,7 +170,7 @@ class ResidualFront(nn.Module):
             ResidualBlock(width, 2 * width, stride=2),
             ResidualBlock(2 * width, 4 * width, stride=2),
         )
-        side = -(-size // 16)  # stem, pooling and two blocks halve it, rounded up
+        side = -(-size // 16)  # stem, pooling and two blocks halve the size, rounded up
         self.out = 4 * width * side**2
 
     def forward(self, mouth: Tensor) -> Tensor:
@@ -181,9 +185,9 @@ FRONTS = {"strided": StridedFront, "residual": ResidualFront}
 
 
 class TinyLipEncoder(nn.Module):
-    """Grey mouth crops (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
+    """Maps grey mouth crops (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
 
-    A front end that reads the pictures, a convolution over five frames, then attention over time.
+    It consists of an image front end, a convolution over five frames, and temporal attention.
     """
 
     def __init__(self, config: TinyEncoderConfig) -> None:
@@ -194,19 +198,19 @@ class TinyLipEncoder(nn.Module):
         self.norm = nn.LayerNorm(c.lip_dim)
         self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
         self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads) for _ in range(c.lip_blocks))
-        self.modulation = modulation_layer(1, c.lip_dim, c.lip_blocks, norms=0)  # of the constant 1
-        self.modulation.bias.data.view(-1, AdaLNBlock.PARTS, c.lip_dim)[:, [2, 5]] = 1.0  # gates open from the start
+        self.modulation = modulation_layer(1, c.lip_dim, c.lip_blocks, norms=0)  # embedding of a constant condition
+        self.modulation.bias.data.view(-1, AdaLNBlock.PARTS, c.lip_dim)[:, [2, 5]] = 1.0  # the gates are open initially
         self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E)."""
-        if self.training:  # whole: FSDP's processes must all run the blocks equally often
+        """Map mouth crops (B, T, H, W) in [0, 1] with frames (B,) valid frames to lip features (B, T, E)."""
+        if self.training:  # no windows: all FSDP ranks must run the blocks equally often
             return self._encode(mouth, frames)
         return encode_in_windows(self._encode, mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     def _encode(self, mouth: Tensor, frames: Tensor) -> Tensor:
         batch, time = mouth.shape[:2]
-        mean = mouth.mean((-1, -2), keepdim=True)  # every picture brings its own brightness and contrast
+        mean = mouth.mean((-1, -2), keepdim=True)  # normalise brightness and contrast per image
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
         valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
         whole = bool(valid.all())  # on the host
@@ -223,7 +227,7 @@ class TinyLipEncoder(nn.Module):
 
 
 class TinyFaceEncoder(nn.Module):
-    """Face crops (n, 3, H, W) in [0, 1] to (n, E)."""
+    """Maps face crops (n, 3, H, W) in [0, 1] to features (n, E)."""
 
     def __init__(self, config: TinyEncoderConfig, out: int) -> None:
         super().__init__()
@@ -236,7 +240,7 @@ class TinyFaceEncoder(nn.Module):
 
 
 class TinyIdentityEncoder(TinyFaceEncoder):
-    """Face crops (B, F, 3, H, W) in [0, 1] to one embedding per clip (B, E): the mean of unit vectors."""
+    """Maps face crops (B, F, 3, H, W) in [0, 1] to one embedding per clip (B, E), the mean of unit vectors."""
 
     def forward(self, faces: Tensor) -> Tensor:
         each = super().forward(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])
@@ -244,7 +248,7 @@ class TinyIdentityEncoder(TinyFaceEncoder):
 
 
 class ConditionEncoders(nn.Module):
-    """The three encoders of a model, trained with it."""
+    """The three condition encoders of a model, which are trained with it."""
 
     learns = True
 

@@ -1,8 +1,8 @@
-"""POSTER V2 (Mao et al. 2023, arXiv:2301.12149): a face to one of seven expressions.
+"""POSTER V2 (Mao et al. 2023, arXiv:2301.12149), which classifies a face into seven expressions.
 
 Weights: `affectnet-7-model_best.pth` or `raf-db-model_best.pth`, linked in the README of Talented-Q/POSTER_V2. The code
-there is MIT; the weights were trained on AffectNet or RAF-DB, which are for research only. Module names are those of
-the checkpoints; what their forward pass never uses is left out.
+is under MIT; the weights were trained on AffectNet or RAF-DB, which are for research only. Module names are those of
+the checkpoints; unused modules are omitted.
 
 Axes: n faces, C channels, H = W map side, N = H W positions, D token width.
 """
@@ -29,18 +29,18 @@ SIDE = 224
 BACKBONE_SIDE = 112
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-HEAD_WIDTH = 32  # of cross attention
-# of the transformer
+HEAD_WIDTH = 32  # number of heads of cross-attention
+# number of heads of the transformer
 WIDTH = 768
 HEADS = 8
 POSITIONS = "n c h w -> n (h w) c"
 
-# The expressions in the order of the classes of each checkpoint.
+# Class order of each checkpoint.
 CLASSES = {
     "affectnet": EXPRESSIONS,
     "raf": ("surprised", "fearful", "disgusted", "happy", "sad", "angry", "neutral"),
 }
-RULES = (  # names of the checkpoints -> ours; what the forward pass never uses is left out
+RULES = (  # renaming rules from the checkpoints; unused tensors are dropped
     (r"^module\.", ""),
     (r"^VIT\.(?:CON1\.|IRLinear|eca_block\.|patch_embed\.)|^(?:ir_back|face_landback)\.output_layer\.", None),
     (r"^VIT\.blocks\..*\.conv\.", None),
@@ -48,7 +48,7 @@ RULES = (  # names of the checkpoints -> ours; what the forward pass never uses 
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:
-    """Return layers, one after another, under names of their own."""
+    """Return a sequence of layers with the given names."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -64,7 +64,7 @@ def _convolution(
 
 
 def _bottleneck(inputs: int, outputs: int, middle: int, stride: int = 1) -> nn.Sequential:
-    """Return what widens, filters every channel by itself, and narrows."""
+    """Return an inverted bottleneck: pointwise expansion, depthwise convolution, pointwise projection."""
     return _named(
         conv=_convolution(inputs, middle),
         conv_dw=_convolution(middle, middle, 3, stride, groups=middle),
@@ -73,7 +73,7 @@ def _bottleneck(inputs: int, outputs: int, middle: int, stride: int = 1) -> nn.S
 
 
 class _Bottlenecks(nn.Module):
-    """Bottlenecks, each of which adds to its input."""
+    """A stack of inverted bottlenecks with residual connections."""
 
     def __init__(self, width: int, middle: int, count: int):
         super().__init__()
@@ -86,7 +86,7 @@ class _Bottlenecks(nn.Module):
 
 
 class LandmarkBackbone(nn.Module):
-    """Pictures (n, 3, 112, 112) to maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 512, 7, 7)."""
+    """Maps images (n, 3, 112, 112) to feature maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 512, 7, 7)."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,9 @@ class LandmarkBackbone(nn.Module):
 
 
 class _IRBlock(nn.Module):
-    """Norm, convolution, PReLU, strided convolution, norm, plus the (strided) input; no activation after the sum."""
+    """IR block: norm, convolution, PReLU, strided convolution, norm, plus the (strided) input, without activation after
+    the sum.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -132,7 +134,7 @@ class _IRBlock(nn.Module):
 
 
 class ImageBackbone(nn.Module):
-    """Pictures (n, 3, 112, 112) to maps (n, 64, 56, 56), (n, 128, 28, 28), (n, 256, 14, 14)."""
+    """Maps images (n, 3, 112, 112) to feature maps (n, 64, 56, 56), (n, 128, 28, 28), (n, 256, 14, 14)."""
 
     def __init__(self):
         super().__init__()
@@ -148,13 +150,14 @@ class ImageBackbone(nn.Module):
         return first, second, self.body3(second)
 
 
-# --- where both meet ---
+# --- fusion of both networks ---
 
 
 class CrossAttention(nn.Module):
-    """Landmark features (n, N, C) are the queries, unprojected; image features (n, N, C) give keys and values.
+    """Cross-attention with landmark features (n, N, C) as queries, without projection, and image features (n, N, C) as
+    keys and values.
 
-    The window of the original is the whole map of `side` by `side` positions.
+    The attention window is the whole map of `side` x `side` positions.
     """
 
     def __init__(self, width: int, side: int):
@@ -169,7 +172,7 @@ class CrossAttention(nn.Module):
         key, value = self.qkv(image).unflatten(-1, (2, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
         query = landmark.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
         line = torch.arange(self.side, device=image.device)
-        offset = line[:, None] - line + self.side - 1  # along one axis; positions run over rows, then over columns
+        offset = line[:, None] - line + self.side - 1  # along one axis; positions are in row-major order
         index = (2 * self.side - 1) * offset[:, None, :, None] + offset[:, None]  # (side, side, side, side)
         bias = self.relative_position_bias_table[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
         out = F.scaled_dot_product_attention(query, key, value, bias.expand(len(query), -1, -1, -1))
@@ -181,7 +184,7 @@ def _mlp(width: int) -> nn.Sequential:
 
 
 class _GatedMLP(nn.Module):
-    """Adds attention, then an MLP, each under a learned gain per channel: positions (n, N, C)."""
+    """Adds attention, then an MLP, each with a learned gain per channel: (n, N, C) -> (n, N, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -211,7 +214,7 @@ class _Block(nn.Module):
 
 
 class TokenClassifier(nn.Module):
-    """Tokens (n, 147, D) and a class token through two transformer blocks to logits (n, classes)."""
+    """Maps tokens (n, 147, D) and a class token through two transformer blocks to logits (n, classes)."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -230,10 +233,10 @@ class TokenClassifier(nn.Module):
 
 
 class POSTER2(nn.Module):
-    """Faces to expression logits over `EXPRESSIONS`.
+    """Maps faces to expression logits over `EXPRESSIONS`.
 
     Args:
-        classes: the expressions in the order of the network's outputs; see `CLASSES`.
+        classes: expressions in the order of the network outputs; see `CLASSES`.
     """
 
     def __init__(self, classes: tuple[str, ...] = EXPRESSIONS):
@@ -253,11 +256,13 @@ class POSTER2(nn.Module):
 
     @staticmethod
     def shrink(x: Tensor) -> Tensor:
-        """Shrink (n, 3, 224, 224) -> (n, 3, 112, 112) for both backbones: every second pixel, as the original does."""
+        """Reduce (n, 3, 224, 224) to (n, 3, 112, 112) for both backbones by taking every second pixel, as in the
+        original.
+        """
         return F.interpolate(x, size=(BACKBONE_SIDE, BACKBONE_SIDE))
 
     def fuse(self, x: Tensor) -> list[Tensor]:
-        """Map normalised pictures (n, 3, 224, 224) -> maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 256, 7, 7)."""
+        """Map normalised images (n, 3, 224, 224) to feature maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 256, 7, 7)."""
         small = self.shrink(x)
         first, second, third = self.face_landback(small)
         landmarks = first, second, self.last_face_conv(third)
@@ -271,25 +276,25 @@ class POSTER2(nn.Module):
         return maps
 
     def tokens(self, maps: list[Tensor]) -> Tensor:
-        """Map the three maps -> tokens (n, 147, D)."""
+        """Map the three feature maps to tokens (n, 147, D)."""
         embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v(maps[2])
         return torch.cat([rearrange(x, POSITIONS) for x in embedded], 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Map normalised pictures (n, 3, 224, 224) -> logits (n, classes) in the network's own order."""
+        """Map normalised images (n, 3, 224, 224) to logits (n, classes), in the network's own class order."""
         return self.VIT(self.tokens(self.fuse(x)))
 
     def normalise(self, faces: Tensor) -> Tensor:
-        """Normalise pictures (n, 3, H, W) in [0, 1], RGB, to the network's (n, 3, 224, 224)."""
+        """Resize and normalise images (n, 3, H, W) RGB in [0, 1] to (n, 3, 224, 224)."""
         if faces.shape[-2:] != (SIDE, SIDE):
             faces = F.interpolate(faces, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         mean, std = to_device(torch.tensor([MEAN, STD], dtype=faces.dtype), faces.device)[..., None, None]
         return (faces - mean) / std
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Map face crops (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
+        """Map aligned face crops (n, 3, H, W) RGB in [0, 1] to logits (n, 7) over `EXPRESSIONS`.
 
-        A sequence of them becomes one class per half second by `hicodit.conditions.types.window_expressions`.
+        `hicodit.conditions.types.window_expressions` reduces a sequence of logits to one class per half second.
         """
         order = to_device(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
         return self.logits(self.normalise(faces))[:, order]
@@ -298,18 +303,17 @@ class POSTER2(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
-        """Create the network with the tensors of a checkpoint's state dict, strict on all that the forward pass
-        uses."""
+        """Create the network from the state dict of a checkpoint. Loading is strict, except for unused tensors."""
         return build_with(lambda: cls(classes), rename_all(state, RULES), source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> POSTER2:
-        """Load a released checkpoint; the order of its classes follows from its name ("affectnet" or "raf" in it).
+        """Load a released checkpoint. Its name must contain "affectnet" or "raf", which determines the class order.
 
-        The meters that its training script pickled along are not rebuilt: nothing in the file is executed.
+        Pickled meters of the training script are not restored: no code in the file is executed.
         """
         path = Path(path)
         orders = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
         if len(orders) != 1:
-            raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which tells the order of the classes")
+            raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which determines the class order")
         return cls.from_released(read_state(path, "state_dict"), orders[0], path)

@@ -1,10 +1,10 @@
-"""The paper's condition encoders with their released weights: AV-HuBERT Large, ArcFace, POSTER V2.
+"""The condition encoders of the paper with their released weights: AV-HuBERT Large, ArcFace, POSTER V2.
 
 Axes: B batch, T video frames (25 per second), F face crops of a clip, n images or frames, H height, W width,
 S image side, E feature width.
 
-Their licences (see each class) allow research only, so they are not part of this project or of its releases: a model
-that uses them names a folder of checkpoints.
+Their licences (see each class) are limited to research, so they are not part of this project or its releases. A model
+that uses them refers to a folder of checkpoints.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from hicodit.conditions.avhubert import VIEW, AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import encode_in_windows
 from hicodit.conditions.poster2 import POSTER2
 
-WINDOW_FRAMES = 500  # of a long clip that AV-HuBERT sees at once
-CONTEXT_FRAMES = 50  # of them at each inner end whose features are not used
-PICTURES = 16  # that POSTER V2 sees at once
+WINDOW_FRAMES = 500  # window of AV-HuBERT in frames
+CONTEXT_FRAMES = 50  # context frames at each inner boundary, whose features are discarded
+PICTURES = 16  # images per batch of POSTER V2
 NETWORKS = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
 
 
 @dataclass(frozen=True)
 class UpstreamEncoderConfig(Group, prefix="encoders."):
-    """Where the checkpoints are.
+    """Config of the upstream encoders and their checkpoints.
 
-    folder: of the three files; None gives networks with random weights, to measure time and memory.
-    lip_file, identity_file, expression_file: in that folder.
-    picture_every: video frames to a face crop. The paper classifies every frame; the class of a half second changes
-        little with fewer, and POSTER V2 is the slowest of the three.
-    lip, identity_blocks: sizes of the networks with random weights.
+    folder: folder of the three checkpoints. None creates networks with random weights, to measure time and memory.
+    lip_file, identity_file, expression_file: file names in that folder. picture_every: video frames per face crop. The
+    paper classifies every frame; the class of a half second changes little with fewer crops, and POSTER V2 is the
+    slowest encoder. lip, identity_blocks: config of the networks with random weights.
     """
 
     kind: str = "upstream"
@@ -54,7 +53,7 @@ class UpstreamEncoderConfig(Group, prefix="encoders."):
     lip: dict[str, Any] = field(default_factory=dict)
     identity_blocks: tuple[int, ...] = setting(IRESNET100, 1, 256)
     face_dim: int = setting(512, 1, 2**14)
-    face_size: int = setting(224, ARCFACE_SIDE, 2**12)  # ArcFace's pose at twice its size, for POSTER V2
+    face_size: int = setting(224, ARCFACE_SIDE, 2**12)  # twice the size of ArcFace's pose, for POSTER V2
     mouth_size: int = setting(MOUTH_SIDE, VIEW, 2**12)
 
     def __post_init__(self) -> None:
@@ -67,33 +66,33 @@ class UpstreamEncoderConfig(Group, prefix="encoders."):
         return AVHubertConfig(**self.lip).width
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Cut mouth crops (n, 96, 96) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
-        first = max(0, min(start, len(track) - WINDOW))  # a pose takes the landmarks of the window after its frame
+        """Crop the mouth (n, 96, 96) uint8 grey from frames (n, H, W, 3), which start at frame `start` of the track."""
+        first = max(0, min(start, len(track) - WINDOW))  # a pose depends on the landmarks of the following frames
         stop = start + len(frames)
         poses = mouth_poses(track.best_points[first : stop + WINDOW - 1])
         return avhubert_mouth(frames, poses[start - first : stop - first])
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Cut face crops (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
+        """Crop the face (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
         pairs = zip(frames, five_points(track.best_points), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
 
 class UpstreamEncoders:
-    """The three released encoders, loaded when first used; not trained, saved, or part of the model's state."""
+    """The three upstream encoders, loaded on first use. They are not trained, saved, or part of the model's state."""
 
     learns = False
 
     def __init__(self, config: UpstreamEncoderConfig) -> None:
         self.config = config
-        self.expected: dict[str, str] = {}  # by feature, the digest of the weights that a model was trained with
+        self.expected: dict[str, str] = {}  # digest of the weights that the model was trained with, by feature
         self._networks: dict[str, nn.Module] = {}
 
     def __deepcopy__(self, memo: dict) -> UpstreamEncoders:
         return self
 
     def network(self, name: str, device: torch.device) -> nn.Module:
-        """Return the encoder "lip", "identity" or "expression", on a device."""
+        """Return the encoder "lip", "identity" or "expression" on a device."""
         if name not in self._networks:
             network = self._read(name).eval().requires_grad_(False)
             expected = self.expected.get("face_identity" if name == "identity" else name)

@@ -258,7 +258,7 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders):
 def test_a_clip_without_a_picture_is_named_before_a_model_speaks_for_it(run, capsys):
     with pytest.raises(UserError, match="none of the 3 clips can be measured"):
         run("model=hicodit", "metrics=stoi", outputs=None, metrics=None, table=None)
-    assert capsys.readouterr().err.count("no picture to speak for: ID.mp4 in references=") == 3
+    assert capsys.readouterr().err.count("no input video: expected ID.mp4 in references=") == 3
 
 
 def test_speech_without_pictures_is_compared_with_those_it_was_made_for(run, monkeypatch, folders):
