@@ -24,7 +24,7 @@ from hicodit.conditions.types import FPS, MIN_FRAMES, windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
-SECOND = int(FPS)  # minimum length in video frames
+SECOND = int(FPS)  # video frames per second
 PICTURES = ("mouth", "faces")  # inputs of trainable encoders
 FEATURES = ("lip", "face_identity")  # outputs of frozen encoders, in half precision
 FACE = "face"  # entry of the digests with the face detector, see `engine.faces.source`

@@ -1,8 +1,8 @@
-"""Sample the tokens of clips of any length: model, guidance and sampler, window by window.
+"""Token sampling for clips of any length: model, guidance and sampler, window by window.
 
 A clip longer than the sampler's window is sampled in several windows. Each starts from the last tokens of the previous
-one, which the sampler keeps, so that no seam is audible. The last tokens of a window were sampled without the pictures
-that follow, and are sampled again. Windows start at whole seconds, so that expression windows stay aligned.
+one, which the sampler keeps, so that no seam is audible. The last tokens of a window were sampled without the frames
+that follow, and are resampled. Windows start at whole seconds, so that expression windows stay aligned.
 
 Axes: B clips, T video frames (25 per second), L = 2 T token frames, K token levels, M requested frames of a level,
 N codes.
@@ -29,8 +29,8 @@ from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
 from hicodit.samplers import Posterior, sample
 from hicodit.settings import GuidanceScales, SamplerConfig
 
-OVERLAP = 25  # video frames that two windows share
-REDO = 5  # those of them whose tokens are sampled again
+OVERLAP = 25  # overlap of two windows in video frames
+REDO = 5  # part of the overlap whose tokens are resampled
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class GuidedPosterior:
 
     Attributes:
         model: the score network.
-        conditioning: what does not depend on time. A CUDA graph of a step copies it, and so serves other clips, too.
+        conditioning: time-independent tensors. A CUDA graph of a step copies them, so that it can be reused for other
+            clips.
         scales: guidance scales.
     """
 
@@ -48,14 +49,14 @@ class GuidedPosterior:
     scales: GuidanceScales
 
     def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
-        """Compute log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
+        """Return log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
         sigma = LogLinearNoise().sigma(t.float())
         positions = None
         if where is not None:
             clip = torch.arange(len(tokens), device=tokens.device)[:, None]
             positions = [(clip, frame) for frame in where.unbind(1)]
         with half_precision(tokens.device, self.model.dtype):
-            log_p = self.model(tokens, sigma, self.conditioning, positions)  # of each branch
+            log_p = self.model(tokens, sigma, self.conditioning, positions)  # log posteriors of each branch
         if where is not None:
             batch, levels, frames = where.shape
             log_p = log_p.unflatten(1, (levels, batch, frames)).transpose(1, 2)
@@ -63,7 +64,7 @@ class GuidedPosterior:
 
 
 def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior:
-    """Prepare the guided posterior of a batch of clips: all that does not depend on diffusion time."""
+    """Prepare the guided posterior of a batch of clips: everything that does not depend on diffusion time."""
     with half_precision(conditions.lip.device, model.dtype):
         conditioning = model.prepare(conditions, scales.branches)
     return GuidedPosterior(model, conditioning, scales)
@@ -81,22 +82,23 @@ def generate(
     graphs: GraphedSteps | None = None,
     evaluations: list[int] | None = None,
 ) -> list[Tensor]:
-    """Sample the tokens (K, L) of each clip; return them on the CPU. A clip's draws depend on its seed alone.
+    """Sample the tokens (K, L) of each clip; return them on the CPU. The random numbers of a clip depend only on its
+    seed.
 
-    The other clips of the batch change only rounding. The draws of a CPU differ from those of an accelerator.
+    The rest of the batch only affects rounding. Random numbers differ between CPU and accelerators.
 
     Args:
         model: the score network.
-        conditions: of B clips.
-        sampler: settings of the sampler.
-        scales: guidance scales; their branches are evaluated together.
+        conditions: conditions of B
+        clips. sampler: settings of the sampler.
+        scales: guidance scales, whose branches are evaluated as one batch.
         seeds: one per clip.
-        posterior_of: prepares the posterior of the clips of a window.
+        posterior_of: prepares the posterior for the clips of a window.
         on_step: called after each step of the sampler.
-        graphs: runs the steps; by default they are called directly. Where it captures CUDA graphs, batches are padded
-            as `pad_for_graphs` does, which changes only rounding.
-        evaluations: (B,) counters, to which the evaluations of the network are added for each clip: one per guidance
-            branch and step, in each window. They are counted per step, as a replayed CUDA graph runs no Python.
+        graphs: runs the steps; by default they are called directly. If it captures CUDA graphs, batches are padded by
+            `pad_for_graphs`, which only affects rounding.
+        evaluations: (B,) counters, to which the number of network evaluations of each clip is added: one per guidance
+            branch, step and window.
     """
     if scales.guidance_form == "literal" and sampler.method != "euler":
         raise UserError(
@@ -148,13 +150,13 @@ def generate(
 
 
 def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Sequence[tuple[int, int]]) -> Conditions:
-    """Return the conditions of one window of each of the chosen clips, padded to the longest of them.
+    """Return the conditions of one window of each of the selected clips, padded to the longest one.
 
     Args:
         conditions: of B clips.
-        clips: indices of the clips that have such a window.
-        spans: [start, end) of their windows, in video frames; a start is a whole second, as expression windows are
-            half seconds.
+        clips: indices of the clips with this window.
+        spans: [start, end) of their windows in video frames. Starts are whole seconds, to align with expression
+            windows.
     """
     lips = [conditions.lip[b, start:end] for b, (start, end) in zip(clips, spans)]
     classes = [conditions.expression[b, windows_of(start) : windows_of(end)] for b, (start, end) in zip(clips, spans)]
@@ -168,9 +170,9 @@ def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Seque
 
 
 def pad_for_graphs(conditions: Conditions) -> Conditions:
-    """Pad a batch to whole seconds and to a power of two of clips, so that few CUDA graphs serve all batches.
+    """Pad a batch to whole seconds and to a power of two of clips, so that few CUDA graphs cover all batches.
 
-    The added clips repeat the last one. `frames` of the other clips stays as it is.
+    Added clips repeat the last one. `frames` of the other clips is unchanged.
     """
     batch, length = conditions.lip.shape[:2]
     longer = -length % int(FPS)
@@ -186,7 +188,7 @@ def pad_for_graphs(conditions: Conditions) -> Conditions:
 
 
 def pad_prompts(prompts: Tensor, padded: Conditions, mask_id: int) -> Tensor:
-    """Pad tokens (B, K, L), on the CPU, to the clips and the length of conditions that `pad_for_graphs` returns."""
+    """Pad tokens (B, K, L), on the CPU, to the number of clips and length of `pad_for_graphs`."""
     longer = TOKENS_PER_FRAME * padded.lip.shape[1] - prompts.shape[2]
     more_clips = len(padded.frames) - len(prompts)
     prompts = torch.cat([prompts, prompts[-1:].expand(more_clips, -1, -1)])
@@ -197,11 +199,11 @@ def pad_prompts(prompts: Tensor, padded: Conditions, mask_id: int) -> Tensor:
 def capture_graphs(
     model: HiCoDiT, sampler: SamplerConfig, scales: GuidanceScales, graphs: GraphedSteps, batch_size: int
 ) -> None:
-    """Capture the sampler's graphs for all batches up to `batch_size`, so that no later clip waits for a capture.
+    """Capture the sampler's CUDA graphs for all batches up to `batch_size`, so that no later clip waits for a capture.
 
-    A graph serves whole seconds, up to the sampler's window, and powers of two of clips; it differs between batches
-    with and without padding. The planned steps of Euler differ in the number of tokens that they reveal, too: those
-    that other clips need are captured when they come.
+    There is a graph for each number of whole seconds, up to the sampler's window, each power of two of clips, and with
+    and without padding. Euler's planned steps also differ in the number of revealed tokens; further graphs are captured
+    when needed.
     """
     if graphs.backend is None:
         return
@@ -221,7 +223,7 @@ def capture_graphs(
 
 
 def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
-    """Return the overlapping windows [start, end), in video frames, of a clip of so many frames."""
+    """Return the overlapping windows [start, end) in video frames of a clip with `frames` frames."""
     length = int(FPS) * sampler.window
     starts = range(0, max(1, frames - OVERLAP), length - OVERLAP)
     return [(start, min(start + length, frames)) for start in starts]

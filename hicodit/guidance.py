@@ -1,16 +1,16 @@
-"""Enhanced predictor-free guidance by several conditions (DEmoFace, arXiv 2502.01046; used by HiCoDiT).
+"""Enhanced predictor-free guidance with several conditions (DEmoFace, arXiv 2502.01046; used by HiCoDiT).
 
-A guidance branch is the network run with some conditions present and the others null: `none`, `all`, `identity`,
-`expression`, `lip`. The guided score is the joint score times the composed score. The paper's displayed equation does
-not survive in any stored text, so that two forms of it are offered. With W = w_identity + w_expression + w_lip:
+A guidance branch is an evaluation of the network with some conditions and null conditions otherwise: `none`, `all`,
+`identity`, `expression`, `lip`. The guided score is the product of the joint score and the composed score. The paper's
+equation is ambiguous, so that two forms of it are implemented. With W = w_identity + w_expression + w_lip:
 
-- `literal` multiplies the scores of both. The exponent of the `none` branch is 2 - w_all - W. A score carries the odds
-  a / (1 - a) of a token being unmasked, and the product squares them: the form changes the unmasking schedule even
-  without guidance, and needs a sampler that follows the total rate (`sampler.method=euler`).
-- `normalised` (the default) weights the posteriors instead, with 1 - w_all - W for `none`, and renormalises. w_all = 1
-  and all others 0 is the conditional model itself, and the schedule stays (arXiv 2507.08965 on why that matters).
+- `literal` multiplies the scores of both. The exponent of the `none` branch is 2 - w_all - W. A score contains the odds
+  a / (1 - a) of a token being unmasked, which the product squares. This form therefore changes the unmasking schedule
+  even without guidance, and requires a sampler that follows the total rate (`sampler.method=euler`).
+- `normalised` (the default) weights the posteriors instead, with 1 - w_all - W for `none`, and renormalises. With w_all
+  = 1 and all others 0 it is the conditional model. The unmasking schedule is unchanged (see arXiv 2507.08965).
 
-docs/reproduce.md has the command that compares the two on a validation split.
+See docs/reproduce.md for a comparison of both forms on a validation split.
 
 Axes: G guidance branches, N real tokens.
 """
@@ -24,13 +24,13 @@ from hicodit.settings import GuidanceScales
 
 
 def combine(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:
-    """Combine branch log posteriors (G, ..., N), in the order of `scales.branches`, into one (..., N).
+    """Combine the log posteriors of the branches (G, ..., N), in the order of `scales.branches`, into one (..., N).
 
-    The normalised form returns a log posterior. The literal form returns the log of an unnormalised one.
+    The normalised form returns log posteriors, the literal form unnormalised ones.
 
     Args:
         log_odds: log(a / (1 - a)) = -log(exp(sigma) - 1), of a shape that broadcasts against (..., N). The literal form
-            adds the powers of the unmasking odds that the product of scores carries beyond the first; None: none.
+            adds the additional powers of the unmasking odds in the product of scores. None: no odds.
     """
     exponents = list(scales.exponents().values())
     out = exponents[0] * log_p[0]

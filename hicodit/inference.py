@@ -1,4 +1,4 @@
-"""The `infer.py` job: clips in, for each a WAV, the clip with its new audio, and a figure.
+"""The `infer.py` job for HiCoDiT: for each clip, a WAV file, the clip with generated speech, and a figure.
 
 Axes: T video frames, N samples.
 """
@@ -39,9 +39,9 @@ def run(c: InferConfig, clips: list[Path]) -> int:
 
 
 class ClipRunner(JobRunner):
-    """Finds the faces in clips, generates the speech and writes the files.
+    """Detects the faces in clips, generates speech and writes the output files.
 
-    index: of the GPU, if several processes share the clips.
+    index: GPU index, if several processes share the clips.
     """
 
     def __init__(self, c: InferConfig, index: int | None = None) -> None:
@@ -65,7 +65,7 @@ class ClipRunner(JobRunner):
         self.times = WordTimes() if c.timestamps else None
 
     def load(self, weights: str | Path) -> HiCoDiTPipeline:
-        """Load the pipeline of a release, with the settings of the job."""
+        """Load the pipeline of a release with the settings of the job."""
         c = self.config
         with stage("loading"):
             pipeline = HiCoDiTPipeline.from_pretrained(
@@ -76,11 +76,11 @@ class ClipRunner(JobRunner):
         return pipeline
 
     def pipeline_for(self, clip: Path) -> HiCoDiTPipeline:
-        """Return the pipeline of `weights=`, or of the bundled release that suits the face of a clip."""
+        """Return the pipeline of `weights=`, or of the bundled release for the face in a clip."""
         return self.pipelines.for_clip(clip)
 
     def prepare(self, clip: Path) -> tuple[HiCoDiTPipeline, list[Crops]]:
-        """Choose the pipeline, find the face, or all, and cut out mouth and face."""
+        """Select the pipeline, detect one face or all, and crop mouth and face."""
         c = self.config
         folder = Path(self.scratch.name)
         pipeline = self.pipeline_for(clip)
@@ -88,9 +88,9 @@ class ClipRunner(JobRunner):
         return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
-        """Generate the speech of a batch, the clips of each pipeline together."""
+        """Generate the speech of a batch. The clips of each pipeline form one batch."""
         spoken: dict[int, list[Speech]] = {}
-        for pipeline in [*self.pipelines.loaded.values()]:  # the next batch may load another meanwhile
+        for pipeline in [*self.pipelines.loaded.values()]:  # the next batch may load another pipeline in the meantime
             chosen = [number for number, (its, _) in enumerate(batch) if its is pipeline]
             faces = [crops for number in chosen for crops in batch[number][1]]
             if not faces:
@@ -103,7 +103,7 @@ class ClipRunner(JobRunner):
     def write(
         self, name: str, prepared: tuple[HiCoDiTPipeline, list[Crops]], speeches: list[Speech]
     ) -> tuple[str, float]:
-        """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
+        """Write the files of a clip atomically. Return a summary line and the length of the speech in seconds."""
         clip = Path(name)
         remarks = []
         total = 0.0
@@ -123,7 +123,7 @@ class ClipRunner(JobRunner):
 
 
 class StreamRunner(ClipRunner):
-    """Reads clips as streams: speech comes in hops, without access to the whole clip."""
+    """Processes clips as streams: speech is generated in hops, without access to the whole clip."""
 
     def prepare(self, clip: Path) -> Path:
         return clip
@@ -149,7 +149,7 @@ class StreamRunner(ClipRunner):
 
 
 def write_speech(clip: Path, speech: Speech, folder: Path, stem: str, figure: bool) -> None:
-    """Write the speech of a clip, the clip with this audio and, if asked for, the figure: STEM.wav, .mp4 and .png."""
+    """Write the speech of a clip, the clip with this audio and optionally the figure: STEM.wav, .mp4 and .png."""
     speech.save(folder / f"{stem}.wav")
     mux_audio(clip, speech.wave, speech.rate, folder / f"{stem}.mp4", GENERATED)
     if figure:

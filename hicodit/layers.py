@@ -1,4 +1,4 @@
-"""Transformer blocks with adaptive layer norm, as in SEDD / DiT, and HiCoDiT's dual-scale variant.
+"""Transformer blocks with adaptive layer norm as in SEDD and DiT, and HiCoDiT's dual-scale variant.
 
 Axes: B batch, L sequence, C width, H heads, D head width (C = H * D), E condition width, J expression windows.
 """
@@ -16,23 +16,23 @@ GELU_SLOPE = math.sqrt(8 / math.pi)
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """Return cosines and sines (2, L, D/2) of rotary positions."""
+    """Return cosines and sines (2, L, D/2) of rotary position embeddings."""
     inverse = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x (B, H, L, D) by a table (2, L, D/2); halves are paired (not neighbours)."""
+    """Rotate x (B, H, L, D) by a table (2, L, D/2). Pairs are formed between the two halves, not between neighbours."""
     cos, sin = table
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
-    """Compute attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
+    """Compute attention over (B, H, L, D). mask (B, 1, 1, L) is True for keys to attend to.
 
-    `backend="flash"` takes the flash-attn kernel where it applies (CUDA, half precision, nothing masked).
+    `backend="flash"` uses the flash-attn kernel if possible (CUDA, half precision, no mask).
     """
     if backend == "flash" and mask is None and q.is_cuda and q.dtype != torch.float32:
         from flash_attn import flash_attn_func  # optional extra
@@ -40,16 +40,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = 
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, L, H, D)
         return out.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None and not q.requires_grad:
-        # torch's own kernel takes one and a half times as long here.
+        # torch's own kernel takes 1.5 times as long here.
         return (q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2)).softmax(-1) @ v
     if q.device.type == "cpu" and q.requires_grad:
-        with torch.autocast("cpu", enabled=False):  # bfloat16 attention on a CPU runs backward three times slower
+        with torch.autocast(
+            "cpu", enabled=False
+        ):  # the backward pass of bfloat16 attention on a CPU is three times slower
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class TimeEmbedding(nn.Module):
-    """Noise level (B,) -> (B, E): 128 cosines and 128 sines of sigma itself, then an MLP (SEDD)."""
+    """Embeds the noise level (B,) -> (B, E): 128 cosines and 128 sines of sigma, followed by an MLP (SEDD)."""
 
     FREQUENCIES = 128
 
@@ -64,7 +66,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """Layer norm with a gain and no bias, then (1 + scale) * x + shift."""
+    """Layer norm with a gain and no bias, followed by (1 + scale) * x + shift."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class ScaleNorm(nn.Module):
 
 
 class TanhGELU(nn.GELU):
-    """nn.GELU(approximate="tanh"), three times as fast on a CPU without gradients.
+    """`nn.GELU(approximate="tanh")`, three times as fast on a CPU without gradients.
 
     With p = sqrt(8 / pi) (1 + 0.044715 x^2) it is x sigmoid(p x) = silu(p x) / p, and silu has a vectorised kernel.
     """
@@ -93,14 +95,14 @@ class TanhGELU(nn.GELU):
 
 
 class AdaLNBlock(nn.Module):
-    """Pre-norm attention and MLP, both modulated and gated.
+    """Pre-norm transformer block with modulated and gated attention and MLP (AdaLN).
 
-    The modulation is computed outside, for all blocks of a stage at once. With temporal scales, the modulated inputs of
-    attention and of the MLP are also multiplied by one scalar per frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c],
-    HiCoDiT's dual-scale AdaLN. The residual stream `h` keeps its precision under autocast.
+    The modulation is computed for all blocks of a stage at once. With temporal scales, the modulated inputs of
+    attention and MLP are also multiplied by one scalar per frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's
+    dual-scale AdaLN. The residual stream `h` keeps its dtype under autocast.
     """
 
-    PARTS = 6  # vectors of width C in its modulation: shift, scale and gate, of attention and of the MLP
+    PARTS = 6  # modulation vectors of width C: shift, scale and gate of attention and MLP
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, attention: str = "sdpa") -> None:
         super().__init__()
@@ -136,9 +138,10 @@ class AdaLNBlock(nn.Module):
 
 
 def modulation_layer(cond_dim: int, width: int, blocks: int, norms: int = 1) -> nn.Linear:
-    """Return the layer from a condition (B, E) to the modulation of n blocks, then shift and scale of further norms.
+    """Return the linear layer from a condition (B, E) to the modulation of n blocks, and shift and scale of further
+    norms.
 
-    It starts at zero: gates are closed, so that a new block is the identity.
+    It is initialised to zero, so that the gates are closed and each block is the identity.
     """
     layer = nn.Linear(cond_dim, (AdaLNBlock.PARTS * blocks + 2 * norms) * width)
     nn.init.zeros_(layer.weight)
@@ -147,14 +150,14 @@ def modulation_layer(cond_dim: int, width: int, blocks: int, norms: int = 1) -> 
 
 
 class TemporalScales(nn.Module):
-    """gamma_t of a stage's blocks: an MLP of the expression of each half second and of time.
+    """Temporal scales gamma_t of a stage's blocks: an MLP of half-second expressions and diffusion time.
 
-    gamma_t multiplies without a "1 +", so it starts at 1 whatever the input.
+    gamma_t is a factor without "1 +", so it is initialised to 1 for all inputs.
     """
 
     def __init__(self, width: int, cond_dim: int, blocks: int) -> None:
         super().__init__()
-        self.expression = nn.Linear(width, cond_dim)  # the first layer's part that does not depend on time
+        self.expression = nn.Linear(width, cond_dim)  # time-independent part of the first layer
         self.time = nn.Linear(cond_dim, cond_dim, bias=False)
         self.scales = nn.Linear(cond_dim, 2 * blocks)
         nn.init.zeros_(self.scales.weight)
@@ -163,6 +166,6 @@ class TemporalScales(nn.Module):
     def forward(self, expression: Tensor, time: Tensor) -> Tensor:
         """Map `self.expression` of the windows (B, J, E) and embedded time (B, E) to scales (B, J, 2 * blocks).
 
-        A block's two neighbouring columns are the scales of its attention and of its MLP.
+        Two consecutive columns are the scales of attention and MLP of a block.
         """
         return self.scales(F.silu(expression + self.time(time)[:, None]))

@@ -1,22 +1,22 @@
 """The score network of HiCoDiT (arXiv 2604.15923): stages of AdaLN blocks over groups of RVQ levels, coarse to fine.
 
-Axes: B clips, G guidance branches, U of them that differ in the low stage, R rows of a stage (its branches times B), K
-token levels, L token frames (50 per second), T video frames (25 per second), J expression windows (2 a second), C
-width, E condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
+Axes: B clips, G guidance branches, U distinct branches of the low stage, R rows of a stage (branches times B), K token
+levels, L token frames (50 per second), T video frames (25 per second), J expression windows (2 a second), C width, E
+condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
 
-Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
-3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. `expression_context`
-(not in the paper; the bundled model has it) adds the expression to both inputs. Two ablations: *flat* is one stage of
-all levels that takes all conditions; *single scale* has plain AdaLN, where the expression of the whole utterance joins
-identity and time in one global condition of all blocks.
+The low stage models levels 1-2; lip features enter by channel concatenation, identity and time by AdaLN. The high stage
+models levels 3-12; the output of the low stage enters by concatenation, expression and time by dual-scale AdaLN.
+`expression_context` (not in the paper; the bundled model has it) adds the expression to both inputs. There are two
+ablations: *flat* is a single stage of all levels with all conditions; *single scale* has plain AdaLN, where the
+expression of the whole utterance, identity and time form a global condition of all blocks.
 
-What the paper leaves open was chosen here:
-- a group of levels enters as the mean of its levels' embeddings (DEmoFace), one table of N + 1 rows per level;
-- both concatenations are followed by a linear layer from 2C to C, here as two layers that are added;
+Design choices that the paper does not specify:
+- the input of a group of levels is the mean of their embeddings (DEmoFace), with a table of N + 1 rows per level;
+- both concatenations are followed by a linear layer from 2C to C, implemented as the sum of two layers;
 - lip features are repeated twice to reach 50 per second;
-- heads of levels 1-2 read the low stage, the others the high stage, each after a modulated norm;
-- a null condition is a learned vector, for expression a row of its table; positions are rotary;
-- heads give normalised log posteriors, and the AdaLN condition is 128 wide.
+- the heads of levels 1-2 are attached to the low stage, the others to the high stage, each after a modulated norm;
+- null conditions are learned vectors, for expression a row of its table; position embeddings are rotary;
+- the heads output normalised log posteriors, and the AdaLN condition has 128 channels.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, ScaleNorm, TemporalScales, TimeEmbedding, modulation_layer, rotary_table
 
 CONDITIONS = ("lip", "identity", "expression")
-BRANCHES = {  # guidance branch -> the conditions that it sees
+BRANCHES = {  # conditions of each guidance branch
     "none": (),
     "all": CONDITIONS,
     "identity": ("identity",),
     "expression": ("expression",),
     "lip": ("lip",),
 }
-FLOAT32 = (  # at any precision
+FLOAT32 = (  # parts that stay in float32 at any precision
     "time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter"
 )  # fmt: skip
 TOKENS_PER_FRAME = 2
@@ -52,16 +52,15 @@ WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
 
 @dataclass(frozen=True)
 class ModelConfig(Group, prefix="model."):
-    """Sizes and switches. The defaults are `hicodit_base`.
+    """Config of `HiCoDiT`. The defaults are `hicodit_base`.
 
-    expressions: classes; their embedding is C wide.
-    hierarchical: False is the flat ablation. dual_scale: False is the single-scale ablation.
-    expression_context: the input of each stage also takes the expression of each half second through a linear layer, so
-        that it can choose a direction in time (not in the paper, whose temporal scale only says how strongly).
-    normalised: heads give log posteriors; False gives free log scores, as SEDD's.
-    drop_all, drop_each: training probability of dropping all conditions, else each by itself.
-    keep_single: training probability of keeping exactly one condition (not in the paper: 0).
-    attention: sdpa, or flash for the flash-attn kernel where it applies.
+    expressions: number of expression classes, embedded with width C. hierarchical: False for the flat ablation.
+    dual_scale: False for the single-scale ablation. expression_context: add the linearly projected expression of each
+    half second to the input of each stage (not in the paper, whose temporal scale only changes a magnitude).
+    normalised: True for log posteriors, False for unnormalised log scores as in SEDD. drop_all, drop_each: training
+    probability of dropping all conditions, and otherwise each condition independently. keep_single: training
+    probability of keeping exactly one condition (not in the paper: 0). attention: sdpa, or flash for the flash-attn
+    kernel where possible.
     """
 
     levels: int = setting(12, 1, 256)
@@ -96,16 +95,17 @@ class ModelConfig(Group, prefix="model."):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that does not depend on time, for B clips and G guidance branches.
+    """Time-independent tensors for B clips and G guidance branches.
 
-    Rows run over branches, then over clips. Branches that the low stage cannot tell apart share its rows.
+    Rows are ordered by branch, then by clip. Branches that are identical for the low stage share its rows.
 
     Attributes:
-        lip: (U * B, L, C) added to the low stage's tokens: lip features and, with `expression_context`, expression.
-        conds: (R, E) for each stage, the embedded identity and pooled expression that it is conditioned on.
-        windows: (G * B, J, E) expression of each half second, for the temporal scales.
-        expression: (G * B, L, C) what `expression_context` adds to the high stage's input.
-        low_index: (G * B,) the row of the low stage that each row takes; None where all differ.
+        lip: (U * B, L, C) added to the tokens of the low stage: lip features and, with `expression_context`,
+            expression.
+        conds: (R, E) global condition of each stage: embedded identity and pooled expression.
+        windows: (G * B, J, E) embedded expression of each half second, for the temporal scales.
+        expression: (G * B, L, C) added to the input of the high stage with `expression_context`.
+        low_index: (G * B,) row of the low stage for each row. None if all differ.
         rotary: (2, L, D/2) rotary position embeddings.
         mask: (B, 1, 1, L) bool, True at real token frames; None if no clip is padded.
     """
@@ -120,9 +120,9 @@ class Conditioning:
 
 
 def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each level, clip and frame (n,) of the true positions of a mask (B, K, L), on the device.
+    """Return clip and frame indices (n,) of the True positions of a mask (B, K, L) for each level, on the device.
 
-    The mask lies on the host: a device would have to report how many positions there are.
+    The mask is on the host, as counting positions on the device would synchronise.
     """
     level, clip, frame = mask.transpose(0, 1).nonzero(as_tuple=True)
     counts = level.bincount(minlength=mask.shape[1]).tolist()
@@ -131,14 +131,14 @@ def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tenso
 
 
 def rows_of(where: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return clip, level and frame (M,) of the rows that `HiCoDiT.forward` computes for such positions."""
+    """Return clip, level and frame (M,) of the rows that `HiCoDiT.forward` computes for these positions."""
     clip, frame = (torch.cat(parts) for parts in zip(*where))
     level = torch.cat([torch.full_like(clips, level) for level, (clips, _) in enumerate(where)])
     return clip, level, frame
 
 
 def padding(frames: Tensor, length: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """Return what attention and the pooling of expressions need to know of padding.
+    """Return the padding mask for attention and the weights for expression pooling.
 
     Args:
         frames: (B,) video frames of each clip, on the host.
@@ -146,7 +146,7 @@ def padding(frames: Tensor, length: int, device: torch.device) -> tuple[Tensor |
 
     Returns:
         mask: (B, 1, 1, L) bool, True at real token frames; None if no clip is padded.
-        window_fraction: (B, J) the fraction of a clip's token frames that lies in each half second, 0 of padding.
+        window_fraction: (B, J) fraction of the token frames of a clip in each half second, 0 for padding.
     """
     ends = TOKENS_PER_FRAME * frames[:, None]  # (B, 1)
     valid = torch.arange(length, device=frames.device) < ends
@@ -157,7 +157,7 @@ def padding(frames: Tensor, length: int, device: torch.device) -> tuple[Tensor |
 
 
 class Stage(nn.Module):
-    """Blocks over one group of levels: the mean of the levels' embeddings, fused with a context sequence."""
+    """Blocks over one group of levels. The input is the mean of the level embeddings, fused with a context sequence."""
 
     def __init__(self, config: ModelConfig, first: int, last: int, blocks: int, conditions: Sequence[str]) -> None:
         super().__init__()
@@ -167,16 +167,16 @@ class Stage(nn.Module):
         self.inputs = (*conditions, "expression") if c.expression_context else self.conditions
         self.embeddings = nn.ModuleList(nn.Embedding(c.codes + 1, c.width) for _ in range(first, last))
         self.fuse_tokens = nn.Linear(c.width, c.width)
-        self.fuse_context = nn.Linear(c.width, c.width, bias=False)  # the concatenation's second half
+        self.fuse_context = nn.Linear(c.width, c.width, bias=False)  # second half of the concatenation
         self.fuse_expression = nn.Linear(c.width, c.width, bias=False) if c.expression_context else None
         if c.expression_context:
-            nn.init.zeros_(self.fuse_expression.weight)  # starts as the model without this input
+            nn.init.zeros_(self.fuse_expression.weight)  # zero-initialised, so that training starts without this input
         self.blocks = nn.ModuleList(
             AdaLNBlock(c.width, c.heads, dropout=c.dropout, attention=c.attention) for _ in range(blocks)
         )
         two_scales = c.dual_scale and "expression" in conditions
         self.temporal = TemporalScales(c.width, c.cond_dim, blocks) if two_scales else None
-        self.norm = ScaleNorm(c.width)  # before the heads
+        self.norm = ScaleNorm(c.width)  # norm before the heads
         self.modulation = modulation_layer(c.cond_dim, c.width, blocks)
         self.heads = nn.ModuleList(nn.Linear(c.width, c.codes) for _ in range(first, last))
         for table in self.embeddings:
@@ -186,19 +186,21 @@ class Stage(nn.Module):
             nn.init.zeros_(head.bias)
 
     def sees(self, branch: str) -> tuple[bool, ...]:
-        """Return which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
+        """Return which of `CONDITIONS` this stage receives in a guidance branch."""
         return tuple(name in BRANCHES[branch] and name in self.inputs for name in CONDITIONS)
 
     def forward(
         self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        """Map tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) to hidden states and inputs of heads, each
-        (R, L, C).
+        """Map tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) to hidden states and head inputs, each (R,
+        L, C).
         """
         copies = len(context) // len(tokens)  # guidance branches
         tables = enumerate(self.embeddings, self.first)
         embedded = torch.stack([table(tokens[:, level]) for level, table in tables]).mean(0)
-        h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # the residual stream, also in autocast
+        h = (
+            self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
+        ).float()  # the residual stream, also under autocast
         mask = conditioning.mask
         if mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)
@@ -217,7 +219,7 @@ class Stage(nn.Module):
 
 
 class HiCoDiT(nn.Module):
-    """Tokens, noise level and conditions to log posteriors over clean tokens."""
+    """Maps tokens, noise level and conditions to log posteriors over clean tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -243,11 +245,13 @@ class HiCoDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the matrices; see `engine.precision`."""
+        """Dtype of the matrices; see `engine.precision`."""
         return self.stages[0].fuse_tokens.weight.dtype
 
     def adapt_identity(self, face: Tensor) -> Tensor:
-        """Map a face embedding (B, face_dim) to a unit vector (B, 256) in the GE2E voice space: its values are >= 0."""
+        """Map a face embedding (B, face_dim) to a unit vector (B, 256) in the GE2E space, whose values are
+        non-negative.
+        """
         return F.normalize(self.identity_adapter(face), dim=-1, eps=1e-6)
 
     def draw_keep(self, batch: int, device: torch.device) -> Tensor:
@@ -265,12 +269,12 @@ class HiCoDiT(nn.Module):
         branches: Sequence[str] = ("all",),
         keep: Tensor | None = None,
     ) -> Conditioning:
-        """Compute all that does not depend on diffusion time.
+        """Compute all time-independent tensors.
 
         Args:
             conditions: of B clips.
-            branches: guidance branches, names of `BRANCHES`.
-            keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
+            branches: guidance branches, keys of `BRANCHES`.
+            keep: (B, 3) bool, the conditions that each clip keeps, instead of branches (training).
         """
         device = conditions.lip.device
         batch = len(conditions.frames)
@@ -315,23 +319,23 @@ class HiCoDiT(nn.Module):
         )
 
     def guidance_rows(self, branches: Sequence[str], device: torch.device) -> Tensor:
-        """Return which conditions the high stage sees in each guidance branch, (G, 1, 3) bool."""
+        """Return the conditions of the high stage in each guidance branch, (G, 1, 3) bool."""
         rows = [self.stages[-1].sees(branch) for branch in branches]
         return to_device(torch.tensor(rows)[:, None], device)
 
     def low_rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return the rows that the low stage computes: branches that it cannot tell apart share theirs.
+        """Return the distinct rows that the low stage computes; branches that are identical for it share their rows.
 
         Returns:
-            rows: (U, 1, 3) bool, which conditions the low stage sees in each of its distinct branches.
-            low_index: (G * B,) the row, of U * B, that each clip takes in each branch; None where all branches differ.
+            rows: (U, 1, 3) bool, conditions of the low stage in each of its distinct branches.
+            low_index: (G * B,) row among U * B for each clip and branch. None if all branches differ.
         """
         seen = [self.stages[0].sees(branch) for branch in branches]
         distinct = list(dict.fromkeys(seen))
         rows = to_device(torch.tensor(distinct)[:, None], device)
         if len(distinct) == len(seen):
             return rows, None
-        first = torch.tensor([batch * distinct.index(row) for row in seen])  # (G,) where the rows of a branch begin
+        first = torch.tensor([batch * distinct.index(row) for row in seen])  # (G,) first row of each branch
         index = (first[:, None] + torch.arange(batch)).flatten()
         return rows, to_device(index, device)
 
@@ -347,11 +351,11 @@ class HiCoDiT(nn.Module):
         Args:
             tokens: (B, K, L).
             sigma: noise level (B,).
-            where: clip and frame of the requested positions of each level, two tensors that broadcast to each other;
-                None gives all positions.
+            where: clip and frame indices of the requested positions of each level, two tensors that broadcast to each
+                other. None: all positions.
 
         Returns:
-            (G, B, K, L, N); with `where` (G, M, N), one row a position, level by level. With `normalised` off, logs of
+            (G, B, K, L, N); with `where` (G, M, N), one row per position, level by level. Without `normalised`, logs of
             unnormalised posteriors.
         """
         with torch.autocast(tokens.device.type, enabled=False):

@@ -1,7 +1,8 @@
-"""How unlike the people of the training clips a face is: a remark for whoever reads the result, never a refusal.
+"""Detection of faces unlike those of the training clips, which causes a remark to the user but no error.
 
-A release may hold people.json: means over the clips of each person of random projections of the face crop, their
-spread within a person, and the distance from which a face counts as unlike. No picture can be made from so few numbers.
+A release may contain people.json: random projections of face crops, averaged over the clips of each person, their
+standard deviation within a person, and the distance above which a face counts as unknown. Faces cannot be reconstructed
+from so few values.
 
 Axes: n face crops, S' their side, D = 24 features, P people.
 """
@@ -23,17 +24,17 @@ from engine.untrusted import read_json
 FILE = "people.json"
 SIDE = 16
 FEATURES = 24
-LIMIT = 2.4  # on GRID, new sentences of known people are at most 2.1, other people at least 2.8
+LIMIT = 2.4  # on GRID, distances of known people are at most 2.1, of other people at least 2.8
 
 
 @cache
 def projection() -> np.ndarray:
-    """Return the matrix (256, D) of a random projection, the same on all machines."""
+    """Return the matrix (256, D) of a random projection, which is the same on all machines."""
     return np.random.default_rng(0).normal(size=(SIDE**2, FEATURES)) / np.sqrt(FEATURES)
 
 
 def face_features(faces: np.ndarray) -> np.ndarray:
-    """Return features (D,) of the face crops (n, S', S', 3) of a clip, at equal brightness and contrast."""
+    """Return features (D,) of the face crops (n, S', S', 3) of a clip, with normalised brightness and contrast."""
     small = [cv2.resize(face.mean(-1), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for face in faces.astype(np.float32)]
     mean = np.mean(small, axis=0).ravel()
     return (mean - mean.mean()) / (mean.std() + 1e-6) @ projection()
@@ -41,7 +42,7 @@ def face_features(faces: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KnownPeople:
-    """Means (P, D) and spread (D,) of the features of the people that a model was trained on."""
+    """Means (P, D) and standard deviation (D,) of the face features of the people in the training data."""
 
     means: np.ndarray
     scale: np.ndarray
@@ -49,7 +50,7 @@ class KnownPeople:
 
     @classmethod
     def of_clips(cls, features: Sequence[np.ndarray], speakers: Sequence[str]) -> KnownPeople:
-        """Describe the people of clips with these features (D,)."""
+        """Estimate the statistics from clips with these features (D,) and speakers."""
         rows = np.stack(features)
         names = np.array(speakers)
         people = sorted(set(speakers))
@@ -59,26 +60,26 @@ class KnownPeople:
 
     @classmethod
     def from_release(cls, folder: Path) -> KnownPeople | None:
-        """Read people.json of a release folder; None: it has none."""
+        """Read people.json of a release folder. Return None if it does not exist."""
         if not (folder / FILE).is_file():
             return None
         stored: Mapping[str, Any] = read_json(folder / FILE)
         return cls(np.array(stored["means"], float), np.array(stored["scale"], float), float(stored["limit"]))
 
     def save(self, folder: Path) -> None:
-        """Write people.json into a release folder."""
+        """Write people.json to a release folder."""
         rounded = {"means": self.means.round(3).tolist(), "scale": self.scale.round(3).tolist(), "limit": self.limit}
         write_json(folder / FILE, rounded)
 
     def distance(self, faces: np.ndarray) -> float:
-        """Return the distance of a clip's face crops from the nearest person; about 1 for a known one."""
+        """Return the distance of a clip's face crops to the nearest person, about 1 for a known person."""
         steps = (face_features(faces) - self.means) / self.scale
         return float(np.sqrt(np.square(steps).mean(1)).min())
 
     def remark(self, faces: np.ndarray) -> str:
-        """Return one line if the face is unlike those of the training clips, else ""."""
+        """Return a remark if the face is unlike those of the training clips, else ""."""
         distance = self.distance(faces)
         if distance <= self.limit:
             return ""
         how = f"{distance:.1f}, limit {self.limit:g}"
-        return f"the face is unlike those of the training clips ({how}): words may be wrong"
+        return f"the face is unlike those of the training clips ({how}): the speech may be wrong"

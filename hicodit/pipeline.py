@@ -1,4 +1,4 @@
-"""A silent clip in, a waveform out.
+"""Pipeline from a silent clip to a waveform.
 
 Axes: B batch, T video frames (25 per second), L = 2 T token frames, K token levels, N samples, J half seconds, H
 height, W width, S' side of face crops.
@@ -46,9 +46,9 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
 
-Video = str | Path | np.ndarray | Tensor  # a file, or frames as of `as_frames`
-GENERATED = generated_comment("HiCoDiT", "speech")  # metadata of files
-DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
+Video = str | Path | np.ndarray | Tensor  # a file, or frames accepted by `as_frames`
+GENERATED = generated_comment("HiCoDiT", "speech")  # metadata comment of files
+DECODED = 1500  # token frames to decode at once, excluding their context
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,8 +61,8 @@ class Speech:
         tokens: (K, L).
         crops: mouth and face of the clip.
         expression: (J,) class of each half second.
-        evaluations: of the network, one per guidance branch, step and window.
-        remarks: one-line notes to the user about the clip, which are shown beside the result.
+        evaluations: number of network evaluations, one per guidance branch, step and window.
+        remarks: one-line notes about the clip, which are shown with the result.
     """
 
     wave: np.ndarray
@@ -74,22 +74,22 @@ class Speech:
     remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return the facts without the arrays."""
+        """Return a summary without the arrays."""
         levels, length = self.tokens.shape
         remarks = f", remarks={list(self.remarks)}" if self.remarks else ""
         return f"Speech({len(self.wave) / self.rate:.2f} s at {self.rate} Hz, {levels} x {length} tokens{remarks})"
 
     def save(self, path: str | Path) -> None:
-        """Write the speech as 16-bit WAV; the file is written atomically.
+        """Write the speech as 16-bit WAV. The file is written atomically.
 
         Raises:
-            UserError: the name does not end in .wav, or the file cannot be written.
+            UserError: If the name does not end in .wav, or the file cannot be written.
         """
         write_wav(path, self.wave, self.rate, comment=GENERATED)
 
 
 class HiCoDiTPipeline:
-    """Silent clips to speech.
+    """Pipeline that generates speech for silent clips.
 
     pipeline = HiCoDiTPipeline.from_pretrained()
     speech = pipeline("clip.mp4", seed=0)        # speech.wave (N,) float32, speech.rate
@@ -114,15 +114,15 @@ class HiCoDiTPipeline:
         self.sampler = sampler
         self.guidance = guidance
         self.face_source = face_source or FaceSource()
-        self.people: KnownPeople | None = None  # of the training clips
-        self.folder: Path | None = None  # of the release, and of its tokenizer by name
+        self.people: KnownPeople | None = None  # people of the training clips
+        self.folder: Path | None = None  # folders of the release, and of its tokenizer by name
         self.parts: dict[str, str | Path] = {}
         config = system.model.config
         rate = TOKENS_PER_FRAME * FPS
         if (config.levels, config.codes, rate) != (codec.levels, codec.codes, codec.frame_rate):
             raise UserError(
                 f"the tokenizer has {codec.levels} levels of {codec.codes} codes at {codec.frame_rate:g} Hz, the model "
-                f"{config.levels} of {config.codes} at {rate:g} Hz: give the tokenizer of the model's training"
+                f"{config.levels} of {config.codes} at {rate:g} Hz: use the tokenizer with which the model was trained"
             )
 
     @classmethod
@@ -138,17 +138,18 @@ class HiCoDiTPipeline:
     ) -> HiCoDiTPipeline:
         """Load a release folder or a release on the hub (OWNER/NAME).
 
-        Its tokenizer is the one in it or beside it, or a bundled one, or that of its training; `codec` names another.
+        The tokenizer is searched in the folder, next to it, among the bundled ones, and at its path during training.
+        `codec` overrides it.
 
         Args:
-            encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
-            face_source: what finds the face and its landmarks; None: what the shards of the training were made with.
+            encoders: folder with the checkpoints of upstream encoders, if different from training.
+            face_source: face detector and landmarks. None: those of the training shards.
             precision: of the score network: auto, fp32, bf16 or int8; see `engine.precision`.
             compile: compile the sampler's steps with `torch.compile`, which takes minutes when they first run.
 
         Raises:
-            UserError: a folder is missing, of another model, or with wrong shapes; or the package that found the faces
-                of the training is not installed.
+            UserError: If a folder is missing, belongs to another model or has wrong shapes, or if the package of the
+                face detector is not installed.
         """
         dtype = pick_dtype(precision, device)
         int8 = uses_int8(precision, device, compile)
@@ -163,7 +164,9 @@ class HiCoDiTPipeline:
             codec = find_codec(folder, config.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
         tokenizer = load_codec(codec, CODECS)
         if config.get("token_digest") not in (None, tokenizer.digest()):
-            raise UserError(f"codec={codec} makes other tokens than {folder} was trained on: give the model's own")
+            raise UserError(
+                f"codec={codec} produces other tokens than {folder} was trained on: use the tokenizer of the model"
+            )
         try:
             sampler = stored_sampler(config)
             guidance = stored_guidance(config)
@@ -177,15 +180,16 @@ class HiCoDiTPipeline:
         return pipeline
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
-        """Publish the release that was loaded, with its tokenizer, on the Hugging Face hub; return its address.
+        """Publish the loaded release with its tokenizer on the Hugging Face hub. Return its URL.
 
         Args:
-            repository: OWNER/NAME. license: of the weights, as apache-2.0; None: that of the release's card.
+            repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
+                card.
         """
         return publish(self.folder, self.parts, repository, license, private)
 
     def crops(self, video: Video, face: str | int = "largest", face_box: Any = None) -> Crops:
-        """Return the crops of one face; arguments as those of `all_crops`."""
+        """Return the crops of one face. See `all_crops` for the arguments."""
         return next(self.all_crops(video, face, face_box))
 
     def all_crops(
@@ -195,18 +199,18 @@ class HiCoDiTPipeline:
         face_box: Any = None,
         strips: Sequence[Path] | None = None,
     ) -> Iterator[Crops]:
-        """Find faces in a clip and cut out the pictures of mouth and face of each.
+        """Detect the faces in a clip and crop mouth and face of each.
 
         Args:
-            video: a file of any size and frame rate, or frames at 25 fps, as of `as_frames`.
-            face: which of several; see `engine.faces.track.follow_faces`.
-            face_box: position of the face, in place of detection; see `engine.faces.track.track_of_boxes`. Pixels are
-                those of the clip as a player shows it.
-            strips: for each face, the PNG file for a picture of its track, for a person to check; a JSON file beside it
-                has the numbers.
+            video: a file of any size and frame rate, or frames at 25 fps, see `as_frames`.
+            face: selection among several faces; see `engine.faces.track.follow_faces`.
+            face_box: position of the face instead of detection, in pixels of the clip as shown by a player; see
+                `engine.faces.track.track_of_boxes`.
+            strips: PNG file for a visualisation of the track of each face. A JSON file with the track is written next
+                to it.
 
         Raises:
-            UserError: not a readable video, shorter than 0.2 s, or no face found.
+            UserError: If the video is not readable or shorter than 0.2 s, or no face is found.
         """
         array = not isinstance(video, str | Path)
         name = "the clip" if array else str(video)
@@ -221,7 +225,9 @@ class HiCoDiTPipeline:
                 source = self.face_source
                 if isinstance(source.landmarks, Path):
                     if face_box is not None:
-                        raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
+                        raise UserError(
+                            "face_box and a landmark file both set the position of the face: use only one of them"
+                        )
                     tracks = [place_landmarks(frames, *read_landmarks(source.landmarks, Path(name).name), FPS)]
                 elif face_box is None:
                     tracks = find_faces(frames, FPS, face, source.detector)
@@ -244,9 +250,9 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
-        """Cut mouth and face from blocks of frames (n, H, W, 3), and read the expression.
+        """Crop mouth and face from blocks of frames (n, H, W, 3), and classify the expression.
 
-        strip: a file for the picture of the track.
+        strip: file for the visualisation of the track.
         """
         config = self.system.encoders.config
         mouth = None
@@ -261,7 +267,7 @@ class HiCoDiTPipeline:
             if mouth is None:
                 mouth = np.empty((len(track), *mouths.shape[1:]), mouths.dtype)
             mouth[start : start + len(block)] = mouths
-            first = -(-start // every)  # number of the block's first face crop
+            first = -(-start // every)  # index of the first face crop of the block
             index = np.arange(first * every - start, len(block), every)
             if len(index):
                 pictures = config.cut_faces(block[index], track[start + index])
@@ -277,7 +283,9 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
-        """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
+        """Encode the conditions of a batch of clips. `identity` (256,) is the GE2E embedding of a reference voice for
+        all clips.
+        """
 
         def padded(part: str) -> Tensor:
             return to_device(pad_sequence([torch.as_tensor(getattr(c, part)) for c in crops], True), self.device)
@@ -293,12 +301,14 @@ class HiCoDiTPipeline:
         return Conditions(lip, voice, padded("expression"), frames)
 
     def warm_up(self, batch_size: int) -> None:
-        """Capture the CUDA graphs of batches of up to `batch_size` clips; without a GPU there is nothing to capture."""
+        """Capture the CUDA graphs of batches of up to `batch_size` clips. Without a GPU this does nothing."""
         capture_graphs(self.system.model, self.sampler, self.guidance, self.graphs, batch_size)
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
-        """Decode tokens (K, L) to waves (N,): clips of equal length in batches, long ones in parts that join."""
+        """Decode tokens (K, L) to waveforms (N,). Clips of equal length form batches; long clips are decoded in
+        chunks.
+        """
         waves: dict[int, np.ndarray] = {}
         clips_of: dict[int, list[int]] = {}  # clips by length
         for clip, each in enumerate(tokens):
@@ -323,13 +333,13 @@ class HiCoDiTPipeline:
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
     ) -> list[Speech]:
-        """Generate the speech of a batch of clips whose faces are already cut out.
+        """Generate the speech of a batch of clips from their crops.
 
         Args:
-            crops: of each clip.
+            crops: crops of each clip.
             seeds: one per clip.
-            identity: (256,) GE2E vector of a voice, in place of those of the faces.
-            sampler: settings in place of the pipeline's.
+            identity: (256,) GE2E embedding of a voice, instead of those predicted from the faces.
+            sampler: settings that replace those of the pipeline.
         """
         sampler = sampler or self.sampler
         model = self.system.model
@@ -358,7 +368,7 @@ class HiCoDiTPipeline:
         ]
 
     def remarks(self, crops: Crops) -> tuple[str, ...]:
-        """Return one-line notes about a clip, which are shown beside its result; none of them is an error."""
+        """Return one-line notes about a clip, which are shown with its result. They are not errors."""
         remarks = []
         if crops.track is not None and (unseen := crops.track.unseen(FPS)):
             remarks.append(f"face seen in {crops.track.coverage:.0%}; not at {unseen}")
@@ -373,7 +383,7 @@ class HiCoDiTPipeline:
         identity: np.ndarray | None = None,
         **settings: object,
     ) -> Iterator[SpeechChunk]:
-        """Yield audio in hops of 160 ms while frames arrive; the chunks' waves concatenate to the speech of the clip.
+        """Yield audio in hops of 160 ms while frames arrive. The concatenated chunks are the speech of the clip.
 
         Args:
             frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 per second.
@@ -399,24 +409,24 @@ class HiCoDiTPipeline:
         """Generate the speech of a clip, or of a list of clips as one batch.
 
         Args:
-            video: a file of any size and frame rate, or frames as of `as_frames`; or a list of them.
-            seed: one for all clips, or one each.
+            video: a file of any size and frame rate, or frames accepted by `as_frames`, or a list of these.
+            seed: one seed for all clips, or a list with one per clip.
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
-            fps: frames per second of given frames, 25 by default.
-            sampler: fields of `hicodit.settings.SamplerConfig` that override the release's, as in `steps=16`.
+            fps: frame rate of frames. Default: 25.
+            sampler: fields of `hicodit.settings.SamplerConfig` that override those of the release, as in `steps=16`.
 
         Returns:
             The speech; for a list of clips, a list.
 
         Raises:
-            UserError: as by `all_crops`, or an argument is not allowed.
+            UserError: See `all_crops`; also if an argument is invalid.
         """
         settings = with_arguments(self.sampler, sampler, ("seed", "identity", "fps"))
         is_batch = isinstance(video, list | tuple)
         videos = list(video) if is_batch else [video]
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
         if len(seeds) != len(videos):
-            raise UserError(f"{len(seeds)} seeds for {len(videos)} clips: give one for all, or one each")
+            raise UserError(f"{len(seeds)} seeds for {len(videos)} clips: expected one for all, or one per clip")
         for each in seeds:
             check_seed(each)
         crops = [self.crops(_at_25_fps(each, fps)) for each in videos]
@@ -425,28 +435,28 @@ class HiCoDiTPipeline:
 
 
 def as_frames(video: np.ndarray | Tensor) -> np.ndarray:
-    """Return frames (T, H, W, 3), or (T, 3, H, W), uint8 RGB, as an array (T, H, W, 3).
+    """Convert frames (T, H, W, 3) or (T, 3, H, W), uint8 RGB, to an array (T, H, W, 3).
 
     Raises:
-        UserError: another shape or type.
+        UserError: If the shape or dtype is not supported.
     """
     frames = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
     if not isinstance(frames, np.ndarray):
-        raise UserError(f"a clip of type {type(video).__name__}: give a file, an array or a tensor")
+        raise UserError(f"unsupported clip of type {type(video).__name__}: expected a file, an array or a tensor")
     if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
         frames = np.moveaxis(frames, 1, -1)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         given = f"frames of shape {frames.shape} and type {frames.dtype}"
-        raise UserError(f"{given}: give (T, H, W, 3) or (T, 3, H, W) uint8 RGB")
+        raise UserError(f"{given}: expected (T, H, W, 3) or (T, 3, H, W) uint8 RGB")
     return np.ascontiguousarray(frames)
 
 
 def _at_25_fps(video: Video, fps: float | None) -> Video:
-    """Return a clip whose frames, if they are given, are repeated or dropped to be 25 per second."""
+    """Repeat or drop the frames of a clip to obtain 25 frames per second. Files are returned unchanged."""
     if fps is None:
         return video
     if isinstance(video, str | Path):
-        raise UserError(f"fps={fps:g} is for frames: the file {video} states its own")
+        raise UserError(f"fps={fps:g} only applies to frames: {video} states its frame rate")
     require_range("fps", fps, 1.0, 1000.0)
     frames = as_frames(video)
     count = max(1, round(len(frames) / fps * FPS))

@@ -1,12 +1,12 @@
-"""Samplers for masked discrete diffusion. They take any posterior and know no network.
+"""Samplers for masked discrete diffusion. They accept any posterior and do not depend on a network.
 
 Axes: B clips, K token levels, L token frames, N real tokens (mask id N), M requested frames of a level, S steps.
 
-A step is a function of tensors on the model's device. Their shapes do not depend on what is drawn, and nothing is read
-back to the host, so that `planned_step`, `thinned_step` and `ranked_step` can be compiled or captured as a CUDA graph.
-All that is known before the first step is computed there: times, how many tokens each step reveals and, if that does
-not depend on the posterior, which ones. A token is drawn by inverse transform sampling from one uniform number. Every
-clip has its own generator, so that its sample does not depend on the other clips of the batch.
+A step is a function of tensors on the model's device. Shapes do not depend on sampled values, and nothing is copied to
+the host, so that `planned_step`, `thinned_step` and `ranked_step` can be compiled or captured as CUDA graphs. Times,
+the number of tokens that each step reveals and, if independent of the posterior, their positions are computed before
+the first step. Tokens are drawn by inverse transform sampling. Each clip has its own generator, so that its sample does
+not depend on the rest of the batch.
 
 To add a sampler, write a function with an entry in `FUNCTIONS`, and add its name to `hicodit.settings.METHODS`.
 """
@@ -32,18 +32,18 @@ Posterior = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class SamplerState:
-    """The state of a run: the tokens of a batch between fully masked and clean.
+    """State of a sampling run: the tokens of a batch between fully masked and clean.
 
     Attributes:
         posterior: the distribution to draw from.
         tokens: (B, K, L), on the model's device.
         masked: (B, K, L) bool, True at positions that are still masked, on the model's device.
-        total: (B,) number of masked positions at the beginning, on the CPU.
-        lengths: (B,) frames of each clip, on the CPU.
-        config: settings of the sampler.
+        total: (B,) initial number of masked positions, on the CPU.
+        lengths: (B,) number of frames of each clip, on
+        the CPU. config: settings of the sampler.
         generators: one per clip, on the model's device.
         normalised: whether the posterior sums to one.
-        graphs: runs the step functions, on CUDA as graphs.
+        graphs: runs the step functions, as graphs on CUDA.
     """
 
     posterior: Posterior
@@ -57,12 +57,12 @@ class SamplerState:
     graphs: GraphedSteps
 
     def time(self, masked: Tensor) -> Tensor:
-        """Return the diffusion time (..., B) of clips with so many masked positions (..., B): the masked fraction."""
+        """Return the diffusion time (..., B) of clips with `masked` (..., B) masked positions: the masked fraction."""
         fraction = masked / to_device(self.lengths, masked.device) / self.tokens.shape[1]
         return fraction.clamp(min=self.config.end)
 
     def noise(self, columns: int = 1) -> Tensor:
-        """Draw uniforms in [0, 1) of shape (columns, B, K, L); each clip draws as many as it is long."""
+        """Draw uniforms in [0, 1) of shape (columns, B, K, L). Each clip draws as many as its length requires."""
         draws = torch.full((columns, *self.tokens.shape), 0.5, device=self.tokens.device)
         for row, length, generator in zip(draws.unbind(1), self.lengths.tolist(), self.generators):
             row[..., :length] = torch.rand(columns, row.shape[1], length, generator=generator, device=row.device)
@@ -85,16 +85,16 @@ def planned_step(
     length = tokens.shape[-1]
     requested = frames.clamp(max=length - 1)
     drawn = invert(posterior(tokens, t, requested), u.gather(2, requested), temperature)
-    padded = torch.cat([tokens, tokens[..., :1]], -1)  # column L receives what reveals nothing
-    return padded.scatter(2, frames, drawn)[..., :length].contiguous()  # the same strides at every step
+    padded = torch.cat([tokens, tokens[..., :1]], -1)  # column L receives positions that reveal nothing
+    return padded.scatter(2, frames, drawn)[..., :length].contiguous()  # equal strides at every step
 
 
 def thinned_step(
     posterior: Posterior, tokens: Tensor, masked: Tensor, t: Tensor, rate: Tensor, u: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Reveal a masked position with probability rate (B,) times sum q; return tokens and masked (B, K, L).
+    """Reveal each masked position with probability rate (B,) times sum q. Return tokens and masked (B, K, L).
 
-    u: (2, B, K, L) uniforms, for whether to reveal and for the token.
+    u: (2, B, K, L) uniforms, for the decision to reveal and for the token.
     """
     log_q = posterior(tokens, t, None)
     reveal = masked & (u[0] < rate[:, None, None] * log_q.exp().sum(-1))
@@ -111,7 +111,8 @@ def ranked_step(
     choice_noise: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Reveal the `count` (B,) drawn tokens of highest noisy log probability; return tokens and masked (B, K, L).
+    """Reveal the `count` (B,) sampled tokens with the highest noisy log probability. Return tokens and masked (B, K,
+    L).
 
     u: (2, B, K, L) uniforms, for the tokens and for the Gumbel noise, whose scale is `choice_noise` (B,).
     """
@@ -126,7 +127,8 @@ def ranked_step(
 
 
 def euler(state: SamplerState) -> Iterator[None]:
-    """Reveal each masked token between t and t - h with probability h / t, and the rest at the end (the paper's).
+    """Reveal each masked token between t and t - h with probability h / t, and all remaining ones in the last step (as
+    in the paper).
 
     Time starts at the masked fraction: at 1, or lower if some tokens are known. If the posterior sums to one, the time
     at which a position is revealed is uniform and independent of the tokens, so that it is drawn in advance.
@@ -153,7 +155,7 @@ def euler(state: SamplerState) -> Iterator[None]:
 
 
 def confidence(state: SamplerState) -> Iterator[None]:
-    """Reveal the most probable of the drawn candidates first, on a cosine unmasking schedule (MaskGIT, 2202.04200).
+    """Reveal the most probable candidates first, with a cosine unmasking schedule (MaskGIT, arXiv 2202.04200).
 
     After a fraction s of the steps, a fraction cos(pi / 2 * s) of the tokens is still masked. The Gumbel noise of the
     ranking is annealed to 0 in proportion to t.
@@ -192,7 +194,7 @@ def sample(
     device: torch.device | str = "cpu",
     graphs: GraphedSteps | None = None,
 ) -> Tensor:
-    """Replace `mask_id` in tokens (B, K, L) of `lengths` (B,) frames; return them on `device`. Padding stays `mask_id`.
+    """Replace `mask_id` in tokens (B, K, L) of `lengths` (B,) frames. Return them on `device`; padding stays `mask_id`.
 
     Args:
         posterior: the distribution to draw from.
@@ -225,10 +227,11 @@ def sample(
 
 
 def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
-    """Return the frames (S, B, K, M) that each step reveals, where `step` (B, K, L) is that of each masked position.
+    """Return the frames (S, B, K, M) that each step reveals, where `step` (B, K, L) is the step of each masked
+    position.
 
     A frame index of L reveals nothing. M is the largest number of frames of a level that a step reveals, rounded up to
-    a multiple of 4. A last step that reveals nothing is left out. The host reads how many frames the steps need.
+    a multiple of 4. A last step that reveals nothing is omitted. Counting the frames synchronises with the host.
     """
     length = step.shape[2]
     step = torch.where(masked, step, steps)
@@ -236,7 +239,9 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]  # (B, K, S)
     largest = counts.amax((0, 1)).cpu().tolist()
     used = steps if largest[-1] else steps - 1
-    slots = torch.arange(-(-max(*largest, 1) // 4) * 4, device=step.device)  # few shapes: fewer graphs to compile
+    slots = torch.arange(
+        -(-max(*largest, 1) // 4) * 4, device=step.device
+    )  # few shapes, so that fewer graphs are compiled
     index = ((counts.cumsum(2) - counts)[..., None] + slots).clamp(max=length - 1)  # (B, K, S, M)
     order = step.argsort(dim=2, stable=True)[:, :, None].expand(-1, -1, steps, -1)
     frames = torch.where(slots < counts[..., None], order.gather(3, index), length)
@@ -244,7 +249,9 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
 
 
 def _planned(state: SamplerState, step: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
-    """Reveal each masked position at its step (B, K, L), of time times[i] (B,). u: uniforms (B, K, L) of tokens."""
+    """Reveal each masked position at its step (B, K, L), at time times[i] (B,). u: uniforms (B, K, L) for the
+    tokens.
+    """
     run = state.graphs(planned_step)
     frames = revealed_frames(step, state.masked, len(times))
     for t, revealed in zip(to_device(times.float(), frames.device), frames):

@@ -1,4 +1,4 @@
-"""Settings of `infer.py`, checked before PyTorch is imported, which takes seconds."""
+"""Settings of `infer.py` for HiCoDiT, validated before PyTorch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override,
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = ("euler", "confidence")  # functions of hicodit/samplers.py
 GUIDANCE_FORMS = ("literal", "normalised")  # see hicodit/guidance.py
-FACE = "_face.png", "_face.json"  # endings of the picture and of the numbers of a face track
+FACE = "_face.png", "_face.json"  # suffixes of the image and the JSON file of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -30,32 +30,34 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 class SamplerConfig(Group, prefix="sampler."):
     """Settings of the sampler."""
 
-    method: str = setting("euler", choices=METHODS, about="euler (the paper's) or confidence (MaskGIT's)")
-    steps: int = setting(64, 1, 1000, "sampling steps (the paper: 64); euler adds a last one that leaves no mask")
+    method: str = setting("euler", choices=METHODS, about="euler (as in the paper) or confidence (as in MaskGIT)")
+    steps: int = setting(
+        64, 1, 1000, "sampling steps (the paper: 64); euler adds a final step that reveals all remaining tokens"
+    )
     temperature: float = setting(1.0, 0.0, 100.0, "temperature of token sampling; 0: always the most likely token")
     choice_noise: float = setting(
-        4.5, 0.0, 1000.0, "confidence: scale of the Gumbel noise that positions are ranked with, annealed to 0"
+        4.5, 0.0, 1000.0, "confidence: scale of the Gumbel noise for ranking positions, annealed to 0"
     )
     window: int = setting(
-        3, 2, 60, "seconds sampled at once; longer clips are sampled in windows that overlap by one second"
+        3, 2, 60, "length of a sampling window in seconds; windows of longer clips overlap by one second"
     )
-    end: float = setting(1e-5, 1e-9, 0.5, "diffusion time at which euler ends; no method shows the network less")
+    end: float = setting(1e-5, 1e-9, 0.5, "final diffusion time of euler, and the minimum time input of the network")
 
 
 @dataclass(frozen=True)
 class GuidanceScales(Group, prefix="guidance."):
-    """Guidance scales and the form of the formula. The paper: 2.5, 1.25, 1.5, 2.0 for LRS3; 2.25 for `all` on LRS2."""
+    """Guidance scales and form. The paper uses 2.5, 1.25, 1.5, 2.0 for LRS3, and 2.25 for `all` on LRS2."""
 
     all: float = setting(1.0, -100.0, 100.0, "guidance scale of all conditions together")
-    identity: float = setting(0.0, -100.0, 100.0, "guidance scale of the identity alone")
-    expression: float = setting(0.0, -100.0, 100.0, "guidance scale of the expression alone")
-    lip: float = setting(0.0, -100.0, 100.0, "guidance scale of the lip motion alone")
+    identity: float = setting(0.0, -100.0, 100.0, "guidance scale of the identity")
+    expression: float = setting(0.0, -100.0, 100.0, "guidance scale of the expression")
+    lip: float = setting(0.0, -100.0, 100.0, "guidance scale of the lip motion")
     guidance_form: str = setting(
         "normalised", choices=GUIDANCE_FORMS, about="literal (product of scores) or normalised (weighted posteriors)"
     )
 
     def exponents(self) -> dict[str, float]:
-        """Return the exponent of each branch; one of zero drops its branch."""
+        """Return the exponent of each branch. Branches with exponent 0 are skipped."""
         singles = self.identity + self.expression + self.lip
         base = 2.0 if self.guidance_form == "literal" else 1.0
         values = {"none": base - self.all - singles, "all": self.all}
@@ -64,49 +66,49 @@ class GuidanceScales(Group, prefix="guidance."):
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Branches that have to be computed."""
+        """Branches that have to be evaluated."""
         return tuple(self.exponents())
 
 
-LOOKAHEAD = 0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its audio waits for"
+LOOKAHEAD = 0.4, 0.04, 4.0, "stream: look-ahead of the audio in seconds of video"
 
 
 @dataclass(frozen=True)
 class StreamSettings(Group, prefix="stream."):
-    """Settings of a stream, each hop of which samples a few tokens only."""
+    """Settings of a stream, which samples a few tokens per hop."""
 
     lookahead: float = setting(*LOOKAHEAD)
-    window: int = setting(2, 1, 60, "seconds of pictures that the network sees at each hop, rounded up to whole ones")
-    steps: int = setting(4, 1, 1000, "sampling steps at each hop")
+    window: int = setting(
+        2, 1, 60, "seconds of video that the network receives at each hop, rounded up to whole seconds"
+    )
+    steps: int = setting(4, 1, 1000, "sampling steps per hop")
 
 
-UNGUIDED = GuidanceScales()  # the conditional model alone
+UNGUIDED = GuidanceScales()  # only the conditional model
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
-    """Override these settings with those of configs/sampler/NAME.yaml."""
+    """Override these settings by those of configs/sampler/NAME.yaml."""
     preset = read_preset("sampler", name)
     return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """What to generate: model, clips, and changes to what the release stores of sampler and guidance."""
+    """Settings of what to generate: model, clips, and overrides of the release's sampler and guidance."""
 
     model: str = setting("hicodit", about="hicodit or talker_t2av")
     weights: str | None = setting(
         None,
-        about="release folder, or OWNER/NAME on the hub; null: the bundled one for filmed or cartoon faces",
+        about="release folder, or OWNER/NAME on the hub; null: the bundled release for real or for cartoon faces",
     )
-    codec: str | None = setting(None, about="release folder of the tokenizer; null: the one that the weights name")
+    codec: str | None = setting(None, about="release folder of the tokenizer; null: the tokenizer of the weights")
     input: str | None = setting(None, about="a clip, or a folder of clips; null: the bundled silent clip")
     reference_audio: str | None = setting(
-        None, about="recording of the voice to speak with; null: the voice is predicted from the face"
+        None, about="recording of a reference voice; null: the voice is predicted from the face"
     )
     seed: int = setting(0, *SEEDS, SEED)
-    stream: bool = setting(
-        False, about="audio in hops of 160 ms while the pictures arrive, without access to the whole clip; no figure"
-    )
+    stream: bool = setting(False, about="generate audio in hops of 160 ms without access to the whole clip; no figure")
     lookahead: float = setting(*LOOKAHEAD)
     face: str = setting("largest", about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face")
     face_box: str | None = setting(None, about=FACE_BOX)
@@ -115,14 +117,14 @@ class ClipConfig:
         None, about=f"landmarks in each frame: {LANDMARKS}; null: as in training, or with detector= the detector's"
     )
     debug: bool = setting(
-        False, about="also write NAME_face.png and NAME_face.json, a picture and the numbers of the face track"
+        False, about="also write NAME_face.png and NAME_face.json, a visualisation and the data of the face track"
     )
     encoders: str | None = setting(
         None,
         about="folder of the AV-HuBERT, ArcFace and POSTER V2 files, for models that use them; null: as in training",
     )
-    sampler: dict[str, Any] = group(SamplerConfig, unset=True, about="null: the release's setting")
-    guidance: dict[str, Any] = group(GuidanceScales, unset=True, about="null: the release's setting")
+    sampler: dict[str, Any] = group(SamplerConfig, unset=True, about="null: as in the release")
+    guidance: dict[str, Any] = group(GuidanceScales, unset=True, about="null: as in the release")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class InferConfig(RunConfig, ClipConfig):
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
-    """Return the settings of a job and its clips; all that can be checked without loading a model is checked."""
+    """Return the settings and clips of a job, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
     c.begin({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
     read_face(c.face)
@@ -149,7 +151,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
 
 
 def _check_stream(c: InferConfig) -> None:
-    """Refuse settings that streaming does not use, as it never sees a whole clip."""
+    """Raise UserError for settings that streaming does not support, as it never processes a whole clip."""
     is_set = {
         "timestamps": c.timestamps,
         "face": c.face != "largest",
@@ -161,12 +163,12 @@ def _check_stream(c: InferConfig) -> None:
     is_set |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
     for name in (name for name, value in is_set.items() if value):
         raise UserError(
-            f"stream=true has no {name}: it follows the largest face, and samples with the settings of sampler=fast"
+            f"stream=true does not support {name}: it tracks the largest face and uses the settings of sampler=fast"
         )
 
 
 def find_clips(c: InferConfig) -> list[Path]:
-    """Return the clip itself, or the video files of a folder in order of name; check the paths of their outputs."""
+    """Return the clip, or the video files of a folder in alphabetical order, after checking the output paths."""
     source = Path(c.input or BUNDLED.parent / "demo" / "silent.mp4")
     try:
         source.stat()
@@ -197,5 +199,5 @@ def find_clips(c: InferConfig) -> list[Path]:
 
 
 def stem_of(clip: Path, number: int, c: InferConfig) -> str:
-    """Return the name, without an ending, of the files of a face of a clip; `number` counts if all are wanted."""
+    """Return the file name without suffix for a face of a clip. `number` is used if all faces are requested."""
     return f"{clip.stem}_face{number}" if c.face == "all" else clip.stem

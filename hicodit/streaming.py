@@ -1,9 +1,9 @@
-"""Speech while the face is still talking: frames in, hops of 160 ms of audio out, after a bounded look-ahead.
+"""Streaming speech generation: frames in, hops of 160 ms of audio out, with a bounded look-ahead.
 
-At each hop the network sees the last `window` seconds of pictures and the settled tokens. All other tokens up to the
-newest picture are sampled, and those further than the margin from it are settled. Audio is decoded from
-settled tokens alone, once there are as many after it as the codec's `reach`, or as the look-ahead allows. A long enough
-look-ahead gives the audio of offline decoding of the same tokens; with a shorter one each hop is faded into the next.
+At each hop the network receives the last `window` seconds of frames and the final tokens. All other tokens up to the
+newest frame are sampled, and those at a distance of more than the margin from it become final. Audio is only decoded
+from final tokens, once as many tokens follow as the codec's `reach`, or as the look-ahead allows. With a sufficient
+look-ahead, the audio equals offline decoding of the same tokens; otherwise consecutive hops are cross-faded.
 
 Axes: n frames of a block, H height, W width, T video frames (25 per second), K token levels, L token frames (50 per
 second), N samples.
@@ -32,15 +32,17 @@ from hicodit.samplers import sample
 from hicodit.settings import StreamSettings, with_preset
 
 HOP = 4  # video frames: 160 ms
-MIN_MARGIN = 5  # video frames between the newest picture and a settled token, where the look-ahead has room for them
+MIN_MARGIN = (
+    5  # minimum distance in video frames between the newest frame and a final token, if the look-ahead allows it
+)
 
 
 @dataclass(frozen=True, repr=False)
 class SpeechChunk:
-    """A part of the audio: wave (N,) float32 at `rate` Hz, and when it came.
+    """A chunk of generated audio: waveform `wave` (N,) float32 at `rate` Hz, and its timing.
 
-    needed: video frames that had to be there for it. compute: seconds between the last of them and the audio.
-    tokens: (K, L) that were settled since the chunk before; they run ahead of the audio.
+    needed: number of video frames required for it. compute: seconds between the last of them and the audio. tokens: (K,
+    L) that became final since the previous chunk; they are ahead of the audio.
     """
 
     wave: np.ndarray
@@ -50,16 +52,16 @@ class SpeechChunk:
     tokens: np.ndarray
 
     def __repr__(self) -> str:
-        """Return the facts without the arrays."""
+        """Return a summary without the arrays."""
         return f"SpeechChunk({len(self.wave) / self.rate:.2f} s at {self.rate} Hz, computed in {self.compute:.3f} s)"
 
 
 class SpeechStream:
-    """One talking face: `push` its frames, take its audio. Memory does not grow with the length.
+    """Speech stream of one talking face: `push` frames to obtain audio. Memory does not grow with the length.
 
     Args:
-        pipeline: a `HiCoDiTPipeline`, whose file imports this one.
-        identity: (256,) GE2E vector of a voice; None: the face's, as it is seen before the first audio.
+        pipeline: a `HiCoDiTPipeline`.
+        identity: (256,) GE2E embedding of a voice. None: predicted from the face before the first audio.
     """
 
     def __init__(
@@ -78,27 +80,29 @@ class SpeechStream:
         self.lookahead = lookahead
         self.margin = lookahead - after
         self.sound = StreamDecoder(pipeline.codec, 2, TOKENS_PER_FRAME * after)
-        self.frames: list[np.ndarray] = []  # the last ones, from frame `first` on
-        self.faces: dict[int, np.ndarray] = {}  # those detected in every fifth of them, by number of the frame
-        self.first = self.received = 0  # `received`: number of frames so far
-        self.settled = 0  # video frames whose tokens are settled
-        self.tokens = torch.zeros(pipeline.codec.levels, 0, dtype=torch.long)  # (K, L) settled, from frame `first` on
+        self.frames: list[np.ndarray] = []  # recent frames, starting at frame `first`
+        self.faces: dict[int, np.ndarray] = {}  # faces detected in every fifth frame, by frame index
+        self.first = self.received = 0  # `received`: total number of frames
+        self.settled = 0  # number of video frames with final tokens
+        self.tokens = torch.zeros(
+            pipeline.codec.levels, 0, dtype=torch.long
+        )  # (K, L) final tokens, starting at frame `first`
         self.track: FaceTrack | None = None
-        self._moved = 0  # frames that were forgotten since the face was followed last
+        self._moved = 0  # number of frames dropped since the face was last tracked
 
     def push(self, frame: np.ndarray) -> SpeechChunk | None:
-        """Add a frame (H, W, 3) uint8 RGB; return audio after every fourth, as soon as the look-ahead is filled."""
+        """Add a frame (H, W, 3) uint8 RGB. Return audio after every fourth frame once the look-ahead is filled."""
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
-            raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: give (H, W, 3) uint8 RGB")
+            raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: expected (H, W, 3) uint8 RGB")
         if self.frames and frame.shape != self.frames[0].shape:
             raise UserError(f"a frame of shape {frame.shape} after frames of {self.frames[0].shape}: keep one size")
-        self.frames.append(frame.copy())  # a camera may use its buffer again
+        self.frames.append(frame.copy())  # a camera may reuse its buffer
         self.received += 1
         due = self.settled + HOP + self.margin
         return self._advance(last=False) if self.received >= due else None
 
     def finish(self) -> SpeechChunk | None:
-        """Return the rest of the audio; None if there was no frame."""
+        """Return the remaining audio, or None if there were no frames."""
         if not self.received:
             return None
         if self.received < MIN_FRAMES:
@@ -121,7 +125,7 @@ class SpeechStream:
         return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
 
     def _sample(self) -> Tensor:
-        """Sample the tokens (K, L) of all frames from the first unsettled one on."""
+        """Sample the tokens (K, L) of all frames starting at the first one without final tokens."""
         pipeline = self.pipeline
         length = TOKENS_PER_FRAME * len(self.frames)
         conditions = pipeline.conditions([self._crops()], None if self.identity is None else self.identity.numpy())
@@ -140,7 +144,7 @@ class SpeechStream:
         return tokens[0, :, before:length].cpu()
 
     def _crops(self) -> Crops:
-        """Cut mouth and faces out of the last frames; the face is followed from its last position."""
+        """Crop mouth and face of the recent frames. The face is tracked from its last position."""
         height, width = self.frames[0].shape[:2]
         face: Any = "largest"
         if self.track is not None:
@@ -155,7 +159,7 @@ class SpeechStream:
         except FaceError:
             if self.track is None:
                 raise
-            # Out of sight: it is taken to stay where it was.
+            # The face is not visible: keep its last position.
             self.track = self.track[np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)]
         self._moved = 0
         frames = np.stack(self.frames)
@@ -164,7 +168,7 @@ class SpeechStream:
         return self.pipeline.cut([frames], track)
 
     def _forget(self) -> None:
-        """Remove the frames before the window, in whole seconds: half seconds of expression stay aligned."""
+        """Drop the frames before the window, in whole seconds, to stay aligned with expression windows."""
         second = int(FPS)
         drop = (self.received - self.first - second * self.settings.window) // second * second
         drop = min(drop, (self.settled - self.first) // second * second)

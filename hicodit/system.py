@@ -1,4 +1,4 @@
-"""A HiCoDiT model with its condition encoders, which are trained, released and loaded together.
+"""HiCoDiT's score network together with its condition encoders, as trained, released and loaded.
 
 Axes: F face crops, S' their side, J half seconds.
 """
@@ -24,18 +24,18 @@ from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
 from rvq_codec import RVQCodec
 
-CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers that can be chosen
-PICTURES = 512  # face crops whose expression is read at once
+CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # supported tokenizers
+PICTURES = 512  # face crops per batch of the expression encoder
 
 
 class HiCoDiTSystem(Pretrained):
-    """The score network and the three condition encoders.
+    """Score network and the three condition encoders.
 
-    Released encoders are used, but they are not part of the state that is trained, saved and loaded.
+    Upstream encoders are not part of the state that is trained, saved and loaded.
     """
 
     kind = "hicodit"
-    max_extra_tensors = 4000  # official encoders have so much
+    max_extra_tensors = 4000  # size of the upstream encoders
     max_extra_params = 2**29
 
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
@@ -48,17 +48,21 @@ class HiCoDiTSystem(Pretrained):
         self.encoders = make_encoders(encoders)
 
     def voice_pictures(self, frames: int) -> list[int]:
-        """Return the indices of the face crops that predict the voice of a clip: four, a fifth of it apart."""
+        """Return the indices of the four face crops from which the voice of a clip is predicted, a fifth of the clip
+        apart.
+        """
         return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
 
     def read_expressions(self, faces: Tensor) -> Tensor:
-        """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1], or uint8; any device."""
+        """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1] or uint8, on any device."""
         device = next(self.parameters()).device
-        parts = (to_device(part, device) for part in faces.split(PICTURES))  # of a long clip, all would take gigabytes
+        parts = (
+            to_device(part, device) for part in faces.split(PICTURES)
+        )  # all face crops of a long clip would take gigabytes
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
-        """Reduce what `read_expressions` returns to the class of each half second (J,) of a clip of so many frames."""
+        """Reduce the results of `read_expressions` to half-second classes (J,) of a clip with `frames` frames."""
         return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
 
     def arguments(self) -> dict[str, Any]:
@@ -66,15 +70,15 @@ class HiCoDiTSystem(Pretrained):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any], encoders: str | None = None) -> HiCoDiTSystem:
-        """Create the system with random weights; released encoders are loaded.
+        """Create the system with random weights. Upstream encoders are loaded.
 
         Args:
-            arguments: the whole config.yaml except the kind.
-            encoders: folder of the released encoders' checkpoints; None: that of training.
+            arguments: contents of config.yaml without the kind.
+            encoders: folder with the checkpoints of the upstream encoders. None: the one used in training.
         """
         settings = dict(arguments["encoders"])
         if encoders is not None and settings.get("kind", "tiny") == "tiny":
-            raise UserError(f"encoders={encoders}: this model was trained with its own encoders, leave this out")
+            raise UserError(f"encoders={encoders}: this model includes its encoders, omit this setting")
         if encoders is not None:
             settings["folder"] = encoders
         model = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
@@ -84,7 +88,7 @@ class HiCoDiTSystem(Pretrained):
 def stored_sampler(release: Mapping[str, Any]) -> SamplerConfig:
     """Return the sampler settings of a release's config.yaml.
 
-    Releases of before 2026-11-25 also state settings of samplers that have been removed; those are ignored.
+    Releases before 2026-11-25 also contain settings of removed samplers, which are ignored.
     """
     removed = ("level_delay", "shift", "entropy")
     stored = release.get("sampler") or {}
@@ -94,8 +98,8 @@ def stored_sampler(release: Mapping[str, Any]) -> SamplerConfig:
 def stored_guidance(release: Mapping[str, Any]) -> GuidanceScales:
     """Return the guidance scales of a release's config.yaml.
 
-    Releases of before 2026-11-25 state `reading: D` for the normalised form and `reading: A` for the literal one, and
-    may state `late: 1.0`, which had no effect.
+    Releases before 2026-11-25 have `reading: D` for the normalised form and `reading: A` for the literal one, and
+    possibly `late: 1.0`, which had no effect.
     """
     stored = dict(release.get("guidance") or {})
     reading = stored.pop("reading", None)

@@ -1,4 +1,4 @@
-"""What the trainer needs to train HiCoDiT: losses of a batch, validation by a recogniser, release.
+"""HiCoDiT's training task: losses, validation with a recogniser, and release.
 
 Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expression windows, M masked positions.
 """
@@ -35,40 +35,41 @@ from hicodit.model import CONDITIONS, TOKENS_PER_FRAME, ModelConfig, positions_o
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
-MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
+MIN_TIME = 1e-3  # minimum time in training; independent of the schedule's eps and the sampler's end
 VALIDATION_BATCH = 8
-# Tensors that a start may lack: of an auxiliary loss, of another reader of mouths, of inputs that add nothing at first.
+# Tensors that an initial release may lack: of auxiliary losses, other lip front ends, and zero-initialised inputs.
 NEW = re.compile(r"\.phoneme_head\.|\.lip\.(frame|project)\.|\.fuse_expression\.")
-TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # those that belong to a tokenizer
-VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
+TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # tensors that depend on the tokenizer
+VALIDATION_STEPS = 16  # sufficient to compare runs, at a quarter of the cost
 
 
 class HiCoDiTTask(Task):
-    """Multi-level denoising score entropy, identity alignment, and the tiny encoders' own losses.
+    """Trains HiCoDiT with multi-level denoising score entropy, identity alignment, and auxiliary losses of the tiny
+    encoders.
 
     Args:
-        model, encoders: sizes and switches.
+        model, encoders: configs of the score network and the condition encoders.
         codec: release folder of the tokenizer.
-        shards: folder of the prepared splits, or its URL; validation reads those of `validate_splits`.
-        grammar: what hears the words in a validation: a JSGF grammar or a folder with Whisper; None: Whisper medium,
-            if it was downloaded.
-        identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
-            paper says 100. It reaches only the identity adapter and the face encoder.
-        identity_input: the identity that the score network is trained with: "voice", the GE2E vector (the paper), or
-            "face", the face through the adapter. Without the identity loss (weight 0) these are the two readings of
-            that ablation: inference meets an untrained adapter, or one that the score loss has trained.
-        lips_alone: only the lip encoder learns, by its auxiliary loss, at a third of the time of a whole step.
-        phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
-            encoders come trained (encoders.kind "upstream").
-        sampler, guidance: defaults that the release carries.
-        validate_clips: clips of each held-out split to synthesise.
-        validate_splits: the held-out splits; none turns validation off.
-        validate_metrics: figures of `engine.metrics.registry`; those whose package or network is missing are left out.
-        init: release folder of the same sizes and tokens to start from.
-        index: index.json of the training shards, or its URL. The release takes along its digests of features (inference
-            and fine-tuning refuse encoders that make others) and what found the faces. None: not recorded.
-        new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
-        frozen: condition encoders that keep the weights of `init`, of lip, identity and expression.
+        shards: folder or URL of the prepared splits; validation uses `validate_splits`.
+        grammar: recogniser for WER in validation: a JSGF grammar or a folder with Whisper. None: Whisper medium, if
+            downloaded.
+        identity_weight: weight of the L1 loss (a mean over 256 values) between the GE2E embeddings of face and voice;
+            100 in the paper. It only trains the identity adapter and the face encoder.
+        identity_input: identity condition in training: "voice", the GE2E embedding (as in the paper), or "face", the
+            output of the adapter. Without the identity loss (weight 0), these are the two interpretations of that
+            ablation: the adapter is untrained, or trained by the score loss.
+        lips_alone: train only the lip encoder by its auxiliary loss, at a third of the time per step.
+        phoneme_weight, expression_weight: weights of the auxiliary losses of the tiny encoders; not in the paper, whose
+            encoders are pre-trained (encoders.kind "upstream").
+        sampler, guidance: defaults that are stored in the release.
+        validate_clips: number of clips per held-out split to synthesise.
+        validate_splits: the held-out splits. An empty list disables validation.
+        validate_metrics: figures of `engine.metrics.registry`. Those whose package or network is missing are skipped.
+        init: initial release with the same sizes and tokens.
+        index: path or URL of the training shards' index.json. Its digests of features, which inference and fine-tuning
+            verify, and its face detector are stored in the release. None: not recorded.
+        new_tokens: reinitialise token embeddings and heads, so that `init` may use another tokenizer.
+        frozen: condition encoders to freeze, among lip, identity and expression.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class HiCoDiTTask(Task):
         self.validate_clips = validate_clips
         self.validate_splits = validate_splits
         self.validate_metrics = validate_metrics
-        metrics_of(validate_metrics)  # before hours of training: are there such metrics?
+        metrics_of(validate_metrics)  # fail early if a metric does not exist
         self.sampler = SamplerConfig(**(sampler or {}))
         self.guidance = GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
@@ -119,7 +120,7 @@ class HiCoDiTTask(Task):
         if (c.levels, c.codes) != (tokenizer.levels, tokenizer.codes):
             raise UserError(
                 f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
-                f"{tokenizer.codes}: set task.model.levels and task.model.codes to those"
+                f"{tokenizer.codes}: set task.model.levels and task.model.codes accordingly"
             )
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURES, FACE) if name in made}
@@ -137,7 +138,7 @@ class HiCoDiTTask(Task):
                 getattr(self.system.encoders, name).requires_grad_(False)
 
     def _start_from(self, init: str, new_tokens: bool) -> None:
-        """Take over the weights of a release."""
+        """Load the weights of a release."""
         start = HiCoDiTSystem.from_pretrained(init)
         state = start.state_dict()
         before = start.release.get("features") or {}
@@ -170,7 +171,9 @@ class HiCoDiTTask(Task):
         return [module for module in self.modules() if isinstance(module, AdaLNBlock)]
 
     def clipped_apart(self) -> list[nn.Module]:
-        """Return what the identity loss trains: with its weight of 100, a common norm would be that of its gradient."""
+        """Return the modules trained by the identity loss: with its weight of 100, it would dominate a common gradient
+        norm.
+        """
         encoders = self.system.encoders
         return [self.system.model.identity_adapter, *([encoders.identity] if encoders.learns else [])]
 
@@ -188,11 +191,11 @@ class HiCoDiTTask(Task):
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Compute the losses of a batch of `hicodit.data.HiCoDiTDataset.collate`.
 
-        They are score entropy by group of levels, with one t a clip and masks independent by level and frame; the
-        distance of the voice that the face predicts from the heard one; and those of the tiny encoders.
+        The losses are the score entropy by group of levels, with one t per clip and independent masks per level and
+        frame, the distance between predicted and actual voice embedding, and the losses of the tiny encoders.
 
-        Identity and expression come from the audio's side, as the paper trains them. With the features of encoders that
-        do not learn, no encoder runs.
+        Identity and expression are derived from the audio, as in the paper. Frozen encoders are not run, as their
+        features are stored.
         """
         if self.lips_alone:
             loss = self.phoneme_loss(self.system.encoders.lip(batch["mouth"], batch["frames"]), batch)
@@ -217,14 +220,14 @@ class HiCoDiTTask(Task):
         return losses
 
     def phoneme_loss(self, lip: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Return the weighted cross-entropy of the phoneme of each valid frame, read from lip features (B, T, E)."""
+        """Return the weighted cross-entropy of the phonemes of valid frames, predicted from lip features (B, T, E)."""
         valid = torch.arange(lip.shape[1], device=batch["frames"].device) < batch["frames"][:, None]
         real = to_device(valid.flatten().nonzero()[:, 0], lip.device)
         logits = self.system.encoders.lip.phoneme_head(lip).flatten(0, 1)[real].float()
         return self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"].flatten()[real])
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Conditions, Tensor]:
-        """Return the conditions in training, and the voice (B, 256) that is predicted from the face."""
+        """Return the training conditions, and the voice embedding (B, 256) predicted from the face."""
         frames = batch["frames"]
         encoders = self.system.encoders
         if "lip" in batch:
@@ -238,9 +241,9 @@ class HiCoDiTTask(Task):
         return Conditions(lip, identity, batch["expression"], frames), voice
 
     def mask(self, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Draw a time (B,) for each clip of tokens (B, K, L) and mask some of its tokens.
+        """Draw a time (B,) for each clip of tokens (B, K, L) and mask a part of its tokens.
 
-        Masks are drawn on the host: how many tokens are masked is the shape of what follows.
+        Masks are drawn on the host, as shapes depend on the number of masked tokens.
 
         Returns:
             times, tokens, and the masked positions of each level (see `hicodit.model.positions_of`).
@@ -252,7 +255,7 @@ class HiCoDiTTask(Task):
         return to_device(t, tokens.device), noisy, positions_of(masked & valid[:, None], tokens.device)
 
     def by_stage(self, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor) -> dict[str, Tensor]:
-        """Sum the score entropies (M,) of the masked tokens over each group of levels, for one token of all.
+        """Sum the score entropies (M,) of the masked tokens over each group of levels, normalised per token.
 
         The paper's sum is divided by the number of tokens, so that batch size and clip length do not change the scale
         that gradient clipping sees.
@@ -263,9 +266,9 @@ class HiCoDiTTask(Task):
         return {"dse_low": values[:low].sum() / count, "dse_high": values[low:].sum() / count}
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure losses of held-out clips, and `validate_metrics` of speech made from their pictures alone.
+        """Measure losses of held-out clips, and `validate_metrics` of speech generated only from their video.
 
-        One process measures the losses: their random draws follow one another.
+        One process measures the losses, as their random numbers are drawn sequentially.
         """
         from hicodit.evaluate import evaluate_clips
         from hicodit.pipeline import HiCoDiTPipeline
@@ -287,7 +290,7 @@ class HiCoDiTTask(Task):
         return results
 
     def held_out_losses(self, split: str) -> dict[str, float]:
-        """Return `loss`, and its part `dse`, of the clips that are synthesised."""
+        """Return `loss` and its component `dse` for the synthesised clips."""
         source = join(self.shards, split)
         encoders = self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
@@ -305,7 +308,9 @@ class HiCoDiTTask(Task):
         return {name: value / len(chosen) for name, value in sums.items()}
 
     def measure_lips(self) -> dict[str, float]:
-        """Return of each held-out split in how many of the frames with speech (%) the lips' phoneme is wrong."""
+        """Return for each held-out split the frame error rate (%) of the phonemes predicted by the lip encoder, over
+        frames with speech.
+        """
         lip = self.system.encoders.lip
         device = lip.phoneme_head.weight.device
         results = {}
@@ -323,7 +328,7 @@ class HiCoDiTTask(Task):
         return results
 
     def adapted(self) -> nn.Module:
-        """Return the score network; the condition encoders stay as they are."""
+        """Return the score network. The condition encoders are not adapted."""
         return self.system.model
 
     def release_info(self) -> Release:

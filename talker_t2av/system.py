@@ -186,7 +186,7 @@ class TalkerSystem:
             network = LOADERS[part](path)
             expected = self.digests.get(part)
             if expected is not None and expected not in (network.digest(), _keeps(network)):
-                raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
+                raise UserError(f"{path} computes other features than the model was trained on: use the codec of the model")
             return network.to(self.device)
 
 

@@ -98,8 +98,8 @@ class UpstreamEncoders:
             expected = self.expected.get("face_identity" if name == "identity" else name)
             if expected is not None and (digest := weights_digest(network)) != expected:
                 raise UserError(
-                    f"{getattr(self.config, f'{name}_file')} makes other features ({digest}) than those the model was "
-                    f"trained on ({expected}): give the file that prepared its shards"
+                    f"{getattr(self.config, f'{name}_file')} computes other features ({digest}) than the model was "
+                    f"trained on ({expected}): use the file that prepared its shards"
                 )
             self._networks[name] = network
         return self._networks[name].to(device)
@@ -115,8 +115,8 @@ class UpstreamEncoders:
         network = NETWORKS[name].from_pretrained(Path(c.folder) / file)
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(
-                f"{file} gives lip features of width {network.config.width}, the model takes {c.lip_dim}: "
-                "give the checkpoint that the model was trained with"
+                f"{file} has lip features of width {network.config.width}, the model requires {c.lip_dim}: "
+                "use the checkpoint that the model was trained with"
             )
         return network
 

@@ -161,5 +161,5 @@ def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release,
         assert np.allclose(frame["points"], points, atol=1e-3) and frame["seen"]
         assert np.abs(matrix[:, :2] @ (864, 140) + matrix[:, 2] - 48).max() <= 0.51
         assert x < 849 and x + w > 879 and y < 108 and y + h > 140 and w < 128
-    with pytest.raises(UserError, match="face_box and a file of landmarks"):
+    with pytest.raises(UserError, match="face_box and a landmark file"):
         run(config(release, tmp_path / "wide.mp4", tmp_path / "two", face_box="1,2,30,40", **given))

@@ -279,7 +279,7 @@ def test_a_list_of_clips_is_a_batch_with_a_seed_each(pipeline, clip):
     assert np.array_equal(other.tokens, pipeline(frames, seed=4, steps=2).tokens)
     same = pipeline([frames, frames], seed=3, steps=2)
     assert np.array_equal(same[0].tokens, same[1].tokens)
-    with pytest.raises(UserError, match="3 seeds for 2 clips: give one for all, or one each"):
+    with pytest.raises(UserError, match="3 seeds for 2 clips: expected one for all, or one per clip"):
         pipeline([clip, clip], seed=[1, 2, 3])
     with pytest.raises(UserError, match="seed=-1"):
         pipeline([clip], seed=[-1])
@@ -297,7 +297,7 @@ def test_frames_may_be_tensors_and_of_another_rate(pipeline):
         pipeline(tensor.float())
     with pytest.raises(UserError, match=r"fps=0 must be a number from 1\.0 to 1,000\.0"):
         pipeline(frames, fps=0)
-    with pytest.raises(UserError, match=r"fps=30 is for frames: the file clip\.mp4 states its own"):
+    with pytest.raises(UserError, match=r"fps=30 only applies to frames: clip\.mp4 states its frame rate"):
         pipeline("clip.mp4", fps=30)
 
 

@@ -78,5 +78,5 @@ def test_command_line(clip, release, tmp_path, capsys):
     assert "first audio after " in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{clip.stem}.mp4", f"{clip.stem}.wav"]
     for wrong in ({"face": "2"}, {"sampler": {"method": "euler"}}, {"guidance": {"all": 2.0}}):
-        with pytest.raises(UserError, match=f"stream=true has no {next(iter(wrong))}"):
+        with pytest.raises(UserError, match=f"stream=true does not support {next(iter(wrong))}"):
             read_settings(OmegaConf.merge(base, given, wrong))

@@ -271,7 +271,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     assert pipeline.system.encoders.expected["lip"] == made["lip"]
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"
-    with pytest.raises(UserError, match=r"makes other features .* than those the model was trained on \(0000abcd\)"):
+    with pytest.raises(UserError, match=r"computes other features .* than the model was trained on \(0000abcd\)"):
         pipeline.system.encoders.network("identity", torch.device("cpu"))
 
 
