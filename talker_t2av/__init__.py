@@ -1,1 +1,1 @@
-"""Talker-T2AV: text, speech and motion to speech and motion, one patch of 160 ms at a time."""
+"""Talker-T2AV: generation of speech and talking faces from text, speech or motion, in patches of 160 ms."""

@@ -1,8 +1,8 @@
-"""Which phoneme of the text sounds when: auxiliary targets that quickly teach a small model where in the text it is.
+"""Alignment of patches with text tokens: auxiliary targets that speed up the training of a small model.
 
-The corpus's phoneme labels of frames are aligned with the text's tokens. One attention head of some layers is then
-taught to look, before each patch, at the tokens that the patch says: guided attention (Tachibana et al. 2018,
-arXiv:1710.08969), with the true alignment in place of the diagonal. Inference does not change.
+Frame-wise phoneme labels are aligned with the text tokens. One attention head of some layers is then trained to attend,
+before each patch, to the tokens spoken in it: guided attention (Tachibana et al. 2018, arXiv:1710.08969) with the
+actual alignment instead of the diagonal. Inference is unchanged.
 
 Axes: B batch, T tokens, F frames, M patches, P frames of a patch, D width, h head width, V vocabulary.
 """
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from talker_t2av.model import TalkerT2AV
     from talker_t2av.text import TalkerTokenizer
 
-SKIPPED = 0.6  # cost of a token without a frame, against 1 for a frame of another phoneme
-FARTHEST = 3  # tokens from one frame to the next
+SKIPPED = 0.6  # cost of a token without frames; a frame of another phoneme has cost 1
+FARTHEST = 3  # maximum number of tokens between consecutive frames
 HEAD = 0
 
 
 def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
-    """Return the class (V,) of each token: that of its phoneme in the frames' labels, 0 for stops and control tokens.
+    """Return the phoneme class (V,) of each token in the frame labels, and 0 for stops and control tokens.
 
-    symbols: the phonemes of the labels, whose classes are counted from 1.
+    symbols: phonemes of the labels, with classes starting at 1.
     """
     numbers = {symbol: number for number, symbol in enumerate(symbols, 1)}
     classes = np.zeros(words.vocab_size, int)
@@ -42,9 +42,9 @@ def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
 
 
 def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return for each frame (B, F) the index of the token that it says: a monotonic path of least cost.
+    """Return for each frame (B, F) the index of the spoken token: a monotonic path of minimum cost.
 
-    tokens: (B, T) classes. lengths: (B,) of the prompts, in which paths stay. labels: (B, F) classes of the frames.
+    tokens: (B, T) classes. lengths: (B,) lengths of the prompts. labels: (B, F) classes of the frames.
     """
     rows, count = tokens.shape
     wrong = tokens[:, None] != labels[..., None]  # (B, F, T)
@@ -67,7 +67,7 @@ def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.nda
 
 
 class Alignment:
-    """While it is entered, it keeps what the attention of some layers reads; `loss` then guides one head of each."""
+    """Context manager that records the attention inputs of some layers. `loss` then guides one head of each layer."""
 
     def __init__(self, model: TalkerT2AV, layers: Sequence[int]) -> None:
         self.attentions = [model.llm.model.layers[i].self_attn for i in layers]
@@ -86,9 +86,9 @@ class Alignment:
         self.inputs.append((attention, hidden, named["position_embeddings"]))
 
     def loss(self, batch: Mapping[str, Tensor], mask: Tensor, size: int) -> Tensor:
-        """Mean negative logarithm of the attention (B, T) that goes to the tokens of the next patch.
+        """Return the mean negative log attention (B, T) to the tokens of the next patch.
 
-        mask: (B, T), 1 at real tokens, with the task token in front. size: frames of a patch.
+        mask: (B, T), 1 at real tokens, including the task token at the start. size: frames per patch.
         """
         device = self.inputs[0][1].device
         frames = torch.arange(batch["pointer"].shape[1]) < batch["speech_frames"][:, None]

@@ -1,10 +1,10 @@
-"""The data set of Talker-T2AV: pairs of examples from prepared shards.
+"""Talker-T2AV's dataset: pairs of examples from prepared shards.
 
-An example is a text with its speech latents and, for T2AV, its motion; TTS examples have none. Batches are half and
-half: an item of `TalkerPairs` is one example of each.
+An example is a text with its speech latents and, for T2AV, its motion. Half of a batch are T2AV and half TTS examples:
+an item of `TalkerPairs` is one example of each.
 
-Axes: B batch, T tokens, F speech frames, Fm motion frames, Ds / Dm speech / motion channels, G speaker embedding,
-n clips. Latents come 25 per second.
+Axes: B batch, T tokens, F speech frames, Fm motion frames, Ds / Dm speech / motion channels, G speaker embedding, n
+clips. Latents have 25 frames per second.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ from talker_t2av.system import MotionStats, codec_digests
 from talker_t2av.text import load_tokenizer
 
 TASKS = ("t2av", "tts")
-MAX_TOKENS = 1000  # of a sequence; longer ones are cut on the right
+MAX_TOKENS = 1000  # maximum length of a sequence in tokens; longer ones are truncated on the right
 _codec_digests = lru_cache(codec_digests)
-STAGES = {"speech": "whisperx_vae", "motion": "lia_x", "speaker": "speaker"}  # stream -> its digest's name in an index
+STAGES = {
+    "speech": "whisperx_vae",
+    "motion": "lia_x",
+    "speaker": "speaker",
+}  # name of the digest of each stream in an index
 
 
 def window_range(frames: int) -> int:
-    """The last start of a window of at most 30 s in `frames` frames."""
+    """Return the last possible start of a window of at most 30 s in `frames` frames."""
     return max(0, frames - MAX_FRAMES)
 
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """What a model's examples look like: ids of its tokenizer, patch size, delay, longest sequence, order."""
+    """Sequence layout of a model: token ids, patch size, delay, maximum length, order."""
 
     speech_id: int
     tail: list[int]
@@ -53,18 +57,18 @@ class SequenceFormat:
     order: str = "add"
 
     def slots(self, speech_frames: int, motion_frames: int) -> int:
-        """Placeholders of an example; no motion (0 frames) is TTS."""
+        """Return the number of placeholders of an example. motion_frames = 0 means TTS."""
         speech = -(-speech_frames // self.patch_size)
         patches = max(speech, motion_frames // self.patch_size + self.delay) if motion_frames else speech
         return patches * tokens_per_patch(self.order, motion_frames > 0)
 
     def example(self, prompt: list[int], speech: Tensor, speech_frames: int, motion: Tensor, speaker: Tensor) -> dict:
-        """Return an item for `collate`: speech (F, Ds), motion (Fm, Dm) normalised (Fm = 0: TTS), speaker (G,).
+        """Return an item for `collate`: speech (F, Ds), normalised motion (Fm, Dm) (Fm = 0: TTS), speaker (G,).
 
-        The span of the placeholders is (-1, -1) where none is left within the limit.
+        The span of placeholders is (-1, -1) if none fits within the limit.
         """
         whole = len(motion) // self.patch_size * self.patch_size
-        motion_frames = max(whole, self.patch_size) if len(motion) else 0  # one patch at least, if there is motion
+        motion_frames = max(whole, self.patch_size) if len(motion) else 0  # at least one patch if there is motion
         motion = motion[:whole] if whole else motion
         slots = self.slots(speech_frames, motion_frames)
         start = len(prompt)
@@ -84,15 +88,15 @@ class SequenceFormat:
 def collate(
     items: list[dict[str, Tensor]], pad_id: int, patch_size: int, classes: np.ndarray | None = None
 ) -> dict[str, Tensor]:
-    """Right-padded batch.
+    """Collate items to a right-padded batch.
 
-    classes: of the tokens, see `token_classes`: adds `pointer` (B, F), the token that each frame says.
+    classes: classes of the tokens, see `token_classes`. Adds `pointer` (B, F), the token spoken in each frame.
 
     Returns:
-        input_ids, attention_mask (B, T); speech_span (B, 2), the first placeholder and one past the last, (-1, -1)
-        where there is none; speech (B, F, Ds); motion (B, Fm, Dm) normalised, Fm rounded up to whole patches, 0 if the
-        batch has no motion; speech_frames, motion_frames (B,), the latter 0 in TTS rows; speaker (B, G). Whatever else
-        the items hold, as `phoneme` (B, F), is padded along its first axis.
+        input_ids, attention_mask (B, T); speech_span (B, 2), the first placeholder and one past the last, (-1, -1) if
+        there is none; speech (B, F, Ds); motion (B, Fm, Dm) normalised, Fm rounded up to whole patches, 0 if the batch
+        has no motion; speech_frames, motion_frames (B,), the latter 0 in TTS rows; speaker (B, G). Other entries of the
+        items, such as `phoneme` (B, F), are padded along their first axis.
     """
     batch = {}
     for name, value in items[0].items():
@@ -115,14 +119,14 @@ class TalkerExamples:
     """Examples of one task from one split of prepared shards.
 
     Args:
-        source: folder of the split, or its URL.
-        task: "t2av", or "tts" to leave the motion away.
-        codecs: folders `speech`, `motion`, `speaker` that must have made the latents; None: not checked.
-        stats: JSON file or URL with the motion's statistics, as the training split's index.json; None: those of the
+        source: folder or URL of the split.
+        task: "t2av", or "tts" to omit the motion.
+        codecs: folders `speech`, `motion`, `speaker` with which the latents must have been computed. None: not checked.
+        stats: JSON file or URL with the motion statistics, such as index.json of the training split. None: those of the
             released model.
-        reading: how shards are read.
+        reading: settings of reading shards.
         tokenizer: as `load_tokenizer` takes it.
-        patch_size, delay, order, phonemes: as in the model.
+        patch_size, delay, order, phonemes: see the model.
     """
 
     def __init__(
@@ -139,13 +143,15 @@ class TalkerExamples:
         phonemes: int = 0,
     ) -> None:
         require_range("data.train.delay", delay, 0, 256)
-        self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
+        self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # a single patch yields no example
         self.task = task
         self.streams = ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
         if codecs is not None:
             missing = [stream for stream in self.streams if not codecs.get(stream)]
             if missing:
-                raise UserError(f"task={task}: task.codecs.{missing[0]} is needed: name the codec that made the shards")
+                raise UserError(
+                    f"task={task}: task.codecs.{missing[0]} is required: the codec that prepared the shards"
+                )
             index = self.shards.index
             checked = list(self.streams)
             if "motion" in checked and index.get("motion_mean") and not (index.get("digests") or {}).get("lia_x"):
@@ -159,34 +165,34 @@ class TalkerExamples:
             if known > phonemes:
                 raise UserError(f"{source} has {known} phonemes with silence: set task.model.phonemes={known}")
         self.shards.require(*self.streams)
-        self.frames = self.shards.frames  # (n,) of each clip
+        self.frames = self.shards.frames  # (n,) length of each clip
         self.stats = MotionStats.read(stats)
         self.words = load_tokenizer(tokenizer)
         self.classes = token_classes(self.words, self.shards.index["symbols"]) if phonemes else None
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
-        self.leave_out = leaving_out(self.shards.source, len(self.shards))  # clips whose text cannot be used
+        self.leave_out = leaving_out(self.shards.source, len(self.shards))  # clips whose text is unusable
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def info(self, index: int) -> dict[str, Any]:
-        """The JSON of the clip that `self[index]` is made of: key, text, frames, ..."""
+        """Return the JSON of the clip of `self[index]`: key, text, frames, ..."""
         return self._usable(index)[0]
 
     def _usable(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor], list[int]]:
-        """Return JSON, streams and prompt of clip `index`, or of the next one that has a text of use."""
+        """Return JSON, streams and prompt of clip `index`, or of the next clip with a usable text."""
         for at in range(index, index + len(self)):
             info, latents = self.shards.read(at % len(self), self.streams)
             try:
                 return info, latents, self.words.prompt(info["text"])
             except UserError as error:
                 self.leave_out(info["key"], error)
-        raise UserError(f"{self.shards.source}: no clip has a text that can be used")
+        raise UserError(f"{self.shards.source}: no clip has a usable text")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The example of clip `index`; the window of a clip over 30 s is drawn from the generator.
+        """Return the example of clip `index`. The window of a clip over 30 s is drawn from the generator.
 
-        A clip whose text holds a control token is left out with a line; the next one takes its place.
+        A clip whose text contains a control token is replaced by the next clip, with a message.
         """
         _, latents, prompt = self._usable(index)
         speech = latents["speech"].float()
@@ -203,17 +209,18 @@ class TalkerExamples:
 
 
 class TalkerPairs:
-    """Half T2AV and half TTS in each batch, for `engine.training.trainer`: an item is one example of each task, so a
-    batch has twice its size in rows. With one task every example is of it, and a batch has its size in rows.
+    """Batches of half T2AV and half TTS examples, for `engine.training.trainer`. An item is one example of each task,
+    so that a batch has twice as many rows. With a single task, all examples belong to it.
 
-    The larger set gives the length; every item of it is used once an epoch, those of the smaller one in turn.
+    The larger set determines the length: each of its items is used once per epoch, and the items of the smaller set are
+    used in turn.
 
     Args:
-        root, split: folder of the splits, or its URL, and which is learned.
-        tasks: t2av and tts (the paper), t2av alone (the released model), or tts alone.
-        tts_root: of the TTS half, where it is another data set.
+        root, split: folder or URL of the splits, and name of the training split.
+        tasks: t2av and tts (as in the paper), only t2av (the released model), or only tts.
+        tts_root: data set of the TTS half, if different.
         shards: fields of `engine.shards.reader.Reading`.
-        examples: as `TalkerExamples` has them: codecs, stats, tokenizer, patch_size, delay, order, phonemes.
+        examples: arguments of `TalkerExamples`: codecs, stats, tokenizer, patch_size, delay, order, phonemes.
     """
 
     def __init__(
@@ -226,7 +233,7 @@ class TalkerPairs:
         **examples: Any,
     ) -> None:
         if sorted(tasks) not in (["t2av", "tts"], ["t2av"], ["tts"]):
-            raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
+            raise UserError(f"data.train.tasks={list(tasks)}: must be [t2av, tts], [t2av] or [tts]")
         reading = Reading(**(shards or {}))
         roots = {"tts": tts_root or root}
         self.sets = [
@@ -244,20 +251,22 @@ class TalkerPairs:
         ]
 
     def _offset(self, side: int) -> int:
-        """Sets lie apart from each other: where both hold the same clips, a batch does not show a clip twice."""
+        """Return the offset between both sets, so that a batch does not contain a clip twice if both have the same
+        clips.
+        """
         return side * len(self) // 2
 
     def collate(self, items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """T2AV rows first, then as many TTS rows; see `collate`."""
+        """Collate T2AV rows, followed by as many TTS rows; see `collate`."""
         rows = [row[side] for side in range(len(self.sets)) for row in items]
         first = self.sets[0]
         return collate(rows, first.words.pad_id, first.format.patch_size, first.classes)
 
     @property
     def lengths(self) -> Tensor:
-        """Return the patches of each pair (n,): twice the longer's, as both examples are padded to it.
+        """Return the number of patches of each pair (n,): twice the longer one, as both examples are padded to it.
 
-        Text is not counted.
+        Text tokens are not counted.
         """
         sides = []
         for i, examples in enumerate(self.sets):
@@ -268,7 +277,7 @@ class TalkerPairs:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Those of the larger set, as the numbers of its pairs."""
+        """Return the blocks of the larger set, as indices of pairs."""
         side = max(range(len(self.sets)), key=lambda i: len(self.sets[i]))
         blocks = self.sets[side].shards.blocks()
         if blocks is None:
@@ -278,7 +287,7 @@ class TalkerPairs:
         return Blocks([int(size) for size in sizes if size], blocks.window, blocks.streams)
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Pairs [first, last) come next."""
+        """Prefetch the pairs [first, last), which are read next."""
         for i, examples in enumerate(self.sets):
             count = len(examples)
             starts = [((first + self._offset(i)) % count, last - first) for first, last in spans]

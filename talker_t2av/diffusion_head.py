@@ -1,7 +1,7 @@
-"""Diffusion heads: the next patch of one stream from the language model's hidden state.
+"""Diffusion heads, which generate the next patch of a stream from the hidden state of the language model.
 
-Axes: N examples (2 B rows while sampling with guidance), C channels, P frames of a patch, K context frames, D width,
-G width of the global condition, n solver steps.
+Axes: N examples (2 B rows when sampling with guidance), C channels, P frames of a patch, K context frames, D width, G
+width of the global condition, n solver steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from talker_t2av.layers import Transformer
 
 
 def time_features(u: Tensor, width: int) -> Tensor:
-    """Sines, then cosines (N, width) of 1000 u at width/2 frequencies from 1 down to 1/10000, both included."""
+    """Return sines, then cosines (N, width) of 1000 u, at width/2 frequencies from 1 to 1/10000 inclusive."""
     half = width // 2
     steps = torch.arange(half, device=u.device, dtype=torch.float32)
     angles = 1000 * u.float()[:, None] * torch.exp(steps * (-math.log(10000) / (half - 1)))
@@ -39,7 +39,7 @@ def time_features(u: Tensor, width: int) -> Tensor:
 
 
 class TimeMLP(nn.Module):
-    """Times (N,) from 0 to 1 to vectors (N, D)."""
+    """Embeds times (N,) in [0, 1] as vectors (N, D)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class TimeMLP(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch]."""
+    """Predicts the velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch]."""
 
     def __init__(
         self,
@@ -73,16 +73,16 @@ class DiffusionHead(nn.Module):
         self.decoder = Transformer(width, width, layers, heads, max_positions)
 
     def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
-        """Time vector (N, D). Without dt it is 0, whose embedding is not zero."""
+        """Return the time embedding (N, D). Without dt, it is the embedding of dt = 0, which is not zero."""
         return self.time_mlp(t) + self.delta_time_mlp(torch.zeros_like(t[:1]) if dt is None else dt)
 
     def context(self, cond: Tensor, global_cond: Tensor) -> Tensor:
-        """The tokens that depend on neither time nor mu: cond (N, C, K), global_cond (N, G) -> (N, 1 + K, D)."""
+        """Return the tokens that do not depend on time and mu: cond (N, C, K), global_cond (N, G) -> (N, 1 + K, D)."""
         tokens = [self.global_cond_proj(global_cond)[:, None], self.cond_proj(cond.transpose(1, 2))]
         return self.decoder.input_proj(torch.cat(tokens, 1))
 
     def denoise(self, x: Tensor, first: Tensor, context: Tensor) -> Tensor:
-        """Velocity (N, C, P) from x (N, C, P), the projected first token (N, D) and `context`."""
+        """Return the velocity (N, C, P) for x (N, C, P), the projected first token (N, D) and `context`."""
         patch = self.decoder.input_proj(self.in_proj(x.transpose(1, 2)))
         sequence = torch.cat([first[:, None], context, patch], 1)
         length = sequence.shape[1]
@@ -92,16 +92,17 @@ class DiffusionHead(nn.Module):
     def forward(
         self, x: Tensor, mu: Tensor, t: Tensor, cond: Tensor, global_cond: Tensor, dt: Tensor | None = None
     ) -> Tensor:
-        """x (N, C, P), mu (N, D), t (N,), cond (N, C, K), global_cond (N, G) -> velocity (N, C, P)."""
+        """Map x (N, C, P), mu (N, D), t (N,), cond (N, C, K), global_cond (N, G) to the velocity (N, C, P)."""
         first = self.decoder.input_proj(mu + self.time(t, dt))
         return self.denoise(x, first, self.context(cond, global_cond))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What depends on the solver's times alone.
+    """Precomputed values that depend only on the solver times.
 
-    times: (n + 1,) on the CPU. lengths: of the n steps. shifts: (n, D) that a step adds to the projected first token.
+    times: (n + 1,) solver times on the CPU. lengths: lengths of the n steps. shifts: (n, D), added to the projected
+    first token in each step.
     """
 
     times: Tensor
@@ -113,7 +114,7 @@ class FlowHead(nn.Module):
     """A diffusion head with its sampler and its loss.
 
     Args:
-        drop_mu, drop_cond: training probabilities of an example without mu, without context frames.
+        drop_mu, drop_cond: probabilities of dropping mu and the context frames in training.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class FlowHead(nn.Module):
         self.drop_cond = drop_cond
 
     def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
-        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
+        """Return a schedule of `steps` steps, which all patches of an utterance share. sway: see `solver_times`."""
         net = self.estimator
         times = solver_times(steps, sway)
         vectors = net.time(to_device(times[:-1], net.in_proj.weight.device))
@@ -138,10 +139,10 @@ class FlowHead(nn.Module):
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
     ) -> Callable[..., tuple[Tensor, Tensor]]:
-        """A function (x, i) -> velocities with and without mu at step i, evaluated as one batch.
+        """Return a function (x, i) -> velocities with and without mu at step i, evaluated as one batch.
 
-        If not `unconditional`, or with a third argument False, both are the conditional one. The unconditional branch
-        keeps context and global condition.
+        Without `unconditional`, or with a third argument False, both are the conditional velocity. The unconditional
+        branch keeps context and global condition.
         """
         net = self.estimator
         context = net.context(cond, global_cond).repeat(1 + unconditional, 1, 1)
@@ -167,17 +168,17 @@ class FlowHead(nn.Module):
         zero_star: bool = True,
         unguided: int = 0,
     ) -> Tensor:
-        """Draw a patch (B, C, P) in the layout of `noise`.
+        """Sample a patch (B, C, P), with the memory layout of `noise`.
 
         Args:
             mu: (B, D) hidden states.
-            cond: (B, C, K) frames before the patch, zeros where there are none.
+            cond: (B, C, K) frames before the patch, zero-padded.
             global_cond: (B, G) speaker embedding or first motion frame.
-            noise: (B, C, P) standard normal, scaled here by `temperature`.
-            schedule: the solver's times, from `schedule`.
-            guidance: at 1 the unconditional branch is not evaluated.
-            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps.
-            unguided: number of last steps whose unconditional branch is not evaluated either.
+            noise: (B, C, P) standard normal noise, which is scaled by `temperature`.
+            schedule: result of `schedule`.
+            guidance: guidance scale. With 1, the unconditional branch is not evaluated.
+            zero_star: use CFG-Zero*, see `guide`, which also skips the first steps.
+            unguided: number of final steps without guidance.
         """
         evaluate = self.branches(mu, cond, global_cond, schedule, guidance != 1)
         guided = 0 if guidance == 1 else len(schedule.lengths) - unguided  # steps
@@ -198,7 +199,9 @@ class FlowHead(nn.Module):
         draws: FlowDraws | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Flow-matching loss (scalar) of patches x1 (N, C, P), N may be 0; mask (N, 1, P) marks frames that count."""
+        """Return the flow-matching loss (scalar) of patches x1 (N, C, P), N may be 0. mask (N, 1, P) marks valid
+        frames.
+        """
         draws = draws or FlowDraws.sample(x1)
         mu = drop(mu, draws.u_mu, self.drop_mu)
         cond = drop(cond, draws.u_cond, self.drop_cond)

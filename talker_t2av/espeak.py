@@ -1,7 +1,8 @@
-"""A separate process that reads text with espeak-ng, which is GPL-3.0: started by `talker_t2av.phonemes` alone.
+"""Stand-alone process that converts text to phonemes with espeak-ng (GPL-3.0). It is only started by
+`talker_t2av.phonemes`.
 
-It imports nothing of this project. Each line of its input is a JSON text; each line of its output is the JSON list of
-the text's clauses, as pairs of espeak-ng's phoneme mnemonics and the stop that ends the clause, or "".
+It does not import this project. Each input line is a JSON string. Each output line is the JSON list of the clauses of
+the text, as pairs of espeak-ng's phoneme mnemonics and the punctuation that ends the clause, or "".
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import sys
 
 import espeakng_loader
 
-SPACE = ord(" ") << 8  # phonememode: a space between mnemonics
+SPACE = ord(" ") << 8  # phonememode: separate mnemonics by spaces
 UTF8 = 1
 SYNCHRONOUS = 2
 DONT_EXIT = 0x8000
@@ -31,7 +32,7 @@ def main(language: str) -> None:
         begin = ctypes.addressof(buffer)
         place = ctypes.c_void_p(begin)
         clauses = []
-        while place.value:  # a call reads one clause, and a few bytes more
+        while place.value:  # a call consumes one clause and a few bytes more
             first = place.value - begin
             mnemonics = phonemes(ctypes.byref(place), UTF8, SPACE).decode()
             read = text[first : place.value - begin if place.value else len(text)].decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Speech and talking faces for the clips of an evaluation."""
+"""Generation of speech and talking faces for the clips of an evaluation."""
 
 from __future__ import annotations
 
@@ -42,32 +42,29 @@ def write_outputs(
     chosen: slice = ALL_BATCHES,
     **other: object,
 ) -> None:
-    """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
+    """Generate missing outputs for the texts of clips, with the voice and face of their prompts.
 
-    FOLDER/ID.wav and, in t2av and a2v, ID.mkv. a2v moves a face to the ground-truth speech, or to that of `driving`;
-    v2a speaks for the true picture. Clip i is generated with seed + i.
+    Writes FOLDER/ID.wav and, for t2av and a2v, ID.mkv. a2v animates a face with the ground-truth speech, or with that
+    of `driving`; v2a generates speech for the ground-truth video. Clip i uses the seed seed + i.
 
     Args:
-        codecs: release folders by name (speech, motion, speaker), other than the release's own.
-        mode: one of the four, or resynthesis: ground-truth speech and motion through the codecs alone, on the prompt's
-            face.
-        sampling: settings that override the release's. other: settings of other models.
-        driving: folder with ID.wav of each clip, to which faces move in a2v; None: the ground-truth speech.
+        codecs: release folders of codecs by name (speech, motion, speaker), which override those of the release.
+        mode: one of the four modes, or resynthesis (ground-truth speech and motion encoded and decoded, on the face of
+            the prompt).
+        sampling: settings that override those of the release. other: ignored settings of other models.
+        driving: folder with ID.wav of each clip, the driving audio of a2v. None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
-            the reference, as those of the released program do.
-        one_pass: generate a text of any length at once, up to 30 s, until the stop predictor ends it, in place of
-            splitting long texts.
-        chosen: which of all batches of clips to write.
+            the reference, as in the released program.
+        one_pass: generate texts of any length in one pass of up to 30 s, instead of splitting long texts.
+        chosen: slice of the batches to write.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
     require_choice("generate.compat", compat, COMPAT)
     if driving is not None and mode != "a2v":
-        raise UserError(
-            f"generate.driving={driving} with generate.mode={mode}: faces move to given speech in a2v alone"
-        )
+        raise UserError(f"generate.driving={driving} with generate.mode={mode}: driving audio is only used by a2v")
     if driving is not None and not Path(driving).is_dir():
         raise UserError(
-            f"generate.driving={driving} is not a folder: name the outputs of a system, ID.wav of each clip"
+            f"generate.driving={driving} is not a folder: expected the outputs of a system, ID.wav of each clip"
         )
     pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
     pipeline.sampling = override(pipeline.sampling, (sampling or {}) | ({"text_bytes": MAX_TEXT} if one_pass else {}))
@@ -90,9 +87,9 @@ def write_outputs(
         face = clip.prompt.video
         true = clip.truth
         if (sound is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
-            raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
+            raise UserError("no reference voice or face: set reference_audio and reference_video in the manifest")
         if true.source is None and mode == "v2a":
-            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
+            raise UserError("no input video: expected ID.mp4 in references=, or video in the manifest")
         if mode == "a2v" and driving_audio(clip) is None:
             raise UserError(f"generate.driving={driving} has no audio of this clip")
         files = {"audio": driving_audio(clip)} if mode == "a2v" else {"reference_audio": sound}
@@ -124,10 +121,10 @@ def write_outputs(
 
 @torch.inference_mode()
 def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int, np.ndarray]:
-    """Return the decoded speech of a clip, its rate, and its motion drawn on the first picture of its prompt."""
+    """Return the decoded speech of a clip, its rate, and its motion rendered on the first frame of its prompt."""
     wave = wave_of(clip.truth.audio, RATE)
     if clip.truth.source is None or clip.prompt.video is None:
-        raise UserError("no picture of the clip, or no other one of its speaker")
+        raise UserError("no video of the clip, or no other clip of its speaker")
     frames = read_video(clip.truth.source, FPS)
     face = next(iter(read_video(clip.prompt.video, FPS)))
     drawn = rebuild(pipeline.system.motion, frames, face)

@@ -1,4 +1,4 @@
-"""The square of a video or picture that the motion codec gets: around the face, if one is found.
+"""Square crop around the face of a video or image, the input of the motion codec.
 
 Axes: F frames, H height, W width, S side of the square.
 """
@@ -27,18 +27,18 @@ from talker_t2av.model import FPS
 from talker_t2av.settings import is_picture
 
 TURNS = {90: "90 degrees anticlockwise", 180: "180 degrees", 270: "90 degrees clockwise"}
-SEARCHED = 10 * FPS  # frames of a reference that are searched for the face, even if only one of them is used
+SEARCHED = 10 * FPS  # frames of a reference that are searched for a face, even if only one is used
 
 
 @dataclass(frozen=True)
 class Square:
-    """Position of the crop, the same in all frames of a file, as LIA-X needs it.
+    """Crop of a file, constant over all frames, as LIA-X requires.
 
     Attributes:
-        left, top, side: in pixels of the picture as it is shown, after turning.
-        first: number of the first frame that shows the face.
+        left, top, side: crop in pixels of the image as shown by a player, after rotation.
+        first: index of the first frame that shows the face.
         remark: a note to the user, or "".
-        turn: degrees anticlockwise by which the picture is turned first.
+        turn: rotation applied first, in degrees anticlockwise.
     """
 
     left: int
@@ -49,20 +49,20 @@ class Square:
     turn: int = 0
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
-        """Cut frames (F, H, W, 3) -> (F, S, S, 3)."""
+        """Crop frames (F, H, W, 3) -> (F, S, S, 3)."""
         frames = turned(frames, self.turn)
         return frames[:, self.top : self.top + self.side, self.left : self.left + self.side]
 
 
 def turned(frames: np.ndarray, degrees: int) -> np.ndarray:
-    """Turn frames (F, H, W, 3) anticlockwise by a multiple of 90 degrees."""
+    """Rotate frames (F, H, W, 3) anticlockwise by a multiple of 90 degrees."""
     return np.ascontiguousarray(np.rot90(frames, degrees // 90, (1, 2))) if degrees else frames
 
 
 def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
-    """Find the square around the face in the first `count` frames of a video, or in a picture.
+    """Find the square around the face in the first `count` frames of a video, or in an image.
 
-    If no face is found, as in a drawing, it is the largest centred square, and `remark` says so.
+    If no face is found, for example in a drawing, the largest centred square is used, which `remark` states.
 
     Args:
         crop: "face", or "centre" for the largest centred square without detection.
@@ -85,16 +85,15 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
     except FaceError as error:
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error
-        return Square(*centre_square(height, width), remark=f"{path}: {error}; its middle is used as the face")
+        return Square(*centre_square(height, width), remark=f"{path}: {error}; its centre is used as the face")
     box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(clip.size))
     return Square(*portrait_square(box, height, width), first=int(track.seen.argmax()))
 
 
 def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str | None = None) -> Square:
-    """Find the square around the largest face of a picture; arguments as those of `find_square`.
+    """Find the square around the largest face of an image. See `find_square` for the arguments.
 
-    A picture whose face lies on its side is turned. The remark says what was done, unless the whole picture is used as
-    it is.
+    Images with a rotated face are rotated. The remark states what was done, unless the whole image is used.
     """
     picture = read_picture(path)
     try:
@@ -110,7 +109,7 @@ def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str |
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error
         middle = centre_square(*picture.shape[1:3])
-        return Square(*middle, remark=f"{path}: {error}; its middle is used as the face")
+        return Square(*middle, remark=f"{path}: {error}; its centre is used as the face")
     height, width = turned(picture, turn).shape[1:3]
     left, top, side = portrait_square(tracks[0].boxes[0], height, width)
     done = []
@@ -124,10 +123,10 @@ def find_square_of_picture(path: str | Path, crop: str = "face", face_box: str |
 
 
 def find_upright_faces(picture: np.ndarray) -> tuple[list[FaceTrack], int]:
-    """Find the faces of a picture (1, H, W, 3), the largest first, and the degrees by which it must be turned.
+    """Find the faces of an image (1, H, W, 3), largest first, and the rotation in degrees that makes them upright.
 
     Raises:
-        FaceError: no face is found.
+        FaceError: If no face is found.
     """
     try:
         return find_faces(ArrayFrames(picture), float(FPS), "all"), 0
@@ -138,9 +137,10 @@ def find_upright_faces(picture: np.ndarray) -> tuple[list[FaceTrack], int]:
 
 
 def read_square(path: str | Path, square: Square, count: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Read the square of `count` frames of a video from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
+    """Read the square crop of `count` frames of a video, starting at frame `start`, or of an image: blocks (n, S, S, 3)
+    uint8.
 
-    There are fewer frames if the video ends before.
+    There are fewer frames if the video is shorter.
     """
     if is_picture(path):
         yield square.cut(read_picture(path))
@@ -156,17 +156,17 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """Read a picture file as (1, H, W, 3) uint8 RGB."""
+    """Read an image file as (1, H, W, 3) uint8 RGB."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(check_readable(path)) as header:
             pixels = math.prod(header.size)
     except Image.DecompressionBombError:  # of far more
         pixels = math.inf
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error})") from error
+        raise UserError(f"{path} cannot be read as an image ({error})") from error
     if pixels > LIMITS.picture_pixels:
         raise UserError(f"{path} has more than {LIMITS.picture_pixels:,} pixels (limits.picture_pixels): scale it down")
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
-        raise UserError(f"{path} cannot be read as a picture")
+        raise UserError(f"{path} cannot be read as an image")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None]

@@ -1,4 +1,4 @@
-"""A talking face on one time axis: frames, spectrogram, and movement around the mouth with the loudness of the audio.
+"""Figure of a talking face: frames, spectrogram, mouth movement and loudness on a common time axis.
 
 Axes: F frames.
 """
@@ -21,7 +21,9 @@ FACES = 10
 
 
 def movement(frames: np.ndarray) -> np.ndarray:
-    """Measure the mean change (F - 1,) from frame to frame where a portrait has its mouth; the largest is 1."""
+    """Return the mean frame-to-frame change (F - 1,) of the mouth region of a portrait, normalised to a maximum
+    of 1.
+    """
     side = frames.shape[1]
     mouth = frames[:, side * 6 // 10 : side * 9 // 10, side * 3 // 10 : side * 7 // 10].astype(np.float32)
     change = np.abs(np.diff(mouth, axis=0)).mean((1, 2, 3))
@@ -38,7 +40,7 @@ def draw(talk: Talk, text: str, path: Path) -> None:
     change = movement(talk.frames)
     how = {"figsize": (12, 5.4), "height_ratios": (1, 2, 1), "sharex": True, "grid": False, "dpi": 100}
     with (
-        warnings.catch_warnings(action="ignore"),  # the font may lack a letter
+        warnings.catch_warnings(action="ignore"),  # the font may lack a character
         chart_file(path, 3, 1, **how) as (top, middle, bottom),
     ):
         top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))

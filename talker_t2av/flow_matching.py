@@ -1,4 +1,4 @@
-"""Optimal-transport flow matching: times, guidance, solver and the parts of the loss. Knows no network.
+"""Optimal-transport flow matching: times, guidance, solver and loss. It does not depend on a network.
 
 t = 1 is noise and t = 0 is data, x_t = (1 - t) x1 + t z, and the velocity is z - x1.
 
@@ -16,15 +16,17 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-# published training probabilities of an example without mu, without context frames
+# published probabilities of dropping mu and the context frames in training
 DROP_MU = 0.1
 DROP_COND = 0.05
-ZERO_SHARE = 0.04  # of the steps whose velocity CFG-Zero* takes as zero
-TIME_MEAN = -0.4  # of the log-normal training times
+ZERO_SHARE = 0.04  # fraction of the steps whose velocity CFG-Zero* sets to zero
+TIME_MEAN = -0.4  # mean and standard deviation of the log-normal training times
 
 
 def solver_times(steps: int, sway: float = 1.0) -> Tensor:
-    """Times (n + 1,) from 1 to 0, float32 on the CPU; sway 1 makes the steps fine near the noise, sway 0 even."""
+    """Return times (n + 1,) from 1 to 0, float32 on the CPU. sway = 1 makes steps smaller near the noise, sway = 0 is
+    uniform.
+    """
     if steps < 1:
         raise UserError(f"steps={steps} must be at least 1")
     u = torch.linspace(1, 0, steps + 1)
@@ -32,14 +34,15 @@ def solver_times(steps: int, sway: float = 1.0) -> Tensor:
 
 
 def zero_steps(steps: int) -> int:
-    """How many steps at the noise end CFG-Zero* leaves out (arXiv 2503.18886): one up to 48 steps."""
+    """Return the number of initial steps that CFG-Zero* skips (arXiv 2503.18886): one for up to 48 steps."""
     return max(1, math.floor(ZERO_SHARE * (steps + 1)))
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor, zero_star: bool = True) -> Tensor:
-    """Classifier-free guidance a v_u + g (v_c - a v_u) of velocities (B, C, P), g a number or (B, 1, 1).
+    """Return the classifier-free guided velocity a v_u + g (v_c - a v_u) of velocities (B, C, P), with g a number or
+    (B, 1, 1).
 
-    With `zero_star`, a is each sample's projection of v_c on v_u (CFG-Zero*); else 1.
+    With `zero_star`, a is the projection coefficient of v_c on v_u per sample (CFG-Zero*), else 1.
     """
     if zero_star:
         dot = (conditional * unconditional).sum((1, 2), keepdim=True)
@@ -48,12 +51,12 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor, 
 
 
 def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequence[float], skip: int = 0) -> Tensor:
-    """Integrate from noise to data.
+    """Integrate from noise to data with the Euler method.
 
     Args:
         velocity: (x, i) -> dx/dt at the beginning of step i.
-        lengths: of the steps.
-        skip: number of first steps that leave x as it is and do not call `velocity`.
+        lengths: lengths of the steps.
+        skip: number of initial steps to skip.
     """
     for i in range(skip, len(lengths)):
         x = x - lengths[i] * velocity(x, i)
@@ -61,16 +64,16 @@ def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequenc
 
 
 def log_normal_times(normal: Tensor) -> Tensor:
-    """Training times in (0, 1) from standard normal draws."""
+    """Map standard normal samples to training times in (0, 1)."""
     return torch.sigmoid(normal + TIME_MEAN)
 
 
 @dataclass(frozen=True)
 class FlowDraws:
-    """The random numbers of one loss.
+    """Random numbers of a loss evaluation.
 
-    u_mu, u_cond: (N,) uniform; an example keeps mu, its context, where they exceed the head's drop_mu, drop_cond.
-    t: (N,) times. z: (N, C, P) noise.
+    u_mu, u_cond: (N,) uniforms. An example keeps mu and its context where they exceed drop_mu and drop_cond. t: (N,)
+    times. z: (N, C, P) noise.
     """
 
     u_mu: Tensor
@@ -80,27 +83,27 @@ class FlowDraws:
 
     @classmethod
     def sample(cls, x1: Tensor) -> FlowDraws:
-        """Draws for targets x1 (N, C, P), from torch's default generator."""
+        """Draw the random numbers for targets x1 (N, C, P), from torch's default generator."""
         u_mu, u_cond = torch.rand(2, len(x1), device=x1.device)
         normal = torch.randn(len(x1), device=x1.device)
         return cls(u_mu, u_cond, log_normal_times(normal), torch.randn_like(x1))
 
 
 def drop(x: Tensor, u: Tensor, probability: float) -> Tensor:
-    """x (N, ...) with zeros where u (N,) does not exceed `probability`."""
+    """Zero x (N, ...) where u (N,) does not exceed `probability`."""
     return x * (u > probability).view(-1, *[1] * (x.ndim - 1))
 
 
 def noised(x1: Tensor, draws: FlowDraws) -> Tensor:
-    """x_t (N, C, P)."""
+    """Return x_t (N, C, P)."""
     t = draws.t[:, None, None]
     return (1 - t) * x1 + t * draws.z
 
 
 def flow_loss(predicted: Tensor, x1: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error of a predicted velocity (N, C, P), averaged over channels and the frames of `mask` (N, 1, P).
+    """Return the mean squared error of a predicted velocity (N, C, P) over channels and the frames of `mask` (N, 1, P).
 
-    Without an example it is 0, and its graph still reaches the parameters.
+    Without examples it is 0, but still depends on the parameters.
     """
     error = (predicted.float() - (z - x1)).square().mean(1)
     if mask is None:

@@ -1,4 +1,4 @@
-"""Layers of Talker-T2AV with fewer and larger products, for inference: `fuse_layers`.
+"""Fused layers of Talker-T2AV for inference, with fewer and larger matrix products; see `fuse_layers`.
 
 Axes: B batch, T tokens, S tokens that they attend to, D width, H query heads, K key heads, G = H / K, h head width.
 """
@@ -16,9 +16,9 @@ from talker_t2av.layers import MLP
 
 
 def fuse_layers(network: nn.Module) -> None:
-    """Fuse gated MLPs and the attention of the language model in place; the result is not to be trained or saved.
+    """Fuse gated MLPs and the attention of the language model in place. Do not train or save the result.
 
-    Outputs change by rounding.
+    Outputs only change by rounding.
     """
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
@@ -33,7 +33,7 @@ def fuse_layers(network: nn.Module) -> None:
 
 
 def fuse_linear(*layers: nn.Linear) -> nn.Linear:
-    """Return a linear layer whose output is that of several layers with one input, one after the other."""
+    """Return a linear layer whose output is the concatenated output of several layers with the same input."""
     fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
     fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -42,7 +42,7 @@ def fuse_linear(*layers: nn.Linear) -> nn.Linear:
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP whose two input layers are one product."""
+    """Gated MLP whose two input layers are fused."""
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class FusedMLP(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Attention of the language model: one product for queries, keys and values; one norm and one rotation for both.
+    """Attention of the language model with fused query, key and value projections, norms and rotations.
 
-    The G queries of a key head are rows of one head, so that keys and values are not repeated.
+    The G query heads of a key head are treated as rows of one head, so that keys and values are not repeated.
     """
 
     def __init__(self, attention: Qwen3Attention) -> None:
@@ -80,9 +80,9 @@ class FusedAttention(nn.Module):
         past_key_values: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Hidden states (B, T, D) -> (B, T, D), by the names that transformers gives to the arguments.
+        """Map hidden states (B, T, D) -> (B, T, D). The argument names are those of transformers.
 
-        position_embeddings: of `SignedRotary`. attention_mask: (B, 1, T, S) of booleans; None is causal.
+        position_embeddings: result of `SignedRotary`. attention_mask: (B, 1, T, S) bool. None is causal.
         """
         cos, sin = position_embeddings
         length = hidden_states.shape[1]
@@ -106,7 +106,7 @@ class FusedAttention(nn.Module):
 
 
 class SignedRotary(nn.Module):
-    """Rotary factors of the language model (B, T, 1, h), where the sines of the first half are negative."""
+    """Rotary factors of the language model (B, T, 1, h), with negated sines in the first half."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()

@@ -1,25 +1,24 @@
-"""The one autoregressive loop of T2AV, TTS, A2V and V2A: each step adds a patch of 160 ms to every row.
+"""The autoregressive loop of T2AV, TTS, A2V and V2A: each step adds a patch of 160 ms to every row.
 
-A batch joins all its requests and steps until they end. A stream joins one, a service joins each when it comes, and
-`talker_t2av.particles` joins several copies of one.
+A batch joins all requests at once and steps until they finish. A stream joins a single request, a service joins
+requests as they arrive, and `talker_t2av.particles` joins several copies of a request.
 
-A mode says whether speech and motion are generated, given or absent. Frames of a generated stream that are given are a
-prefix, which the loop continues. Slot j of the sequence holds speech patch j and motion patch j - delay, as in
+A mode defines whether speech and motion are generated, given or absent. Given frames of a generated stream are a
+prefix, which the loop continues. Slot j of the sequence contains speech patch j and motion patch j - delay, as in
 training.
 
-Training labels the hidden state after the last patch's token as the stop and leaves the two states before it without a
-label: so by default the first positive stop test ends a row. The official routines wait for three in a row
-(`LoopRules`, talker_t2av/official.py).
+In training, the hidden state after the token of the last patch is labelled as stop, and the two states before it are
+unlabelled. By default, the first positive stop prediction therefore ends a row. The official routines wait for three
+consecutive ones (`LoopRules`, talker_t2av/official.py).
 
-The cache is allocated once, for a fixed number of rows and a length that is a multiple of `BUCKET`, and serves all
-later requests; it grows where a request needs more tokens, up to the backbone's positions. Rows are kept together at
-its beginning: where one leaves, the last one takes its place. A step is a function of tensors whose shapes depend on
-the number of rows and on the bucket alone, so that on CUDA it is one graph for each of these (engine/cuda_graph.py).
-Noise is drawn when a row joins, and the stop test stays on the device.
+The KV cache is allocated once, for a fixed number of rows and a length that is a multiple of `BUCKET`, and reused for
+later requests. It grows if a request needs more tokens, up to the backbone's maximum position. Rows are contiguous:
+when a row finishes, the last row moves to its slot. A step is a function of tensors whose shapes depend only on the
+number of rows and the bucket, so that there is one CUDA graph for each combination (engine/cuda_graph.py). Noise is
+drawn when a row joins, and stop predictions stay on the device.
 
 Axes: B rows, T prompt tokens, S steps, n tokens of a patch, P frames of a patch, F frames, C channels (Ds of speech, Dm
-of motion), G speaker embedding, N tokens that the cache holds, L layers, H key heads, h head width, p context patches,
-D width.
+of motion), G speaker embedding, N cached tokens, L layers, H key heads, h head width, p context patches, D width.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ from talker_t2av.model import KeyValues, TalkerT2AV
 from talker_t2av.prompt import known_tokens, seeded_noise, step_limit
 from talker_t2av.request import ORDERS, Mode, Request, Sampling, Stream, tokens_per_patch
 
-BUCKET = 64  # tokens: lengths of the cache are multiples of it
+BUCKET = 64  # the cache length in tokens is a multiple of it
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What one step drew for all rows, in the order of `BatchedDecoder.active` before the step.
+    """Result of one step for all rows, in the order of `BatchedDecoder.active` before the step.
 
     Attributes:
-        speech, motion: (B, P, C) new frames; None for a stream that is not generated, or not yet for any row.
+        speech, motion: (B, P, C) new frames. None for a stream that is not generated, or not yet.
         token: (B, D) last input of the backbone.
-        stop: (B,) probability that the utterance ends with this step; None where a given stream sets the length.
+        stop: (B,) probability that the utterance ends with this step. None if a given stream determines the length.
     """
 
     speech: Tensor | None
@@ -62,9 +61,9 @@ class Patch:
 
 @dataclass(frozen=True)
 class Result:
-    """New frames of one row, without the prefix: speech (F, Ds), and motion (F, Dm) normalised, or None.
+    """New frames of one row, without the prefix: speech (F, Ds), and normalised motion (F, Dm), or None.
 
-    stopped: the stop head ended it, not the limit.
+    stopped: whether the stop head ended it, instead of the limit.
     """
 
     speech: Tensor | None
@@ -74,12 +73,12 @@ class Result:
 
 @dataclass(eq=False)
 class Row:
-    """A request that has joined.
+    """State of a request in the batch.
 
     Attributes:
-        limit: steps after which it ends at the latest. tokens: that it then has in the cache.
+        limit: maximum number of steps. tokens: number of cached tokens after these steps.
         prompt: (T, D) tokens before the first generated patch.
-        index: steps that it has taken. end: after how many it ended; None while it runs.
+        index: number of steps so far. end: number of steps at the end; None while it is running.
         patches: (P, C) frames of each generated patch.
     """
 
@@ -94,10 +93,11 @@ class Row:
 
 @dataclass(frozen=True)
 class State:
-    """What a step replaces. hidden: (B, D) after the last token. context: (B, p P, C) frames before the next patch.
+    """State that a step replaces. hidden: (B, D) after the last token. context: (B, p P, C) frames before the next
+    patch.
 
-    index: (B,) steps taken. length: (B,) tokens in the cache. hits: (B,) positive stop tests in a row. end: (B,) steps
-    after which a row ends, as known so far.
+    index: (B,) number of steps. length: (B,) number of cached tokens. hits: (B,) consecutive positive stop predictions.
+    end: (B,) steps after which a row ends, as known so far.
     """
 
     hidden: Tensor
@@ -110,11 +110,10 @@ class State:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step reads, by row. N steps are more than any row takes.
+    """Constant inputs of a step, by row. N is larger than the number of steps of any row.
 
-    known: (B, N, n, D) part of the tokens that does not depend on what is drawn. noise: (B, N, C, P).
-    condition: (B, G) the speaker's embedding, or the first frame of the motion. first_test, stop_hits: (B,) of the
-    rules.
+    known: (B, N, n, D) part of the tokens that does not depend on generated frames. noise: (B, N, C, P). condition: (B,
+    G) speaker embedding, or first frame of the motion. first_test, stop_hits: (B,) see `LoopRules`.
     """
 
     known: Tensor
@@ -125,26 +124,26 @@ class Plan:
 
 
 class BatchedDecoder:
-    """Requests of one mode that are generated together: `join`, `step`, `leave`; or `generate`, which does all three.
+    """Batched generation of requests of one mode: `join`, `step`, `leave`, or `generate`, which does all three.
 
-    A row that ends leaves by itself. What shares the batch changes only rounding.
+    Finished rows are removed automatically. The rest of the batch only affects rounding.
 
     Args:
-        places: most rows at a time.
-        use_stop: let the stop head end rows; it never does where a given stream sets the length.
-        check_every: steps between two reads of the stop tests, each of which makes an accelerator wait for the host.
-            Results do not depend on it; rows may be computed past their end. By default 1 on a CPU, where a patch
-            needlessly costs more than a read, and 4 elsewhere.
+        places: maximum number of concurrent rows.
+        use_stop: whether the stop head ends rows. It never does if a given stream determines the length.
+        check_every: steps between two checks of the stop predictions, which synchronise with the device. Results do not
+            depend on it, but rows may be computed past their end. Default: 1 on a CPU, where an extra patch costs more
+            than a sync, and 4 on other devices.
         compile: compile the step with `torch.compile`.
         backend: see `GraphedStep`.
 
     Attributes:
-        active: rows that run, in the order of their places.
-        patch: what the last step drew.
+        active: running rows, in the order of their slots.
+        patch: result of the last step.
         length: N.
     """
 
-    drafts = 1  # rows of a request
+    drafts = 1  # number of rows per request
 
     def __init__(
         self,
@@ -169,7 +168,7 @@ class BatchedDecoder:
         self.delay = c.delay if mode.motion == "generated" else 0
         self.lag = {"speech": 0, "motion": self.delay}
         self.per_patch = tokens_per_patch(c.order, mode.motion != "absent")
-        # The streams that each token of a patch holds.
+        # The streams of each token of a patch.
         self.turns = [[s] for s in ORDERS[c.order]] if self.per_patch == 2 else [self.streams]
         self.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
         self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
@@ -182,36 +181,36 @@ class BatchedDecoder:
 
     @property
     def free(self) -> int:
-        """How many requests may join now."""
+        """Return the number of requests that can join now."""
         return (self.places - len(self.active)) // self.drafts
 
     def needs(self, request: Request) -> tuple[int, int]:
-        """Return the steps after which a request ends at the latest, and its tokens in the cache by then.
+        """Return the maximum number of steps of a request, and the number of cached tokens after these steps.
 
         Raises:
-            UserError: there is no patch to generate, or more tokens are needed than the backbone has positions.
+            UserError: If there is no patch to generate, or the tokens exceed the backbone's maximum position.
         """
         limit = step_limit(self.model, request, self.mode)
         most = self.model.llm.config.max_position_embeddings
         if limit < 1:
-            raise UserError(f"nothing to generate: {limit} patches are left after the prefix")
+            raise UserError(f"nothing to generate: {limit} patches remain after the prefix")
         prompt = len(request.prompt) + request.task_first + self.per_patch * request.prefix
         if (tokens := prompt + self.per_patch * limit) > most:
-            raise UserError(f"{prompt} tokens of text and prefix and {limit} patches exceed {most}: give less text")
+            raise UserError(f"{prompt} tokens of text and prefix and {limit} patches exceed {most}: use a shorter text")
         return limit, tokens
 
     @torch.no_grad()
     def join(self, request: Request, noise: Mapping[Stream, Tensor] | None = None, like: Row | None = None) -> Row:
-        """Compute a request's prompt; the row takes part from the next step on.
+        """Compute the prompt of a request. The row takes part from the next step on.
 
         Args:
-            noise: (S, C, P) by stream, for as many patches as may be drawn; by default from the request's seed.
-            like: a row that has just joined with the same prompt, which is then not computed again.
+            noise: (S, C, P) by stream, for the maximum number of patches. Default: drawn from the seed of the request.
+            like: a row that has just joined with the same prompt, which is then reused.
 
         Raises:
-            UserError: as `needs` does.
+            UserError: See `needs`.
         """
-        assert len(self.active) < self.places, "no place is free"
+        assert len(self.active) < self.places, "no slot is free"
         c = self.model.config
         size = c.patch_size
         place = len(self.active)
@@ -230,7 +229,7 @@ class BatchedDecoder:
         for s in self.streams:
             self.plan.noise[s][place, : len(noise[s])] = to_device(noise[s], self.device)
             self.plan.condition[s][place] = condition[s]
-            frames = getattr(request, s)  # of the prefix, in whole patches; zeros where there are fewer than needed
+            frames = getattr(request, s)  # frames of the prefix in whole patches, zero-padded
             frames = F.pad(frames, (0, 0, c.context * size, -len(frames) % size))
             self.state.context[s][place] = frames[len(frames) - c.context * size :]
         if like is None:
@@ -251,18 +250,18 @@ class BatchedDecoder:
             (self.plan.first_test, first_test),
             (self.plan.stop_hits, request.rules.stop_hits),
         ):
-            tensor[place].fill_(number)  # `tensor[place] = number` waits: it copies the number from the host
+            tensor[place].fill_(number)  # `tensor[place] = number` would synchronise, as it copies from the host
         self.active.append(row)
         return row
 
     @torch.no_grad()
     def step(self, ask: bool = False) -> list[Row]:
-        """Generate one patch of all rows; return those that ended with it, which have left.
+        """Generate one patch of all rows. Return the rows that finished with it, which have been removed.
 
-        ask: read the stop tests now, whatever `check_every` is.
+        ask: check the stop predictions now, regardless of `check_every`.
         """
         rows = [*self.active]
-        # Where there are graphs, a power of two rows are computed, so that there are few graphs.
+        # With CUDA graphs, the number of rows is rounded up to a power of two, so that there are few graphs.
         count = len(rows) if self.run_step.backend is None else min(self.places, 1 << (len(rows) - 1).bit_length())
         self.before_step()
         streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
@@ -291,22 +290,22 @@ class BatchedDecoder:
     def _run_rows(
         self, count: int, streams: tuple[Stream, ...], tokens: int
     ) -> tuple[State, dict[Stream, Tensor], Tensor, Tensor | None]:
-        """Run `_step` on the first `count` places with so many tokens of the cache, as a graph where there are any."""
+        """Run `_step` on the first `count` slots with `tokens` cached tokens, as a CUDA graph if possible."""
         state, plan = map_tensors(lambda x: x[:count], (self.state, self.plan))
         return self.run_step(state, streams, fixed=(plan, self.cache[:count, ..., :tokens, :]))
 
     @torch.no_grad()
     def warm_up(self, tokens: int) -> None:
-        """Capture the graphs of all numbers of rows and of all lengths of the cache up to `tokens`, before rows join.
+        """Capture the CUDA graphs of all numbers of rows and cache lengths up to `tokens`, before rows join.
 
-        Without CUDA there is nothing to capture.
+        Without CUDA this does nothing.
         """
         if self.run_step.backend is None:
             return
         assert not self.active, "rows are running"
         if tokens > self.length:
             self._allocate(tokens)
-        # With a delay, the first steps draw no motion yet.
+        # With a delay, the first steps generate no motion.
         begin = tuple(s for s in self.streams if not self.lag[s])
         counts = {min(self.places, 1 << power) for power in range(self.places.bit_length() + 1)}
         for count in sorted(counts):
@@ -315,10 +314,10 @@ class BatchedDecoder:
                     self._run_rows(count, streams, length)
 
     def before_step(self) -> None:
-        """Nothing here; see `talker_t2av.particles`."""
+        """Hook for subclasses; see `talker_t2av.particles`."""
 
     def leave(self, *rows: Row) -> None:
-        """Take rows out; the last ones move to their places."""
+        """Remove rows. The last rows move to their slots."""
         for row in rows:
             if row not in self.active:
                 continue
@@ -330,7 +329,7 @@ class BatchedDecoder:
                     x[place] = x[len(self.active)]
 
     def result(self, row: Row) -> Result:
-        """Return the new frames of a row that has ended."""
+        """Return the new frames of a finished row."""
         assert row.end is not None, "the row is running"
         counts = {"speech": row.end - self.delay if row.request.rules.trim else row.end, "motion": row.end - self.delay}
         frames = {s: torch.stack(x)[: counts[s]].flatten(0, 1) for s, x in row.patches.items() if x}
@@ -339,9 +338,9 @@ class BatchedDecoder:
     def generate(
         self, requests: Sequence[Request], on_step: Callable[[int], None] = lambda running: None
     ) -> list[Result]:
-        """Generate requests from beginning to end, in their order; those without a place wait until one is free.
+        """Generate requests to the end and return the results in order. Requests without a free slot wait.
 
-        on_step: called after each step with the number of requests that had not ended before it, as the host knows.
+        on_step: called after each step with the number of unfinished requests before it, as known to the host.
         """
         for request in requests:
             self.needs(request)
@@ -359,7 +358,7 @@ class BatchedDecoder:
         return [self.result(row) for row in joined]
 
     def stream(self, request: Request) -> Iterator[Patch]:
-        """Generate one request and yield its patches as they arrive, none of them after its end."""
+        """Generate one request and yield its patches as they are generated."""
         row = self.join(request)
         try:
             while row.end is None:
@@ -368,21 +367,21 @@ class BatchedDecoder:
         finally:
             self.leave(row)
 
-    # The step: a function of tensors. Nothing is read by the host.
+    # The step is a function of tensors, without synchronisation.
 
     def _step(
         self, state: State, streams: tuple[Stream, ...], plan: Plan, cache: Tensor
     ) -> tuple[State, dict[Stream, Tensor], Tensor, Tensor | None]:
-        """One patch of all rows: both solvers, both encoders, backbone, stop test. It writes to the cache.
+        """Generate one patch of all rows: flow solvers, patch encoders, backbone, stop prediction. Writes to the cache.
 
         Args:
-            streams: those that are drawn. cache: (B, L, 2, H, N, h).
+            streams: generated streams. cache: (B, L, 2, H, N, h).
 
         Returns:
-            The next state, the new patches (B, P, C), the last token (B, D), and the probability (B,) of the end.
+            The next state, the new patches (B, P, C), the last token (B, D), and the stop probability (B,).
         """
         row = torch.arange(len(cache), device=cache.device)
-        most = plan.known.shape[1] - 1  # rows beyond the last one, or past their end, stay within bounds
+        most = plan.known.shape[1] - 1  # clamp unused and finished rows to valid indices
         known = plan.known[row, state.index.clamp(max=most)]
         hidden = state.hidden
         context = dict(state.context)
@@ -422,7 +421,7 @@ class BatchedDecoder:
         return State(hidden, context, index, state.length + len(self.turns), hits, end), patches, token, stop
 
     def _allocate(self, tokens: int) -> None:
-        """Make room for all places and at least so many tokens, and take over the rows that run."""
+        """Allocate tensors for all slots and at least `tokens` tokens, and copy the running rows."""
         c = self.model.config
         llm = self.model.llm.config
         size = c.patch_size
@@ -434,7 +433,7 @@ class BatchedDecoder:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(self.places, *shape, dtype=dtype, device=self.device)
 
-        with torch.inference_mode(False):  # others could not be written to outside of inference mode
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
             index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))
             context = {s: zeros(c.context * size, channels[s]) for s in self.streams}
             state = State(zeros(self.model.width), context, index, total, hits, end)
@@ -446,12 +445,12 @@ class BatchedDecoder:
             cache = zeros(*shape, dtype=self.model.dtype)
         for old, new in zip(before, tensors_of((state, plan, cache))):
             new[tuple(slice(0, size) for size in old.shape)] = old
-        # Only now: if there is no memory for the above, the rows that run continue as they are.
+        # Replace the tensors last, so that running rows are unaffected if the allocation fails.
         self.state = state
         self.plan = plan
         self.cache = cache
         self.length = length
-        self.run_step.graphs.clear()  # they are of the former tensors
+        self.run_step.graphs.clear()  # they refer to the former tensors
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -31,7 +31,7 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
 
 
 class TalkRunner(JobRunner):
-    """Reads the files of jobs of all modes, generates speech and faces, and writes the files."""
+    """Reads the files of jobs of all modes, generates speech and faces, and writes the output files."""
 
     name_errors = True
 
@@ -47,7 +47,7 @@ class TalkRunner(JobRunner):
         self.times = WordTimes() if c.timestamps else None
 
     def prepare(self, job: Job | UserError) -> PreparedJob:
-        """Read and encode the files of a job."""
+        """Read and encode the input files of a job."""
         if isinstance(job, UserError):
             raise job
         return self.pipeline.prepare(job)
@@ -57,7 +57,7 @@ class TalkRunner(JobRunner):
         return self.pipeline.finish(batch)
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
-        """Write the files of a job, all or none. Return a line about them, and the seconds of speech."""
+        """Write the files of a job atomically. Return a summary line and the length of the speech in seconds."""
         c = self.config
         job = prepared.job
         rate = self.pipeline.rate
@@ -77,7 +77,7 @@ class TalkRunner(JobRunner):
 def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
     """Write audio and video of a job to `folder`.
 
-    Given streams stay as they are: in a2v the audio, sample for sample, in v2a the pictures.
+    Given streams are copied losslessly: the audio in a2v, the frames in v2a.
     """
     video = folder / f"{name}.mp4"
     if job.mode == "a2v":

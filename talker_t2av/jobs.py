@@ -1,4 +1,4 @@
-"""Read and encode the files of a job: voices, faces, given streams and prefixes become requests of the loop.
+"""Conversion of the files of a job to requests of the loop: voices, faces, given streams and prefixes.
 
 Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S picture
 side.
@@ -32,7 +32,7 @@ from talker_t2av.surroundings import Surroundings, read_surroundings
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
-# Seconds: slow speech takes less than MARGIN and SLOW_BYTE for each byte of text, or SLOW_PHONEME for each phoneme.
+# Upper bounds of the speech duration in seconds: MARGIN, plus SLOW_BYTE per byte of text or SLOW_PHONEME per phoneme.
 MARGIN = 1.5
 SLOW_BYTE = 0.15
 SLOW_PHONEME = 0.2
@@ -40,15 +40,15 @@ SLOW_PHONEME = 0.2
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job whose files are read and encoded.
+    """A job whose files have been read and encoded.
 
     Attributes:
-        requests: what the loop generates, one for each part of the text.
+        requests: requests of the loop, one per part of the text.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
-        picture: (3, S, S) in [-1, 1], the face; None if none is generated.
-        wave: (N,) given audio at 24 kHz (a2v). frames: length of the result if a given stream sets it.
-        remarks: one-line notes to the user about the files.
-        surroundings: what the generated face is pasted into; None: it is not.
+        picture: (3, S, S) in [-1, 1], image of the face. None if no face is generated.
+        wave: (N,) given audio at 24 kHz (a2v). frames: length of the result, if a given stream determines it.
+        remarks: one-line notes about the input files.
+        surroundings: image into which the generated face is pasted. None: not pasted.
     """
 
     job: Job
@@ -66,15 +66,15 @@ class PreparedJob:
 
     @property
     def request(self) -> Request:
-        """Request of the first part of the text; its `speech` is the prefix, where speech is generated."""
+        """Request of the first part of the text. Its `speech` is the prefix if speech is generated."""
         return self.requests[0]
 
 
 class Reference:
-    """The files with a job's voice and face, each read when it is first needed; of longer ones, the first 30 s.
+    """Voice and face of a job. Each file is read on first use, up to its first 30 s.
 
     Attributes:
-        remarks: notes to the user about the files.
+        remarks: one-line notes about the files.
     """
 
     def __init__(self, job: Job, system: TalkerSystem) -> None:
@@ -84,7 +84,7 @@ class Reference:
 
     @cached_property
     def wave(self) -> Tensor:
-        """Wave (N,) of the voice."""
+        """Waveform (N,) of the voice."""
         path = self.job.voice_file
         with stage("reading"):
             wave = torch.from_numpy(read_voice(path, RATE))
@@ -93,7 +93,7 @@ class Reference:
 
     @cached_property
     def wave16(self) -> Tensor:
-        """Wave (N,) of the voice at 16 kHz."""
+        """Waveform (N,) of the voice at 16 kHz."""
         return resample(self.wave, RATE, RATE16)
 
     @property
@@ -106,11 +106,11 @@ class Reference:
         """Square around the face in its video."""
         job = self.job
         box = None if job.mode == "v2a" else job.face_box
-        count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # one picture of the face is enough
+        count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # a single image of the face suffices
         return find_square(job.reference_video, count, job.crop, box)
 
     def speaker(self, frames: int | None = None) -> Tensor:
-        """Embed the voice, or its first `frames`, padded with silence, as (G,)."""
+        """Return the speaker embedding (G,) of the voice, or of its first `frames` frames, padded with silence."""
         if is_voice(self.job.voice_file):
             return read_saved_voice(self.job.voice_file, self.system.voice_digest, self.system.model.config.speaker_dim)
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
@@ -119,7 +119,7 @@ class Reference:
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
         """Encode the first `count` frames of the face to motion (F, Dm), not normalised.
 
-        For one frame, it is the first that shows the face.
+        With `count` 1, this is the first frame that shows the face.
         """
         if self.job.reference_motion is None:
             start = self.square.first if count == 1 else 0
@@ -132,16 +132,17 @@ class Reference:
         return motion.float()[:count]
 
     def picture(self) -> Tensor:
-        """Read the picture (3, S, S) of the first frame that shows the face."""
+        """Read the image (3, S, S) of the first frame that shows the face."""
         if self.square.remark:
             self.remarks.append(self.square.remark)
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
         return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
     def paper_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Create the request as in training.
+        """Create the request with the layout of training.
 
-        Return the reference's motion (F, Dm), of one frame without a prefix, and the frames of the prefix, too.
+        Return it with the motion (F, Dm) of the reference, which is a single frame without a prefix, and the number of
+        prefix frames.
         """
         job = self.job
         c = self.system.model.config
@@ -157,7 +158,7 @@ class Reference:
         frames = min(round(seconds * FPS), frames) // c.patch_size * c.patch_size
         request = Request(
             prompt,
-            # Not used if no speech is generated.
+            # Unused if no speech is generated.
             self.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
             speech[:frames],
             normalise(motion[:frames]),
@@ -167,7 +168,7 @@ class Reference:
         return request, motion, frames
 
     def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Create the request of an official routine; return as `paper_request` does."""
+        """Create the request of an official routine. Returns the same values as `paper_request`."""
         job = self.job
         c = self.system.model.config
         stats = self.system.stats
@@ -198,7 +199,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     """Read and encode the files of a job.
 
     Args:
-        text_bytes: longer texts are split.
+        text_bytes: maximum length of a text in bytes; longer texts are split.
     """
     mode = MODES[job.mode]
     size = system.model.config.patch_size
@@ -210,7 +211,9 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     make = reference.paper_request if job.compat == "paper" else reference.official_request
     request, motion, frames = make(prompts[0])
     if job.prefix_seconds and not frames:
-        raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
+        raise UserError(
+            f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {size / FPS} s"
+        )
     wave = None
     total = None
     if mode.speech == "given":
@@ -227,7 +230,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         check_given(total, f"video={job.video}")
         if square.remark:
             reference.remarks.append(square.remark)
-        new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
+        new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion has whole patches
         request = replace(request, motion=torch.cat([request.motion, system.stats.normalise(new)]))
     picture = reference.picture() if mode.motion == "generated" else None
     fewest = max(1, round(job.min_seconds * FPS / size))
@@ -246,7 +249,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
 
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
-    """Return the most patches of a text: by `max_seconds`, or by its length, up to 30 s."""
+    """Return the maximum number of patches of a text, from `max_seconds` or from its length, up to 30 s."""
     words = system.tokenizer
     slow = SLOW_PHONEME * len(words.prompt(text)) if words.language else SLOW_BYTE * len(text.encode())
     seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + slow)
@@ -268,6 +271,6 @@ def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
 
 
 def check_given(frames: int, what: str) -> None:
-    """Refuse a given stream that is too long."""
+    """Raise UserError if a given stream is too long."""
     if frames > MAX_FRAMES:
-        raise UserError(f"{what} lasts longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")
+        raise UserError(f"{what} is longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")

@@ -1,10 +1,10 @@
-"""The bidirectional transformer that patch encoders and diffusion heads share.
+"""The bidirectional transformer of patch encoders and diffusion heads.
 
 Axes: B batch, L sequence, D width, H heads, h head width (D = H * h), Q kept positions, P frames of a patch, E input
 width.
 
-Parameter names are the released ones. Rotary positions pair neighbouring components; those of the language model pair
-the two halves of a vector.
+Parameter names are those of the released checkpoint. Rotary embeddings pair adjacent components, whereas those of the
+language model pair the two halves of a vector.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 def product_type(device: torch.device) -> torch.dtype | None:
-    """Return the type that autocast takes for products, where no gradients are needed; None elsewhere.
+    """Return autocast's dtype for matrix products if no gradients are needed, else None.
 
-    What is multiplied next is then written in that type at once: its own cast is one more launch on a GPU.
+    Inputs of matrix products are then directly written in this dtype, which avoids a separate cast kernel.
     """
     if torch.is_grad_enabled() or not torch.is_autocast_enabled(device.type):
         return None
@@ -25,21 +25,21 @@ def product_type(device: torch.device) -> torch.dtype | None:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis."""
+    """RMS normalisation x / sqrt(mean(x^2) + 1e-6) * scale over the last axis."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: of the result, without gradients; by default that of x."""
+        """dtype: dtype of the result, without gradients. Default: that of x."""
         if dtype is None or dtype == x.dtype:
             return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
         return torch.mul(F.rms_norm(x, self.scale.shape, None, 1e-6), self.scale, out=torch.empty_like(x, dtype=dtype))
 
 
 class QwenNorm(nn.RMSNorm):
-    """Norm of the language model in one operator; that of transformers is six and casts twice."""
+    """RMS norm of the language model as one operator; that of transformers uses six and casts twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
@@ -48,10 +48,10 @@ class QwenNorm(nn.RMSNorm):
 
 
 class Rotary(nn.Module):
-    """Interleaved rotary embedding: components (2i, 2i + 1) turn by position * base^(-2i/h).
+    """Interleaved rotary embedding: components (2i, 2i + 1) are rotated by position * base^(-2i/h).
 
-    The table `w` (positions, h/2, 2) of cosines and sines is saved with a model if it is not exact: released files may
-    hold a rounded table, with which the released model was trained.
+    The table `w` (positions, h/2, 2) of cosines and sines is saved with a model if it is not exact, as released files
+    may contain a rounded table that was used in training.
     """
 
     def __init__(self, head_dim: int, max_positions: int = 1024, base: float = 10000.0) -> None:
@@ -62,13 +62,13 @@ class Rotary(nn.Module):
         self.register_buffer("w", self.table())
 
     def table(self, device: torch.device | str | None = None) -> Tensor:
-        """The exact table in float32."""
+        """Compute the exact table in float32."""
         inverse = self.base ** (-torch.arange(self.pairs, device=device, dtype=torch.float32) / self.pairs)
         angles = torch.outer(torch.arange(self.max_positions, device=device, dtype=torch.float32), inverse)
         return torch.stack([angles.cos(), angles.sin()], -1)
 
     def factors(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return what `rotate` needs for the first `length` positions: cosines and signed sines (L, 1, h)."""
+        """Return the inputs of `rotate` for the first `length` positions: cosines and signed sines (L, 1, h)."""
         cos, sin = self.w[:length].float().unbind(-1)
         cos = torch.stack([cos, cos], -1)
         sin = torch.stack([-sin, sin], -1)
@@ -76,7 +76,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, L, H, h) by `Rotary.factors`; computed in float32, returned in the type of x."""
+    """Rotate x (B, L, H, h) by `Rotary.factors`. Computed in float32 and returned in the dtype of x."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     swapped = torch.stack([odd, even], -1).flatten(-2)  # `flip` takes three times as long on a CPU
     if torch.is_grad_enabled():
@@ -85,9 +85,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions; with `keep`, only the outputs at these positions are computed.
+    """Self-attention over all positions. With `keep`, only the outputs at these positions are computed.
 
-    Without rotation, it does not see the order of the sequence.
+    Without rotary embeddings it is permutation-equivariant.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP of inner width floor(8 D / 3)."""
+    """Gated MLP with inner width floor(8 D / 3)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual."""
+    """Pre-norm attention and MLP with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Input projection, blocks and a final norm; only the outputs at some positions are computed."""
+    """Input projection, blocks and final norm. Only the outputs at some positions are computed."""
 
     def __init__(self, input_dim: int, width: int, layers: int, heads: int, max_positions: int = 1024) -> None:
         super().__init__()
@@ -148,12 +148,12 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
 
     def run(self, x: Tensor, keep: slice) -> Tensor:
-        """Projected input (B, L, D) -> (B, Q, D): the positions `keep`, a slice with a stop.
+        """Map projected inputs (B, L, D) to the outputs (B, Q, D) at positions `keep`, a slice with a stop.
 
-        In the last block the other positions are only keys and values.
+        In the last block, the other positions only serve as keys and values.
         """
         if not x.requires_grad:
-            x = x.float()  # the residual stream, also in half precision
+            x = x.float()  # the residual stream stays in float32, also in half precision
         factors = self.rope.factors(x.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, factors)
@@ -161,9 +161,10 @@ class Transformer(nn.Module):
 
 
 class PatchEncoder(Transformer):
-    """The learned `cls_token` reads the frames of its patch; patches do not see each other.
+    """Transformer encoder of patches. The learned `cls_token` attends to the frames of its patch; patches are
+    independent.
 
-    Frames that are absent are zero vectors, and the token of a patch of zeros is not zero.
+    Absent frames are zero vectors. The token of an all-zero patch is not zero.
     """
 
     def __init__(self, input_dim: int, width: int, layers: int, heads: int, max_positions: int = 1024) -> None:
@@ -171,7 +172,7 @@ class PatchEncoder(Transformer):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embedded frames (..., P, E) -> tokens (..., D)."""
+        """Map embedded frames (..., P, E) to tokens (..., D)."""
         frames = self.input_proj(x.flatten(0, -3))
         cls = self.cls_token[0].expand(len(frames), -1, -1).to(frames.dtype)
         tokens = self.run(torch.cat([cls, frames], 1), slice(0, 1))

@@ -1,11 +1,13 @@
-"""The training forward: tokens, hidden states, flow-matching examples and losses of a batch, without a loop over it.
+"""The forward pass in training: tokens, hidden states, flow-matching examples and losses of a batch, without loops over
+rows.
 
 Axes: B batch, T0 text and placeholder tokens (T = T0 + 1 with the task token), F frames (Fm of motion), M patches,
 P frames of a patch, p context patches, N examples, C channels (Ds of speech, Dm of motion), G speaker embedding,
 D width.
 
-Every example is a pair (row, patch); pairs are listed row by row, so that random draws come in the order of the
-official program. Without examples the loss is 0 but still depends on every parameter, as distributed training needs.
+An example is a pair (row, patch). Pairs are ordered by row, so that random numbers are drawn in the order of the
+official program. Without examples, the loss is 0 but still depends on every parameter, as required by distributed
+training.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from talker_t2av.model import FPS, POSITIVE_SHARE, TalkerConfig, TalkerT2AV
 from talker_t2av.request import ORDERS, T2AV, TTS
 
 IGNORED = -100
-LONGEST_SPAN = 187  # patches; longer clips were cut at 30 s, so that their end is unknown
+LONGEST_SPAN = 187  # patches; longer clips were truncated at 30 s, so that their end is unknown
 
 
 @dataclass(frozen=True)
 class PatchStream:
-    """One stream cut into patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) that hold a frame.
+    """One stream in patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) is the number of non-empty
+    patches.
 
-    Frames and patches may be on the host, as indices to `gather` then are.
+    Frames and patches may be on the host if the indices of `gather` are.
     """
 
     latents: Tensor
@@ -46,7 +49,9 @@ class PatchStream:
         return cls(latents.unflatten(1, (-1, size)), frames, (frames + size - 1) // size)
 
     def gather(self, row: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (N, P, C) and which of their frames are real (N, P); a patch outside the stream has none."""
+        """Return patches (N, P, C) and the mask of their valid frames (N, P). Patches outside of the stream
+        have none.
+        """
         count, size = self.latents.shape[1:3]
         if count == 0:
             empty = self.latents.new_zeros(len(row), size, self.latents.shape[-1])
@@ -59,15 +64,16 @@ class PatchStream:
 
 @dataclass(frozen=True)
 class SpanLayout:
-    """Where the patches of each row are among its tokens. All tensors (B,) are on the host, as the batch's lengths are.
+    """Positions of the patches of each row among its tokens. All tensors (B,) are on the host, like the lengths of the
+    batch.
 
     Attributes:
         with_motion: whether the row has motion.
-        start, length: of the span of placeholders, in tokens; the task token is counted.
-        slots: tokens for patches, at least 0.
-        step: tokens of a patch.
-        turns: of each stream, the place of its token within a patch.
-        begin: of each stream, the position of its first token.
+        start, length: span of placeholders in tokens, including the task token.
+        slots: number of tokens for patches, at least 0.
+        step: tokens per patch.
+        turns: position of each stream's token within a patch.
+        begin: position of each stream's first token.
         tokens: T.
     """
 
@@ -93,10 +99,10 @@ class SpanLayout:
         return cls(with_motion, start, length, length.clamp(min=0), step, turns, begin, tokens)
 
     def examples(self, stream: str, patches: Tensor, count: int) -> Tensor:
-        """Return the patches (B, count) that a diffusion head learns from; each row of a stream has `patches` (B,).
+        """Return the patches (B, count) on which a diffusion head is trained. Each row of a stream has `patches` (B,).
 
-        Rows with one patch or without slots give no example. Rows whose span was cut off give examples up to the last
-        position. All this is as in the official program.
+        Rows with a single patch or without slots yield no examples. Rows with a truncated span yield examples up to the
+        last position. Both match the official program.
         """
         place = torch.arange(count, device=self.start.device)
         position = self.begin[stream][:, None] + self.step[:, None] * place - 1
@@ -109,9 +115,10 @@ class SpanLayout:
 
 
 def count_elements(c: TalkerConfig, batch: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return over how many elements each loss is a mean: examples, labelled positions, frames, patches.
+    """Return the number of elements over which each loss is averaged: examples, labelled positions, frames, patches.
 
-    If the heads learn from a fraction of the patches, all patches are counted: the fraction is the same everywhere.
+    If the heads are trained on a fraction of the patches, all patches are counted, as the fraction is the same for all
+    batches.
     """
     layout = SpanLayout.of(c, batch)
     counts = {"stop": int((layout.stop_labels(c)[0] != IGNORED).sum())}
@@ -129,7 +136,7 @@ def count_elements(c: TalkerConfig, batch: Mapping[str, Tensor]) -> dict[str, in
 
 @dataclass(frozen=True)
 class Examples:
-    """What a diffusion head trains on: x1 (N, C, P), mu (N, D), cond (N, C, p P), global_cond (N, G)."""
+    """Training examples of a diffusion head: x1 (N, C, P), mu (N, D), cond (N, C, p P), global_cond (N, G)."""
 
     x1: Tensor
     mu: Tensor
@@ -139,9 +146,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class TrainingForward:
-    """Everything before the losses.
+    """Results of the forward pass before the losses.
 
-    embeds, hidden: (B, T, D). mask: (B, T). labels: (B, T) of the stop head and their pos_weight.
+    embeds, hidden: (B, T, D). mask: (B, T). labels: (B, T) labels of the stop head. pos_weight: weight of positive
+    labels.
     """
 
     embeds: Tensor
@@ -154,12 +162,12 @@ class TrainingForward:
 
 
 def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: float = 1.0) -> TrainingForward:
-    """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
+    """Run the backbone and collect the examples of both heads, each repeated `repeats` times.
 
     Args:
         batch: of `talker_t2av.data.collate`. All except ids, phonemes, latents and embeddings should be on the host,
             where shapes and places are computed.
-        share: of the patches that the heads train on, drawn at random.
+        share: fraction of the patches on which the heads are trained, drawn at random.
     """
     c = model.config
     device = batch["speech"].device
@@ -180,8 +188,8 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
 
-    # The tokens of the first `filled` patches replace the placeholders. Slot j begins at start + step * j; a stream's
-    # token of it is `turns` further. Tokens of both streams at one position are added.
+    # The tokens of the first `filled` patches replace the placeholders. Slot j starts at start + step * j, and the
+    # token of a stream is at offset `turns`. Tokens of both streams at the same position are added.
     place = torch.arange(embeds.shape[1], device=start.device)
     row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
     moving = with_motion[row]
@@ -194,7 +202,7 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
         embeds = embeds.index_put(tuple(to_device(at, device)), value.to(embeds.dtype), accumulate=True)
 
-    attended = None  # transformers would synchronise with a device to see whether there is padding; this is on the host
+    attended = None  # transformers would synchronise to check for padding; this check is on the host
     if not bool(mask.all()):
         causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=device).tril()
         attended = causal & to_device(mask.bool(), device)[:, None, None]
@@ -214,10 +222,10 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
 def training_losses(
     model: TalkerT2AV, forward: TrainingForward, speech: FlowDraws | None = None, motion: FlowDraws | None = None
 ) -> dict[str, Tensor]:
-    """`speech`, `motion` (weighted), `stop`, and their sum `loss`.
+    """Return `speech`, `motion` (weighted), `stop`, and their sum `loss`.
 
     Args:
-        speech, motion: given draws of the two heads; by default each draws its own, speech first.
+        speech, motion: random numbers of the two heads. By default they are drawn, speech first.
     """
     s = forward.speech
     m = forward.motion
@@ -239,16 +247,16 @@ def stop_labels(
     ignore_seconds: float = 0.3,
     step: Tensor | int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Labels (B, T) of spans: 1 at the last patch, 0 before, -100 outside and shortly before the end.
+    """Return labels (B, T) of spans: 1 at the last patch, 0 before, -100 outside and shortly before the end.
 
-    A span that runs past the row, or is longer than `LONGEST_SPAN`, has no end: all its patches are 0.
+    A span that exceeds the row, or is longer than `LONGEST_SPAN`, has no end: all its labels are 0.
 
     Args:
-        start, length: (B,) of each row's span, in tokens.
+        start, length: (B,) span of each row in tokens.
         tokens: T.
-        step: (B,) tokens of a patch. The last of them bears the label, the others have none.
+        step: (B,) tokens per patch. Only the last token is labelled.
     Returns:
-        Labels, and the mean number of zeros of the rows that have a 1 (1.0 if none has).
+        Labels, and the mean number of zeros in rows with a 1 (1.0 without such rows).
     """
     ignored = max(1, round(ignore_seconds * fps / patch_size))
     end = start + length
@@ -270,10 +278,10 @@ def stop_labels(
 
 
 def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float = POSITIVE_SHARE) -> Tensor:
-    """Binary cross entropy of logits (B, T), averaged over the labelled positions; 0 if there is none.
+    """Return the binary cross-entropy of logits (B, T) over the labelled positions; 0 without labels.
 
     Args:
-        pos_weight: of `stop_labels`; positives weigh `share` of it.
+        pos_weight: result of `stop_labels`. Positive labels have the weight `share` * pos_weight.
     """
     counted = labels != IGNORED
     loss = F.binary_cross_entropy_with_logits(
@@ -283,9 +291,9 @@ def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float =
 
 
 def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross entropy of the phonemes of each patch's frames, told from the state before the patch.
+    """Return the cross-entropy of the phonemes of each patch's frames, predicted from the state before the patch.
 
-    hidden: (B, T, D) of `training_forward`.
+    hidden: (B, T, D) from `training_forward`.
     """
     size = model.config.patch_size
     count = model.config.phonemes
@@ -294,7 +302,9 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
-    position = to_device(batch["speech_span"][:, :1], hidden.device) + patch  # one task token before, one place earlier
+    position = (
+        to_device(batch["speech_span"][:, :1], hidden.device) + patch
+    )  # offset by the task token, and one position earlier
     position = position.clamp(0, hidden.shape[1] - 1)
     states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()
@@ -304,9 +314,10 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
 def _examples(
     c: TalkerConfig, hidden: Tensor, layout: SpanLayout, name: str, stream: PatchStream, given: Tensor, share: float
 ) -> Examples:
-    """Collect the examples of stream `name`: each patch is predicted from the position and the frames before it.
+    """Collect the examples of stream `name`: each patch is predicted from the previous position and the frames before
+    it.
 
-    Padded frames of the last patch are targets, too, as in the official program.
+    Padded frames of the last patch are also targets, as in the official program.
     """
     count = stream.latents.shape[1]
     tokens = hidden.shape[1]
@@ -318,7 +329,7 @@ def _examples(
     row = row.repeat_interleave(c.repeats)
     patch = patch.repeat_interleave(c.repeats)
 
-    padded = F.pad(stream.latents, (0, 0, 0, 0, c.context, 0))  # patches before the first are zeros
+    padded = F.pad(stream.latents, (0, 0, 0, 0, c.context, 0))  # patches before the first one are zeros
     places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])
     row, patch, before = to_device(places, hidden.device)
     window = patch[:, None] + torch.arange(c.context, device=patch.device)

@@ -77,7 +77,7 @@ def test_each_mode_makes_its_streams(demo):
         ("t2av", " ", VOICE, CLIP, "Write a text to say."),
         ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no audio."),
         ("v2a", " ", VOICE, CLIP, "Write what the clip says."),
-        ("a2v", "", "long.wav", CLIP, "The sound lasts longer than 30 s: give a part of it."),
+        ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: give a part of it."),
         ("tts", SENTENCE * 500, VOICE, None, "16,384 is the most"),
     ],
 )

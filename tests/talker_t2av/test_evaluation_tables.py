@@ -152,7 +152,7 @@ def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):
     assert not (driven / f"{clips[1].id}.wav").exists()  # the other system has no output of that clip
     facts = json.loads((driven / "system.json").read_text())
     assert (facts["driving"], facts["given"]) == ("spoken", "audio")
-    for settings, message in (({"mode": "t2av"}, "in a2v alone"), ({"mode": "a2v"}, "nowhere is not a folder")):
+    for settings, message in (({"mode": "t2av"}, "only used by a2v"), ({"mode": "a2v"}, "nowhere is not a folder")):
         with pytest.raises(UserError, match=message):
             write_outputs(clips, driven, "cpu", release, driving="nowhere", **settings)
 

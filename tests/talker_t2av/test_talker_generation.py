@@ -152,7 +152,7 @@ def test_limits():
     assert not result.stopped and len(result.speech) == 20 and result.motion is None
     with pytest.raises(UserError, match="nothing to generate"):
         generate(model, [request(max_patches=0)], MODES["tts"], SAMPLING)
-    with pytest.raises(UserError, match="less text"):
+    with pytest.raises(UserError, match="use a shorter text"):
         generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
     with pytest.raises(UserError, match="official routines do not know"):
         generate(tiny_model(order="av"), [request(task_first=False)], MODES["t2av"], SAMPLING)

@@ -172,7 +172,7 @@ def test_files_are_checked(pipeline, tmp_path):
         (Job("t2av", TEXT, files["voice"], files["voice"]), "no video"),
         (Job("t2av", TEXT, reference_video=files["face"]), "has no audio"),
         (Job("a2v", TEXT, reference_video=files["face"], audio=long), "longer than 30 s"),
-        (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "no whole patch"),
+        (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "shorter than one patch"),
         (Job("tts", "<|end|>", files["voice"]), "control token"),
     ):
         with pytest.raises(UserError, match=message):
