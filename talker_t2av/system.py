@@ -186,9 +186,7 @@ class TalkerSystem:
             network = LOADERS[part](path)
             expected = self.digests.get(part)
             if expected is not None and expected not in (network.digest(), _keeps(network)):
-                raise UserError(
-                    f"{path} computes other features than the model was trained on: use its own codec"
-                )
+                raise UserError(f"{path} computes other features than the model was trained on: use its own codec")
             return network.to(self.device)
 
 

@@ -162,7 +162,7 @@ MEDIA = {  # content of a file: what it is read with, and the line
     "nothing": (b"", read_video, "is empty"),
     "a playlist": (b"#EXTM3U\nfile:///etc/passwd\n", read_video, "is not a video"),
     "random bytes": (bytes(range(256)) * 9, probe, "is not a video"),
-    "a picture of text": (b"hello", read_picture, "cannot be read as a picture"),
+    "a picture of text": (b"hello", read_picture, "cannot be read as an image"),
     "no jobs": (b"\xff", lambda path: read_jobs(InferConfig(jobs=str(path))), "invalid start"),
 }
 SOUNDS = {  # samples, and the line
