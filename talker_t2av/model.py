@@ -1,4 +1,5 @@
-"""Talker-T2AV: a Qwen3 backbone between patch encoders and diffusion heads. Parameter names are the released ones.
+"""Talker-T2AV: a Qwen3 backbone between patch encoders and diffusion heads. Parameter names are those of the released
+checkpoint.
 
 Axes: B batch, T tokens, S tokens that they attend to, M patches, P frames of a patch, Ds / Dm speech / motion channels,
 D width; of the cache: L layers, H key heads, N tokens, h head width.
@@ -37,33 +38,36 @@ LLM_SIZES = {
     "vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
-FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
+FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # parts that stay in float32 at any precision
 FPS = 25  # latent frames per second, speech and motion
 # samples per second of the speech codec, and of Whisper and the speaker encoders
 RATE = 24_000
 RATE16 = 16_000
 HOP = RATE // FPS
 HOP16 = RATE16 // FPS
-MAX_FRAMES = 30 * FPS  # the speech encoder's window
-POSITIVE_SHARE = 0.3  # released weight of positive stop labels, as a fraction of the ratio of negatives to positives
+MAX_FRAMES = 30 * FPS  # window of the speech encoder
+POSITIVE_SHARE = (
+    0.3  # weight of positive stop labels in the released program, relative to the ratio of negatives to positives
+)
 
 
 @dataclass(frozen=True)
 class TalkerConfig(Group, prefix="model."):
-    """Sizes and settings; the defaults are those of the released model.
+    """Config of `TalkerT2AV`. The defaults are those of the released model.
 
-    llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
-    patch_size: frames of a token. delay: patches by which motion lags behind speech. context: number of previous
-        patches that a diffusion head gets.
-    order: of the tokens of a patch: add (one token, the sum of both streams), av or va (one for each; see
+    llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part. patch_size: frames per token.
+    delay: delay of motion relative to speech in patches. context: number of previous
+        patches that condition a diffusion head.
+    order: tokens of a patch: add (one token, the sum of both streams), av or va (one token per stream; see
         `talker_t2av.request.ORDERS`).
-    repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
-    stop_share: weight of the stop loss's positives, as a fraction of the ratio of continue to stop labels: 0.3 in the
+    repeats: number of times that each example is used in a training step. motion_weight: weight of the motion loss.
+    stop_share: weight of positive labels of the stop loss, relative to the ratio of continue to stop labels: 0.3 in the
         released program, 1 in the paper.
-    drop_mu, drop_cond: probabilities with which the diffusion heads train without the hidden state, without the
-        context patches.
-    phonemes: classes of an auxiliary loss of training, with silence: the state before a patch also tells which phoneme
-        each of its frames holds. It teaches a small model in few steps where in the text it is. 0: there is none.
+    drop_mu, drop_cond: probabilities of dropping the hidden state and the context patches when training the
+        diffusion heads.
+    phonemes: number of classes, including silence, of an auxiliary loss that predicts the phoneme of each frame from
+    the
+        state before its patch. It speeds up the training of a small model. 0: no such loss.
     """
 
     llm: dict[str, Any]
@@ -92,7 +96,7 @@ class TalkerConfig(Group, prefix="model."):
             raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
         if self.order in ORDERS and self.delay:
             raise UserError(f"model.order={self.order} needs model.delay=0")
-        # transformers would load code from its hub for other fields, such as attn_implementation.
+        # With other fields, such as attn_implementation, transformers would load code from the hub.
         wrong = self.llm.keys() - LLM_FIELDS if isinstance(self.llm, dict) else {"llm"}
         if wrong:
             raise UserError(f"model.llm.{min(wrong)} is not one of {', '.join(sorted(LLM_FIELDS))}")
@@ -101,7 +105,7 @@ class TalkerConfig(Group, prefix="model."):
 
 
 class StopPredictor(nn.Module):
-    """Hidden states (..., D) to logits (...)."""
+    """Stop head: hidden states (..., D) to logits (...)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -113,7 +117,9 @@ class StopPredictor(nn.Module):
 
 
 class TalkerT2AV(Pretrained):
-    """Text and patches of speech and motion in, hidden states out; heads that draw the next patches from them."""
+    """Language model over text and patches of speech and motion, with diffusion heads that generate the next
+    patches.
+    """
 
     kind = "talker_t2av"
 
@@ -130,7 +136,7 @@ class TalkerT2AV(Pretrained):
             for name, norm in list(module.named_children()):
                 if isinstance(norm, Qwen3RMSNorm):
                     setattr(module, name, QwenNorm(len(norm.weight), norm.variance_epsilon))
-        # For training from scratch: word embeddings on the scale of the other tokens instead of Qwen's 0.02.
+        # For training from scratch, scale word embeddings like the other tokens, instead of Qwen's 0.02.
         nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
         self.projector_motion = nn.Sequential(OrderedDict(linear1=nn.Linear(c.motion_dim, width)))
@@ -144,61 +150,66 @@ class TalkerT2AV(Pretrained):
         self.head_stop = StopPredictor(width)
         if c.phonemes:
             self.head_phoneme = nn.Linear(width, c.patch_size * c.phonemes)
-        self.task_embedding = nn.Embedding(2, width)  # TTS, and T2AV for all modes with motion
-        self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of a TTS token
+        self.task_embedding = nn.Embedding(2, width)  # TTS, and T2AV for all other modes
+        self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of TTS tokens
 
     @property
     def device(self) -> torch.device:
         return self.task_embedding.weight.device
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> (B, T, D)."""
+        """Embed token ids (B, T) -> (B, T, D)."""
         return self.llm.model.embed_tokens(ids)
 
     def speech_tokens(self, latents: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Speech latents (..., P, Ds) -> tokens (..., D). Frames outside `valid` (..., P) are zero after projection."""
+        """Encode speech latents (..., P, Ds) to tokens (..., D). Frames outside of `valid` (..., P) are zeroed after
+        projection.
+        """
         return self.speech_patch_encoder(_masked(self.projector_speech(latents), valid))
 
     def motion_tokens(self, motion: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normalised motion (..., P, Dm) -> tokens (..., D), as `speech_tokens`."""
+        """Encode normalised motion (..., P, Dm) to tokens (..., D); see `speech_tokens`."""
         return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the backbone's weights and of the matrices of heads and encoders; see `engine.precision`."""
+        """Dtype of the backbone, and of the matrices of heads and encoders; see `engine.precision`."""
         return self.llm.model.embed_tokens.weight.dtype
 
     def to_precision(self, dtype: torch.dtype) -> TalkerT2AV:
-        """Convert the weights in place, for generation; the result is not to be saved.
+        """Convert the weights in place, for generation. Do not save the result.
 
-        The backbone is converted wholly, as is usual for it; of heads and encoders the matrices are.
+        The backbone is converted completely; of heads and encoders, only the matrices.
         """
         for parameter in self.llm.parameters():
             parameter.data = parameter.data.to(dtype)
         return convert_matrices(self, dtype, FLOAT32)
 
     def backbone(self, embeds: Tensor, mask: Any = None, **cache: Any) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; it and `cache` as Qwen3Model."""
+        """Return hidden states (B, T, D) after the final norm. mask (B, S) is 1 at real tokens; mask and `cache` as in
+        Qwen3Model.
+        """
         return self.llm.model(inputs_embeds=embeds, attention_mask=mask, **cache).last_hidden_state
 
     def continue_cache(self, cache: KeyValues, tokens: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-        """Add tokens (B, T, D) at positions (B, T) to a cache of N tokens; the state (B, D) after the last, in float32.
+        """Add tokens (B, T, D) at positions (B, T) to a cache of N tokens. Return the state (B, D) after the last
+        token, in float32.
 
-        visible: (B, T, N) the cached tokens that each token sees.
+        visible: (B, T, N) attention mask over the cached tokens.
         """
-        mask = {"full_attention": visible[:, None]}  # given by layer type, a mask is taken as it is
+        mask = {"full_attention": visible[:, None]}  # a mask given by layer type is used unchanged
         tokens = tokens.to(self.dtype)
         hidden = self.backbone(tokens, mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return hidden[:, -1].float()
 
     @classmethod
     def from_released(cls, source: str | Path | dict[str, Tensor], config: TalkerConfig | None = None) -> TalkerT2AV:
-        """The official checkpoint: a folder or file of safetensors, or a state dict, in float32 and eval mode.
+        """Load the official checkpoint, a folder or file of safetensors or a state dict, in float32 and eval mode.
 
-        Sizes come from the tensors' shapes. A rotary table is used as stored, and computed where it is absent.
+        Sizes are inferred from tensor shapes. Stored rotary tables are used, missing ones are computed.
 
         Raises:
-            UserError: a file or tensor is missing, or a shape does not fit `config`.
+            UserError: If a file or tensor is missing, or a shape does not match `config`.
         """
         state = source if isinstance(source, dict) else upstream.read_safetensors(source)
         config = config or TalkerConfig(**upstream.released_fields(state))
@@ -212,7 +223,7 @@ class TalkerT2AV(Pretrained):
         state = upstream.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)
         self.llm.tie_weights()
-        # Rotary frequencies are not in the state dict, so that a model made on the meta device lacks them.
+        # Rotary frequencies are not in the state dict, so they are missing in a model created on the meta device.
         self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(config=self.llm.config)
 
     def arguments(self) -> dict[str, Any]:
@@ -228,9 +239,9 @@ class TalkerT2AV(Pretrained):
 
 
 class KeyValues:
-    """Cached keys and values (B, L, 2, H, N, h), as the attention of transformers writes and reads them.
+    """KV cache (B, L, 2, H, N, h) with the interface of transformers' caches.
 
-    positions: (B, T) where each row's new tokens are put; rows may be of different lengths.
+    positions: (B, T) positions of the new tokens of each row. Rows may have different lengths.
     """
 
     def __init__(self, cache: Tensor, positions: Tensor) -> None:
@@ -238,7 +249,7 @@ class KeyValues:
         self.positions = positions
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put new keys and values (B, H, T, h) of a layer into the cache; return all (B, H, N, h)."""
+        """Write new keys and values (B, H, T, h) of a layer to the cache. Return all (B, H, N, h)."""
         index = self.positions[:, None, :, None].expand_as(keys)
         all_keys, all_values = self.cache[:, layer].unbind(1)
         return all_keys.scatter_(2, index, keys), all_values.scatter_(2, index, values)

@@ -1,4 +1,4 @@
-"""The three generation routines of the released program, where they differ from training.
+"""The three generation routines of the released program, as far as they differ from training.
 
 | | `generate_speech` | `generate_speech_motion` | `inference_script` |
 |---|---|---|---|
@@ -10,9 +10,9 @@
 | patches after the prefix, at most | reference - prefix + 25 | reference - prefix + 15 | reference - prefix + 15 |
 | first stop test | step 25 // patch size | step 7 | step 7 |
 
-All end a row after three positive stop tests in a row and put the prefix in front of the result. Two differences make
-no sense for a model with a delay and are kept: motion is held back `delay` steps after a prefix that already covers the
-delay, and speech is longer than motion.
+All routines end a row after three consecutive positive stop predictions and prepend the prefix to the result. Two
+peculiarities for models with a delay are reproduced: motion is delayed by `delay` steps after a prefix that already
+includes the delay, and speech is longer than motion.
 
 Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
 """
@@ -28,23 +28,25 @@ from talker_t2av.request import LoopRules, Request
 from talker_t2av.system import MotionStats
 
 HITS = 3
-WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)  # of the two routines with motion
-MIN_FRAMES = 25  # of `generate_speech`, before its first stop test
-# patches that may exceed the reference's length
+WAITING = LoopRules(
+    HITS, first_test=7, motion_waits=True, trim=False
+)  # first stop test of the two routines with motion
+MIN_FRAMES = 25  # frames before the first stop test of `generate_speech`
+# patches by which the result may exceed the reference
 EXTRA_SPEECH = 25
 EXTRA = 15
 
 
 def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
-    """Count the frames of the prefix that a method encodes, for a reference of `reference` frames.
+    """Return the number of prefix frames that a method encodes, for a reference of `reference` frames.
 
-    size: `generate_speech_motion` cuts the prefix to whole patches of this size.
+    size: `generate_speech_motion` truncates the prefix to whole patches of this size.
     """
     return min(round(seconds * FPS), reference) // size * size
 
 
 def voice_frames(prefix: int) -> int:
-    """Count the frames of audio, zero-padded if need be, that both methods give the speaker encoder."""
+    """Return the number of audio frames, zero-padded if necessary, that both methods pass to the speaker encoder."""
     return prefix or MAX_FRAMES
 
 

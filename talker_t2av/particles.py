@@ -1,15 +1,15 @@
-"""A particle filter for V2A: several drafts of the speech are drawn side by side, and those that fit the motion
-continue.
+"""Particle filter for V2A: several candidates of the speech are generated in parallel and resampled by how well they
+match the motion.
 
-The language model reads the given motion, but its speech hardly listens to it: in training the ground-truth speech
-before a patch tells the timing already. The other direction was learned well: how likely the motion is after a given
-speech. By Bayes' rule that is enough. Several drafts of the speech are drawn; before each patch every draft is weighed
-by how well the motion head, with the draft's own hidden state, predicts the given motion of that patch; where the
-weights have become too unequal, drafts are drawn anew by their weights (the bootstrap filter of Gordon, Salmond and
-Smith, 1993). This is not part of the paper.
+The language model receives the given motion, but its speech hardly depends on it, as the timing in training is already
+determined by the preceding ground-truth speech. The reverse direction is learned well: the likelihood of the motion
+given the speech. By Bayes' rule, this is sufficient. Several candidates of the speech are generated. Before each patch,
+every candidate is weighted by how well the motion head, given the hidden state of the candidate, predicts the given
+motion of that patch. When the weights become too unequal, candidates are resampled by weight (the bootstrap filter of
+Gordon, Salmond and Smith, 1993). This is not part of the paper.
 
-Axes: R requests, B = R n rows (n drafts of each request, one after the other), S steps, K times, P frames of a patch,
-p context patches, C motion channels, D width.
+Axes: R requests, B = R n rows (n consecutive candidates per request), S steps, K times, P frames of a patch, p context
+patches, C motion channels, D width.
 """
 
 from __future__ import annotations
@@ -29,35 +29,36 @@ from talker_t2av.generation import BatchedDecoder, Result, Row, tensors_of
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import ORDERS, Mode, Request, Sampling
 
-TIMES = 8  # at which the motion head is asked
-SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chosen on 20 clips (docs/LOG.md)
+TIMES = 8  # diffusion times at which the motion head is evaluated
+SHARPNESS = 80.0  # decrease of the log weight per unit of mean squared error; chosen on 20 clips (docs/LOG.md)
 
 
 def why_not(model: TalkerT2AV) -> str:
-    """Why a model cannot weigh drafts, in words for an error message; "" if it can.
+    """Return the reason why a model cannot weight candidates, for an error message, or "" if it can.
 
-    Weights are losses of the motion head after the speech of the same patch; other orders train it on other hidden
-    states.
+    Weights are losses of the motion head after the speech of the same patch, which requires that it was trained in this
+    order.
     """
     order = model.config.order
     return f"model.order={order}" if order in ORDERS else ""
 
 
 class Particles(BatchedDecoder):
-    """A `BatchedDecoder` for V2A with `sampling.particles` drafts of each request, whose result is the likeliest one.
+    """`BatchedDecoder` for V2A with `sampling.particles` candidates per request. The result is the most likely one.
 
-    The noise of each draft is its own, and is scaled by `sampling.particle_temperature`: drafts that hardly differ
-    leave nothing to choose from. All requests join before the first step, and leave after the last one.
+    Each candidate has its own noise, which is scaled by `sampling.particle_temperature`, so that candidates differ
+    sufficiently. All requests join before the first step and leave after the last one.
 
     Args:
-        places: most requests at a time.
+        places: maximum number of concurrent requests.
     """
 
     def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, places: int = 1, **how: Any) -> None:
         self.drafts = sampling.particles
         if reason := why_not(model):
             raise UserError(
-                f"sampling.particles={self.drafts}: this model cannot weigh drafts ({reason}); set sampling.particles=1"
+                f"sampling.particles={self.drafts}: the model cannot weight candidates ({reason}); set "
+                "sampling.particles=1"
             )
         sampling = replace(sampling, temperature=sampling.particle_temperature)
         super().__init__(model, mode, sampling, places * self.drafts, **how)
@@ -69,11 +70,11 @@ class Particles(BatchedDecoder):
 
     @torch.no_grad()
     def join(self, request: Request, **how: Any) -> Row:
-        """Let the drafts of a request join; return the first of them."""
+        """Add the candidates of a request. Return the first one."""
         assert self.free, "no place is free"
         if not self.active:
             self.requests: list[Request] = []
-            self.ancestors: list[Tensor] = []  # (B,) of each step: the row that each row continues
+            self.ancestors: list[Tensor] = []  # (B,) ancestor row of each row, for each step
             self.log_weights = torch.zeros(0, self.drafts, device=self.device)  # (R, n)
         first = None
         for i in range(self.drafts):
@@ -84,15 +85,17 @@ class Particles(BatchedDecoder):
         return first
 
     def leave(self, *rows: Row) -> None:
-        """Remove rows once all of them have ended; until then they keep their slots."""
+        """Remove rows once all of them have finished; until then they keep their slots."""
         if self.active and all(row.end is not None for row in self.active):
-            self.lines = torch.stack(self.ancestors).cpu().tolist()  # the host reads all of them at once
+            self.lines = torch.stack(self.ancestors).cpu().tolist()  # copy all of them to the host at once
             self.best = self.log_weights.argmax(1).cpu().tolist()
             self.ended = [*self.active]
             self.active.clear()
 
     def before_step(self) -> None:
-        """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
+        """Weight the candidates by the given patch of this step, and resample those of requests with unequal
+        weights.
+        """
         index = self.active[0].index
         count = self.drafts
         if index == 0:
@@ -100,7 +103,7 @@ class Particles(BatchedDecoder):
         errors = self.errors(index) * self.given["counts"][index][:, None]
         log_weights = self.log_weights - SHARPNESS * errors
         weights = log_weights.softmax(-1)  # (R, n)
-        unequal = weights.square().sum(-1, keepdim=True) * count > 2  # the effective number is under half of n
+        unequal = weights.square().sum(-1, keepdim=True) * count > 2  # the effective sample size is below n / 2
         order = torch.arange(count, device=weights.device)
         thresholds = ((order + 0.5) / count).expand_as(weights).contiguous()
         chosen = torch.searchsorted(weights.cumsum(-1), thresholds).clamp(max=count - 1)
@@ -109,7 +112,7 @@ class Particles(BatchedDecoder):
         self.resample((first + torch.where(unequal, chosen, order)).flatten())
 
     def given_motion(self) -> dict[str, Tensor]:
-        """Lay out the motion of all requests as what the motion head is asked for in each step.
+        """Arrange the motion of all requests as inputs of the motion head in each step.
 
         Returns:
             counts (S, R), 1 where the step has a given patch, else 0; patch (S, R, C, P); context (S, R, C, p P), the
@@ -123,7 +126,7 @@ class Particles(BatchedDecoder):
         given = []
         for request, limit in zip(self.requests, limits[:: self.drafts]):
             motion = request.motion.cpu()
-            number = request.prefix + steps - c.delay  # of the patch
+            number = request.prefix + steps - c.delay  # frames of the patch
             frames = F.pad(motion, (0, 0, c.context * size, (len(steps) + 1) * size))
             window = number.clamp(min=0)[:, None] * size + torch.arange((c.context + 1) * size)
             windows = frames[window].transpose(1, 2)  # (S, C, (p + 1) P)
@@ -138,7 +141,9 @@ class Particles(BatchedDecoder):
         return {name: to_device(tensor, self.device) for name, tensor in zip(names, tensors)}
 
     def errors(self, index: int) -> Tensor:
-        """Mean squared error (R, n) of the motion head's velocities of the given patch, at `TIMES` times."""
+        """Return the mean squared error (R, n) of the motion head's velocity for the given patch, at the times
+        `TIMES`.
+        """
         given = self.given
         head = self.model.motion_cfm.estimator
         n = self.drafts
@@ -149,7 +154,7 @@ class Particles(BatchedDecoder):
         noisy = (1 - t) * patch + t * noise  # (R, K, C, P)
 
         def for_drafts(value: Tensor) -> Tensor:
-            """(R, K, ...) -> (B K, ...)."""
+            """Repeat for all candidates: (R, K, ...) -> (B K, ...)."""
             return value[:, None].expand(requests, n, *value.shape[1:]).flatten(0, 2)
 
         with half_precision(noisy.device, self.model.dtype):
@@ -166,12 +171,12 @@ class Particles(BatchedDecoder):
         self.ancestors.append(rows)
 
     def result(self, row: Row) -> Result:
-        """Return the likeliest draft of the request of which `row` is the first draft."""
+        """Return the most likely candidate of the request whose first candidate is `row`."""
         first = self.ended.index(row)
         return self.draft(first + self.best[first // self.drafts])
 
     def draft(self, place: int) -> Result:
-        """Return the speech of the draft that ended in a place, from its ancestors' patches."""
+        """Return the speech of the candidate that finished in a slot, from the patches of its ancestors."""
         row = self.ended[place]
         patches = []
         for index in range(len(self.lines) - 1, -1, -1):

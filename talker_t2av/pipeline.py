@@ -1,4 +1,4 @@
-"""Text, voices and faces in, speech and talking faces out.
+"""Pipelines from text, voices and faces to speech and talking faces.
 
     pipeline = TalkerPipeline.from_pretrained()
     talk = pipeline.t2av("set red in hotel three again", reference_audio="voice.wav", reference_video="face.mp4")
@@ -46,25 +46,25 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
-CUT_OFF = "cut off at the longest length allowed: max_seconds sets it"  # a remark
-TEMPLATE = 32  # tokens of a prompt beside its text
-PAUSE = 5  # frames between two parts of a long text
-PARTS_AT_ONCE = 8  # rows of a batch
-KEPT = 2  # loops that are kept for later jobs, with their memory and graphs
+CUT_OFF = "truncated at the maximum length: see max_seconds"  # a remark about the result
+TEMPLATE = 32  # tokens of a prompt in addition to its text
+PAUSE = 5  # pause between two parts of a long text in frames
+PARTS_AT_ONCE = 8  # maximum number of rows of a batch
+KEPT = 2  # number of idle decoders to keep for later jobs, with their memory and graphs
 
 
 @dataclass(frozen=True, repr=False)
 class Talk:
-    """The result of one job.
+    """Result of a job.
 
     Attributes:
-        wave: (N,) float32 in [-1, 1] at 24 kHz; in a2v the given audio.
-        frames: (F, S, S, 3) uint8 at 25 frames per second; None where no face is drawn (tts, v2a).
-        speech: (F, Ds) new latents, without the pauses between parts of a long text; motion: (F, Dm) new motion, not
-            normalised; None where given or absent.
-        stopped: the stop head ended it; False: it ran to the limit, or a given stream set its length.
-        remarks: one-line notes to the user about the inputs and the result, which are shown beside it.
-        surroundings: the picture that the face is pasted into when it is saved; None: it is saved alone.
+        wave: (N,) float32 in [-1, 1] at 24 kHz. For a2v, the given audio.
+        frames: (F, S, S, 3) uint8 at 25 frames per second; None if no face is generated (tts, v2a).
+        speech: (F, Ds) generated latents, without pauses between the parts of a long text. motion: (F, Dm) generated
+            motion, not normalised. None if given or absent.
+        stopped: True if the stop head ended it, False if it reached the limit or a given stream determined the length.
+        remarks: one-line notes about inputs and result, which are shown with it.
+        surroundings: image into which the face is pasted when saved. None: only the face is saved.
     """
 
     wave: np.ndarray
@@ -76,36 +76,37 @@ class Talk:
     surroundings: Surroundings | None = None
 
     def __repr__(self) -> str:
-        """Return the facts without the arrays."""
+        """Return a summary without the arrays."""
         remarks = f", remarks={list(self.remarks)}" if self.remarks else ""
         return f"Talk({_facts(self.wave, self.frames)}, stopped={self.stopped}{remarks})"
 
     @property
     def comment(self) -> str:
-        """Metadata for files of this result."""
+        """Metadata comment for files of this result."""
         made = {"speech": self.speech, "face": self.motion}
         return generated_comment("Talker-T2AV", " and ".join(name for name in made if made[name] is not None))
 
     def pictures(self) -> Iterable[np.ndarray]:
-        """Return the frames (H, W, 3) as they are saved: pasted into their surroundings, if there are any."""
+        """Return the frames (H, W, 3) to save, pasted into their surroundings if there are any."""
         return self.frames if self.surroundings is None else self.surroundings.paste(self.frames)
 
     def save(self, path: str | Path) -> None:
-        """Write the video with its audio (.mp4, .mov or .mkv), or the audio alone (.wav), atomically.
+        """Write the video with its audio (.mp4, .mov or .mkv), or only the audio (.wav), atomically.
 
         Raises:
-            UserError: another suffix, a video without pictures (tts, v2a), or the file cannot be written.
+            UserError: If the suffix is not supported, a video is requested without a face (tts, v2a), or the file
+                cannot be written.
         """
         if Path(path).suffix.lower() == ".wav":
             write_wav(path, self.wave, RATE, comment="" if self.speech is None else self.comment)
         elif self.frames is None:
-            raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the audio as .wav")
+            raise UserError(f"cannot write {path}: tts and v2a generate no frames; save the audio as .wav")
         else:
             write_video(path, self.pictures(), FPS, self.wave, RATE, comment=self.comment)
 
 
 def _facts(wave: np.ndarray, frames: np.ndarray | None) -> str:
-    """Describe audio (N,) and pictures (F, H, W, 3)."""
+    """Describe audio (N,) and frames (F, H, W, 3)."""
     sound = f"{len(wave) / RATE:.2f} s at {RATE} Hz"
     if frames is None:
         return sound
@@ -115,22 +116,24 @@ def _facts(wave: np.ndarray, frames: np.ndarray | None) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """A part of the result: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Audio may lag behind the picture."""
+    """A chunk of the result: waveform (n,) at 24 kHz and frames (f, S, S, 3) or None. The audio may lag behind the
+    frames.
+    """
 
     wave: np.ndarray
     frames: np.ndarray | None
 
     def __repr__(self) -> str:
-        """Return the facts without the arrays."""
+        """Return a summary without the arrays."""
         return f"Chunk({_facts(self.wave, self.frames)})"
 
 
 class TalkerPipeline:
-    """Generation from files.
+    """Pipeline that generates speech and talking faces from files.
 
     Args:
-        system: the networks.
-        sampling: settings of the diffusion heads; by default those of the release. The attribute may be replaced.
+        system: the loaded networks.
+        sampling: settings of the diffusion heads. Default: those of the release. The attribute may be reassigned.
         compile: compile the steps with `torch.compile`.
     """
 
@@ -152,11 +155,11 @@ class TalkerPipeline:
         precision: str = "auto",
         compile: bool = False,
     ) -> TalkerPipeline:
-        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem`.
+        """Load a release folder, or a folder with the released files; see `TalkerSystem`.
 
         Args:
-            precision: of the model, and in which faces are drawn: auto, fp32, bf16 or int8; see `engine.precision`.
-                With int8, faces are drawn as with auto. Speech is decoded in float32.
+            precision: precision of the model and of rendering: auto, fp32, bf16 or int8; see `engine.precision`. With
+                int8, faces are rendered as with auto. Speech is decoded in float32.
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
         dtype = pick_dtype(precision, device)
@@ -169,66 +172,69 @@ class TalkerPipeline:
         return cls(system, compile=compile)
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
-        """Publish the release that was loaded, with its codecs, on the Hugging Face hub; return its address.
+        """Publish the loaded release with its codecs on the Hugging Face hub. Return its URL.
 
         Args:
-            repository: OWNER/NAME. license: of the weights, as apache-2.0; None: that of the release's card.
+            repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
+                card.
         """
         folder = self.system.folder if self.system.part_names else None
         return publish(folder, self.system.parts, repository, license, private)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
-        """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's audio."""
+        """Generate a talking face that speaks a text. `more` are fields of `Job`. The default voice is the audio of the
+        reference video.
+        """
         return self(_job("t2av", text, reference_audio=reference_audio, reference_video=reference_video, **more))
 
     def tts(self, text: str, reference_audio: str, **more: Any) -> Talk:
-        """Say a text with a voice."""
+        """Generate speech for a text with a voice."""
         return self(_job("tts", text, reference_audio=reference_audio, **more))
 
     def a2v(self, audio: str, reference_video: str, text: str = "", **more: Any) -> Talk:
-        """Let a face say given audio; `text` is what the audio says."""
+        """Animate a face with given audio. `text` is the transcript of the audio."""
         return self(_job("a2v", text, reference_video=reference_video, audio=audio, **more))
 
     def v2a(self, video: str, reference_audio: str | None = None, text: str = "", **more: Any) -> Talk:
-        """Give a clip a voice; `text` is what its lips say."""
+        """Generate speech for a silent clip. `text` is what the lips say."""
         return self(_job("v2a", text, reference_audio=reference_audio, video=video, **more))
 
     def __call__(self, job: Job | Sequence[Job]) -> Talk | list[Talk]:
-        """Generate a job, or a list of jobs, of which those of one mode are one batch."""
+        """Run a job, or a list of jobs, of which those of the same mode form a batch."""
         return self.run([job])[0] if isinstance(job, Job) else self.run(job)
 
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
-        """Generate several jobs; those of one mode are one batch."""
+        """Run several jobs. Those of the same mode form a batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
 
     @property
     def longest_part(self) -> int:
-        """Tokens in the cache of the longest part of a text that is spoken at once: a byte of it may be a token."""
+        """Maximum number of cached tokens for a part of a text, where each byte may be a token."""
         c = self.system.model.config
         patches = -(-MAX_FRAMES // c.patch_size)
         tokens = TEMPLATE + self.sampling.text_bytes + tokens_per_patch(c.order, moving=True) * patches
         return min(tokens, self.system.model.llm.config.max_position_embeddings)
 
     def save_voice(self, recording: str | Path, path: str | Path) -> None:
-        """Save the voice of a recording as a file for `reference_audio` (NAME.safetensors).
+        """Save the voice of a recording to a file for `reference_audio` (NAME.safetensors).
 
         Raises:
-            UserError: the recording cannot be read, or holds no audio.
+            UserError: If the recording cannot be read, or contains no audio.
         """
         speaker = Reference(Job("tts", "-", str(recording)), self.system).speaker()
         save_voice(path, speaker, self.system.voice_digest)
 
     def prepare(self, job: Job) -> PreparedJob:
-        """Read and encode a job's files. Raises UserError, as `prepare_job` does."""
+        """Read and encode the files of a job. Raises UserError, see `prepare_job`."""
         with stage("reading and encoding the files", unit="frames"):
             return prepare_job(job, self.system, self.sampling.text_bytes)
 
     @contextmanager
     def decoder(self, mode: Mode, places: int, single: bool = False) -> Iterator[BatchedDecoder]:
-        """Lend a loop that nobody else uses meanwhile; it serves the next job of the same kind, too.
+        """Yield a decoder for exclusive use, which is reused for later jobs of the same kind.
 
         Args:
-            single: draw one draft where `sampling.particles` are more.
+            single: generate a single candidate, even if `sampling.particles` is larger.
         """
         kind = BatchedDecoder
         if mode.motion == "given" and self.sampling.particles > 1 and not single:
@@ -246,7 +252,7 @@ class TalkerPipeline:
                 self._idle.pop(other, None)
 
     def finish(self, prepared: Sequence[PreparedJob]) -> list[Talk]:
-        """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
+        """Generate the results of prepared jobs in order. Jobs of the same mode form a batch."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, each in enumerate(prepared):
             groups.setdefault((each.job.mode, each.job.compat), []).append(i)
@@ -268,14 +274,14 @@ class TalkerPipeline:
 
     @torch.no_grad()
     def stream(self, job: Job) -> Iterator[Chunk]:
-        """Generate a job and yield its result in chunks as patches arrive.
+        """Run a job and yield its result in chunks as patches are generated.
 
-        The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The audio of a
-        frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
-        draft, whatever `sampling.particles` is: what was heard cannot be taken back.
+        The concatenated chunks equal the result of `run`: samples up to 1e-4, frames up to one level of 255. The audio
+        of a frame is yielded as soon as the later frames that the decoder needs are available. V2A is streamed with a
+        single candidate, regardless of `sampling.particles`, as audio that was already played cannot be revised.
 
         Raises:
-            UserError: as `prepare_job` does.
+            UserError: See `prepare_job`.
         """
         prepared = self.prepare(job)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
@@ -306,7 +312,7 @@ class TalkerPipeline:
     def _waves(
         self, decoder: BatchedDecoder, prepared: PreparedJob, request: Request, fresh: list[Tensor]
     ) -> Iterator[np.ndarray]:
-        """Yield audio (n,) as patches arrive, and append their motion to `fresh`."""
+        """Yield audio (n,) as patches are generated, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
         steps = decoder.stream(request)
         if prepared.wave is not None:
@@ -317,7 +323,7 @@ class TalkerPipeline:
                     yield prepared.wave[position : position + size * HOP]
                     position += size * HOP
             return
-        waiting: deque[Tensor] = deque()  # speech whose motion is yet to come
+        waiting: deque[Tensor] = deque()  # speech whose motion is still pending
 
         def latents() -> Iterator[Tensor]:
             if len(request.speech):
@@ -341,9 +347,9 @@ class TalkerPipeline:
 
     @torch.no_grad()
     def complete(self, prepared: PreparedJob, *results: Result) -> Talk:
-        """Decode what was generated for the requests of a job.
+        """Decode the results of the requests of a job.
 
-        Between the parts of a long text are pauses, in which the face moves on to where the next part begins.
+        The parts of a long text are separated by pauses, during which the motion is interpolated.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
         moved = list[Tensor]()
@@ -375,7 +381,7 @@ class TalkerPipeline:
 
 
 def _job(mode: str, text: str, **more: Any) -> Job:
-    """Create a job from arguments of a method; paths may be `Path`s."""
+    """Create a job from the arguments of a method. Paths may be `Path` objects."""
     names = {field.name for field in fields(Job)}
     for name in more:
         if name not in names:
@@ -384,27 +390,28 @@ def _job(mode: str, text: str, **more: Any) -> Job:
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:
-    """Interpolate motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
+    """Interpolate motion (`PAUSE`, Dm) linearly between two frames (Dm,), exclusive."""
     share = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
     return start + share * (end - start)
 
 
 class Face:
-    """Renders the face of a job, part by part."""
+    """Renders the face of a job in chunks."""
 
     def __init__(self, system: TalkerSystem, prepared: PreparedJob) -> None:
         self.system = system
-        self.remaining = prepared.frames  # to be rendered, if the length is known
+        self.remaining = prepared.frames  # number of frames to render, if known
         self.identity = None
         if prepared.picture is not None:
             self.identity = system.motion.identity(to_device(prepared.picture, system.device))
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
-        """Render frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
+        """Render frames (F, S, S, 3) of new normalised motion chunks (f, Dm). Return None if there is nothing to
+        render.
 
         The first call also renders the prefix if it belongs to the result. Frames after the end of given audio are
-        left out.
+        skipped.
         """
         if self.identity is None or not patches:
             return None

@@ -1,4 +1,4 @@
-"""What is known of a request before its first patch is generated: the prompt, given streams, limits and noise.
+"""Inputs of a request that are known before generation: prompt, given streams, limits and noise.
 
 Axes: T prompt tokens, S steps, n tokens of a patch, N patches, P frames of a patch, F frames, C channels, D width.
 """
@@ -19,7 +19,8 @@ from talker_t2av.request import ORDERS, Mode, Request, Stream, tokens_per_patch
 
 
 def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) -> tuple[Tensor, Tensor]:
-    """What is known before the loop: text, prefix, given streams, and which motion is absent.
+    """Return the tokens that are known before generation: text, prefix, given streams, and placeholders of absent
+    motion.
 
     Returns:
         The tokens (T, D) of task, text and prefix; and the known part (S, n, D) of the tokens after it.
@@ -27,7 +28,7 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
     c = model.config
     in_turn = tokens_per_patch(c.order, mode.motion != "absent") > 1
     if in_turn and not (request.task_first and request.prefix_has_motion):
-        raise UserError(f"this model has order={c.order}, which the official routines do not know")
+        raise UserError(f"this model has order={c.order}, which the official routines do not support")
     slots = torch.arange(request.prefix + steps, device=model.device)
     prefix = slots < request.prefix
     speech = patch_tokens(model.speech_tokens, request.speech, slots, c.patch_size)
@@ -35,7 +36,7 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
     if mode.motion == "absent":
         motion = model.motion_pad_emb[0]
     else:
-        waiting = slots < request.prefix + c.delay  # for the first generated motion
+        waiting = slots < request.prefix + c.delay  # for the first generated motion patch
         filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not request.rules.motion_waits))
         filled = torch.where(prefix, request.prefix_has_motion, filled)
         motion = patch_tokens(model.motion_tokens, request.motion, slots - c.delay, c.patch_size) * filled[:, None]
@@ -53,7 +54,7 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
 
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
-    """Steps after which a row ends at the latest. Motion lags by `delay` slots, which come on top."""
+    """Return the maximum number of steps of a row, including the `delay` slots of the motion."""
     size = model.config.patch_size
     delay = model.config.delay
     if mode.speech == "given":
@@ -64,14 +65,17 @@ def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
 
 
 def seeded_noise(request: Request, stream: Stream, shape: tuple[int, int], patches: int) -> Tensor:
-    """Noise (S, C, P) of a stream; that of a patch depends on the row's seed, the stream and the patch's number."""
+    """Return the noise (S, C, P) of a stream. The noise of a patch depends on the seed of the row, the stream and the
+    patch index.
+    """
     return torch.stack([torch.randn(shape, generator=generator_for(request.seed, stream, n)) for n in range(patches)])
 
 
 def patch_tokens(encode: Callable[[Tensor, Tensor], Tensor], frames: Tensor, numbers: Tensor, size: int) -> Tensor:
-    """Return the tokens (N, D) of patches (N,) of given frames (F, C). A patch without frames has that of zero frames.
+    """Return the tokens (N, D) of patches (N,) of given frames (F, C). Patches without frames have the token of zero
+    frames.
 
-    The token of zero frames is not zero: in training the encoder sees it before and after a stream.
+    The token of zero frames is not zero; it also occurs in training, before and after a stream.
     """
     count = -(-len(frames) // size)
     padded = F.pad(frames, (0, 0, 0, (count + 1) * size - len(frames)))  # the last patch is empty

@@ -1,4 +1,4 @@
-"""What to generate: the four modes, the sampler's settings, the inputs of one row, and how a batch ends.
+"""Request types of generation: the four modes, sampling settings, the inputs of a row, and stopping rules.
 
 Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
 """
@@ -14,34 +14,36 @@ from engine.settings import Group, setting
 if TYPE_CHECKING:
     from torch import Tensor  # importing it takes seconds
 
-TTS, T2AV = range(2)  # rows of the task embedding
+TTS, T2AV = range(2)  # row indices of the task embedding
 Stream = Literal["speech", "motion"]
-# Streams that take turns: the ablation of Table 4 (arXiv 2604.23586). With order=add, the paper's own, a patch of
+# Interleaved streams, an ablation of the paper (arXiv 2604.23586). With order=add, the paper's own, a patch of
 # 160 ms is one token, the sum of both streams'. Else it is two, one of each stream, each predicted from the one before
 # it: the second stream is drawn with the first one's patch of the same time known. A row of speech alone has one token.
 ORDERS: dict[str, tuple[Stream, Stream]] = {"av": ("speech", "motion"), "va": ("motion", "speech")}
 
 
 def tokens_per_patch(order: str, moving: bool) -> int:
-    """Return the number of tokens of a patch: two where two streams take turns."""
+    """Return the number of tokens per patch, which is two for interleaved streams."""
     return 2 if order in ORDERS and moving else 1
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What happens to each stream."""
+    """What happens to each stream: generated, given or absent."""
 
     speech: Literal["generated", "given"]
     motion: Literal["generated", "given", "absent"]
 
     @property
     def task(self) -> int:
-        """Return the row of the task embedding. V2A and A2V have T2AV's: training reads both true streams, too."""
+        """Return the row of the task embedding. V2A and A2V use that of T2AV, as in training both ground-truth streams
+        are input.
+        """
         return TTS if self.motion == "absent" else T2AV
 
     @property
     def open_ended(self) -> bool:
-        """Whether the stop head sets the length, and no given stream."""
+        """Whether the stop head determines the length, instead of a given stream."""
         return "given" not in (self.speech, self.motion)
 
 
@@ -55,35 +57,39 @@ MODES = {
 
 @dataclass(frozen=True)
 class Sampling(Group, prefix="sampling."):
-    """Settings of both diffusion heads; the defaults are those of the released command line."""
+    """Sampling settings of both diffusion heads. The defaults are those of the released command line."""
 
     steps: int = setting(10, 1, 1000, "steps of the flow solver (released model: 10)")
     temperature: float = setting(0.3, 0.0, 2.0, "scale of the initial noise (released model: 0.3)")
     guidance: float = setting(
         2.0, 0.0, 20.0, "scale of classifier-free guidance (released model: 2.0); 1: off, twice as fast"
     )
-    unguided: int = setting(0, 0, 1000, "last solver steps without guidance, at half the cost")
+    unguided: int = setting(0, 0, 1000, "number of final solver steps without guidance, at half the cost")
     text_bytes: int = setting(
-        190,  # a little less than 30 s of slow speech
+        190,  # slightly less than 30 s of slow speech
         8,
         2000,
         "longer texts are spoken in parts (sentences, else clauses, else words) with short pauses between; above 190, "
         "a part may not fit into the 30 s that the model was trained on",
     )
     particles: int = setting(
-        1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face continue; 1: a single one"
+        1,
+        1,
+        256,
+        "v2a: number of particles, candidates of the speech that are resampled to match the face; 1: none",
     )
-    particle_temperature: float = setting(0.8, 0.0, 2.0, "v2a: scale of the initial noise of several drafts")
+    particle_temperature: float = setting(0.8, 0.0, 2.0, "v2a: scale of the initial noise with several particles")
 
 
 @dataclass(frozen=True)
 class LoopRules:
-    """How a row ends. The defaults follow training; talker_t2av/official.py has those of the official routines.
+    """Stopping rules of a row. The defaults follow training; talker_t2av/official.py has those of the official
+    routines.
 
-    stop_hits: positive stop tests in a row that end a row; what was drawn between the first and the last is kept.
-    first_test: the stop head is not asked before this step.
-    motion_waits: before step `delay`, tokens have no motion part instead of that of zero frames or of the prefix.
-    trim: speech is cut to the length of the motion, which lags behind it by `delay` patches.
+    stop_hits: number of consecutive positive stop predictions that end a row. Patches generated between the first and
+    the last are kept. first_test: first step in which the stop head is evaluated. motion_waits: before step `delay`,
+    tokens have no motion part, instead of zero frames or those of the prefix. trim: speech is trimmed to the length of
+    the motion, which is delayed by `delay` patches.
     """
 
     stop_hits: int = 1
@@ -94,22 +100,23 @@ class LoopRules:
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate in one row of a batch.
+    """Inputs of one row of a batch.
 
     Attributes:
         prompt: text tokens before the placeholders.
         speaker: (G,) speaker embedding.
-        speech: (F, Ds) latents: all of a given stream, or the prefix of a generated one.
-        motion: (F, Dm) likewise, normalised.
-        first_motion: (Dm,) normalised motion of the reference picture; None where no motion is generated.
-        prefix: patches of the prefix.
-        max_patches: most patches after the prefix; a given stream sets its own length instead.
-        min_patches: fewest patches after the prefix.
-        seed: of the noise.
-        task_first: the task embedding is the first token, as in training. If not, it is added to the first prefix
-            patch, and left out where there is no prefix (the official inference script).
-        prefix_has_motion: the prefix patches hold motion, as in training (not so in `generate_speech_motion`).
-        rules: how the row ends.
+        speech: (F, Ds) latents of a given stream, or of the prefix of a generated stream.
+        motion: (F, Dm) normalised motion of a given stream, or of the prefix of a generated stream.
+        first_motion: (Dm,) normalised motion of the reference image. None if no motion is generated.
+        prefix: number of patches of the prefix.
+        max_patches: maximum number of patches after the prefix. Ignored if a given stream determines the length.
+        min_patches: minimum number of patches after the prefix.
+        seed: seed of the noise.
+        task_first: True if the task embedding is the first token, as in training. Otherwise it is added to the first
+            prefix patch, and omitted without a prefix (as in the official inference script).
+        prefix_has_motion: whether the prefix patches contain motion, as in training (but not in
+            `generate_speech_motion`).
+        rules: stopping rules.
     """
 
     prompt: Sequence[int]

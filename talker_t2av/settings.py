@@ -1,4 +1,4 @@
-"""Settings and jobs of `infer.py model=talker_t2av`, checked before PyTorch is imported, which takes seconds."""
+"""Settings and jobs of `infer.py model=talker_t2av`, validated before PyTorch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from talker_t2av.request import MODES, Sampling
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEMO = ASSETS / "demo"
-MAX_TEXT = 2000  # bytes: about two minutes of speech, whose pictures take 2.4 GB at 512 pixels
-MAX_SPEECH_TEXT = 16_384  # bytes of a text that is spoken without pictures
+MAX_TEXT = 2000  # maximum bytes of a text: about two minutes of speech, whose frames take 2.4 GB at 512 pixels
+MAX_SPEECH_TEXT = 16_384  # maximum bytes of a text without video
 COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
@@ -34,10 +34,10 @@ SAVED_VOICE = ".safetensors"
 
 @dataclass(frozen=True)
 class Job(Group):
-    """What to generate from which files: settings of the command line, of a line of JSONL and of a request.
+    """A generation job: fields of the command line, of a line of JSONL, and of a request.
 
-    compat: `official` is as the released command line (t2av) and the released method for speech alone (tts), `library`
-    as the released methods; see talker_t2av/official.py.
+    compat: `official` reproduces the released command line (t2av) and the released method for speech (tts), `library`
+    the released methods; see talker_t2av/official.py.
     """
 
     mode: str = setting(
@@ -47,7 +47,7 @@ class Job(Group):
     )
     text: str = setting(
         "",
-        about="text to speak, up to 2,000 bytes (tts: 16,384); a2v, v2a: what the given audio or video says",
+        about="text to speak, up to 2,000 bytes (tts: 16,384); a2v, v2a: transcript of the given audio or video",
     )
     reference_audio: str | None = setting(
         None,
@@ -61,8 +61,8 @@ class Job(Group):
         None, about="motion codes of reference_video as a torch file (frames, 40); null: computed from its frames"
     )
     reference_text: str = setting("", about="transcript of the reference's beginning, where prefix_seconds is used")
-    audio: str | None = setting(None, about="a2v: the audio that the face moves to")
-    video: str | None = setting(None, about="v2a: the clip that gets a voice")
+    audio: str | None = setting(None, about="a2v: the driving audio")
+    video: str | None = setting(None, about="v2a: the clip for which speech is generated")
     crop: str = setting(
         "face",
         choices=CROPS,
@@ -71,15 +71,21 @@ class Job(Group):
     face_box: str | None = setting(None, about=FACE_BOX)
     paste_back: bool = setting(
         True,
-        about="t2av, a2v: paste the generated face back into the picture that its square was cut from; false: the "
-        "square alone",
+        about="t2av, a2v: paste the generated face back into the image from which it was cropped; false: only "
+        "the square",
     )
     prefix_seconds: float = setting(
-        0.0, 0.0, 30.0, "length of the reference's beginning that is continued, to copy its style; multiple of 0.16"
+        0.0,
+        0.0,
+        30.0,
+        "length of the start of the reference that is continued, to copy its style, in seconds; multiple of 0.16",
     )
-    min_seconds: float = setting(0.16, 0.0, 30.0, "shortest result of t2av and tts in seconds")
+    min_seconds: float = setting(0.16, 0.0, 30.0, "minimum length of the result of t2av and tts in seconds")
     max_seconds: float | None = setting(
-        None, 0.16, 30.0, "longest result, or part of a long text, in seconds, up to 30; null: estimated from the text"
+        None,
+        0.16,
+        30.0,
+        "maximum length of the result, or of a part of a long text, in seconds; null: estimated from the text",
     )
     compat: str = setting(
         "paper",
@@ -92,22 +98,22 @@ class Job(Group):
         super().__post_init__()
         for name in FILES:
             if getattr(self, name) == "":
-                raise UserError(f"{name} is empty: name a file, or leave it out")
+                raise UserError(f"{name} is empty: expected a file, or omit it")
         if self.compat != "paper" and self.mode not in ("t2av", "tts"):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
-            raise UserError(f"mode={self.mode} needs a text to say")
+            raise UserError(f"mode={self.mode} requires text")
         size = len(self.text.encode(errors="replace"))
         most = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
         if size > most:
-            raise UserError(f"the text has {size:,} bytes, and {most:,} is the most: make several jobs of it")
+            raise UserError(f"the text has {size:,} bytes, at most {most:,} are supported: split it into several jobs")
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
-                raise UserError(f"mode={self.mode} needs {name}, a file")
+                raise UserError(f"mode={self.mode} requires the file {name}")
         if self.mode == "v2a" and is_picture(self.video):
-            raise UserError(f"video={self.video} is a picture: give the clip that is to get a voice")
+            raise UserError(f"video={self.video} is an image: expected a clip")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
-            raise UserError(f"mode={self.mode} needs reference_audio, a recording of the voice to speak with")
+            raise UserError(f"mode={self.mode} requires reference_audio, a recording of the voice")
         if is_voice(self.reference_audio) and (self.prefix_seconds or self.compat != "paper"):
             raise UserError(f"reference_audio={self.reference_audio} is a saved voice: prefixes need the recording")
         if self.prefix_seconds and self.mode in ("a2v", "v2a") and not (self.reference_audio and self.reference_video):
@@ -115,7 +121,7 @@ class Job(Group):
 
     @property
     def unused(self) -> list[str]:
-        """Names of the inputs that the job has, but that the mode does not use."""
+        """Names of the inputs of the job that the mode does not use."""
         mode = MODES[self.mode]
         prefix = self.prefix_seconds > 0
         needs = {
@@ -132,12 +138,12 @@ class Job(Group):
 
     @property
     def keeps_prefix(self) -> bool:
-        """Whether the result begins with the prefix, as that of the released programs does."""
+        """Whether the result includes the prefix, as in the released programs."""
         return self.compat != "paper"
 
     @property
     def voice_file(self) -> str:
-        """File whose audio is the voice."""
+        """File whose audio is the reference voice."""
         if self.reference_audio:
             return self.reference_audio
         if self.mode == "a2v":
@@ -145,7 +151,7 @@ class Job(Group):
         for video in (self.reference_video, self.video):
             if video and not is_picture(video) and probe(video).audio:
                 return video
-        raise UserError(f"{self.reference_video or self.video} has no audio: give reference_audio, a recording")
+        raise UserError(f"{self.reference_video or self.video} has no audio: set reference_audio")
 
     def check_files(self) -> None:
         """Check the files that the mode uses, without decoding them."""
@@ -165,7 +171,7 @@ class Job(Group):
             require_stream(self.voice_file, "audio")
 
     def check_output(self, target: Path) -> None:
-        """Refuse to write a file in place of a folder, or of a file that the job reads."""
+        """Raise UserError if `target` is a folder, or a file that the job reads."""
         if target.is_dir():
             raise UserError(f"cannot write {target}: it is a folder")
         if any(os.path.realpath(target) == os.path.realpath(file) for name in FILES if (file := getattr(self, name))):
@@ -179,16 +185,18 @@ def with_preset(name: str, sampling: Sampling) -> Sampling:
 
 @dataclass(frozen=True)
 class CodecFolders:
-    """Release folders of codecs."""
+    """Release folders of the codecs."""
 
     speech: str | None = setting(None, about="WhisperX-VAE")
     motion: str | None = setting(None, about="LIA-X")
-    speaker: str | None = setting(None, about="the speaker encoder")
+    speaker: str | None = setting(None, about="release folder of the speaker encoder")
 
 
 @dataclass(frozen=True)
 class InferConfig(RunConfig, Job):
-    """Settings of `infer.py model=talker_t2av`: a job, or what the jobs of a file share, and how to run them."""
+    """Settings of `infer.py model=talker_t2av`: a job, or the common fields of the jobs in a file, and execution
+    settings.
+    """
 
     model: str = setting("talker_t2av", about="talker_t2av or hicodit")
     jobs: str | None = setting(None, about="JSONL file with one job per line, whose settings override those given here")
@@ -197,19 +205,17 @@ class InferConfig(RunConfig, Job):
     )
     weights: str | None = setting(
         None,
-        about="our release folder, OWNER/NAME on the hub, or a folder of the released files; null: the bundled model",
+        about="release folder, OWNER/NAME on the hub, or a folder of the released files; null: the bundled model",
     )
-    codecs: CodecFolders = group(
-        CodecFolders, about="release folders of codecs; null: those that belong to the weights"
-    )
-    sampling: dict[str, Any] = group(Sampling, unset=True, about="null: the release's setting")
+    codecs: CodecFolders = group(CodecFolders, about="release folders of codecs; null: those of the weights")
+    sampling: dict[str, Any] = group(Sampling, unset=True, about="null: as in the release")
 
 
 JOB_FIELDS = {field.name for field in fields(Job)}
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:
-    """Return the settings and the jobs with their names; in place of a wrong line of `jobs`, its error."""
+    """Return the settings and the named jobs. An invalid line of `jobs` yields its error instead of a job."""
     c = make(InferConfig, plain(config))
     folders = {f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}
     c.begin({"weights": c.weights, **folders})
@@ -218,14 +224,14 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
         if isinstance(job, Job):
             for output in outputs_of(job, name, c.figure, c.timestamps):
                 job.check_output(Path(c.output) / output)
-    if c.jobs is None:  # of several, one with a bad file is reported and the others continue
+    if c.jobs is None:  # with several jobs, invalid ones are reported and the others continue
         jobs[0][1].check_files()
     with writable(c.output):
         return c, jobs
 
 
 def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
-    """Return names and jobs of the command line, or of each line of `jobs`; in place of a wrong line, its error."""
+    """Return names and jobs of the command line, or of each line of `jobs`. Invalid lines yield their error."""
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
@@ -247,18 +253,18 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
         raise jobs[0][1]
     for name, count in Counter(name for name, _ in jobs).items():
         if count > 1:
-            raise UserError(f"jobs={path}: two jobs have the name {name}: give each its own")
+            raise UserError(f"jobs={path}: two jobs have the name {name}: names must be unique")
     return jobs
 
 
 def with_demo(values: dict[str, Any]) -> dict[str, Any]:
-    """Add the bundled voice, face and sentence to the fields of a job where it lacks them."""
+    """Fill missing fields of a job with the bundled voice, face and sentence."""
     mode = values.get("mode", "t2av")
     job = dict(values)
     voice = str(DEMO / "voice.wav")
     face = str(DEMO / "silent.mp4")
     given = {"a2v": ("audio", voice), "v2a": ("video", face)}.get(mode)
-    if given is None or given[0] not in job:  # the words of the bundled file
+    if given is None or given[0] not in job:  # the transcript of the bundled file
         if given is not None:
             job[given[0]] = given[1]
         job.setdefault("text", (DEMO / f"{'voice' if mode == 'a2v' else 'silent'}.txt").read_text().strip())
@@ -270,7 +276,8 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
-    """Return the names of the files of a job: NAME.wav, or the given audio as it is; NAME.mp4 unless tts; NAME.png.
+    """Return the names of a job's output files: NAME.wav, or the given audio unchanged; NAME.mp4 except for tts;
+    NAME.png.
 
     NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words.
     """

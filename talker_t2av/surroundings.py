@@ -1,4 +1,4 @@
-"""Pasting a generated face back into the picture that its square was cut from.
+"""Pasting of a generated face into the image from which it was cropped.
 
 Axes: F frames, H height, W width, S side of the square.
 """
@@ -15,17 +15,17 @@ import numpy as np
 
 from talker_t2av.faces import Square, read_square
 
-WHOLE = 2**20  # pixels of a square that no picture fills
-LONGEST = 960  # pixels of the longer side of a video; larger pictures are scaled down
-MARGIN = 0.15  # of the square's side, over which the face fades into its surroundings
+WHOLE = 2**20  # maximum side of a square in pixels
+LONGEST = 960  # maximum longer side of a video in pixels; larger images are scaled down
+MARGIN = 0.15  # width of the blended border, as a fraction of the square's side
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The still picture around a talking face.
+    """The still image around a talking face.
 
     Attributes:
-        picture: (H, W, 3) uint8. left, top, side: where the square of the face lies in it, in pixels.
+        picture: (H, W, 3) uint8. left, top, side: position of the face square in pixels.
     """
 
     picture: np.ndarray
@@ -35,14 +35,14 @@ class Surroundings:
 
     @cached_property
     def weight(self) -> np.ndarray:
-        """Weight (S, S, 1) of the face: 1 inside, falling to 0 at borders of the square inside the picture."""
+        """Blending weight (S, S, 1) of the face: 1 inside, falling to 0 at borders that lie within the image."""
         height, width = self.picture.shape[:2]
         across = _fade(self.side, self.left > 0, self.left + self.side < width)
         down = _fade(self.side, self.top > 0, self.top + self.side < height)
         return np.minimum(down[:, None], across[None])[..., None]
 
     def paste(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the picture (H, W, 3) with each of the frames (s, s, 3) scaled to the square."""
+        """Yield the image (H, W, 3) with each frame (s, s, 3) resized and pasted into the square."""
         rows = slice(self.top, self.top + self.side)
         columns = slice(self.left, self.left + self.side)
         behind = self.picture[rows, columns].astype(np.float32)
@@ -54,7 +54,7 @@ class Surroundings:
 
 
 def _fade(side: int, at_start: bool, at_end: bool) -> np.ndarray:
-    """Return weights (S,) that rise from 0 at the start and fall to 0 at the end, where asked for."""
+    """Return weights (S,) that rise from 0 at the start and fall to 0 at the end, if requested."""
     position = (np.arange(side) + 0.5) / (MARGIN * side)
     rising = np.clip(position, 0, 1) if at_start else np.ones(side)
     falling = np.clip(position[::-1], 0, 1) if at_end else np.ones(side)
@@ -63,7 +63,9 @@ def _fade(side: int, at_start: bool, at_end: bool) -> np.ndarray:
 
 
 def read_surroundings(path: str | Path, square: Square) -> Surroundings | None:
-    """Read the picture, or the frame of a video, that a square was cut from; None if the square is all of it."""
+    """Read the image, or the video frame, from which a square was cropped. Return None if the square is the whole
+    image.
+    """
     whole = replace(square, left=0, top=0, side=WHOLE)
     picture = next(read_square(path, whole, 1, square.first))[0]
     if picture.shape[0] == picture.shape[1] == square.side:

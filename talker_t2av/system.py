@@ -1,6 +1,6 @@
-"""All that inference needs: model, tokenizer, motion statistics; codecs and speaker encoder once a mode needs them.
+"""Networks for inference: model, tokenizer and motion statistics; codecs and speaker encoder are loaded on demand.
 
-Two kinds of folder can be loaded: a release of ours, and a folder with the released files as they are downloaded.
+Two kinds of folders can be loaded: a release folder, and a folder with the upstream files as downloaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_tiny"
 BUNDLED_CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
-CODECS: dict[str, dict[str, type[Codec]]] = {  # the codecs of each stream that can be chosen, by kind
+CODECS: dict[str, dict[str, type[Codec]]] = {  # supported codecs of each stream, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
     "motion": {LiaX.kind: LiaX},
 }
@@ -40,7 +40,7 @@ CODECS: dict[str, dict[str, type[Codec]]] = {  # the codecs of each stream that 
 
 @dataclass(frozen=True)
 class MotionStats:
-    """Mean and standard deviation of each motion channel, (Dm,) both; the heads work on normalised motion (F, Dm)."""
+    """Mean and standard deviation (Dm,) of the motion channels. The heads operate on normalised motion (F, Dm)."""
 
     mean: Tensor
     std: Tensor
@@ -48,9 +48,13 @@ class MotionStats:
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
             if value.ndim != 1 or not value.isfinite().all() or (name == "std" and (value < 0).any()):
-                raise UserError(f"the motion statistics' {name} must be a list of finite numbers, std's not below 0")
+                raise UserError(
+                    f"the motion statistics' {name} must be a list of finite numbers, std must not be negative"
+                )
         if len(self.mean) != len(self.std):
-            raise UserError(f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: give as many")
+            raise UserError(
+                f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: they must be equal"
+            )
 
     def normalise(self, motion: Tensor) -> Tensor:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
@@ -61,29 +65,29 @@ class MotionStats:
 
     @classmethod
     def read(cls, path: str | Path | None) -> MotionStats:
-        """Read a JSON file, or its URL, with `motion_mean` and `motion_std`; None: those of the released model."""
+        """Read `motion_mean` and `motion_std` from a JSON file or URL. None: those of the released model."""
         if path is None:
             return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
         try:
             stats = read_json(path)
             return cls(*(torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std")))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read as motion statistics ({error!r}): make them again") from error
+            raise UserError(f"{path} cannot be read as motion statistics ({error!r}): recompute them") from error
 
 
 class TalkerSystem:
-    """The networks, all in eval mode on one device. Codecs and speaker encoder are loaded when they are first used.
+    """The networks, in eval mode on one device. Codecs and speaker encoder are loaded on first use.
 
     Args:
-        folder: a release of ours, here or on the hub, or a folder (with subfolders) that holds the released files.
-        codecs: folders or files of `speech`, `motion`, `speaker` to use instead of those of the release. Those are
-            looked for in the release, beside it, among the bundled ones, and where they were in training. Among
-            released files each part is found by the names of its tensors.
+        folder: a release folder, a release on the hub, or a folder (with subfolders) of upstream files.
+        codecs: folders or files of `speech`, `motion`, `speaker` that override those of the release, which are searched
+            in the release, next to it, among the bundled ones, and at their path during training. Upstream files are
+            identified by their tensor names.
 
     Attributes:
-        part_names: of codecs and speaker encoder, as in training; none for released files.
-        digests: of the weights that made the model's training features; one that is absent is not checked.
-        picture_dtype: in which faces are drawn; None: as the model's.
+        part_names: names of codecs and speaker encoder in training; empty for upstream files.
+        digests: digests of the weights that computed the training features. Missing ones are not checked.
+        picture_dtype: dtype for rendering faces. None: that of the model.
     """
 
     def __init__(
@@ -104,11 +108,16 @@ class TalkerSystem:
             try:
                 self.stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
                 self.sampling = Sampling(**config.get("sampling", {}))
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch's, of what is no number
+            except (
+                KeyError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # torch's error for values that are not numbers
                 if isinstance(error, UserError):
                     raise
                 stated = self.folder / "config.yaml"
-                raise UserError(f"{stated} lacks or misspells {error}: make the release again") from error
+                raise UserError(f"{stated} lacks or misspells {error}: export the release again") from error
         else:
             self.part_names = {}
             self.stats = MotionStats.read(None)
@@ -127,7 +136,7 @@ class TalkerSystem:
 
     @property
     def parts(self) -> dict[str, str | Path]:
-        """Folders of the codecs and the speaker encoder, by the names by which the release looks for them."""
+        """Folders of the codecs and the speaker encoder, by the names used in the release."""
         return {Path(name).name: self.find(part) for part, name in self.part_names.items()}
 
     def find(self, part: str) -> str | Path:
@@ -153,7 +162,7 @@ class TalkerSystem:
 
     @cached_property
     def motion(self) -> PortraitCodec:
-        """The portrait codec; faces are drawn in the model's precision."""
+        """The portrait codec. Faces are rendered in the model's precision."""
         codec = self._load("motion")
         _check_channels("motion codes", self.model.config.motion_dim, codec.channels)
         codec.dtype = self.picture_dtype or self.model.dtype
@@ -166,11 +175,11 @@ class TalkerSystem:
 
     @cached_property
     def voice_digest(self) -> str:
-        """Digest of the speaker encoder, which saved voices bear. All its weights are read once."""
+        """Digest of the speaker encoder, stored in saved voices. All its weights are read once."""
         return self.speaker.digest()
 
     def require(self, mode: str) -> None:
-        """Load what a mode needs."""
+        """Load the networks that a mode needs."""
         uses = MODES[mode]
         needed = {"speech": True, "motion": uses.motion != "absent", "speaker": uses.speech == "generated"}
         for part in (part for part in needed if needed[part]):
@@ -181,7 +190,7 @@ class TalkerSystem:
 
     def _load(self, part: str) -> Any:
         path = self.find(part)
-        # Whoever asks first: weights made in inference mode are of no use outside of it.
+        # Weights created in inference mode could not be used outside of it.
         with stage("loading"), torch.inference_mode(False):
             network = LOADERS[part](path)
             expected = self.digests.get(part)
@@ -191,12 +200,12 @@ class TalkerSystem:
 
 
 def _keeps(network: Any) -> str | None:
-    """Return the digest of the codec whose codes a codec decodes beside its own; None: it has none."""
+    """Return the digest of an earlier codec whose codes a codec also decodes, or None."""
     return getattr(network, "release", {}).get("keeps")
 
 
 def load_model(folder: str | Path) -> tuple[TalkerT2AV, Path]:
-    """Load the model of a release of ours, or of released files; return the folder of its tokenizer, too."""
+    """Load the model from a release folder or upstream files. Return it and the folder of its tokenizer."""
     folder = release_folder(folder)
     if (folder / "config.yaml").is_file():
         return TalkerT2AV.from_pretrained(folder), folder
@@ -210,12 +219,12 @@ def load_speech(folder: str | Path) -> Codec:
 
 
 def load_motion(folder: str | Path) -> PortraitCodec:
-    """Load a portrait codec of `CODECS`, channels last: the same convolutions in nearly half the time on a CPU."""
+    """Load a portrait codec of `CODECS` in channels-last memory format, which is nearly twice as fast on a CPU."""
     return load_codec(folder, CODECS["motion"]).to(memory_format=torch.channels_last)
 
 
 def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
-    """Load the speaker encoder of a release folder, or the released one."""
+    """Load the speaker encoder from a release folder or the upstream file."""
     path = release_folder(path)
     return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
 
@@ -224,16 +233,16 @@ LOADERS = {"speech": load_speech, "motion": load_motion, "speaker": load_speaker
 
 
 def codec_digests(**codecs: str | Path) -> dict[str, str]:
-    """Return, by stream (`speech`, `motion`, `speaker`), the digest of the weights that encode it.
+    """Return the digest of the encoder weights of each stream (`speech`, `motion`, `speaker`).
 
     Args:
-        codecs: by stream, its release folder or released file; only those that are named are loaded.
+        codecs: release folder or upstream file by stream. Only given streams are loaded.
     """
     return {stream: LOADERS[stream](path).digest() for stream, path in codecs.items()}
 
 
 def check_codecs(codecs: Mapping[str, str | Path | None]) -> None:
-    """Read the codecs that are on this machine: one of another kind, or a damaged one, is found before training."""
+    """Load the codecs that exist on this machine, to detect wrong or damaged ones before training."""
     for stream, path in codecs.items():
         if path and any((place / path).exists() for place in (Path(), CHECKOUT)):
             LOADERS[stream](path)

@@ -1,4 +1,4 @@
-"""What the trainer needs to train Talker-T2AV: losses of a batch, validation by a recogniser, release.
+"""Talker-T2AV's training task: losses, validation with a recogniser, and release.
 
 Axes: B batch, T frames, Ds / Dm speech / motion channels.
 """
@@ -40,39 +40,38 @@ from talker_t2av.system import MotionStats, check_codecs, load_model, load_motio
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
-NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # that `init` may lack: of an auxiliary loss
-# saved by a validation, of each split
+NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # tensors of auxiliary losses, which `init` may lack
+# clips per split whose files a validation saves
 WAVES = 4
 VIDEOS = 2
 
 
 class TalkerTask(Task):
-    """Flow matching of speech and motion patches, and the stop head, on precomputed latents.
+    """Trains flow matching of speech and motion patches, and the stop head, on precomputed latents.
 
-    A model trained for T2AV also does A2V and V2A: in training the backbone reads both true streams, as it reads a
-    given stream at inference. A patch is then drawn before the given patch of the same time is read.
+    A model trained for T2AV also supports A2V and V2A, as in training the backbone receives both ground-truth streams,
+    like a given stream in inference. A patch is then generated before the given patch of the same time is input.
 
     Args:
         model: fields of `TalkerConfig`.
-        codecs: release folders `speech`, `motion`, `speaker` that made the latents; `motion` may be None for speech
-            alone. The release names them; validation decodes with the first.
-        stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
+        codecs: release folders `speech`, `motion`, `speaker` with which the latents were computed. `motion` may be None
+            for TTS. The release stores their names; validation decodes with the first.
+        stats: path or URL of the training shards' index.json, with the motion statistics. None: those of the released
             model.
         tokenizer: as `load_tokenizer` takes it.
-        init: a model of the same sizes and text to start from: a release folder, or a folder with the released files.
-        guided_layers: layers of the backbone with a head that is taught where in the text each patch is; see
-            `alignment`. Needs data.train.phonemes.
-        head_share: fraction of the patches that the diffusion heads train on in a step. They cost most of a step, while
-            the backbone learns from every patch through the auxiliary losses.
+        init: initial model with the same sizes and tokenizer: a release folder, or a folder with the upstream files.
+        guided_layers: layers of the backbone with a head that is trained to attend to the current text position; see
+            `alignment`. Requires data.train.phonemes.
+        head_share: fraction of the patches on which the diffusion heads are trained in a step. The heads dominate the
+            cost of a step, while the auxiliary losses train the backbone on every patch.
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `upstream.warm_start`.
         freeze_embeddings: do not train the word embeddings.
-        sampling: fields of `Sampling`: defaults that are saved with the release, except for `particles` of a model that
-            cannot weigh drafts.
+        sampling: fields of `Sampling`, the defaults stored in the release; `particles` only if the model supports them.
         validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `metrics`: figures of
-            `engine.metrics.registry`; `grammar`: what hears the words, see `words_by`; `corpus`: folder of the
-            recordings, whose faces are then drawn, or None. None turns it off.
-        recipe: a sentence for the card.
+            `engine.metrics.registry`; `grammar`: recogniser, see `words_by`; `corpus`: folder of the recordings, whose
+            faces are then drawn, or None. None turns it off.
+        recipe: description of the recipe for the model card.
     """
 
     def __init__(
@@ -104,13 +103,13 @@ class TalkerTask(Task):
         rows = self.model.llm.config.vocab_size
         if self.words.vocab_size > rows:
             raise UserError(
-                f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
+                f"task.model.llm.vocab_size={rows} must be at least {self.words.vocab_size} for this tokenizer"
             )
         self.guided_layers = guided_layers
         self.head_share = head_share
         layers = self.model.llm.config.num_hidden_layers
         if any(not 0 <= layer < layers for layer in guided_layers):
-            raise UserError(f"task.guided_layers={list(guided_layers)}: give layers from 0 to {layers - 1}")
+            raise UserError(f"task.guided_layers={list(guided_layers)}: layers must be from 0 to {layers - 1}")
         require_range("task.head_share", head_share, 0.0, 1.0)
         self.codecs = dict(codecs)
         self.tokenizer = tokenizer
@@ -120,9 +119,7 @@ class TalkerTask(Task):
         self.digests = {stream: made[name] for stream, name in STAGES.items() if made.get(name)}
         channels = self.model.config.motion_dim
         if len(self.stats.mean) != channels:
-            raise UserError(
-                f"task.model.motion_dim={channels}, but the motion has {len(self.stats.mean)}: set it to that"
-            )
+            raise UserError(f"task.model.motion_dim={channels}, but the motion has {len(self.stats.mean)} channels")
         if start:
             self._start_from(init, *start)
         for kind, folder in sorted((warm_start or {}).items(), key=lambda item: item[0] != "qwen"):
@@ -134,7 +131,7 @@ class TalkerTask(Task):
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
 
     def _start_from(self, init: str, start: TalkerT2AV, words: Path) -> None:
-        """Take over the weights of a model, whose tokenizer is in the folder `words`."""
+        """Load the weights of a model whose tokenizer is in the folder `words`."""
         former = TalkerTokenizer.from_pretrained(words)
         own = self.model.state_dict()
         if former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
@@ -153,18 +150,18 @@ class TalkerTask(Task):
         return {"model": self.model}
 
     def blocks(self) -> list[nn.Module]:
-        """Layers of the language model, of the patch encoders and of the diffusion heads."""
+        """Return the layers of the language model, the patch encoders and the diffusion heads."""
         return [*self.model.llm.model.layers, *(m for m in self.model.modules() if isinstance(m, Block))]
 
     def loss_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         return count_elements(self.model.config, batch)
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Tokens of the language model."""
+        """Return the number of tokens of the language model."""
         return int(batch["attention_mask"].sum())
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Losses of a batch; see `data.collate`."""
+        """Return the losses of a batch; see `data.collate`."""
         with Alignment(self.model, self.guided_layers if "pointer" in batch else ()) as alignment:
             forward = training_forward(self.model, batch, self.head_share if self.training else 1.0)
         losses = training_losses(self.model, forward)
@@ -179,9 +176,9 @@ class TalkerTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure losses of held-out clips, how well the stop head ends their sentences, and word error rates.
+        """Measure losses of held-out clips, errors of the utterance length, and WER.
 
-        One process measures the losses: their random draws follow one another.
+        One process measures the losses, as their random numbers are drawn sequentially.
         """
         if self.validation is None:
             return {}
@@ -201,7 +198,7 @@ class TalkerTask(Task):
             if not own:
                 continue
             infos = [examples.info(chosen[n]) for n in own]
-            # All clips are read: where a long one is cut is drawn, and later draws must not depend on the share.
+            # All clips are read, as the random crops of long clips must not depend on the share.
             items = [examples[i] for i in chosen]
             requests = [
                 Request(
@@ -225,7 +222,7 @@ class TalkerTask(Task):
             late = {n: abs(len(r.speech) - len(items[n]["speech"])) / FPS for n, r in zip(own, spoken)}
             scores: dict[str, float | ByClip] = {
                 "stopped": ByClip({n: r.stopped for n, r in zip(own, spoken)}),
-                "length_error": ByClip(late),  # seconds; a sentence may well be said at another pace
+                "length_error": ByClip(late),  # seconds; a sentence may be spoken at another speed
             }
             for start in range(0, count if share.first else 0, VALIDATION_BATCH):
                 clips = chosen[start : start + VALIDATION_BATCH]
@@ -246,7 +243,7 @@ class TalkerTask(Task):
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int
     ) -> None:
-        """Write talking faces of some clips, drawn from each clip's first frame, if the clips are there."""
+        """Write talking faces of some clips, rendered from the first frame of each clip, if the clips exist."""
         clips = [Path(self.validation["corpus"]) / info["source"] for info in infos]
         if not clips or not all(clip.is_file() for clip in clips):
             return
@@ -259,7 +256,7 @@ class TalkerTask(Task):
                 write_video(folder / f"{info['key']}.mp4", to_bytes(pictures), FPS, wave, rate)
 
     def adapted(self) -> nn.Module:
-        """Backbone, patch encoders and heads."""
+        """Return backbone, patch encoders and heads."""
         return self.model
 
     def release_info(self) -> Release:
@@ -281,5 +278,5 @@ class TalkerTask(Task):
         )
 
     def release_files(self, folder: Path) -> None:
-        """The tokenizer's."""
+        """Write the tokenizer's files."""
         self.words.save(folder)

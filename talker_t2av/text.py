@@ -1,7 +1,9 @@
-"""Text to the language model's tokens: a chat of two turns, the assistant's turn being placeholders for patches.
+"""Text to tokens of the language model: a chat of two turns, where the assistant's turn contains placeholders for
+patches.
 
-One class serves all tokenizers. Qwen3's comes from the released checkpoint's folder. Those of small models are made
-here, of phonemes (`phoneme_tokenizer`) or bytes (`byte_tokenizer`): the same files, with a shorter chat template.
+All tokenizers share one class. Qwen3's tokenizer is loaded from the released checkpoint. Those of small models are
+created here, based on phonemes (`phoneme_tokenizer`) or bytes (`byte_tokenizer`), in the same file format with a
+shorter chat template.
 
 Axes: none; token ids are lists.
 """
@@ -24,10 +26,10 @@ from engine.untrusted import read_yaml
 from talker_t2av.phonemes import LANGUAGES, phonemizer
 
 SPEECH = "<SPEECH_FRAME>"
-MOTION = "<MOTION_FRAME>"  # in the released vocabulary, though in no sequence
+MOTION = "<MOTION_FRAME>"  # part of the released vocabulary, but unused
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
-MARK = "the words that are said"  # stands for them in a rendered chat
-# Places after the end of a sentence, a clause, a word.
+MARK = "the words that are said"  # placeholder of the text in a rendered chat
+# Split positions after a sentence, a clause and a word.
 SENTENCE = r"(?<=[.!?…]\s)|(?<=[。！？\n])"
 CLAUSE = r"(?<=[,;:]\s)|(?<=[，、；：])"
 WORD = r"(?<=\s)"
@@ -41,19 +43,19 @@ environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True
 environment.add_extension("jinja2.ext.loopcontrols")
 environment.filters["tojson"] = json.dumps
 sys.stdout.write(environment.from_string(template).render(**known))
-"""  # as transformers does
+"""  # as in transformers
 BYTE_SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 class TalkerTokenizer:
-    """A Hugging Face tokenizer with a chat template and the two frame tokens, which are added if they are missing.
+    """Hugging Face tokenizer with a chat template and two frame tokens, which are added if they are missing.
 
     Attributes:
-        speech_id: the placeholder of a patch.
-        pad_id: fills batches on the right.
-        vocab_size: ids are below it; the embedding table must have as many rows or more.
-        tail: the tokens after the placeholders.
-        language: of the phonemes that texts are turned into first; None: the tokens are of the text itself.
+        speech_id: placeholder token of a patch.
+        pad_id: padding token.
+        vocab_size: vocabulary size; the embedding table must have at least as many rows.
+        tail: tokens after the placeholders.
+        language: language of the phonemes to which texts are converted. None: text is tokenized directly.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str | None = None) -> None:
@@ -70,25 +72,25 @@ class TalkerTokenizer:
         self.tail = self._parts("")[1]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the tokens before the placeholders."""
+        """Return the tokens of a text before the placeholders."""
         for token in self._reserved:
             if token in text:
-                raise UserError(f"the text holds {token}, which is a control token: leave it out")
+                raise UserError(f"the text contains the control token {token}: remove it")
         return self._parts(phonemizer(self.language)(text) if self.language else text)[0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into a release folder."""
+        """Write the tokenizer's files to a release folder."""
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
-        """Load the tokenizer of a folder, ours or the released checkpoint's."""
+        """Load the tokenizer from a release folder, or from that of the released checkpoint."""
         folder = release_folder(folder)
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise UserError(f"{folder} has no tokenizer (tokenizer.json): copy or download the whole folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a damaged file raises whatever its parser raises
+        except Exception as error:  # a damaged file raises errors of its parser
             raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer of {folder} has no chat template or no padding token: it is not Qwen3's")
@@ -96,13 +98,15 @@ class TalkerTokenizer:
         return cls(tokenizer, language_of(read_yaml(ours).get("text") if ours.is_file() else None))
 
     def _parts(self, text: str) -> tuple[list[int], list[int]]:
-        # Special tokens part a text before anything else is done, so both sides can be encoded by themselves.
+        # Special tokens split a text first, so that both sides can be encoded separately.
         before, _, after = self._frame.replace(MARK, text).rpartition(SPEECH)
         return tuple(self.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
 
 
 def load_tokenizer(tokenizer: str | Path | Mapping[str, str] | None) -> TalkerTokenizer:
-    """Load the tokenizer of a folder, or make one: {kind: phonemes, language: en-us}; None is the byte-level one."""
+    """Load the tokenizer of a folder, or create one: {kind: phonemes, language: en-us}. None: the byte-level
+    tokenizer.
+    """
     if tokenizer is None:
         return byte_tokenizer()
     if isinstance(tokenizer, Mapping):
@@ -111,7 +115,7 @@ def load_tokenizer(tokenizer: str | Path | Mapping[str, str] | None) -> TalkerTo
 
 
 def language_of(text: Mapping[str, str] | None) -> str | None:
-    """Return the language of the phonemes that the setting `text` names; None: the tokens are of the text itself."""
+    """Return the phoneme language of the setting `text`, or None if text is tokenized directly."""
     if text is None:
         return None
     if not isinstance(text, Mapping) or text.get("kind") != "phonemes" or text.get("language") not in LANGUAGES:
@@ -120,9 +124,9 @@ def language_of(text: Mapping[str, str] | None) -> str | None:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Render the chat of the user's turn `MARK` and the assistant's turn `SPEECH`.
+    """Render the chat template with user turn `MARK` and assistant turn `SPEECH`.
 
-    A template is a program and may never end, so one that is not ours runs in a separate process.
+    A template is a program that may not terminate, so unknown templates are rendered in a separate process.
     """
     if tokenizer.chat_template == BYTE_TEMPLATE:
         return f"<|user|>{MARK}<|assistant|>{SPEECH}<|end|>"
@@ -135,14 +139,14 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
         done = subprocess.run(call, input=given, capture_output=True, text=True, timeout=RENDER_SECONDS)
         if done.returncode == 0 and done.stdout.count(MARK) == done.stdout.count(SPEECH) == 1:
             return done.stdout
-        why = done.stderr.strip().rpartition("\n")[2] or "it leaves out a turn"
+        why = done.stderr.strip().rpartition("\n")[2] or "it omits a turn"
     except subprocess.TimeoutExpired:
         why = f"it takes more than {RENDER_SECONDS} s"
     raise UserError(f"the tokenizer's chat template cannot be used ({why}): it is not Qwen3's")
 
 
 def split_text(text: str, most: int) -> list[str]:
-    """Split text into parts of at most `most` bytes: whole sentences if they fit, else clauses, then words."""
+    """Split text into parts of at most `most` bytes: at sentences if possible, else at clauses, else at words."""
     if len(text.encode()) <= most:
         return [text]
     pieces = [text]
@@ -156,7 +160,9 @@ def split_text(text: str, most: int) -> list[str]:
     parts = [""]
     for piece in pieces:
         if len(piece.strip().encode()) > most:
-            raise UserError(f"{piece.strip()[:30]!r}... has neither space nor stop in {most} bytes of text: part it")
+            raise UserError(
+                f"{piece.strip()[:30]!r}... has neither space nor punctuation within {most} bytes: split it"
+            )
         if len((parts[-1] + piece).strip().encode()) > most:
             parts.append("")
         parts[-1] += piece
@@ -164,7 +170,7 @@ def split_text(text: str, most: int) -> list[str]:
 
 
 def phoneme_tokenizer(language: str) -> TalkerTokenizer:
-    """Create a tokenizer with one token for each phoneme of a language, with its stress, and for each stop."""
+    """Create a tokenizer with one token per phoneme of a language, including stress, and per punctuation mark."""
     names = [BYTE_SPECIALS[0], *LANGUAGES[language]]
     vocabulary = {name: number for number, name in enumerate(names)}
     assert len(vocabulary) == len(names), "two phonemes have one name"
@@ -187,7 +193,7 @@ def byte_tokenizer() -> TalkerTokenizer:
 
 
 def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer with the control tokens and chat template of small models."""
+    """Return a tokenizer with the control tokens and chat template of small models."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=BYTE_SPECIALS[0],

@@ -1,6 +1,7 @@
-"""Released checkpoints of Talker-T2AV: files, tensor names, sizes, motion statistics, and the two warm starts.
+"""Upstream checkpoints of Talker-T2AV: files, tensor names, sizes, motion statistics, and warm starts.
 
-Our parameters bear the released names, so that loading is: read all shards, complete, load strictly.
+Our parameters have the released names, so that loading consists of reading all shards, adding missing tensors, and
+loading strictly.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from engine.official import numbered, rename_all, sizes_of
 from engine.untrusted import parse_json, safe_name
 from talker_t2av.layers import Rotary
 
-# two names of one tensor
+# two names of the same tensor
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 LM_HEAD = "llm.lm_head.weight"
 ROTARY = ".rope.w"
-FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, loaded from other files
+FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which are loaded from other files
 
-# Files of the released programs: what each is, its names, and a text that only its tensors' names contain.
+# Files of the released programs: description, file names, and a substring that only occurs in their tensor names.
 FILES = {
     "model": ("the Talker-T2AV model", ("*.safetensors",), "speech_cfm.estimator."),
     "tokenizer": ("the tokenizer", ("tokenizer.json", "vocab.json"), ""),
@@ -32,7 +33,7 @@ FILES = {
     "motion": ("the LIA-X checkpoint", ("*.pt",), "dec.direction.weight"),
     "speaker": ("the WavLM speaker encoder", ("*.pth",), "feature_extract.model."),
 }
-HEADER_BYTES = 16_000_000  # within which safetensors and torch files name their tensors
+HEADER_BYTES = 16_000_000  # bytes within which safetensors and torch files list their tensors
 
 # Mean and standard deviation of the 40 motion channels that the released weights were trained with (Apache-2.0).
 MOTION_MEAN = (
@@ -52,10 +53,10 @@ MOTION_STD = (
 
 
 def find_released(folder: Path, part: str) -> Path:
-    """Find the file in `folder` or below it that holds a part of `FILES`, recognised by the names of its tensors.
+    """Find the file in `folder` or its subfolders that contains a part of `FILES`, identified by its tensor names.
 
-    Of several, the least deep one counts. A checkpoint in shards gives its folder; a tokenizer beside the model goes
-    before others.
+    The file with the shortest path is used. For sharded checkpoints the folder is returned. A tokenizer next to the
+    model is preferred.
     """
     what, patterns, mark = FILES[part]
     found = [path for pattern in patterns for path in folder.rglob(pattern)]
@@ -73,21 +74,23 @@ def find_released(folder: Path, part: str) -> Path:
 
 
 def _tensor_names(path: Path) -> bytes:
-    """Read the beginning of a checkpoint, which holds the names of its tensors."""
+    """Read the start of a checkpoint, which contains the tensor names."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else HEADER_BYTES
         return file.read(min(length, HEADER_BYTES))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a file, or of a folder's `*.safetensors`, merged in the order of their names."""
+    """Read all tensors of a file, or of the `*.safetensors` files in a folder, merged in alphabetical order of the
+    files.
+    """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path} has no *.safetensors file: give the folder of the downloaded checkpoint")
+        raise UserError(f"{path} has no *.safetensors file: expected the folder of the downloaded checkpoint")
     for name in _expected_shards(path, files):
         if not (path / name).is_file():
-            raise UserError(f"{path} lacks {name}, a part of the checkpoint: copy or download it again")
+            raise UserError(f"{path} lacks the shard {name}: copy or download it again")
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -98,7 +101,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _expected_shards(path: Path, files: list[Path]) -> list[str]:
-    """Return names of all shards, by the index or by the numbers in the files' names."""
+    """Return the names of all shards, from the index or from the numbering of the files."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -114,7 +117,7 @@ def _expected_shards(path: Path, files: list[Path]) -> list[str]:
 
 
 def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Add to `state` the keys that a file may lack (tied output layer, rotary tables); remove those of other models."""
+    """Add keys to `state` that a file may lack (tied output layer, rotary tables), and remove those of other models."""
     out = {key: value for key, value in state.items() if not key.startswith(FOREIGN)}
     if EMBEDDINGS in out:
         out[LM_HEAD] = out[EMBEDDINGS]
@@ -125,16 +128,16 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a release of ours: without the tied output layer and without exact rotary tables."""
+    """Return the tensors to store in a release: without the tied output layer and exact rotary tables."""
     exact = {f"{n}.w" for n, m in model.named_modules() if isinstance(m, Rotary) and m.w.equal(m.table(m.w.device))}
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
 
 
 def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Return fields of `TalkerConfig`, from the shapes of a released checkpoint.
+    """Infer fields of `TalkerConfig` from the tensor shapes of a released checkpoint.
 
-    Numbers of heads follow from the rotary tables; without these they are as published. So are patch size, delay and
-    context, which no shape depends on.
+    The number of heads is inferred from the rotary tables, if any. Other fields, such as patch size, delay and context,
+    have the published values.
     """
     with sizes_of("a Talker-T2AV checkpoint"):
         vocabulary, width = state[EMBEDDINGS].shape
@@ -163,8 +166,8 @@ def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
     return fields
 
 
-WARM_STARTS = {  # kind of checkpoint -> rules from its names to ours
-    "qwen": ((r"^", "llm."),),  # in the Hugging Face format; its output layer is tied or of no use
+WARM_STARTS = {  # renaming rules by kind of checkpoint
+    "qwen": ((r"^", "llm."),),  # in the Hugging Face format; its output layer is tied or unused
     "tts": (  # the speech-only predecessor, whose single head was called `motion_cfm`
         (r"^motion_cfm\.", "speech_cfm."),
         (r"\.spk_proj\.", ".global_cond_proj."),
@@ -176,10 +179,10 @@ WARM_STARTS = {  # kind of checkpoint -> rules from its names to ours
 
 
 def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
-    """Copy the tensors that fit from the safetensors of a checkpoint of `kind`; return their names in `model`.
+    """Load matching tensors from a safetensors checkpoint of `kind`. Return their names in `model`.
 
     Args:
-        kind: "qwen", Qwen3 in the Hugging Face format, which has to hold the whole language model; "tts", the
+        kind: "qwen", Qwen3 in the Hugging Face format, which must contain the whole language model; "tts", the
             speech-only predecessor; or "projector". A joint checkpoint cannot be used as "tts": its motion head would
             be copied into the speech head.
     """
@@ -200,11 +203,11 @@ def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
 
 
 def _check_qwen(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Refuse a language model that lacks a tensor, or has other sizes or another base of rotary positions."""
+    """Raise UserError if a language model lacks a tensor, or has other sizes or another rotary base."""
     for key, value in model.llm.model.state_dict().items():
         found = state.get(f"model.{key}")
         if found is None:
-            raise UserError(f"{folder} is no Qwen3 in the Hugging Face format: it has no tensor model.{key}")
+            raise UserError(f"{folder} is not a Qwen3 in the Hugging Face format: it has no tensor model.{key}")
         if found.shape != value.shape:
             raise UserError(
                 f"{folder}: model.{key} is of {list(found.shape)}, task.model.llm asks for {list(value.shape)}: set "

@@ -56,7 +56,7 @@ MISTAKES = [
     ("model=talker_t2av reference_video={voice}", "voice.wav has no video stream"),
     ("model=talker_t2av reference_motion=nothing.pt", "no such file: nothing.pt"),
     ("model=talker_t2av mode=a2v audio={text}", "silent.txt is not a video or audio file"),
-    ("model=talker_t2av mode=v2a video={clip} reference_video={clip}", "silent.mp4 has no audio: give reference_audio"),
+    ("model=talker_t2av mode=v2a video={clip} reference_video={clip}", "silent.mp4 has no audio: set reference_audio"),
     ("model=talker_t2av name=../x", "name="),
 ]
 CALL = """

@@ -226,7 +226,7 @@ JOBS = {  # a line of a list of jobs, and what is said of it
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
     '{"text": "a", "seed": 1180591620717411303424}': "seed=1180591620717411303424 must be",
     '{"text": "a", "seed": -1}': "seed=-1 must be",
-    '{"text": " "}': "needs a text",
+    '{"text": " "}': "requires text",
     '{"text": "a", "compat": "old"}': "compat=old",
     '{"text": "a", "prefix_seconds": -1}': "prefix_seconds=-1",
     '{"text": "a", "max_seconds": 99}': "max_seconds=99",
@@ -254,7 +254,7 @@ COMMANDS = [  # configuration, words, and the line
 ]
 VALUES = {  # what makes a value, and the line
     "statistics: not a number": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
-    "statistics: below 0": (lambda: MotionStats(torch.ones(1), -torch.ones(1)), "not below 0"),
+    "statistics: below 0": (lambda: MotionStats(torch.ones(1), -torch.ones(1)), "must not be negative"),
     "decode: min_seconds": (lambda: Decode(min_seconds=NAN), "min_seconds=nan must be a number"),
     "decode: max_side": (lambda: Decode(max_side=10**6), "max_side=1000000 must be"),
     "job: min_seconds": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),

@@ -78,7 +78,7 @@ def test_each_mode_makes_its_streams(demo):
         ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no audio."),
         ("v2a", " ", VOICE, CLIP, "Write what the clip says."),
         ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: give a part of it."),
-        ("tts", SENTENCE * 500, VOICE, None, "16,384 is the most"),
+        ("tts", SENTENCE * 500, VOICE, None, "at most 16,384 are supported"),
     ],
 )
 def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice, face, shown):
@@ -112,7 +112,7 @@ def test_words_that_only_the_server_knows_are_left_out():
     ("message", "field"),
     [
         ("/tmp/up/x.mp4: no face found", "the clip"),
-        ("the text has 2,100 bytes, and 2,000 is the most", "the text"),
+        ("the text has 2,100 bytes, at most 2,000 are supported", "the text"),
         ("seed=-1 must be a whole number", ""),
     ],
 )

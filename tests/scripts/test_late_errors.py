@@ -45,7 +45,7 @@ TRAIN = [
     (f"{TALKER} task.codecs.speech=sounds", "weights folder sounds has no config.yaml"),
     (f"{TALKER} task.codecs.motion=cut", "cut/model.safetensors is damaged"),
     (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
-    (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 has to be 262 or more"),
+    (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 must be at least 262"),
     ("experiment=talker_speech_3 task.model.motion_dim=7", "motion_dim=7, but the motion has 40"),
     ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
     ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "needs task.vgg"),

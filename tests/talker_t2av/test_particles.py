@@ -110,7 +110,7 @@ def test_a_request_in_a_batch_is_the_request_alone():
 
 
 def test_a_model_that_cannot_weigh_drafts_says_so():
-    with pytest.raises(UserError, match=r"sampling.particles=4: this model cannot weigh drafts \(model.order=av"):
+    with pytest.raises(UserError, match=r"sampling.particles=4: the model cannot weight candidates \(model.order=av"):
         Particles(tiny_model(order="av"), V2A, SAMPLING)
 
 

@@ -154,7 +154,7 @@ def test_limits():
         generate(model, [request(max_patches=0)], MODES["tts"], SAMPLING)
     with pytest.raises(UserError, match="use a shorter text"):
         generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
-    with pytest.raises(UserError, match="official routines do not know"):
+    with pytest.raises(UserError, match="official routines do not support"):
         generate(tiny_model(order="av"), [request(task_first=False)], MODES["t2av"], SAMPLING)
 
 

@@ -35,9 +35,9 @@ def test_a_text_is_a_token_for_each_phoneme_and_stop(text, phonemes):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("say 你好", "the text has the letter '你': this model reads en-us, in Latin letters"),
+        ("say 你好", "the text has the letter '你': this model supports en-us, in Latin letters"),
         ("привет", "the text has the letter 'п'"),
-        (" ?! ", "there is nothing to say in the text '\\?!'"),
+        (" ?! ", "the text '\\?!' contains nothing to speak"),
         ("one <|end|> two", "control token"),
     ],
 )

@@ -144,7 +144,12 @@ def test_a_clip_with_a_bad_text_is_left_out_and_counted(root, tmp_path, capsys):
     write_split(tmp_path / "train", [(bad, zeros), (good, zeros)], 2, **STATS)
     found = TalkerExamples(tmp_path / "train", stats=tmp_path / "train" / "index.json")
     assert same(found[0], found[1]) and same(found[0], found[1])
-    assert capsys.readouterr().err.count("clip clip1 is left out (1 of 2 so far): the text holds <|end|>") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "clip clip1 is left out (1 of 2 so far): the text contains the control token <|end|>"
+        )
+        == 1
+    )
     write_split(tmp_path / "bad", [(bad, zeros)], 1, **STATS)
     with pytest.raises(UserError, match="no clip has a usable text"):
         TalkerExamples(tmp_path / "bad", stats=tmp_path / "bad" / "index.json")[0]

@@ -133,7 +133,7 @@ def test_phonemes_are_learned_when_they_sound(root, tmp_path):
     )
     losses["loss"].backward()
     assert task.model.head_phoneme.weight.grad.any()
-    with pytest.raises(UserError, match=r"task.guided_layers=\[2\]: give layers from 0 to 1"):
+    with pytest.raises(UserError, match=r"task.guided_layers=\[2\]: layers must be from 0 to 1"):
         make_task(root, model=model, tokenizer=text, guided_layers=[2])
     with pytest.raises(UserError, match=r"has 68 phonemes with silence: set task\.model.phonemes=68"):
         TalkerPairs(**few, phonemes=9)
@@ -179,7 +179,7 @@ def test_training_starts_from_qwen(root, tmp_path):
     [
         ({"intermediate_size": 32}, r"mlp.*is of \[32, 32\], task.model.llm asks for \[48, 32\]"),
         ({"rope_theta": 1e4}, "has rope_theta=10000"),
-        (None, "is no Qwen3 in the Hugging Face format: it has no tensor model.embed_tokens"),
+        (None, "is not a Qwen3 in the Hugging Face format: it has no tensor model.embed_tokens"),
     ],
 )
 def test_another_language_model_is_one_line(root, tmp_path, changes, message):

@@ -33,9 +33,9 @@ def test_long_texts_are_split_where_a_speaker_pauses(text, parts):
 
 
 def test_a_word_that_is_longer_than_a_part_is_named():
-    with pytest.raises(UserError, match=r"'xxxxxxxxxx'\.\.\. has neither space nor stop in 8 bytes"):
+    with pytest.raises(UserError, match=r"'xxxxxxxxxx'\.\.\. has neither space nor punctuation within 8 bytes"):
         split_text("so xxxxxxxxxx", 8)
-    with pytest.raises(UserError, match="the text has 2,001 bytes, and 2,000 is the most: make several jobs"):
+    with pytest.raises(UserError, match="the text has 2,001 bytes, at most 2,000 are supported: split it"):
         Job("t2av", "x" * 2001, "voice.wav", "face.mp4")
-    with pytest.raises(UserError, match="the text has 16,385 bytes, and 16,384 is the most"):
+    with pytest.raises(UserError, match="the text has 16,385 bytes, at most 16,384 are supported"):
         Job("tts", "x" * 16_385, "voice.wav")
