@@ -1,4 +1,4 @@
-"""Portrait video as motion codes: picture + (T, 40) codes at 25 frames per second <-> frames (LIA-X)."""
+"""LIA-X: portrait video as an identity image and motion codes (T, 40) at 25 frames per second."""
 
 from lia_x.codec import Identity, LiaX, LiaXConfig
 

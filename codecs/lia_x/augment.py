@@ -1,6 +1,7 @@
-"""Random changes of a pair of portraits, so that few people in one studio teach what holds for any face anywhere.
+"""Augmentation of portrait pairs, so that few people in one studio suffice to train a general codec.
 
-Both frames of a pair get the same framing, shape, background and colours: only the movement between them stays.
+Both frames of a pair get the same framing, shape, background and colours, so that only the movement between them
+remains.
 
 Axes: K frames, H height, W width, S side.
 """
@@ -14,24 +15,24 @@ import numpy as np
 
 from engine.settings import Group, setting
 
-# of a studio's blue wall, in OpenCV's HSV
+# HSV range of a studio's blue background, in OpenCV's convention
 KEY_HUE = (82, 118)
 KEY_SATURATION = 70
 KEY_VALUE = 50
-CONTROL = 5  # points along each side of the grid that bends a picture
+CONTROL = 5  # points per side of the warping grid
 
 
 @dataclass(frozen=True)
 class Augment(Group, prefix="data.train.augment."):
-    """How much pairs of portraits are changed; 0 leaves a change out.
+    """Augmentation strengths of portrait pairs. 0 disables an augmentation.
 
     Attributes:
-        background: fraction of pairs whose blue wall is replaced by random colours.
-        zoom, aspect: largest change of the size and of its ratio of width to height, as a fraction.
-        shift, bend: largest displacement of the whole picture and of points in it, as fractions of the side.
-        turn: largest rotation in degrees.
-        flip: fraction of pairs that are mirrored.
-        colour: strength of the changes of brightness, contrast, gamma, hue and saturation, up to 1.
+        background: fraction of pairs whose blue background is replaced by random colours.
+        zoom, aspect: maximum relative change of size and of aspect ratio.
+        shift, bend: maximum translation of the image, and displacement of grid points, as fractions of the side.
+        turn: maximum rotation in degrees.
+        flip: fraction of mirrored pairs.
+        colour: strength of changes in brightness, contrast, gamma, hue and saturation, up to 1.
     """
 
     background: float = setting(0.7, 0.0, 1.0)
@@ -44,11 +45,11 @@ class Augment(Group, prefix="data.train.augment."):
     colour: float = setting(1.0, 0.0, 1.0)
 
     def frame(self, frames: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Change framing, shape and background of frames (K, H, W, 3) uint8.
+        """Augment framing, shape and background of frames (K, H, W, 3) uint8.
 
         Returns:
-            Frames (K, S, S, 3) uint8, and a map (S, S, 2) with the position of each pixel in the given picture, as
-            fractions of its sides.
+            Frames (K, S, S, 3) uint8, and a map (S, S, 2) with the source position of each pixel, as fractions of the
+            sides.
         """
         if rng.random() < self.background:
             frames = replace_wall(frames, rng)
@@ -59,7 +60,7 @@ class Augment(Group, prefix="data.train.augment."):
         return np.stack(moved), grid
 
     def recolour(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Change the colours of frames (K, H, W, 3) uint8, of all in the same way."""
+        """Change the colours of frames (K, H, W, 3) uint8, equally in all frames."""
         if not self.colour:
             return frames
         strength = self.colour
@@ -73,7 +74,7 @@ class Augment(Group, prefix="data.train.augment."):
         return (255 * (x @ mix.T.astype(np.float32))).clip(0, 255).round().astype(np.uint8)
 
     def _grid(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Where each pixel is taken from, (S, S, 2) as x and y in fractions of the sides."""
+        """Return the source position of each pixel, (S, S, 2) as x and y in fractions of the sides."""
         line = (np.arange(size) + 0.5) / size - 0.5
         x, y = np.meshgrid(line, line)
         zoom = np.exp(rng.uniform(-self.zoom, self.zoom))
@@ -90,7 +91,9 @@ class Augment(Group, prefix="data.train.augment."):
 
 
 def _hue_and_saturation(turn: float, saturation: float) -> np.ndarray:
-    """Matrix (3, 3) that turns the hue of RGB by `turn` radians and scales its saturation; grey stays grey."""
+    """Return a matrix (3, 3) that rotates the hue of RGB by `turn` radians and scales its saturation; grey is
+    unchanged.
+    """
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos = saturation * np.cos(turn)
     sin = saturation * np.sin(turn)
@@ -98,7 +101,7 @@ def _hue_and_saturation(turn: float, saturation: float) -> np.ndarray:
 
 
 def replace_wall(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replace what has a blue wall's colour in frames (K, H, W, 3) uint8 by one random picture."""
+    """Replace the blue background in frames (K, H, W, 3) uint8 by a random image."""
     wall = background(frames.shape[1:3], rng)
     out = []
     for frame in frames:

@@ -1,7 +1,7 @@
-"""LIA-X: a portrait video as one identity picture and a short motion code per frame (Wang et al., 2025).
+"""LIA-X: a portrait video as one identity image and a short motion code per frame (Wang et al., 2025).
 
-Axes: B images, T frames, S side of the square picture, C channels, D style, M motion.
-Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M).
+Axes: B images, T frames, S side of the square image, C channels, D style, M motion. Pictures are RGB in [-1, 1], (3, S,
+S); videos (T, 3, S, S); motion codes (T, M).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lia_x.upstream import read_official
 
 @dataclass(frozen=True)
 class LiaXConfig(Group):
-    """Constructor arguments of `LiaX`; the defaults are the released network.
+    """Config of `LiaX`. The defaults are the released network.
 
     Attributes:
         style_dim: width of the style code before `scale`.
-        motion_dim: M, the number of motion directions.
+        motion_dim: M, number of motion directions.
         scale: multiplies every width.
         size: S; 2^levels times a base of 2, 3 or 4 (512 = 4 * 2^7, 96 = 3 * 2^5).
         width: channels at full size before `scale`; they double with each halving of the side.
-        max_width: their upper bound before `scale`.
-        depth: residual blocks in each of a level's two branches.
+        max_width: maximum number of channels before `scale`.
+        depth: residual blocks in each of the two branches of a level.
     """
 
     style_dim: int = setting(512, 1, 2**14)
@@ -52,11 +52,11 @@ class LiaXConfig(Group):
                 "that many orthogonal directions do not exist"
             )
         if self.base > 4 or self.base == self.size:
-            raise UserError(f"size={self.size}: give 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")
+            raise UserError(f"size={self.size}: must be 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")
 
     @property
     def base(self) -> int:
-        """Side of the coarsest map."""
+        """Side of the coarsest feature map."""
         base = self.size
         while base > 4 and base % 2 == 0:
             base //= 2
@@ -64,17 +64,17 @@ class LiaXConfig(Group):
 
     @property
     def widths(self) -> list[int]:
-        """Channels by level, from side 2 * base to side `size`."""
+        """Channels per level, from side 2 * base to side `size`."""
         halvings = range((self.size // self.base).bit_length() - 2, -1, -1)
         return [min(self.max_width, self.width << n) * self.scale for n in halvings]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What rendering needs of the identity picture.
+    """Encoded identity image, the input of rendering.
 
     Attributes:
-        style: (1, D), not yet moved along any motion direction.
+        style: (1, D), before adding motion.
         maps: feature maps (1, C, side, side), coarsest first.
     """
 
@@ -83,10 +83,10 @@ class Identity:
 
 
 class LiaX(PortraitCodec):
-    """Encoder, motion directions and decoder.
+    """Portrait codec with encoder, motion directions and decoder.
 
-    The calls under "inference" run without gradients on the module's device, in chunks over time; a trainer uses
-    `encoder` and `decoder` (or `forward`) directly.
+    Inference methods run without gradients on the module's device, in chunks over time. Training uses `encoder` and
+    `decoder` (or `forward`) directly.
     """
 
     kind = "lia_x"
@@ -103,7 +103,7 @@ class LiaX(PortraitCodec):
         self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Training pass, absolute motion: sources and targets (B, 3, S, S) of the same faces.
+        """Training pass with absolute motion: sources and targets (B, 3, S, S) show the same faces.
 
         Returns:
             Reconstructed targets (B, 3, S, S) and the targets' motion codes (B, M).
@@ -116,7 +116,8 @@ class LiaX(PortraitCodec):
     def from_arguments(cls, arguments: dict[str, Any]) -> LiaX:
         """Create a network with random weights. `arguments` are the fields of `LiaXConfig`.
 
-        A release may also have `keeps`, the digest of an earlier codec whose motion codes of cartoon faces it decodes.
+        A release may also have `keeps`, the digest of an earlier codec whose motion codes it also decodes for cartoon
+        faces.
         """
         return cls(LiaXConfig(**{name: value for name, value in arguments.items() if name != "keeps"}))
 
@@ -124,24 +125,26 @@ class LiaX(PortraitCodec):
 
     @torch.no_grad()
     def identity(self, picture: Tensor) -> Identity:
-        """(3, S, S) -> what every frame of this face is rendered from."""
+        """Encode an identity image (3, S, S) for rendering."""
         picture = picture[None] if picture.ndim == 3 else picture
         self._check(picture, "picture", one=True)
         return Identity(*self.encoder(to_device(picture, self._device())))
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
-        """(T, 3, S, S) -> absolute motion codes (T, M)."""
+        """Encode frames (T, 3, S, S) to absolute motion codes (T, M)."""
         self._check(video, "video")
         require_range("chunk", chunk, 1, 2**20)
         return torch.cat([self.encoder.motion(to_device(part, self._device())) for part in video.split(chunk)])
 
     @torch.no_grad()
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
-        """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
+        """Decode absolute motion codes (T, M) with an identity, or its image (3, S, S), to frames (T, 3, S, S), not
+        clamped.
+        """
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
-            raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
+            raise UserError(f"motion of shape {tuple(motion.shape)}: expected (frames, {self.config.motion_dim})")
         require_range("chunk", chunk, 1, 2**20)
         codes = to_device(motion.float(), self._device())
         styles = [self.decoder.navigate(identity.style, part) for part in codes.split(chunk)]
@@ -152,7 +155,7 @@ class LiaX(PortraitCodec):
         return self.decoder.constant.device
 
     def _check(self, pictures: Tensor, what: str, one: bool = False) -> None:
-        """Refuse what is not pictures of this model's size: any number of them, or exactly `one`."""
+        """Raise UserError unless the input has images of this model's size: any number of them, or exactly `one`."""
         side = self.config.size
         fits = pictures.ndim == 4 and pictures.shape[1:] == (3, side, side) and len(pictures) > 0
         if not fits or (one and len(pictures) > 1):

@@ -1,7 +1,6 @@
-"""Frames of the same clip as training samples: from video files decoded once into a cache, or from prepared shards.
+"""Training data of LIA-X: frames of the same clip, from video files decoded once to a cache, or from prepared shards.
 
-Axes: B pairs, N clips, K frames that are kept of a clip, L known movements, H height, W width, S side of the network's
-square.
+Axes: B pairs, N clips, K stored frames per clip, L known movements, H height, W width, S side of the network's square.
 """
 
 from __future__ import annotations
@@ -31,20 +30,21 @@ from engine.shards.source import join
 from lia_x.augment import Augment
 from lia_x.losses import region_weights
 
-PORTRAITS = ("portraits", "portraits_at")  # of a prepared clip, see `pack_portraits`
-QUALITY = 95  # of stored JPEG pictures
-# bytes and pixels of a stored picture
+PORTRAITS = ("portraits", "portraits_at")  # tensors of a prepared clip, see `pack_portraits`
+QUALITY = 95  # JPEG quality
+# maximum bytes and pixels of a stored image
 MAX_PICTURE = 2**24
 MAX_SIDE = 4096
 
 
 def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -> np.ndarray:
-    """`count` evenly spaced frames of a video, (count, S, S, 3) RGB bytes, resized by area averages.
+    """Read `count` evenly spaced frames of a video as (count, S, S, 3) uint8 RGB, resized by area averaging.
 
-    OpenCV reads them: several times as fast as a decoder process per clip, and pairs need no exact frame rate.
+    OpenCV is several times as fast as a decoder process per clip, and pairs need no exact frame rate.
 
     Args:
-        shift: where in its part of the clip each frame is taken, in [0, 1). Frames repeat in a clip of fewer frames.
+        shift: relative position of each frame within its part of the clip, in [0, 1). Frames are repeated in short
+            clips.
     """
     capture = cv2.VideoCapture(str(path))
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
@@ -58,28 +58,28 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
     capture.release()
     if not frames:
         raise UserError(f"{path}: cannot read any frames")
-    frames += frames[-1:] * (count - len(frames))  # containers may count a frame too many
+    frames += frames[-1:] * (count - len(frames))  # containers may report one frame too many
     if frames[0].shape[:2] != (size, size):
         frames = [cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in frames]
     return np.stack(frames)
 
 
 class FramePairs(torch.utils.data.Dataset):
-    """Two different frames of a clip, one pair per clip and epoch.
+    """Pairs of different frames of a clip, one pair per clip and epoch.
 
-    Of recordings, `frames` pictures of each clip of ROOT/SPLIT are decoded into one file in the folder `cache` the
-    first time (S x S x 3 bytes each); later they are read from there, memory-mapped. A clip that cannot be read is left
-    out, with a line. Prepared shards hold pictures (preparation stage `portraits`), which are scaled to S; their clips
-    without pictures are left out and counted.
+    For recordings, `frames` frames of each clip of ROOT/SPLIT are decoded once to a file in the folder `cache` (S x S x
+    3 bytes each), which is memory-mapped. Unreadable clips are skipped with a message. Prepared shards contain images
+    (preparation stage `portraits`), which are scaled to S; clips without images are skipped.
 
     Args:
         root, split: recordings, a folder and the split whose manifest names the clips (ID.mp4, square images of one
-            face; others are squeezed); or prepared shards, ROOT/SPLIT/index.json in a folder or at a URL.
+            face; others are resized without preserving the aspect ratio); or prepared shards, ROOT/SPLIT/index.json in
+            a folder or at a URL.
         size: S.
-        frames: K, at least 2; shards have their own.
-        cache: folder for the decoded frames; not used for shards.
-        tracks: known movements, one number per frame, that the manifest has under `mouth` or `pose`, and the factor of
-            each. Not for shards.
+        frames: K, at least 2. Not used for shards.
+        cache: folder for the decoded frames. Not used for shards.
+        tracks: known movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. Not
+            supported for shards.
         shards: fields of `engine.shards.reader.Reading`.
     """
 
@@ -102,21 +102,21 @@ class FramePairs(torch.utils.data.Dataset):
         self.tracks = None
         if is_prepared(root, split):
             if tracks:
-                raise UserError("data.train.tracks: prepared shards have no known movements; set it to null")
+                raise UserError("data.train.tracks: prepared shards contain no known movements; set it to null")
             self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
             return
         if cache is None:
-            raise UserError("data.train.cache: name a folder for the decoded frames of recordings")
+            raise UserError("data.train.cache: set a folder for the decoded frames of recordings")
         rows = read_manifest(root, split)
         ids = [row["id"] for row in rows]
-        phases = np.random.default_rng(0).random(len(ids))  # one for all clips would miss what is periodic
+        phases = np.random.default_rng(0).random(len(ids))  # a common phase for all clips would miss periodic movements
         digest = hashlib.blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()
         path = Path(cache) / f"frames-{split}-{size}px-{frames}-{digest}.npy"
-        kept_file = path.with_suffix(".kept.npy")  # numbers of the clips that could be read, if not all
+        kept_file = path.with_suffix(".kept.npy")  # indices of the readable clips, if not all
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):  # of all processes one decodes, the others wait and read
+            with FileLock(f"{path}.lock"):  # one process decodes while the others wait
                 if not path.is_file():
                     clips = [Path(root) / split / f"{name}.mp4" for name in ids]
                     _decode(clips, path, kept_file, size, phases, frames)
@@ -129,11 +129,13 @@ class FramePairs(torch.utils.data.Dataset):
         return len(self.stored if self.stored is not None else self.kept)
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Clips [first, last) come next."""
+        """Prefetch clips [first, last), which are read next."""
         self.stored.prefetch(spans)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"frames": (2, S, S, 3) bytes}, with tracks also {"tracks": (2, L)}; a function of (index, generator)."""
+        """Return {"frames": (2, S, S, 3) uint8}, with tracks also {"tracks": (2, L)}, as a function of (index,
+        generator).
+        """
         if self.stored is not None:
             packed, starts = map(self.stored.read(index, PORTRAITS)[1].get, PORTRAITS)
             if len(starts) < 3:  # preparation rejects such a clip
@@ -147,24 +149,23 @@ class FramePairs(torch.utils.data.Dataset):
     collate = staticmethod(default_collate)  # {"frames": (B, 2, S, S, 3) bytes}, with tracks also {"tracks": (B, 2, L)}
 
     def speakers(self) -> list[str]:
-        """Return who is seen in each clip, (N,); "" where a shard does not tell."""
-        assert self.stored is not None, "recordings do not tell"
+        """Return the person in each clip, (N,), or "" if unknown."""
+        assert self.stored is not None, "not available for recordings"
         return [self.stored.read(index, ())[0].get("speaker") or "" for index in range(len(self))]
 
 
 class RealAndDrawn(torch.utils.data.Dataset):
-    """Pairs of cartoon faces as they are, and of real people changed at random; no shuffling by blocks.
+    """Pairs of cartoon faces without augmentation, and augmented pairs of real people. Not shuffled by blocks.
 
     Args:
-        drawn: pairs of cartoon faces. people: pairs of real ones, from prepared shards.
+        drawn: pairs of cartoon faces. people: pairs of real people, from prepared shards.
         size: S.
         regions: see `region_weights`; they move with the picture.
-        drawn_repeats: how often an epoch has each drawn clip.
-        people_repeats: how often it has each clip of the person with the most clips. Clips of the others repeat as
-            often more as they are fewer, so that all people are seen alike.
-        moving: how much more a pixel of real people counts that changes from one frame of a pair to the other, times
-            its change over the mean change. In a quiet picture a copy is nearly right, so that little else teaches
-            movement.
+        drawn_repeats: repetitions of each cartoon clip per epoch.
+        people_repeats: repetitions of each clip of the person with the most clips. Clips of other people are repeated
+            more often, so that all people occur equally often.
+        moving: additional loss weight of changing pixels in pairs of real people, times their change relative to the
+            mean change. Without it, copying a static image is nearly optimal.
         augment: fields of `Augment`.
     """
 
@@ -197,13 +198,13 @@ class RealAndDrawn(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """A pair of one clip; a function of (index, generator).
+        """Return a pair of one clip, as a function of (index, generator).
 
         Returns:
             frames: (2, S, S, 3) bytes.
-            views: (2, S, S, 3) bytes, the same frames in other colours, of which motion is to be read.
-            weights: (S, S), how much each pixel counts.
-            drawn: whether the face is drawn; then views are the frames.
+            views: (2, S, S, 3) uint8, the same frames with other colours, from which motion is encoded.
+            weights: (S, S), loss weight of each pixel.
+            drawn: whether it is a cartoon face, for which views equal frames.
         """
         pairs, index = self.items[index]
         frames = pairs.__getitem__(index, generator)["frames"]
@@ -229,7 +230,9 @@ class RealAndDrawn(torch.utils.data.Dataset):
 
 
 def relative_change(frames: np.ndarray) -> np.ndarray:
-    """Return how much each pixel of two frames (2, S, S, 3) changes, smoothed, over the mean: (S, S), up to 12."""
+    """Return the smoothed change of each pixel between two frames (2, S, S, 3), relative to the mean: (S, S), at most
+    12.
+    """
     change = np.abs(frames[0].astype(np.float32) - frames[1]).mean(-1)
     change = cv2.GaussianBlur(change, (0, 0), change.shape[0] / 80)
     return (change / (change.mean() + 0.1)).clip(0, 12)
@@ -261,12 +264,12 @@ def _stored_portraits(root: str | Path, split: str, reading: Reading | None = No
 
 
 def _positions(total: int, count: int, shift: float) -> np.ndarray:
-    """Indices (count,) of evenly spaced frames out of `total`."""
+    """Return indices (count,) of evenly spaced frames out of `total`."""
     return ((np.arange(count) + shift) * total / count).astype(int)
 
 
 def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) -> Tensor:
-    """The named movements times their factors, (K, L), at the frames that `sample_frames` takes."""
+    """Return the requested movements times their factors, (K, L), at the frames of `sample_frames`."""
     known = row.get("mouth", {}) | row.get("pose", {})
     for name in factors:
         if name not in known:
@@ -298,7 +301,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
 
 
 def pack_portraits(frames: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures (K, H, W, 3) RGB as JPEG of S x S: their bytes (n,) uint8, and where each begins (K + 1,) int64."""
+    """Encode images (K, H, W, 3) RGB as JPEG of S x S: bytes (n,) uint8, and start offsets (K + 1,) int64."""
     files = []
     for frame in frames:
         if frame.shape[:2] != (size, size):
@@ -310,13 +313,13 @@ def pack_portraits(frames: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack_portraits(packed: Tensor, starts: Tensor, size: int, chosen: Sequence[int] | None = None) -> np.ndarray:
-    """Pictures (k, S, S, 3) RGB that `pack_portraits` wrote: all of them, or those chosen."""
+    """Decode images (k, S, S, 3) RGB written by `pack_portraits`, all of them or those in `chosen`."""
     frames = []
     for k in range(len(starts) - 1) if chosen is None else chosen:
         coded = packed[int(starts[k]) : int(starts[k + 1])].numpy()
         frame = cv2.imdecode(coded, cv2.IMREAD_COLOR) if 0 < len(coded) < MAX_PICTURE else None
         if frame is None or max(frame.shape[:2]) > MAX_SIDE:
-            raise UserError("a stored portrait is not a picture: the shard is damaged; prepare it again")
+            raise UserError("a stored portrait is not an image: the shard is damaged; prepare it again")
         frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         if frame.shape[:2] != (size, size):
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""Losses between pictures, and the networks that they need.
+"""Image losses and the networks that they use.
 
 Axes: B images, C channels, S side, H height, W width. Pictures are (B, 3, S, S) in [-1, 1].
 """
@@ -22,7 +22,7 @@ VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu
 
 
 def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
-    """How much each pixel counts, (1, 1, S, S), 1 on average.
+    """Return loss weights per pixel, (1, 1, S, S), with mean 1.
 
     Args:
         regions: boxes `left`, `top`, `right`, `bottom` in fractions of the side, that count `weight` times as much as
@@ -38,7 +38,7 @@ def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
 
 
 def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tensor:
-    """Weighted mean absolute difference, averaged over `levels` sizes, each half the one before."""
+    """Return the weighted L1 loss, averaged over `levels` resolutions, each half of the previous one."""
     total = fake.new_zeros(())
     for level in range(levels):
         if level:
@@ -48,15 +48,16 @@ def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tens
 
 
 def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of 1 - SSIM of the pictures' brightness."""
-    fake, real = (x.mean(1, keepdim=True) + 1 for x in (fake, real))  # SSIM compares positive means
+    """Return the weighted mean of 1 - SSIM of the luminance."""
+    fake, real = (x.mean(1, keepdim=True) + 1 for x in (fake, real))  # SSIM requires positive means
     similarity = ssim_map(fake, real, 2.0)
     crop = (weights.shape[-1] - similarity.shape[-1]) // 2
     return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
 
 
 class Perceptual(nn.Module):
-    """Distance of VGG-19 features over a picture pyramid (Johnson et al., 2016; LIA's trainer, Wang et al., 2022).
+    """Perceptual loss: distance of VGG-19 features over an image pyramid (Johnson et al., 2016; LIA's trainer, Wang et
+    al., 2022).
 
     Args:
         weights: file with torchvision's `vgg19` state dict (its ImageNet weights).
@@ -64,7 +65,7 @@ class Perceptual(nn.Module):
 
     def __init__(self, weights: str | Path):
         super().__init__()
-        with torch.device("meta"):  # random weights of the whole network would take seconds
+        with torch.device("meta"):  # initialising the whole network would take seconds
             features = require("torchvision", "the perceptual loss").models.vgg19().features
         try:
             state = read_state(weights)
@@ -80,7 +81,7 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, fake: Tensor, real: Tensor, levels: int = 4) -> Tensor:
-        """Sum over stages and over `levels` sizes of the mean absolute difference of features."""
+        """Return the L1 distance of features, summed over stages and over `levels` resolutions."""
         total = fake.new_zeros(())
         for level in range(levels):
             if level:
@@ -106,7 +107,7 @@ class Discriminator(nn.Module):
         super().__init__()
         halvings = (size // 4).bit_length() - 1
         if size < 8 or size != 4 << halvings:
-            raise UserError(f"size={size}: the discriminator takes 4 times a power of two, such as 64, 128 or 512")
+            raise UserError(f"size={size}: the discriminator requires 4 times a power of two, such as 64, 128 or 512")
         widths = [min(max_width, width << n) for n in range(halvings + 1)]
         self.stem = ConvLayer(3, widths[0], 1)
         self.blocks = nn.Sequential(*(ResBlock(a, b, down=True) for a, b in pairwise(widths)))
@@ -115,7 +116,9 @@ class Discriminator(nn.Module):
         self.out = EqualLinear(widths[-1], 1)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(B, 3, S, S) -> logits (B,), positive for real. The batch's spread is one more channel."""
+        """Map images (B, 3, S, S) to logits (B,), positive for real ones. The batch standard deviation is an additional
+        channel.
+        """
         x = self.blocks(self.stem(pictures))
         spread = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
         x = self.last(torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], 1)).flatten(1)

@@ -1,4 +1,4 @@
-"""LIA-X's networks: a picture to style, motion and feature maps, and these to a picture by a pyramid of warps.
+"""LIA-X's networks: an encoder to style, motion and feature maps, and a decoder that renders by a pyramid of warps.
 
 Axes: B images, C channels, S side of a level's square maps, D style, M motion.
 """
@@ -15,7 +15,7 @@ from lia_x import ops
 
 
 class Encoder(nn.Module):
-    """Down-sampling residual network.
+    """Downsampling residual network.
 
     Args:
         widths: channels by level, coarsest (side 2 * base) to finest (side base * 2^levels).
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         self.to_motion = ops.EqualLinear(style_dim, motion_dim)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Pictures (B, 3, S, S) in [-1, 1] -> style (B, D) and the feature maps, coarsest (side 2 * base) first."""
+        """Map images (B, 3, S, S) in [-1, 1] to style (B, D) and feature maps, coarsest (side 2 * base) first."""
         maps = [self.stem(pictures)]
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         return style, maps[::-1]
 
     def motion(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) -> motion codes (B, M), without keeping the feature maps of every level."""
+        """Map images (B, 3, S, S) to motion codes (B, M), without keeping feature maps."""
         x = self.stem(pictures)
         for block in self.blocks:
             x = block(x)
@@ -48,7 +48,9 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: doubles the size, predicts the flow, warps the source's features, adds to the picture."""
+    """One resolution of the decoder: doubles the size, predicts the flow, warps the source's features, and adds to the
+    image.
+    """
 
     def __init__(self, in_channels: int, channels: int, style_dim: int, depth: int, first: bool):
         super().__init__()
@@ -68,7 +70,7 @@ class Level(nn.Module):
         style: Tensor,
         source: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From what the level below returned, None where the first one has nothing, to the same at twice the size.
+        """Map the outputs of the coarser level, None if there are none, to the same outputs at twice the size.
 
         Args:
             hidden: generated and warped features, (B, C, S, S).
@@ -107,17 +109,21 @@ class Decoder(nn.Module):
         )
 
     def navigate(self, style: Tensor, target: Tensor) -> Tensor:
-        """Move the style (B, D) along the motion directions, by motion codes (B, M): absolute motion."""
+        """Move the style (B, D) along the motion directions by motion codes (B, M) (absolute motion)."""
         return style + self.directions(target)
 
     def navigate_relative(self, style: Tensor, target: Tensor, source: Tensor, start: Tensor) -> Tensor:
-        """Move the style (B, D) to the motion code `source`, and from there as from `start` to `target`: (B, M) all."""
+        """Move the style (B, D) to the motion code `source`, and from there by the motion from `start` to `target`, all
+        (B, M).
+        """
         return style + (self.directions(target) - self.directions(start)) + self.directions(source)
 
     def forward(self, style: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """Navigated styles (B, D) and one source's (or B sources') feature maps -> pictures (B, 3, S, S), not clamped.
+        """Map styles (B, D) with motion and feature maps of one source (or B sources) to images (B, 3, S, S), not
+        clamped.
 
-        Feature maps with a batch of one serve every style. Fewer maps than levels give the picture of that level.
+        Feature maps with batch size 1 are used for every style. With fewer maps than levels, the image of the last
+        available level is returned.
         """
         count = style.shape[0]
         hidden = self.first(self.constant.expand(count, -1, -1, -1), style)

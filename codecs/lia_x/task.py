@@ -1,4 +1,4 @@
-"""Training of LIA-X: one frame of a clip is rebuilt from another frame and its own motion code.
+"""Training task of LIA-X: a frame of a clip is reconstructed from another frame and its own motion code.
 
 Axes: B pairs, S side, M motion, L known movements.
 """
@@ -27,52 +27,52 @@ from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import held_out_frames
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
-MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
+MOTION_GAIN = 4.0  # scale of the initial motion codes, relative to equalised weights
 
 
 def _start(config: LiaXConfig) -> LiaX:
-    """Create a codec of random weights, but without flow yet and with larger motion codes."""
+    """Create a codec with random weights, but without initial flow and with larger motion codes."""
     codec = LiaX(config)
-    # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
+    # Random flows would displace the whole image and would have to be unlearnt first.
     for level in codec.decoder.levels:
         nn.init.zeros_(level.to_flow.conv.weight)
-    # Codes that are small beside the styles they move are noise to the decoder, which learns to do without them.
+    # If codes are small relative to the styles, the decoder learns to ignore them.
     with torch.no_grad():
         codec.encoder.to_motion.weight.mul_(MOTION_GAIN)
     return codec
 
 
 def _pictures(frames: Tensor) -> Tensor:
-    """Turn pairs of bytes (B, 2, S, S, 3) into pictures (2 B, 3, S, S) in [-1, 1], pairs side by side."""
+    """Convert pairs (B, 2, S, S, 3) uint8 to images (2 B, 3, S, S) in [-1, 1], with pairs interleaved."""
     return frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class LiaXTask(Task):
     """Losses, validation and release of a `LiaX`.
 
-    Each of a pair's two frames is rebuilt from the other one's style and maps and its own motion code (absolute
-    motion), so that the encoder runs once on a frame and serves both ways.
+    Each frame of a pair is reconstructed from style and feature maps of the other frame and its own motion code
+    (absolute motion), so that each frame is encoded only once.
 
     Args:
         codec: fields of `LiaXConfig`.
         weights: of the losses: `l1` (over `pyramid` sizes), `structural` (1 - SSIM), `perceptual` (VGG-19; needs
-            `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code). 0 leaves a loss out; with
+            `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code). 0 disables a loss; with
             adversarial 0 there is no discriminator.
-        pyramid: sizes of the L1 loss, each half the one before.
-        regions: parts of the picture that count more in L1 and structural losses; see `region_weights`.
-        growth: `levels` of the pyramid that are left out, and the step `until` which: the finest ones cost most, and
-            movement is learned at small sizes. None: all from the start.
-        guide: `weight` of a loss that, until step `until`, teaches the first motion codes to be the batch's "tracks"
+        pyramid: number of resolutions of the L1 loss, each half of the previous one.
+        regions: image regions with larger weights in L1 and structural losses; see `region_weights`.
+        growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
+            None: all levels from the start.
+        guide: `weight` of a loss that, until step `until`, regresses the first motion codes on the batch's "tracks"
             (known movements of the corpus; the other codes are free). None: no such loss.
-        motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
-            codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
-        init: release folder to start from instead of random weights; all its levels stay, whatever `growth` says.
-        decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
-        keep: `release`, a codec whose motion codes of cartoon faces are kept, and the `weight` of the squared distance
-            from them; needs batches that tell which faces are "drawn". Cartoon faces are rebuilt from the kept codes,
-            so that a model of those codes can continue with the new decoder. None: nothing is kept.
-        discriminator: `width` and `max_width`.
-        vgg: file of torchvision's vgg19 weights.
+        motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
+            smooth, and prevents the sparsity loss from merely shrinking the codes.
+        init: initial release instead of random weights. `growth` is then ignored.
+        decoder_only: freeze the encoder of `init`, so that motion codes do not change.
+        keep: `release`, a codec whose motion codes of cartoon faces are preserved, and the `weight` of the squared
+            distance to them. Requires batches with the flag "drawn". Cartoon faces are reconstructed from the preserved
+            codes, so that models of these codes can use the new decoder. None: disabled.
+        discriminator: `width` and `max_width` of the discriminator.
+        vgg: file with torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
             None: no validation.
     """
@@ -99,12 +99,12 @@ class LiaXTask(Task):
         growth = None if init else growth
         if growth:
             require_range("task.growth.levels", growth["levels"], 1, len(self.codec.decoder.levels) - 1)
-            # Levels that wait add nothing to the enlarged picture, then little by little.
+            # Omitted levels add nothing to the upsampled image, and are then faded in.
             for level in self.codec.decoder.levels[-growth["levels"] :]:
                 nn.init.zeros_(level.to_rgb.conv.weight)
         if decoder_only:
             if not init:
-                raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
+                raise UserError("task.decoder_only=true needs task.init, the release whose codes are preserved")
             self.codec.encoder.requires_grad_(False)
         self.keep = keep
         self.keeper = None
@@ -123,11 +123,13 @@ class LiaXTask(Task):
         self.discriminator = self.perceptual = None
         if weights["adversarial"]:
             if growth:
-                raise UserError("task.growth with an adversarial loss: the discriminator takes pictures of one size")
+                raise UserError("task.growth with an adversarial loss: the discriminator requires images of one size")
             self.discriminator = Discriminator(self.codec.config.size, **discriminator)
         if weights["perceptual"]:
             if not vgg:
-                raise UserError(f"task.weights.perceptual={weights['perceptual']} needs task.vgg, the file of VGG-19")
+                raise UserError(
+                    f"task.weights.perceptual={weights['perceptual']} requires task.vgg, the file of VGG-19"
+                )
             self.perceptual = Perceptual(vgg)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -172,7 +174,9 @@ class LiaXTask(Task):
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(fake, real)
         if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)  # its own update is over: only the way to the picture is needed
+            self.discriminator.requires_grad_(
+                False
+            )  # the discriminator has been updated: only gradients of the image are needed
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self.guide and self.step < self.guide["until"]:
@@ -189,14 +193,14 @@ class LiaXTask(Task):
     def _rebuild(
         self, frames: Tensor, views: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner.
+        """Reconstruct frames (2 B, 3, S, S), with pairs interleaved, each from its partner.
 
         Args:
-            views: pictures (2 B, 3, S, S) of which motion is read; None: the frames.
-            kept: codes (2 B, M), and where (2 B, 1) the frame is rebuilt from them.
+            views: images (2 B, 3, S, S) from which motion is encoded. None: the frames.
+            kept: codes (2 B, M), and a mask (2 B, 1) of the frames to reconstruct from them.
 
         Returns:
-            Pictures (2 B, 3, S, S), smaller ones while levels wait, and motion codes (2 B, M) as they were read.
+            Images (2 B, 3, S, S), smaller while levels are omitted, and the encoded motion codes (2 B, M).
         """
         codec = self.codec
         style, maps = codec.encoder(frames)
@@ -210,7 +214,7 @@ class LiaXTask(Task):
         return codec.decoder(style, [level[partner] for level in maps]), motion
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""
+        """Measure the reconstruction of held-out clips, each from its first frame and its motion."""
         if self.validation is None:
             return {}
         count = self.validation["clips"]

@@ -1,4 +1,4 @@
-"""Speech as residual codes: wave <-> 12 levels of discrete tokens at 50 Hz (the MaskGCT acoustic codec)."""
+"""The MaskGCT acoustic codec: speech as 12 levels of residual discrete tokens at 50 Hz."""
 
 from rvq_codec.codec import RVQCodec
 from rvq_codec.config import RVQCodecConfig

@@ -1,6 +1,6 @@
-"""Life of the code books: warm start by k-means, restart of dead codes, usage.
+"""Codebook maintenance: k-means initialisation, restarts of dead codes, usage statistics.
 
-Axes: B batch, M vectors, C latent channels, D code channels, K codes of a book, Q levels, T frames.
+Axes: B batch, M vectors, C latent channels, D code channels, K codes per codebook, Q levels, T frames.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from rvq_codec.quantizer import ResidualQuantizer
 
 
 def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator) -> Tensor:
-    """Find centres (count, D) of vectors (M, D); by direction if `normalize`, but the centres are means of the vectors.
+    """Compute centres (count, D) of vectors (M, D) by k-means, with cosine distance if `normalize`. Centres are means
+    of the vectors.
 
     Empty clusters restart from random vectors.
     """
@@ -46,7 +47,7 @@ def warm_start(
     the quantiser have the same weight whatever the latents' scale.
 
     Args:
-        first_levels, first_channels: the first so many levels look at the first so many channels only.
+        first_levels, first_channels: the first `first_levels` levels only use the first `first_channels` channels.
     """
     residual = latents
     scale = None
@@ -72,25 +73,25 @@ def warm_start(
 def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
     gain = torch.linalg.vector_norm(weight, dim=1)[:, None, None]
     conv.weight_g.copy_(gain)
-    conv.weight_v.copy_(torch.where(gain > 0, weight[..., None], 1.0))  # a direction of length 0 cannot be normalised
+    conv.weight_v.copy_(torch.where(gain > 0, weight[..., None], 1.0))  # a zero vector cannot be normalised
     conv.bias.copy_(bias)
 
 
 @torch.no_grad()
 def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tensor, seed: int) -> None:
-    """Move every code with a zero in `counts` (Q, K) to a random projected residual of the latents in `pool` (M, C).
+    """Replace every code with zero `counts` (Q, K) by a random projected residual of the latents in `pool` (M, C).
 
-    Rows of zeros are not filled yet. Neither how many codes are dead nor how many rows are filled is read on the host,
-    which would wait for the device: it draws for every code, and the device takes what it needs. The draws are those of
-    torch.randint and a generator of this seed: numbers of 32 bits of the same Mersenne Twister, of which the remainder
-    of the division by the number of rows is taken.
+    Rows of zeros are not filled yet. The numbers of dead codes and filled rows are not copied to the host, which would
+    synchronise: random numbers are drawn for every code, and the device uses those that it needs. The draws are those
+    of torch.randint and a generator of this seed: numbers of 32 bits of the same Mersenne Twister, of which the
+    remainder of the division by the number of rows is taken.
     """
     filled = pool.abs().sum(1) > 0
-    rows = (~filled).byte().argsort(stable=True)  # filled ones first
+    rows = (~filled).byte().argsort(stable=True)  # filled rows first
     count = filled.sum()
     dead = (counts == 0) & (count > 0)
     draws = np.random.RandomState(seed).randint(0, 2**32, counts.numel(), dtype=np.uint32).astype(np.int64)
-    nth = (dead.flatten().cumsum(0) - 1).clamp_min(0).view_as(dead)  # of the dead codes
+    nth = (dead.flatten().cumsum(0) - 1).clamp_min(0).view_as(dead)  # values of the dead codes
     chosen = rows[to_device(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)]
     residual = pool
     for i, level in enumerate(quantizer.quantizers):
@@ -100,13 +101,13 @@ def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tenso
 
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each code of each level occurs: codes (B, Q, T) -> (Q, K)."""
+    """Count each code of each level: codes (B, Q, T) -> (Q, K)."""
     flat = codes.transpose(0, 1).flatten(1)
     counts = flat.new_zeros(len(flat), codebook_size)
-    return counts.scatter_add_(1, flat, torch.ones_like(flat))  # bincount would read the largest code on the host
+    return counts.scatter_add_(1, flat, torch.ones_like(flat))  # bincount would synchronise
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of each level's codes, 1..K: counts (Q, K) -> (Q,)."""
+    """Return the perplexity of each level's codes, from 1 to K: counts (Q, K) -> (Q,)."""
     p = counts.double() / counts.sum(-1, keepdim=True).clamp_min(1)
     return torch.special.entr(p).sum(-1).exp()

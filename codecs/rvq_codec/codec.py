@@ -1,6 +1,6 @@
-"""The MaskGCT acoustic codec: wave <-> residual codes at 24 kHz, 50 frames per second (Wang et al., 2024).
+"""The MaskGCT acoustic codec: residual codes at 24 kHz, 50 frames per second (Wang et al., 2024).
 
-Axes: B batch, N samples, C latent channels, Q levels, L frames. Waves (B, 1, N) in [-1, 1], codes (B, Q, L) int64.
+Axes: B batch, N samples, C latent channels, Q levels, L frames. Waveforms (B, 1, N) in [-1, 1], codes (B, Q, L) int64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def build_decoder(config: RVQCodecConfig) -> VocosDecoder | DACDecoder:
 
 
 class RVQCodec(Codec):
-    """Encoder, residual quantiser and decoder."""
+    """Audio codec with encoder, residual quantiser and decoder."""
 
     kind = "rvq_codec"
     Config = RVQCodecConfig
@@ -55,13 +55,15 @@ class RVQCodec(Codec):
             self.reach = self.decoder.reach, self.decoder.reach
 
     def frames(self, samples: int) -> int:
-        """Frames of a wave of `samples` samples: floor((N + 13) / 480) for the released ratios."""
+        """Return the number of frames of a waveform of `samples` samples: floor((N + 13) / 480) for the released
+        ratios.
+        """
         return self.encoder.frames(samples)
 
     def forward(self, wave: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Quantized | None]:
-        """Training pass: (B, 1, N) -> wave (B, 1, hop * frames(N)), latent (B, C, L), what the quantiser made.
+        """Training pass: (B, 1, N) -> waveform (B, 1, hop * frames(N)), latent (B, C, L), output of the quantiser.
 
-        Without `quantize` the decoder gets the latent as it is, and the last result is None.
+        Without `quantize`, the decoder receives the unquantised latent, and the last output is None.
         """
         z = self.encoder(wave)
         quantized = self.quantizer(z) if quantize else None
@@ -69,24 +71,26 @@ class RVQCodec(Codec):
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """Wave (B, 1, N) -> codes (B, Q, frames(N)) int64.
+        """Encode a waveform (B, 1, N) to codes (B, Q, frames(N)) int64.
 
         Raises:
-            UserError: the wave has another shape or is too short for one frame.
+            UserError: If the waveform has another shape or is too short for one frame.
         """
         self.checked_frames(wave)
         return self.quantizer.quantize(self.encoder(wave))
 
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
-        """Codes (B, Q, L) -> wave (B, 1, hop * L), from the first `levels` levels (all that are given by default).
+        """Decode codes (B, Q, L) to a waveform (B, 1, hop * L), using the first `levels` levels (all by default).
 
-        Codes on the host are checked there and sent to the codec's device; of others the host waits for the range.
+        Codes on the host are validated there and moved to the codec's device; validating other codes synchronises.
 
         Raises:
-            UserError: the codes have another rank, too few or too many levels, no frame, or a value outside the books.
+            UserError: If the codes have the wrong rank, number of levels or values, or no frames.
         """
         if codes.ndim != 3 or codes.shape[-1] < 1:
-            raise UserError(f"codes of shape {tuple(codes.shape)}: give (batch, levels, frames) with a frame or more")
+            raise UserError(
+                f"codes of shape {tuple(codes.shape)}: expected (batch, levels, frames) with at least one frame"
+            )
         low, high = torch.stack(codes.aminmax()).tolist()
         if low < 0 or high >= self.codes:
             raise UserError(f"codes from {low} to {high}: this codec's codes are 0..{self.codes - 1}")
@@ -98,6 +102,6 @@ class RVQCodec(Codec):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> RVQCodec:
-        codec = cls(RVQCodecConfig(**sizes))  # on no meta device, as its window is no tensor of the state
+        codec = cls(RVQCodecConfig(**sizes))  # not on the meta device, as its window is not in the state dict
         load_strict(codec, state, source)
         return codec.eval()

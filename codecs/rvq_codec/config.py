@@ -1,4 +1,4 @@
-"""Sizes of the RVQ codec's networks."""
+"""Config of the RVQ codec."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from engine.settings import Group, setting
 
 @dataclass(frozen=True)
 class RVQCodecConfig(Group):
-    """Constructor arguments of `RVQCodec`; the defaults are the released MaskGCT codec.
+    """Config of `RVQCodec`. The defaults are the released MaskGCT codec.
 
     Attributes:
-        encoder_width, ratios, encoder_tanh: of the DAC encoder; the product of the ratios is the hop.
+        encoder_width, ratios, encoder_tanh: arguments of the DAC encoder; the product of the ratios is the hop.
         latent_channels: C.
-        levels, codebook_size, codebook_dim, normalize: of the residual quantiser.
-        quantizer_dropout, commitment, codebook: its training settings.
+        levels, codebook_size, codebook_dim, normalize: arguments of the residual quantiser.
+        quantizer_dropout, commitment, codebook: training settings of the quantiser.
         decoder: "vocos" (released) or "conv" (a DAC decoder with `conv_width` and `conv_ratios`).
-        vocos_dim, vocos_intermediate, vocos_layers, n_fft, hop: of the Vocos decoder.
+        vocos_dim, vocos_intermediate, vocos_layers, n_fft, hop: arguments of the Vocos decoder.
     """
 
     sample_rate: int = setting(24_000, 1, 2**20)

@@ -17,13 +17,12 @@ from rvq_codec.codec import RVQCodec
 
 
 class CodedCrops(SpeechCrops):
-    """Crops that carry their codes, for training a decoder alone. A clip is encoded whole, once, when it is first used.
+    """Crops with their codes, for training only the decoder. A clip is encoded as a whole on first use.
 
     Args:
         codec: release folder; None for crops without codes.
         samples: length of a crop, a multiple of the codec's hop.
-        root, crops: as in `SpeechCrops`; with a codec, gains stay as they are, and a clip keeps the speed that its
-            number draws.
+        root, crops: arguments of `SpeechCrops`. With a codec, gains are not changed, and the speed of a clip is fixed.
     """
 
     def __init__(self, root: str | Path, codec: str | None = None, **crops: Any):
@@ -31,10 +30,12 @@ class CodedCrops(SpeechCrops):
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
         if self.codec and self.samples % self.codec.hop:
-            raise UserError(f"samples={self.samples}: give a multiple of the codec's hop of {self.codec.hop}")
+            raise UserError(f"samples={self.samples}: must be a multiple of the codec's hop of {self.codec.hop}")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""
+        """Return {"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}, as a function of (index,
+        generator).
+        """
         if not self.codec:
             return super().__getitem__(index, generator)
         hop = self.codec.hop
@@ -45,7 +46,9 @@ class CodedCrops(SpeechCrops):
         return {"wave": crop[None], "codes": codes[:, first : first + count].long()}
 
     def _clip(self, index: int) -> tuple[Tensor, Tensor]:
-        """Wave (N,) and codes (Q, L) of a whole clip, in small types: a corpus of hours stays in memory."""
+        """Return waveform (N,) and codes (Q, L) of a whole clip in compact dtypes, so that hours of speech fit in
+        memory.
+        """
         if index not in self._coded:
             faster = self.draw_speed(torch.Generator().manual_seed(index))
             wave = pad(at_speed(self.waves.read(index), faster), self.samples).half()

@@ -1,9 +1,9 @@
-"""Speech features that a codec's latent can be taught before its decoder exists: an envelope, and where the pulses are.
+"""Speech features on which a codec's latent is pre-trained before its decoder: spectral envelope and low-band waveform.
 
-An autoencoder with a Vocos decoder learns slowly from nothing: until the latent says something the decoder cannot use
-it, and phases stay constants. Regressing these features teaches an encoder in minutes, while a decoder learns from the
-features themselves. Log-mel bands alone are not enough: with the true magnitudes but constant phases PESQ stays under
-1.9, with true phases below 1 kHz it is 2.7.
+An autoencoder with a Vocos decoder trains slowly from scratch: until the latent is informative, the decoder ignores it,
+and phases stay constant. Regressing these features trains an encoder in minutes, while the decoder is trained on the
+features. Log-mel bands alone are not enough: with the true magnitudes but constant phases PESQ stays under 1.9, with
+true phases below 1 kHz it is 2.7.
 
 Axes: B batch, N samples, M mel bands, S low-band samples of a frame, T frames.
 """
@@ -22,9 +22,9 @@ WINDOW = 1024
 
 
 class CumulativeNorm(nn.BatchNorm1d):
-    """`BatchNorm1d(channels, affine=False, momentum=None)`, whose averages are over all batches so far.
+    """`BatchNorm1d(channels, affine=False, momentum=None)`, with averages over all batches so far.
 
-    PyTorch reads the number of batches on the host, which would wait for the device.
+    PyTorch's implementation reads the number of batches on the host, which synchronises.
     """
 
     def __init__(self, channels: int):
@@ -35,7 +35,7 @@ class CumulativeNorm(nn.BatchNorm1d):
             return super().forward(x)
         mean = self.running_mean.clone()
         var = self.running_var.clone()
-        y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)  # they become the batch's own
+        y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)  # they become those of the batch
         share = self.num_batches_tracked.add_(1).double().reciprocal()
         for average, of_batch in ((self.running_mean, mean), (self.running_var, var)):
             average.copy_((1 - share) * average + share * of_batch)
@@ -43,14 +43,15 @@ class CumulativeNorm(nn.BatchNorm1d):
 
 
 class SpeechFeatures(nn.Module):
-    """(B, 1, N) -> (B, M + S, N / hop): standardised log-mel bands, then the wave below 850 Hz.
+    """Computes features (B, M + S, N / hop) of waveforms (B, 1, N): standardised log-mel bands, and the waveform below
+    850 Hz.
 
     Frame t describes the samples hop * t .. hop * (t + 1): the mel window is centred in it, and the S low-band samples
     are spaced evenly over it, divided by the band's level in three frames.
 
     Args:
-        mel_bands, low_samples: M, S; S must divide the hop.
-        sample_rate, hop: of the codec.
+        mel_bands, low_samples: M and S; S must divide the hop.
+        sample_rate, hop: sampling rate and hop of the codec.
     """
 
     def __init__(self, mel_bands: int, low_samples: int, sample_rate: int, hop: int, cutoff: float = 850.0):

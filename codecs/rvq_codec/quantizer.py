@@ -1,6 +1,6 @@
 """Factorised residual vector quantisation with normalised search (DAC, Kumar et al., 2023; van den Oord et al., 2017).
 
-Axes: B batch, C latent channels, D code channels, K codes of a book, Q levels, T frames. Codes are (B, Q, T) int64.
+Axes: B batch, C latent channels, D code channels, K codes per codebook, Q levels, T frames. Codes are (B, Q, T) int64.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rvq_codec.config import RVQCodecConfig
 
 @dataclass(frozen=True)
 class Quantized:
-    """What the residual quantiser made of a latent.
+    """Output of the residual quantiser.
 
     Attributes:
-        latent: (B, C, T), the sum of the levels in use.
+        latent: (B, C, T), sum over the used levels.
         codes: (B, Q, T) int64.
         commitment, codebook: (Q,) weighted losses of each level, mean over channels, time and batch.
     """
@@ -33,10 +33,10 @@ class Quantized:
 
 
 class VectorQuantizer(nn.Module):
-    """One level: project C -> D, choose the nearest row of the code book, project D -> C.
+    """One level of quantisation: project C -> D, select the nearest codebook row, project D -> C.
 
-    The search compares L2-normalised vectors if `normalize`; what is looked up is always the row as it is. With
-    D == C there are no projections.
+    If `normalize`, L2-normalised vectors are compared, but the looked-up row is not normalised. With D == C there are
+    no projections.
     """
 
     def __init__(self, config: RVQCodecConfig):
@@ -50,7 +50,9 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Embedding(config.codebook_size, dim)
 
     def distances(self, e: Tensor) -> Tensor:
-        """Squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the released expanded form."""
+        """Return squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the expanded form of the
+        released code.
+        """
         e = e.transpose(1, 2)
         rows = self.codebook.weight
         if self.normalize:
@@ -59,11 +61,13 @@ class VectorQuantizer(nn.Module):
         return e.square().sum(-1, keepdim=True) - 2 * (e @ rows.T) + rows.square().sum(-1)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) -> (B, C, T)."""
+        """Look up codes (B, T) -> (B, C, T)."""
         return self.out_project(self.codebook(codes).transpose(1, 2))
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, C, T) -> quantised (B, C, T), codes (B, T), squared errors (B,) for the encoder and for the code book."""
+        """Quantise (B, C, T). Return quantised (B, C, T), codes (B, T), and squared errors (B,) for encoder and
+        codebook.
+        """
         e = self.in_project(residual)
         codes = (-self.distances(e.detach())).argmax(-1)
         rows = self.codebook(codes).transpose(1, 2)
@@ -73,9 +77,9 @@ class VectorQuantizer(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """Q levels, each quantising what the ones before left over: Q is `levels`, K `codebook_size`, D `codebook_dim`.
+    """Residual quantiser of Q levels, each of which quantises the residual of the previous ones.
 
-    In training, a share `quantizer_dropout` of a batch keeps only its first n levels, n uniform in 1..Q.
+    In training, a fraction `quantizer_dropout` of a batch only uses the first n levels, with n uniform in 1..Q.
     """
 
     def __init__(self, config: RVQCodecConfig):
@@ -88,14 +92,13 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: Tensor, levels: int | None = None) -> Quantized:
         """Quantise (B, C, T) with the first `levels` levels.
 
-        In training mode all levels run and `levels` is ignored; quantiser dropout masks, for the first
-        int(B * dropout) items, the levels from a random one on: they add neither to the sum nor to the losses, but
-        their residual is still updated. It runs in float32 under autocast, too: in half precision, the nearest code of
-        many a frame is another one.
+        In training mode all levels run and `levels` is ignored. For the first int(B * dropout) items, quantiser dropout
+        masks all levels after a random one: they do not contribute to sum and losses, but their residual is still
+        updated. Runs in float32 also under autocast, as half precision would change the nearest code of many frames.
         """
         count = len(self.quantizers) if self.training or levels is None else levels
         if not 1 <= count <= len(self.quantizers):
-            raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
+            raise UserError(f"levels={levels}: must be from 1 to {len(self.quantizers)}")
         kept = self._levels_kept(z)
         residual = z.float()
         total = torch.zeros_like(z, dtype=torch.float32)
@@ -114,7 +117,7 @@ class ResidualQuantizer(nn.Module):
         return Quantized(total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook))
 
     def _levels_kept(self, batch: Tensor) -> Tensor:
-        """How many levels each item of a batch uses: (B,), all of them except for those that dropout chose."""
+        """Return the number of levels that each item of a batch uses, (B,)."""
         count = len(self.quantizers)
         size = batch.shape[0]
         kept = torch.full((size,), count, device=batch.device)
@@ -124,7 +127,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def quantize(self, z: Tensor) -> Tensor:
-        """Codes (B, Q, T) of (B, C, T): the forward pass of evaluation, whatever mode the module is in."""
+        """Return codes (B, Q, T) of (B, C, T), as in evaluation mode."""
         training = self.training
         self.eval()
         try:
@@ -133,9 +136,9 @@ class ResidualQuantizer(nn.Module):
             self.train(training)
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
-        """Sum (B, C, T) of the looked-up, out-projected vectors of the first `levels` levels of codes (B, Q, T).
+        """Return the sum (B, C, T) of the projected vectors of the first `levels` levels of codes (B, Q, T).
 
-        In training mode quantiser dropout may leave an item fewer levels.
+        In training mode, quantiser dropout is applied.
         """
         count = codes.shape[1] if levels is None else levels
         if not 1 <= count <= min(codes.shape[1], len(self.quantizers)):

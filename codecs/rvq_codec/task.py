@@ -1,6 +1,6 @@
-"""Training of the RVQ codec: mel, adversarial and feature losses with a discriminator update before the generator's.
+"""Training task of the RVQ codec: mel, adversarial and feature matching losses.
 
-Axes: B batch, N samples, L frames, C latent channels, Q levels, K codes of a book, M pooled latents.
+Axes: B batch, N samples, L frames, C latent channels, Q levels, K codes per codebook, M pooled latents.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ from rvq_codec.codec import RVQCodec
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
 
-SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes
+SETTINGS = (
+    "quantizer_dropout",
+    "commitment",
+    "codebook",
+    "conv_width",
+    "conv_ratios",
+)  # fields that do not affect the network's shapes
 DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
 
 
 def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
-    """Load the codec of a release, with the training settings of `config`, which must describe the same networks.
+    """Load the codec of a release with the training settings of `config`, whose network must be the same.
 
-    With `decoder_only`, the decoder may be another one; it then starts from random weights.
+    With `decoder_only`, the decoder may differ and is then initialised randomly.
     """
     old = load_like(RVQCodec, folder, config, SETTINGS + DECODER * decoder_only)
     codec = RVQCodec(config)
@@ -58,7 +64,7 @@ def _used(counts: list[Tensor]) -> list[float]:
 
 
 def _distance(z: Tensor, features: Tensor) -> Tensor:
-    """Average (latent - features)^2 over the frames that both have."""
+    """Return the mean squared error between latent and features over the common frames."""
     length = min(z.shape[-1], features.shape[-1])
     return (z[..., :length] - features[..., :length]).square().mean()
 
@@ -66,28 +72,28 @@ def _distance(z: Tensor, features: Tensor) -> Tensor:
 class RVQCodecTask(GANTask):
     """Losses, schedule of stages, validation and release of an `RVQCodec`.
 
-    Stages are steps of one run. With `features`, until their `until` the encoder regresses speech features while the
-    decoder learns from the features themselves. Then a plain autoencoder until `quantizer_start`, where the code books
-    are initialised by k-means and join in; from `gan_start` on the discriminators do.
+    Training has several stages. With `features`, until step `until` the encoder regresses speech features while the
+    decoder is trained on these features. Then an autoencoder is trained until `quantizer_start`, where the codebooks
+    are initialised by k-means. Adversarial training starts at `gan_start`.
 
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
         weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after
-            PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
-        period, spectrogram: arguments of the two families of discriminators.
-        features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what stays of them after
-            it: the first `envelope_levels` levels see the mel bands only, which are regressed on with weight `keep`.
-            So the first levels hold words and timbre, and pulses, which no face tells, come later. None for no such
-            stage.
-        quantizer_start, gan_start: see above; None for no discriminators at all.
-        decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same; a decoder of
-            another size than `init`'s starts from random weights.
-        restart_every: steps between two restarts of dead codes.
-        pool: M, latents kept for k-means and for restarts.
-        init: release folder to start from instead of random weights; its code books are in use from the first step, so
-            `features` and `quantizer_start` do not count.
-        validation: `root`, `splits` and `clips` (per split); None turns it off.
+            PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are in the codec config.
+        period, spectrogram: arguments of the multi-period and multi-resolution discriminators.
+        features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what is kept afterwards:
+            the first `envelope_levels` levels only encode the mel bands, which are still regressed with weight `keep`.
+            The first levels then encode content and timbre, and glottal pulses, which faces do not predict, are in
+            later levels. None: no such stage.
+        quantizer_start, gan_start: see above. None disables the discriminators.
+        decoder_only: freeze encoder and quantiser of `init`, so that codes do not change. A decoder of another size is
+            initialised randomly.
+        restart_every: steps between restarts of dead codes.
+        pool: M, number of stored latents for k-means and restarts.
+        init: initial release instead of random weights. Its codebooks are used from the first step, so that `features`
+            and `quantizer_start` are ignored.
+        validation: `root`, `splits` and `clips` (per split). None disables it.
     """
 
     figures: ClassVar = {"perplexity": _perplexity, "used": _used}
@@ -123,7 +129,7 @@ class RVQCodecTask(GANTask):
         self.weights = dict(weights)
         if decoder_only:
             if not init:
-                raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
+                raise UserError("task.decoder_only=true needs task.init, the release whose codes are preserved")
             self.codec.encoder.requires_grad_(False)
             self.codec.quantizer.requires_grad_(False)
         self.decoder_only = decoder_only
@@ -165,22 +171,23 @@ class RVQCodecTask(GANTask):
         return [self.codec.quantizer]
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """As `GANTask.forward`; batch["wave"] is (B, 1, N). With its own "codes" (B, Q, L) only the decoder runs.
+        """See `GANTask.forward`. batch["wave"] is (B, 1, N). With precomputed "codes" (B, Q, L), only the decoder runs.
 
-        The latents are kept in the pool, and codes are counted, for the code books.
+        Latents are stored in the pool, and codes are counted, to maintain the codebooks.
         """
         losses = super().forward(batch, part)
         if part == "discriminator" and self.training and not self.decoder_only:
             vectors = batch["_run"]["latent"].detach().transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
-            self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # in place of the oldest
+            self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # replacing the oldest
             if (quantized := batch["_run"]["quantized"]) is not None:
                 self.counts += distributed.sum_(count_codes(quantized.codes, self.codec.codes))
         return losses
 
     def begin_step(self, step: int) -> None:
-        """Initialise code books at `quantizer_start`, restart dead codes later, keep the first levels to the mel bands.
+        """Initialise codebooks at `quantizer_start`, restart dead codes later, and restrict the first levels to the mel
+        bands.
 
-        The main process changes the code books and sends them to the others: sums on GPUs differ in the last digits.
+        The main process updates the codebooks and broadcasts them, as sums on different GPUs differ by rounding.
         """
         super().begin_step(step)
         since = step - self.quantizer_start
@@ -201,7 +208,7 @@ class RVQCodecTask(GANTask):
         distributed.broadcast(p.detach() for p in self.codec.quantizer.parameters())
 
     def _warm_start(self, step: int) -> None:
-        """Initialise the code books from the pooled latents, if there are any; once in a run the host waits."""
+        """Initialise the codebooks from the pooled latents, if any. Synchronises once per run."""
         latents = self.pooled[self.pooled.abs().sum(1) > 0]
         if len(latents) and distributed.is_main():
             bands = self.features.mel_bands if self.features else 0
@@ -219,7 +226,7 @@ class RVQCodecTask(GANTask):
         if features_first:
             z = codec.encoder(wave)
             regression = _distance(z, features)
-            # The decoder will see latents that are coarser than the features.
+            # The decoder will receive latents that are less accurate than the features.
             noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
             fake = codec.decoder(features + noise)
         elif "codes" in batch:

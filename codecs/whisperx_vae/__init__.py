@@ -1,4 +1,4 @@
-"""Speech as Gaussian latents: wave <-> (T, 32) latents at 25 frames per second (WhisperX-VAE)."""
+"""WhisperX-VAE: speech as Gaussian latents (T, 32) at 25 frames per second."""
 
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 

@@ -1,7 +1,8 @@
-"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents per second, with Whisper's states added to the acoustic features.
+"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents per second, from acoustic features and Whisper's hidden states.
 
 Axes: B batch, N samples at 24 kHz, T latent frames, C hidden channels, Z latent channels, M mel bands, F mel frames.
-Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples, two Whisper frames, four mel frames.
+Waveforms (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples, two Whisper frames, four mel
+frames.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ POSITIONS = "whisper.embed_positions.weight"
 
 @dataclass(frozen=True)
 class WhisperXVAEConfig(Group):
-    """Constructor arguments of `WhisperXVAE`; the defaults are the released network (`encoder_width` as far as known).
+    """Config of `WhisperXVAE`. The defaults are the released network (`encoder_width` as far as known).
 
     Attributes:
-        sample_rate: of the waves, in Hz.
-        encoder_width, encoder_ratios: of the DAC encoder; the product of the ratios is the hop.
+        sample_rate: sampling rate of waveforms in Hz.
+        encoder_width, encoder_ratios: arguments of the DAC encoder; the product of the ratios is the hop.
         hidden: C, width of the encoder's output and of the Whisper states.
         latent_dim: Z.
-        decoder: "dac" (released), or "vocos", which needs less time on a CPU.
-        decoder_width, decoder_ratios: of the DAC decoder.
-        vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: of the Vocos decoder, whose
-            frames are `vocos_hop` samples long.
+        decoder: "dac" (released), or "vocos", which is faster on a CPU.
+        decoder_width, decoder_ratios: arguments of the DAC decoder.
+        vocos_channels, vocos_dim, vocos_intermediate, vocos_layers, vocos_hop, n_fft: arguments of the Vocos decoder,
+            whose frames have `vocos_hop` samples.
         mel_bands: M.
-        whisper_context: Whisper frames (50 per second) of its fixed window; twice as many mel frames go in.
-        whisper_heads, whisper_layers: of the Whisper encoder.
+        whisper_context: Whisper frames (50 per second) of its fixed window, which has twice as many mel frames.
+        whisper_heads, whisper_layers: arguments of the Whisper encoder.
     """
 
     sample_rate: int = setting(24_000, 1, 2**20)
@@ -96,12 +97,12 @@ class WhisperXVAEConfig(Group):
 
     @property
     def max_frames(self) -> int:
-        """Latent frames that fit Whisper's window."""
+        """Maximum number of latent frames in Whisper's window."""
         return self.whisper_context // 2
 
 
 class UpsampledVocos(VocosDecoder):
-    """A Vocos decoder of frames that are a part of a latent frame: (B, C, T) -> (B, 1, hop T)."""
+    """Vocos decoder with several frames per latent frame: (B, C, T) -> (B, 1, hop T)."""
 
     def __init__(self, config: WhisperXVAEConfig):
         channels = config.vocos_channels
@@ -117,7 +118,7 @@ class UpsampledVocos(VocosDecoder):
 
 
 class WhisperXVAE(Codec):
-    """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder."""
+    """Audio codec with acoustic encoder, Whisper encoder, Gaussian bottleneck and acoustic decoder."""
 
     kind = "whisperx_vae"
     read_official = staticmethod(read_official)
@@ -150,57 +151,63 @@ class WhisperXVAE(Codec):
             self.reach = self.decoder.reach
 
     def frames(self, samples: int) -> int:
-        """Latent frames of a wave of `samples` samples: floor(N / 960) for the released ratios."""
+        """Return the number of latent frames of a waveform of `samples` samples: floor(N / 960) for the released
+        ratios.
+        """
         return self.encoder.frames(samples)
 
     def mel(self, wave16: Tensor) -> Tensor:
-        """16-kHz waves (B, N16), cut or zero-padded to Whisper's window -> (B, M, 2 * context)."""
+        """Compute the mel spectrogram (B, M, 2 * context) of 16-kHz waveforms (B, N16), trimmed or padded to Whisper's
+        window.
+        """
         window = 2 * self.config.whisper_context * HOP
         return log_mel(pad_or_trim(wave16, window), self.config.mel_bands)
 
     def semantic(self, mel: Tensor) -> Tensor:
-        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 per second."""
+        """Map a mel spectrogram (B, M, 2 * context) to Whisper's last hidden states (B, context, C), 50 per second."""
         expected = (self.config.mel_bands, 2 * self.config.whisper_context)
         if mel.ndim != 3 or mel.shape[1:] != expected:
-            raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")
+            raise UserError(f"mel of shape {tuple(mel.shape)}: expected (batch, {expected[0]}, {expected[1]})")
         return self.whisper(mel).last_hidden_state
 
     def pooled_states(self, mel: Tensor, frames: int) -> Tensor:
-        """Mel (B, M, 2 * context) -> the first `frames` averages of two Whisper states each, (B, C, T)."""
+        """Map a mel spectrogram (B, M, 2 * context) to the first `frames` averages of two Whisper states, (B, C, T)."""
         return F.avg_pool1d(self.semantic(mel)[:, : 2 * frames].transpose(1, 2), 2)
 
     def posterior(self, wave: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Wave (B, 1, N), mel (B, M, 2 * context) -> mean and raw scale, both (B, Z, T).
+        """Map waveform (B, 1, N) and mel spectrogram (B, M, 2 * context) to mean and raw scale, both (B, Z, T).
 
-        Nothing is cropped to a multiple of the hop: the samples beyond it reach the last frames.
+        The waveform is not cropped to a multiple of the hop: all samples affect the last frames.
         """
         frames = self.checked_frames(wave)
         most = self.config.max_frames
         if frames > most:
             raise UserError(
-                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
+                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: expected at most {most * self.hop}"
             )
         return self.project(wave, self.pooled_states(mel, frames))
 
     def project(self, wave: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Wave (B, 1, N), pooled Whisper states (B, C, T) -> mean and raw scale, both (B, Z, T)."""
+        """Map waveform (B, 1, N) and pooled Whisper states (B, C, T) to mean and raw scale, both (B, Z, T)."""
         mean, scale = self.in_proj(self.encoder(wave) + states).chunk(2, dim=1)
         return mean, scale
 
     @torch.no_grad()
     def encode_window(self, wave: Tensor, mel: Tensor) -> Tensor:
-        """Wave (B, 1, N) at 24 kHz, at most Whisper's window, and its mel (B, M, 2 * context) -> means (B, T, Z)."""
+        """Encode a waveform (B, 1, N) at 24 kHz within Whisper's window, and its mel spectrogram, to means (B,
+        T, Z).
+        """
         return self.posterior(wave, mel)[0].transpose(1, 2)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """Waves (B, 1, N) at 24 kHz of any length -> posterior means (B, N // hop, Z), computed on the model's device.
+        """Encode waveforms (B, 1, N) at 24 kHz of any length to posterior means (B, N // hop, Z) on the model's device.
 
-        What is longer than Whisper's window is encoded in windows that overlap by a quarter; every frame is taken from
-        a window in which it is at least an eighth of the window away from a cut.
+        Longer waveforms are encoded in windows that overlap by a quarter. Each frame is taken from a window in which
+        its distance to an inner boundary is at least an eighth of the window.
 
         Raises:
-            UserError: the wave has another shape or is shorter than one frame.
+            UserError: If the waveform has another shape or is shorter than one frame.
         """
         self.checked_frames(wave)
         frames = wave.shape[-1] // self.hop
@@ -222,20 +229,22 @@ class WhisperXVAE(Codec):
 
     @torch.no_grad()
     def encode_beginning(self, wave: Tensor, frames: int) -> Tensor:
-        """Posterior means (B, frames, Z); Whisper sees the whole wave, as in the official program's prefixes."""
+        """Return posterior means (B, frames, Z). Whisper receives the whole waveform, as for prefixes in the official
+        program.
+        """
         wave = wave.to(self.in_proj.weight_g.device)
         mel = self.mel(resample(wave[:, 0], self.sample_rate, RATE))
         return self.encode_window(wave[..., : frames * self.hop], mel)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, Z) -> waves (B, 1, hop * T); those of a DAC decoder are in (-1, 1).
+        """Decode latents (B, T, Z) to waveforms (B, 1, hop * T); those of a DAC decoder are in (-1, 1).
 
         Raises:
-            UserError: the latents have another shape or no frame.
+            UserError: If the latents have another shape or no frames.
         """
         if latents.ndim != 3 or latents.shape[2] != self.channels or not latents.shape[1]:
             raise UserError(
-                f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.channels}) with a frame or more"
+                f"latents of shape {tuple(latents.shape)}: expected (batch, frames >= 1, {self.channels})"
             )
         return self.decoder(self.out_proj(latents.transpose(1, 2)))
 

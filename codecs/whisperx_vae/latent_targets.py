@@ -1,9 +1,9 @@
-"""What a latent can be taught before its decoder exists: the spectral envelope, voicing and pitch of its 40 ms.
+"""Speech features on which a latent is pre-trained before its decoder: spectral envelope, voicing and pitch of 40 ms.
 
-An autoencoder of waves learns slowly from nothing: the decoder cannot use a latent that says nothing, and so nothing
-tells the encoder what to say. Regressing these features teaches an encoder in minutes, while a decoder learns from the
-features themselves. They hold no pulse phases: nothing that predicts latents from text could know them, and a
-recogniser does not need them.
+An autoencoder of waveforms trains slowly from scratch: the decoder cannot use an uninformative latent, so that the
+encoder receives no useful gradient. Regressing these features trains an encoder in minutes, while the decoder is
+trained on the features. They do not contain the phases of glottal pulses, which cannot be predicted from text and are
+not needed by a recogniser.
 
 Axes: B batch, N samples, T latent frames, S sub-frames of a latent frame, M mel bands, K lags, Z latent channels.
 """
@@ -25,12 +25,12 @@ PITCH_WINDOW = 1536
 # Hz, of the pitch
 LOWEST = 60.0
 HIGHEST = 400.0
-PITCH_BAND = 1000.0  # Hz: the pitch is sought below this
+PITCH_BAND = 1000.0  # cut-off frequency of the pitch estimation in Hz
 
 
 class LatentTargets(nn.Module):
-    """(B, 1, N) -> (B, Z, N / hop): principal axes of S log-mel frames, then voicing and pitch of each of them, all of
-    zero mean and unit variance over the clips that `fit` saw.
+    """Computes targets (B, Z, N / hop) of waveforms (B, 1, N): principal components of S log-mel frames, and voicing
+    and pitch of each frame, standardised over the clips of `fit`.
 
     Pitch is log2 of the frequency over 150 Hz times voicing, so that it fades to 0 where there is none.
 
@@ -60,7 +60,7 @@ class LatentTargets(nn.Module):
 
     @torch.no_grad()
     def fit(self, waves: Sequence[Tensor]) -> LatentTargets:
-        """Take means, axes and scales from waves (N,)."""
+        """Estimate means, principal axes and scales from waveforms (N,)."""
         mel = torch.cat([self._log_mel(wave[None])[0] for wave in waves])
         source = torch.cat([self._source(wave[None])[0] for wave in waves])
         self.mel_mean.copy_(mel.mean(0))
@@ -83,7 +83,7 @@ class LatentTargets(nn.Module):
             return torch.cat([envelope, source], -1).transpose(1, 2)
 
     def _frames(self, wave: Tensor, window: Tensor) -> Tensor:
-        """(B, N) -> (B, S T, len(window)): windows centred in the sub-frames."""
+        """Return windows (B, S T, len(window)) of (B, N), centred in the sub-frames."""
         size = len(window)
         count = wave.shape[-1] // (SUBFRAMES * self.step) * SUBFRAMES
         padded = F.pad(wave, ((size - self.step) // 2, size))

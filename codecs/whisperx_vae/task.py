@@ -1,7 +1,7 @@
-"""Training of the WhisperX-VAE: mel, adversarial, feature-matching, KL and semantic losses.
+"""Training task of WhisperX-VAE: mel, adversarial, feature-matching, KL and semantic losses.
 
-The paper's trainer is not published; losses and their order are those of X-Codec-2.0's, with a Gaussian bottleneck in
-place of the quantiser.
+The paper's training code is not published. The losses are those of X-Codec-2.0, with a Gaussian bottleneck instead of
+the quantiser.
 
 Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 """
@@ -31,7 +31,7 @@ from engine.training.task import Release
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import LatentTargets
 
-INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
+INITIAL_SCALE = -1.5  # softplus of it is 0.2: the initial posterior is narrower than the prior
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ def semantic_head(width: int) -> nn.Sequential:
 
 
 def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean square error plus one minus the cosine between frames; both (B, C, T)."""
+    """Return the mean squared error plus one minus the cosine similarity of frames; both (B, C, T)."""
     return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
 
 
 def _largest_mean(latents: list[Tensor]) -> float:
-    """Return the largest absolute mean of a channel of latents (T, Z) of all clips."""
+    """Return the maximum absolute channel mean of latents (T, Z) over all clips."""
     return torch.cat(latents).mean(0).abs().max().item()
 
 
@@ -65,7 +65,7 @@ def _deviation(latents: list[Tensor]) -> float:
 
 
 def _speed(latents: list[Tensor]) -> float:
-    """Return the root mean square of a channel's change from frame to frame over its deviation, mean over channels."""
+    """Return the RMS frame-to-frame change of a channel relative to its standard deviation, averaged over channels."""
     steps = torch.cat([z.diff(dim=0) for z in latents])
     deviation = torch.cat(latents).std(0)
     return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()
@@ -74,32 +74,30 @@ def _speed(latents: list[Tensor]) -> float:
 class WhisperXVAETask(GANTask):
     """Losses, stages, validation and release of a `WhisperXVAE`.
 
-    With `targets`, the latent's means regress speech features (`whisperx_vae.latent_targets`) all the time, and until
-    their `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start`
-    on the discriminators join in.
+    With `targets`, the posterior means regress speech features (`whisperx_vae.latent_targets`). Until step `until` the
+    decoder is trained on these features, then on samples of the posterior. Adversarial training starts at `gan_start`.
 
-    The semantic branch: with `whisper`, the encoder of a trained Whisper, frozen, as in the paper. Without it, as in
-    the tiny model, it is trained jointly from random weights. Its input is the log-mel spectrogram, which holds the
-    words in plain sight, whereas the acoustic encoder has to find them in the wave first: so words reach the 25 Hz
-    latent within minutes, and a branch frozen at random would add features that no one has chosen. The semantic loss
-    then keeps what this branch says from being lost in the bottleneck; it does not teach the branch itself.
+    The semantic branch is a frozen, pre-trained Whisper encoder with `whisper`, as in the paper. Otherwise, as in the
+    tiny model, it is trained jointly from random weights. Its input is the log-mel spectrogram, from which content is
+    easier to extract than from the waveform. The semantic loss then prevents the bottleneck from losing the features of
+    this branch, but does not train the branch itself.
 
     Args:
         codec: fields of `WhisperXVAEConfig`.
         mel: `n_mels`, `windows`, `clamp` of the mel loss.
         weights: of the losses `mel`, `spectrum` (of compressed complex spectra), `disturbance` (of loudness, after
-            PESQ), `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`. Those of the wave that
-            have no weight are not computed.
-        period, spectrogram: arguments of the two families of discriminators.
-        targets: `root`, `split` and `clips` that the features' statistics are taken from, `until`, and `noise`: the
-            largest deviation of the noise on features that the decoder sees. None for no features at all.
-        gan_start: see above; None for no discriminators.
-        decoder_only: the latents stay those of `init`: only the decoder learns, from samples of the posterior.
+            PESQ), `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`. Waveform losses without a
+            weight are not computed.
+        period, spectrogram: arguments of the multi-period and multi-resolution discriminators.
+        targets: `root`, `split` and `clips` from which the statistics of the features are estimated, `until`, and
+            `noise`: maximum standard deviation of the noise on features for the decoder. None: no features.
+        gan_start: see above. None: no discriminators.
+        decoder_only: train only the decoder, on samples of the posterior, so that the latents of `init` do not change.
         whisper: folder or hub name of a transformers Whisper model.
-        init: release folder to start from instead of random weights; the decoder then never learns from features.
-        parts_of: release folders, also of other speech codecs: each tensor starts as the first one among theirs that
-            has its name and shape, instead of random. The decoder then never learns from features.
-        validation: `root`, `splits` and `clips` (per split); None turns it off.
+        init: initial release instead of random weights. The decoder is then not trained on features.
+        parts_of: release folders, also of other speech codecs, whose tensors initialise those of equal name and shape;
+            earlier folders have priority. The decoder is then not trained on features.
+        validation: `root`, `splits` and `clips` (per split). None disables it.
     """
 
     figures: ClassVar = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
@@ -123,7 +121,7 @@ class WhisperXVAETask(GANTask):
         config = WhisperXVAEConfig(**codec)
         self.codec = load_like(WhisperXVAE, init, config) if init else WhisperXVAE(config)
         if init and parts_of:
-            raise UserError("task.init and task.parts_of: give one of them")
+            raise UserError("task.init and task.parts_of: set only one of them")
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
@@ -172,7 +170,7 @@ class WhisperXVAETask(GANTask):
         return self
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """As `GANTask.forward`; batch["wave"] is (B, 1, N), at most Whisper's window. `std` is logged, too."""
+        """See `GANTask.forward`. batch["wave"] is (B, 1, N) within Whisper's window. `std` is also logged."""
         losses = super().forward(batch, part)
         run = batch["_run"]
         if part == "generator":
@@ -194,14 +192,14 @@ class WhisperXVAETask(GANTask):
         std = F.softplus(scale) + 1e-4
         targets = self.targets(wave) if self.targets else None
         from_targets = self.step < self.targets_until
-        if from_targets:  # the decoder will see latents that are coarser than the features
+        if from_targets:  # the decoder will receive latents that are less accurate than the features
             width = self.noise * torch.rand(len(wave), 1, 1, device=wave.device)
             latent = targets + width * torch.randn_like(targets)
         else:
             latent = mean + std * torch.randn_like(std)
         hidden = codec.out_proj(latent)
         run = {"real": wave, "fake": codec.decoder(hidden), "mean": mean, "std": std, "targets": targets}
-        # Where the branch itself is trained, its states are what is to be kept, not what may be changed to fit.
+        # If the branch is trained, detach its states, which are the targets.
         return run | {"states": states.detach(), "semantic": self.semantic_head(hidden), "from_targets": from_targets}
 
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
@@ -230,7 +228,7 @@ class WhisperXVAETask(GANTask):
 
 
 def _copy_parts(codec: WhisperXVAE, folders: Sequence[str]) -> None:
-    """Copy every tensor of the releases that has the name and shape of one of `codec`'s; earlier folders come first."""
+    """Copy all tensors of the releases with a matching name and shape to `codec`; earlier folders have priority."""
     own = codec.state_dict()
     for folder in reversed(folders):
         folder = release_folder(folder)
@@ -240,7 +238,7 @@ def _copy_parts(codec: WhisperXVAE, folders: Sequence[str]) -> None:
 
 
 def _load_whisper(codec: WhisperXVAE, name: str) -> None:
-    """Give `codec` the encoder of a transformers Whisper, frozen."""
+    """Replace the encoder of `codec` by that of a transformers Whisper model, frozen."""
     from transformers import WhisperModel
 
     check_release("task.whisper", name)

@@ -90,7 +90,7 @@ INPUTS = {  # a call of a codec, and the line
     "RVQ: too many levels": (lambda: rvq().decode(codes(5)), "levels=5"),
     "quantizer: too many levels": (lambda: rvq().quantizer(torch.zeros(1, 12, 3), 9), "levels=9"),
     "VAE: too short": (lambda: window(959), "959 samples: expected at least 960"),
-    "VAE: too long": (lambda: window(26 * 960), "longer than Whisper's window: give 9600"),
+    "VAE: too long": (lambda: window(26 * 960), "longer than Whisper's window: expected at most 9600"),
     "VAE: mel": (lambda: window(960, 38), r"mel of shape \(1, 20, 38\)"),
     "VAE: no channel": (lambda: vae().encode_window(torch.zeros(1, 960), torch.zeros(1, 20, 40)), "mono"),
     **{

@@ -94,7 +94,7 @@ def test_a_training_starts_from_the_parts_of_two_codecs_that_fit(tmp_path):
 
 def test_parts_of_and_init_exclude_each_other(tmp_path):
     WhisperXVAE(WhisperXVAEConfig(**WHISPERX_VAE)).save(tmp_path / "vae", "")
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="set only one of them"):
         make_task(init=str(tmp_path / "vae"), parts_of=["elsewhere"])
 
 
