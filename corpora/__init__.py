@@ -1,1 +1,1 @@
-"""Corpora: the synthetic one, and the preparation of real recordings as shards."""
+"""Speech corpora: the synthetic corpus, and the preparation of recordings as shards."""

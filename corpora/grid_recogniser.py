@@ -1,8 +1,8 @@
-"""Training of the recogniser of GRID's sentences, the judge of `table=grid`, on the recordings themselves.
+"""Training of the GRID recogniser, which measures WER in `table=grid`, on recordings of the GRID corpus.
 
-It must hear generated speech and people that it does not know. So each clip is changed whenever it is drawn, in ways
-that leave the words: length, formants, colour, noise, and in half of the clips the voice itself, whose harmonics make
-way for a pulse train or a whisper under the same spectral envelope.
+It must generalise to generated speech and unknown speakers. Clips are therefore augmented in duration, formants,
+spectral tilt and noise. In half of the clips, the excitation is replaced by a pulse train or noise with the same
+spectral envelope.
 
 Axes: B batch, N samples at 16 kHz, F = 201 frequencies, M mel bands, T mel frames (100 per second).
 """
@@ -39,14 +39,14 @@ from engine.training.task import Release, Task
 
 LENGTHS = 0.8, 1.25  # of a clip, as a factor
 FORMANTS = 0.85, 1.35  # frequencies, as a factor
-PITCHES = 80.0, 300.0  # Hz of a pulse train
+PITCHES = 80.0, 300.0  # pitch range of a pulse train in Hz
 # dB up or down, of the clip and of the noise
 COLOUR = 8.0
 NOISE_COLOUR = 12.0
 NOISE = -65.0, -30.0  # dB of the noise beside the loudest band of the clip
 ENVELOPE = 24  # cepstral coefficients of a spectral envelope: 1.5 ms
 WINDOW_POWER = 0.375 * N_FFT  # of the Hann window: white noise of unit power has this power at each frequency
-UNKNOWN = -100  # label of a frame without an alignment
+UNKNOWN = -100  # label of frames without alignment
 
 
 # --- recordings ---
@@ -54,20 +54,20 @@ UNKNOWN = -100  # label of a frame without an alignment
 
 @cache
 def sound_of(path: Path) -> Tensor:
-    """Return the audio (N,) of a clip; all are kept, 200 kB each."""
+    """Return the audio (N,) of a clip. All clips are cached, 200 kB each."""
     return torch.from_numpy(read_audio(path, RATE).copy())
 
 
 class GridSentences:
-    """Random parts of recordings, each with a whole sentence.
+    """Random crops of recordings, each with a whole sentence.
 
-    Clips of a speaker with fewer than a fifth as many as the one with the most are drawn more often, up to eight times.
+    Clips of speakers with few clips are repeated up to eight times.
 
     Args:
         root: folder of GRID.
         split: of `source.protocol=seen`.
-        speakers: those that are heard; None: all.
-        seconds: length of a part.
+        speakers: speakers to use. None: all.
+        seconds: length of a crop.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class GridSentences:
     collate = staticmethod(default_collate)
 
 
-# --- changes that leave the words ---
+# --- augmentation ---
 
 
 def spectra(waves: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def spectra(waves: Tensor) -> Tensor:
 
 
 def envelope(power: Tensor) -> Tensor:
-    """Smooth power spectra (B, F, T) over frequencies by their cepstra, which takes the harmonics away."""
+    """Smooth power spectra (B, F, T) over frequency by their cepstra, which removes the harmonics."""
     cepstrum = torch.fft.irfft(power.clamp_min(1e-9).log(), dim=1)
     cepstrum[:, ENVELOPE + 1 : -ENVELOPE] = 0
     return torch.fft.rfft(cepstrum, dim=1).real.exp()
@@ -144,7 +144,9 @@ def pulses(count: int, samples: int) -> Tensor:
 
 
 def excitation(count: int, samples: int) -> Tensor:
-    """Return power spectra (B, F, T), about 1 everywhere: pulses below some frequency and noise above it, or noise."""
+    """Return power spectra (B, F, T) with mean about 1: pulses below some frequency and noise above it, or only
+    noise.
+    """
     voiced_below = torch.rand(count, 1, 1) * RATE / 4 * (torch.rand(count, 1, 1) < 0.7)
     frequencies = torch.linspace(0, RATE / 2, N_FFT // 2 + 1)[:, None]
     power = spectra(pulses(count, samples)) / WINDOW_POWER
@@ -159,7 +161,7 @@ def colour(count: int, bands: int, decibels: float) -> Tensor:
 
 
 def warped_filters(bands: int, factors: Tensor) -> Tensor:
-    """Return mel filters (B, F, M) that see each frequency at `factors` (B,) times its place."""
+    """Return mel filters (B, F, M) with frequencies scaled by `factors` (B,)."""
     filters = mel_filters(RATE, N_FFT, bands)
     last = len(filters) - 1
     at = torch.arange(last + 1) * factors[:, None]
@@ -169,7 +171,7 @@ def warped_filters(bands: int, factors: Tensor) -> Tensor:
 
 
 def stretch(mel: Tensor, lengths: Tensor) -> Tensor:
-    """Make (B, M, T) longer by the factors (B,): (B, M, T'), T' that of the largest factor, the last frame repeated."""
+    """Stretch (B, M, T) in time by the factors (B,): (B, M, T'), padded with the last frame to the longest one."""
     frames = mel.shape[-1]
     places = torch.arange(round(frames * LENGTHS[1])) / lengths[:, None]
     left = places.long().clamp(max=frames - 2)
@@ -179,10 +181,10 @@ def stretch(mel: Tensor, lengths: Tensor) -> Tensor:
 
 
 def change(waves: Tensor, bands: int) -> tuple[Tensor, Tensor]:
-    """Return log-mel spectra (B, M, T') of waves (B, N) after random changes, and how much longer each became (B,)."""
+    """Return log-mel spectra (B, M, T') of augmented waveforms (B, N), and the stretch factor of each (B,)."""
     count = len(waves)
     power = spectra(waves + 1e-4 * torch.randn_like(waves))
-    half = (count + 1) // 2  # of the clips get another voice
+    half = (count + 1) // 2  # fraction of the clips with a replaced excitation
     power[:half] = envelope(power[:half]) * (excitation(half, waves.shape[1]) + 1e-3)
     mel = warped_filters(bands, log_uniform(FORMANTS, count)).transpose(1, 2) @ power
     mel = mel * colour(count, bands, COLOUR)
@@ -197,18 +199,18 @@ def change(waves: Tensor, bands: int) -> tuple[Tensor, Tensor]:
 
 
 class GridRecogniserTask(Task):
-    """Train a `GridRecogniser`.
+    """Trains a `GridRecogniser`.
 
-    The loss is minus the logarithm of the right sentence's fraction of all sentences; a fifth of the CTC loss, and the
-    cross entropy of the words of the alignments, which fades to a tenth of its weight in the first half.
+    The loss is the negative log posterior of the correct sentence among all sentences, plus 0.2 times the CTC loss,
+    plus the cross-entropy of the aligned words, whose weight decays to a tenth in the first half of training.
 
     Args:
         recogniser: fields of `GridRecogniserConfig`.
         root: folder of GRID.
-        speakers: those that are trained on; validation also hears `new_speakers`.
-        steps: of training.
-        recipe: a sentence for the card.
-        init: release folder of the same sizes to start from instead of random weights.
+        speakers: training speakers. Validation also uses `new_speakers`.
+        steps: number of training steps.
+        recipe: description of the recipe for the model card.
+        init: initial release of the same sizes instead of random weights.
     """
 
     def __init__(
@@ -258,7 +260,7 @@ class GridRecogniserTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute errors of words and of letters alone, in per cent, by split and for new speakers, in one process."""
+        """Compute word and letter error rates in per cent, by split and for new speakers, in one process."""
         results: dict[str, float] = {}
         if not share.first:
             return results
@@ -275,7 +277,7 @@ class GridRecogniserTask(Task):
         return results
 
     def errors(self, clips: Sequence[SourceClip]) -> Tensor:
-        """Return (clips, 6), 1 for each word that is heard wrong."""
+        """Return (clips, 6), 1 for each misrecognised word."""
         rows = []
         for clip in clips:
             heard = self.recogniser.transcribe(sound_of(self.root / clip.video).numpy(), RATE)
@@ -286,11 +288,10 @@ class GridRecogniserTask(Task):
         millions = sum(parameter.numel() for parameter in self.recogniser.parameters()) / 1e6
         speakers = ", ".join(self.speakers)
         about = f"""Speech -> a sentence of GRID: verb, colour, preposition, letter, digit, adverb. Convolutions and a
-bidirectional GRU on log-mel bands, {millions:.2f} M weights. It is the judge of words in `table=grid` and hears six
-words in any audio: chance is about 80 % of word errors. Trained on recordings of speakers {speakers} of the
-GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0.
+bidirectional GRU on log-mel bands, {millions:.2f} M weights. It measures WER in `table=grid` and outputs six words
+for any audio: chance is a WER of about 80 %. Trained on recordings of speakers {speakers} of the GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0.
 
-`word_errors`, `letter_errors`: in per cent, of recordings; `new` are speakers that it was not trained on."""
+`word_errors`, `letter_errors`: in per cent, of recordings; `new` are held-out speakers."""
         return self.release_of(
             "recogniser",
             title="Recogniser of GRID's sentences",

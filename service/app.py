@@ -29,7 +29,7 @@ from service.service import HICODIT, Service, explain
 from service.sound import samples
 from service.videos import video_routes
 
-PICTURES = b"\x89PNG", b"\xff\xd8\xff"  # begin of a PNG or JPEG file
+PICTURES = b"\x89PNG", b"\xff\xd8\xff"  # first bytes of a PNG or JPEG file
 
 
 def make_app(service: Service) -> FastAPI:
@@ -37,8 +37,8 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4, "files"))  # of asyncio.to_thread
-        for worker in service.workers.values():  # one after the other: nothing else runs during a capture
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4, "files"))  # threads of asyncio.to_thread
+        for worker in service.workers.values():  # sequentially, as nothing else may run during a capture
             worker.start()
             await asyncio.to_thread(worker.ready.wait)
         yield
@@ -88,11 +88,11 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 class LiveFace:
-    """The speech of one WebSocket's pictures; the release that suits them is chosen by the first of them.
+    """Speech stream of one WebSocket. The release is selected by its first frames.
 
     Args:
-        chooser: of HiCoDiT's pipelines.
-        fields: settings of the stream; those of `StreamSettings`, and `seed`.
+        chooser: selects among HiCoDiT's pipelines.
+        fields: settings of the stream: fields of `StreamSettings`, and `seed`.
     """
 
     def __init__(self, chooser: PipelineChooser, fields: dict[str, Any]) -> None:
@@ -101,12 +101,14 @@ class LiveFace:
         check_seed(self.seed)
         self.settings = StreamSettings(**fields)
         self.rate = chooser.load_all()[0].codec.sample_rate
-        self.count = 0  # pictures so far
-        self.first: list[np.ndarray] = []  # pictures before the choice; a hop of them, from which no audio is due yet
+        self.count = 0  # number of frames so far
+        self.first: list[
+            np.ndarray
+        ] = []  # frames before the release is selected: one hop, for which no audio is due yet
         self.stream: SpeechStream | None = None
 
     def push(self, data: bytes) -> bytes:
-        """Add a picture (JPEG or PNG). Return the 16-bit samples that are due, often none."""
+        """Add a frame (JPEG or PNG). Return the 16-bit samples that are due, often none."""
         self.count += 1
         if self.count > FPS * LIMITS.seconds:
             raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
@@ -117,25 +119,25 @@ class LiveFace:
         return self._begin() if len(self.first) == HOP else b""
 
     def finish(self) -> bytes:
-        """Return the rest of the samples."""
+        """Return the remaining samples."""
         if not self.count:
-            raise UserError("no picture came before the end")
+            raise UserError("no frame was received before the end")
         begin = b"" if self.stream is not None else self._begin()
         return begin + _samples(self.stream.finish())
 
     def _begin(self) -> bytes:
-        """Choose the pipeline, and start the stream with the pictures so far."""
+        """Select the pipeline and start the stream with the buffered frames."""
         if len({picture.shape for picture in self.first}) > 1:
-            raise UserError("the pictures differ in size: keep one size")
+            raise UserError("the frames differ in size: all frames must have the same size")
         pipeline = self.chooser.for_clip(np.stack(self.first))
         self.stream = SpeechStream(pipeline, self.settings, self.seed)
         return b"".join([_samples(self.stream.push(picture)) for picture in self.first])
 
 
 async def _follow(socket: WebSocket, chooser: PipelineChooser) -> None:
-    """Receive {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 per second, then a text.
+    """Receive {"lookahead": seconds, "seed": number}, then frames (JPEG or PNG) at 25 per second, then a text message.
 
-    Send the rate, then audio (16-bit samples) in hops of 160 ms.
+    Send the sampling rate, then audio (16-bit samples) in hops of 160 ms.
     """
     first = await _receive(socket)
     example = '{"lookahead": 0.4, "seed": 0}'
@@ -168,23 +170,23 @@ def _samples(chunk: SpeechChunk | None) -> bytes:
 
 
 def read_picture(data: bytes) -> np.ndarray:
-    """Return a JPEG or PNG picture as (H, W, 3) uint8 RGB."""
+    """Decode a JPEG or PNG image to (H, W, 3) uint8 RGB."""
     if len(data) > MAX_PICTURE:
-        raise UserError(f"a picture of {len(data):,} bytes: {MAX_PICTURE:,} at most")
+        raise UserError(f"an image of {len(data):,} bytes: at most {MAX_PICTURE:,}")
     if not data.startswith(PICTURES):
-        raise UserError("a message that is not a picture: send JPEG or PNG, and a text at the end")
+        raise UserError("a message that is not an image: send JPEG or PNG, and a text message at the end")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
-        raise UserError("a damaged picture")
+        raise UserError("a damaged image")
     if picture.shape[0] * picture.shape[1] > LIMITS.pixels:
-        raise UserError(f"a picture of {picture.shape[1]} x {picture.shape[0]} pixels: {LIMITS.pixels:,} at most")
+        raise UserError(f"an image of {picture.shape[1]} x {picture.shape[0]} pixels: {LIMITS.pixels:,} at most")
     return picture
 
 
 def limit_bodies(app: Callable, service: Service) -> Callable:
-    """Refuse request bodies that are larger than the limit: ASGI middleware.
+    """ASGI middleware that rejects request bodies beyond the limit.
 
-    Starlette's BaseHTTPMiddleware would hide disconnections; its RequestBodyLimitMiddleware answers in plain text.
+    Starlette's BaseHTTPMiddleware would hide disconnections, and its RequestBodyLimitMiddleware responds in plain text.
     """
     max_bytes = service.limits.megabytes * 2**20
 

@@ -1,7 +1,7 @@
-"""OpenAI's interface to the service: models and speech under /v1, for programs that use OpenAI's client.
+"""OpenAI-compatible API of the service: models and speech under /v1, for use with OpenAI's client.
 
-Fields, answers and errors have the shape of OpenAI's API reference; `OurFields` are beyond it. A field that cannot be
-kept is refused, not ignored. Videos are in service/videos.py.
+Requests, responses and errors follow OpenAI's API reference; `OurFields` are extensions. Unsupported fields are
+rejected instead of ignored. Videos are in service/videos.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Folder = Annotated[Path, Depends(request_folder)]
 
 
 class OurFields(BaseModel):
-    """Fields of requests for speech and videos that OpenAI's have not; those of length are Talker-T2AV's."""
+    """Extension fields of requests for speech and videos. Those of length are for Talker-T2AV."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,9 +41,9 @@ class OurFields(BaseModel):
     max_seconds: float | None = Job.max_seconds
 
     def job(self, service: Service, mode: str, text: str, voice: Path, face: Path | None = None) -> Job:
-        """Return the job of a text, which must not be too long for the service."""
+        """Return the job for a text, which must not exceed the limit of the service."""
         if not text.strip():
-            raise UserError("the text is empty: give words to say")
+            raise UserError("the text is empty")
         if len(text) > service.limits.characters:
             raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
         return Job(
@@ -74,17 +74,17 @@ class SpeechRequest(OurFields):
 
 
 def openai_error(status: int, message: str) -> dict[str, Any]:
-    """Return the body of an error in OpenAI's shape."""
+    """Return the body of an error in OpenAI's format."""
     kind = {429: "rate_limit_error", 404: "not_found_error"}.get(status, "invalid_request_error")
     kind = "server_error" if status >= 500 else kind
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 class SoundStream(StreamingResponse):
-    """Audio that is sent while it is generated."""
+    """Response with audio that is sent while it is generated."""
 
     async def stream_response(self, send: Send) -> None:
-        """Send the chunks; if the worker ends meanwhile, the connection is closed, so that the client notices."""
+        """Send the chunks. If the worker fails, the connection is closed, so that the client notices."""
         try:
             await super().stream_response(send)
         except WorkerEnded as error:
@@ -112,24 +112,24 @@ def openai_routes(service: Service) -> APIRouter:
 
     @router.post("/audio/speech", dependencies=[Depends(service.place)], responses={200: {"content": {"audio/*": {}}}})
     async def speech(body: SpeechRequest, request: Request, folder: Folder) -> Response:
-        """Say a text.
+        """Generate speech for a text.
 
-        The answer is a whole file, or with stream_format=audio the file in chunks as it is generated. The header
-        X-Remarks has one-line remarks about the input. With timestamp_granularities ["word"] the answer is JSON:
-        `audio` (base64) and `words`, each with its start and end in seconds.
+        The response is a complete file, or with stream_format=audio the file in chunks while it is generated. The
+        header X-Remarks has one-line remarks about the input. With timestamp_granularities ["word"], the response is
+        JSON: `audio` (base64) and `words`, each with its start and end in seconds.
         """
         if service.find(body.model) is not service.talker:
-            raise UserError(f"model={body.model} makes no speech from text: give {TALKER}")
+            raise UserError(f"model={body.model} does not support text to speech: use {TALKER}")
         timed = bool(body.timestamp_granularities)
         if timed and body.stream_format is not None:
-            raise UserError("timestamp_granularities needs the whole speech: leave stream_format out")
+            raise UserError("timestamp_granularities requires the complete speech: omit stream_format")
         if timed:
             require("pocketsphinx", "pocketsphinx")
         voice = save_recording(body.reference_audio, folder) or service.voices.find(body.voice_name)
         prepared = await asyncio.to_thread(service.talker.prepare, body.job(service, "tts", body.input, voice))
         remarks = [without_folders(remark) for remark in prepared.remarks]
         if body.reference_audio is None and service.voices.is_alias(body.voice_name):
-            remarks.append(f"voice {body.voice_name} is not here: {service.voices.default} speaks")
+            remarks.append(f"voice {body.voice_name} is not available: using {service.voices.default}")
         header = "; ".join(remarks).encode("latin-1", "replace").decode("latin-1")
         headers = {"X-Remarks": header} if remarks else {}
         media_type = FORMATS[body.response_format][0]

@@ -1,4 +1,4 @@
-"""The server of the web service: at SIGTERM or Ctrl-C it finishes what it has accepted."""
+"""Server of the web service, which finishes accepted requests on SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FLUSH = 5  # seconds in which answers reach their clients
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal. Requests that come after it are answered 503; those before it are finished.
+    """Server with graceful shutdown. Requests after a signal receive status 503; earlier requests are finished.
 
-    What is not finished `limits.grace` seconds later is answered 503, too, and a stream is then cut off. A second
-    Ctrl-C ends the server at once.
+    Requests that are unfinished after `limits.grace` seconds receive 503, and streams are closed. A second Ctrl-C stops
+    the server immediately.
     """
 
     def __init__(self, service: Service, host: str, port: int) -> None:
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end, as uvicorn does at a signal."""
+        """Start the shutdown, as uvicorn does on a signal."""
         if not self.service.closing:
             count = sum(self.service.inside.values())
             print(f"{signal.Signals(sig).name}: finishing {count} requests and streams", flush=True)

@@ -1,4 +1,4 @@
-"""What the routes share: the models with workers and voices, admission, errors as status and sentence."""
+"""Shared state of the routes: models with workers and voices, admission control, and conversion of errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WATCH = 0.2  # seconds between two checks whether the client is still connected
 # names of the models in requests
 TALKER = "talker-t2av"
 HICODIT = "hicodit"
-ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's names of models, which stand for Talker-T2AV
+ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's model names, which are aliases of Talker-T2AV
 BOUNDS = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}  # of numbers, by pydantic's names
 KINDS = {  # of values, by the beginning of pydantic's names of faults
     "bool": "true or false",
@@ -48,13 +48,13 @@ FOLDER = "serve-"  # begin of the names of folders with a request's files
 
 
 class Service:
-    """Both models with their workers; admits requests up to the limits.
+    """Both models with their workers. Admits requests up to the limits.
 
     Args:
-        hicodit: a pipeline, or what chooses one for each clip.
+        hicodit: a pipeline, or a chooser of pipelines for clips.
         demo: offer the bundled voice.
-        voices: folder of further voices, see `Voices`.
-        aliases: let OpenAI's names of models and voices stand for Talker-T2AV and the default voice.
+        voices: folder of additional voices, see `Voices`.
+        aliases: whether OpenAI's model and voice names are aliases of Talker-T2AV and the default voice.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Service:
         return WordTimes()
 
     def find(self, name: str) -> Any:
-        """Return the pipeline of a model, or HiCoDiT's chooser; answer 404 if it is not served."""
+        """Return the pipeline of a model, or HiCoDiT's chooser. Respond with 404 if it is not served."""
         if self.aliases and name in ALIASES:
             name = TALKER
         if name not in self.served:
@@ -101,7 +101,7 @@ class Service:
 
     @contextlib.contextmanager
     def admitted(self, kind: str = "requests") -> Iterator[None]:
-        """Hold one of the limited places of requests or streams; answer 503 or 429 if there is none."""
+        """Reserve one of the limited slots of requests or streams. Respond with 503 or 429 if there is none."""
         if self.closing:
             raise HTTPException(503, "the server is shutting down")
         if self.inside[kind] >= getattr(self.limits, kind):
@@ -113,7 +113,7 @@ class Service:
             self.inside[kind] -= 1
 
     def close(self) -> None:
-        """Admit no more requests; after `limits.grace` seconds, those that are not finished are answered 503."""
+        """Stop admitting requests. After `limits.grace` seconds, unfinished requests receive 503."""
         if self.closing:
             return
         self.closing = True
@@ -122,35 +122,35 @@ class Service:
         stopping.start()
 
     def stop(self) -> None:
-        """End the workers; requests that wait for them fail with `WorkerEnded`."""
+        """Stop the workers. Waiting requests fail with `WorkerEnded`."""
         self.closing = True
         for worker in self.workers.values():
             worker.stop()
 
     async def place(self) -> AsyncIterator[None]:
-        """Hold the place of a request until its answer is sent: a dependency of routes."""
+        """Reserve a slot until the response is sent (a dependency of routes)."""
         with self.admitted():
             yield
 
     async def generate(self, model: str, ticket: Ticket) -> Any:
-        """Submit a ticket and return its result; it is cancelled together with the caller."""
+        """Submit a ticket and return its result. It is cancelled with its caller."""
         self.workers[model].submit(ticket)
         return await asyncio.wrap_future(ticket)
 
 
 async def request_folder() -> AsyncIterator[Path]:
-    """Create a folder for the files of a request, which is deleted when the answer is sent: a dependency of routes."""
+    """Create a folder for the files of a request, which is deleted after the response (a dependency of routes)."""
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         yield Path(folder)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return the result of `work`; cancel it when the client has disconnected."""
+    """Return the result of `work`, which is cancelled when the client disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait([task], timeout=WATCH))[0]:
             if await request.is_disconnected():
-                raise HTTPException(499, "the client went away")
+                raise HTTPException(499, "the client disconnected")
         return task.result()
     finally:
         task.cancel()
@@ -163,7 +163,7 @@ def without_folders(message: str) -> str:
 
 
 def invalid_field(error: dict[str, Any]) -> str:
-    """Return one sentence about the first fault that pydantic found in a request.
+    """Return one sentence about the first validation error of pydantic.
 
     Args:
         error: with the keys type, loc (body or query, field, ...), msg, input and ctx.
@@ -188,7 +188,7 @@ def invalid_field(error: dict[str, Any]) -> str:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Return the status and the sentence of an error, without the paths of request folders."""
+    """Return status code and message of an error, without the paths of request folders."""
     cause = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in NO_SPACE:

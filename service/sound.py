@@ -41,7 +41,7 @@ def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
 async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncIterator[torch.Tensor]:
     """Yield the audio (1, 1, N) of a tts job, with pauses between the parts of a long text.
 
-    stream: as it is generated; else each part when it is done, which takes less work.
+    stream: whether to yield audio while it is generated, instead of whole parts, which is more efficient.
     """
     loop = asyncio.get_running_loop()
     for number, part in enumerate(parts_of(prepared)):
@@ -77,7 +77,7 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
 
     Args:
         kind: one of `FORMATS`; the header of a WAV stream cannot state its length.
-        speed: that of the audio is multiplied by this, and the pitch is kept.
+        speed: factor of the speaking rate; the pitch is preserved.
     """
     if kind == "pcm" and speed == 1:
         async for wave in waves:

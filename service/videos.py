@@ -1,4 +1,6 @@
-"""/v1/videos: talking faces from texts and speech for silent clips, as jobs that are begun, asked for, and fetched."""
+"""The API /v1/videos: talking faces from texts and speech for silent clips, as jobs that are created, polled and
+fetched.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class VideoRequest(OurFields):
 
 
 class Video(BaseModel):
-    """A video that is being made, or is kept for its client.
+    """A video that is being generated, or is stored for its client.
 
     remarks: one-line notes about the input and the result.
     faces: number of videos of a completed job, one a face; the folder has them as video1.mp4, ...
@@ -71,7 +73,7 @@ class Video(BaseModel):
         return Path(self._folder.name, name)
 
     async def save(self, name: str, upload: UploadFile) -> Path:
-        """Write an uploaded file into the folder and return its path; the suffix stays."""
+        """Write an uploaded file to the folder and return its path, with the original suffix."""
         return await save_upload(upload, self.path(f"{name}{Path(upload.filename or '').suffix.lower()[:8]}"))
 
 
@@ -81,7 +83,7 @@ def video_routes(service: Service) -> APIRouter:
     videos: dict[str, Video] = {}  # by id, in the order in which they came
 
     def forget() -> None:
-        """Delete videos that are too old, or too many."""
+        """Delete videos that are too old or exceed the maximum number."""
         finished = [video for video in videos.values() if video.completed_at]
         surplus = len(finished) - service.limits.videos
         for number, video in enumerate(finished):
@@ -101,7 +103,7 @@ def video_routes(service: Service) -> APIRouter:
 
     @router.post("")
     async def make_video(body: Annotated[VideoRequest, Form(media_type="multipart/form-data")]) -> Video:
-        """Begin to make a talking face from a text (talker-t2av), or a clip with speech from a silent one (hicodit)."""
+        """Start generating a talking face from a text (talker-t2av), or speech for a silent clip (hicodit)."""
         service.find(body.model)
         forget()
         with contextlib.ExitStack() as place:  # is held until the video is made
@@ -132,12 +134,12 @@ def video_routes(service: Service) -> APIRouter:
 
     @router.get("/{name}")
     async def get_video(name: str) -> Video:
-        """Say how far a video is."""
+        """Return the status of a video."""
         return find(name)
 
     @router.delete("/{name}")
     async def delete_video(name: str) -> dict[str, Any]:
-        """Delete a video, or give it up."""
+        """Delete a video, or cancel its generation."""
         delete(find(name))
         return {"id": name, "object": "video.deleted", "deleted": True}
 
@@ -145,7 +147,7 @@ def video_routes(service: Service) -> APIRouter:
     async def video_content(
         name: str, variant: Literal["video"] = "video", face: Annotated[int, Query(description="of face=all")] = 1
     ) -> FileResponse:
-        """Fetch a completed video as MP4."""
+        """Return a completed video as MP4."""
         video = find(name)
         if video.status != "completed":
             raise HTTPException(409, f"{name} is {video.status}: {video.error['message'] if video.error else 'wait'}")
@@ -157,7 +159,7 @@ def video_routes(service: Service) -> APIRouter:
 
 
 async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) -> None:
-    """Create a video; what goes wrong becomes its error."""
+    """Generate a video. Exceptions are stored as its error."""
     with place:
         try:
             video.status = "in_progress"
@@ -172,7 +174,7 @@ async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) ->
 
 
 async def _talk(service: Service, video: Video, job: Job) -> None:
-    """Create a talking face."""
+    """Generate a talking face."""
     talker = service.talker
     prepared = await asyncio.to_thread(talker.prepare, job)
     most = sum(request.max_patches for request in prepared.requests)
@@ -191,7 +193,7 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
 
 
 async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed: int) -> None:
-    """Make speech for a clip, or for each of its faces."""
+    """Generate speech for a clip, or for each of its faces."""
     pipeline = await asyncio.to_thread(service.hicodit.for_clip, clip)
     crops = await asyncio.to_thread(lambda: list(pipeline.all_crops(clip, face)))
     tickets = [Ticket(part, seed, pipeline=pipeline) for part in crops]

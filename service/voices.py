@@ -16,15 +16,15 @@ ALIASES = (  # OpenAI's names of voices
 
 
 class Voices:
-    """Voices by name, each a file of `talker_t2av.speaker.voice`. They are read once, when the service starts.
+    """Voices by name, each a file of `talker_t2av.speaker.voice`, which are read once at start-up.
 
     Args:
         folder: each recording (NAME.wav, ...) or saved voice (NAME.safetensors) in it is the voice NAME.
-        default: recording of the voice `default`; None: there is none.
-        aliases: let OpenAI's names of voices stand for `default`, or the first voice, where no file has the name.
+        default: recording of the voice `default`. None: no such voice.
+        aliases: whether OpenAI's voice names are aliases of `default`, or of the first voice, if no file has that name.
 
     Raises:
-        UserError: a file in the folder is not a recording.
+        UserError: If a file in the folder is not a recording.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Voices:
 
     @property
     def default(self) -> str:
-        """Name of the voice that OpenAI's names stand for."""
+        """Name of the voice for which OpenAI's names are aliases."""
         return DEFAULT if DEFAULT in self.files else min(self.files, default=DEFAULT)
 
     def is_alias(self, name: str) -> bool:
-        """Return whether a name is one of OpenAI's that no voice here has, and may stand for the default voice."""
+        """Return whether a name is an OpenAI voice name that is an alias of the default voice."""
         return self.aliases and name in ALIASES and name not in self.files
 
     def find(self, name: str) -> Path:

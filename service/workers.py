@@ -1,4 +1,4 @@
-"""Threads that run the models. Requests of several clients share a batch."""
+"""Worker threads of the models. Requests of several clients share batches."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ GATHER = 0.02  # seconds that the first request of a batch waits for others
 
 
 class WorkerEnded(UserError):
-    """The worker has ended: the server is shutting down, or the worker's thread died."""
+    """The worker has stopped: the server is shutting down, or the thread died."""
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
 
 
 class Ticket(Future):
-    """A request and its future result; `cancel` gives it up at the next patch.
+    """A request and its future result. `cancel` cancels it at the next patch.
 
     Attributes:
-        job: `Crops` of HiCoDiT, `PreparedJob` of Talker-T2AV.
-        seed, pipeline: of HiCoDiT.
+        job: `Crops` for HiCoDiT, `PreparedJob` for Talker-T2AV.
+        seed, pipeline: arguments of HiCoDiT.
         on_patch: called in the worker's thread with each new patch of speech (1, P, Ds).
     """
 
@@ -53,13 +53,13 @@ class Ticket(Future):
         self.pipeline = pipeline
 
     def end(self, result: Any) -> None:
-        """Set the result, or the exception, unless the ticket is cancelled."""
+        """Set the result or exception, unless the ticket is cancelled."""
         with suppress(InvalidStateError):
             self.set_exception(result) if isinstance(result, Exception) else self.set_result(result)
 
 
 class Worker(threading.Thread):
-    """A model's thread, the tickets that wait for it, and those that it works on (`running`)."""
+    """Thread of a model, with a queue of tickets and the tickets in progress (`running`)."""
 
     running: Sequence[Ticket]
 
@@ -79,7 +79,7 @@ class Worker(threading.Thread):
             self.changed.notify()
 
     def run(self) -> None:
-        """Work until `stop`; whatever ends the thread, none of its tickets waits for ever."""
+        """Process tickets until `stop`. If the thread fails, all of its tickets fail."""
         try:
             self.warm_up()
             self.ready.set()
@@ -92,7 +92,7 @@ class Worker(threading.Thread):
                 ticket.end(WorkerEnded())
 
     def warm_up(self) -> None:
-        """Capture the model's CUDA graphs, so that no request waits for a capture; nothing to do without a GPU."""
+        """Capture the model's CUDA graphs, so that no request waits for a capture. Without a GPU this does nothing."""
         raise NotImplementedError
 
     def work(self) -> None:
@@ -120,7 +120,7 @@ class Worker(threading.Thread):
 class HiCoDiTWorker(Worker):
     """Runs all waiting requests of a pipeline as one batch.
 
-    If it fails, each request runs alone, to find the one at fault.
+    If the batch fails, requests run separately, to find the failing one.
     """
 
     def __init__(self, pipelines: PipelineChooser, batch_size: int) -> None:
@@ -157,7 +157,7 @@ class HiCoDiTWorker(Worker):
 
 
 class TalkerWorker(Worker):
-    """Rows join a running batch of their mode, and leave it when they end or are cancelled."""
+    """Rows join a running batch of their mode, and leave it when they finish or are cancelled."""
 
     def __init__(self, pipeline: TalkerPipeline, batch_size: int) -> None:
         super().__init__("talker", batch_size)
@@ -174,7 +174,7 @@ class TalkerWorker(Worker):
             self.batch(MODES[name]).warm_up(self.pipeline.longest_part)
 
     def batch(self, mode: Mode) -> BatchedDecoder:
-        """Return the batch of a mode, which is created when it is first needed."""
+        """Return the batch of a mode, created on first use."""
         if mode not in self.batches:
             pipeline = self.pipeline
             self.batches[mode] = BatchedDecoder(

@@ -243,9 +243,7 @@ class WhisperXVAE(Codec):
             UserError: If the latents have another shape or no frames.
         """
         if latents.ndim != 3 or latents.shape[2] != self.channels or not latents.shape[1]:
-            raise UserError(
-                f"latents of shape {tuple(latents.shape)}: expected (batch, frames >= 1, {self.channels})"
-            )
+            raise UserError(f"latents of shape {tuple(latents.shape)}: expected (batch, frames >= 1, {self.channels})")
         return self.decoder(self.out_proj(latents.transpose(1, 2)))
 
     def digest(self) -> str:

@@ -1,1 +1,1 @@
-"""From raw recordings to shards: sources, stages, and the job that runs them over many processes."""
+"""Preparation of recordings as shards: sources, stages, and the distributed job."""

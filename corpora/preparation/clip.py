@@ -1,4 +1,4 @@
-"""One clip on its way through the steps.
+"""A clip during preparation.
 
 Axes: T video frames (25 per second), H height, W width, N samples at 24 kHz, N16 at 16 kHz, Dm motion
 channels.
@@ -33,25 +33,25 @@ LONGEST_KEY = 80
 
 
 class MachineFault(UserError):
-    """A clip failed for a reason that may lie in the machine; when many do so in a row, the job stops."""
+    """A clip failed for a reason that may lie in the machine. If this happens repeatedly, the job stops."""
 
 
 @dataclass(frozen=True)
 class SourceClip:
-    """The description of a clip by its source, before its files are opened. Paths are relative to the source's root.
+    """Description of a clip by its source, before its files are opened. Paths are relative to the source's root.
 
     Attributes:
-        key: of the sample: letters, digits, _ and -; unique in the split.
-        video: its pictures, None if there are none. audio: its audio, None if the video carries it.
-        text: the spoken words, None if unknown. text_file: a file that holds them: a JSON with the key `text`, lines of
-            which one begins with `Text:`, or plain text.
-        expression: one of the whole clip, or one of each half second.
+        key: unique key of the sample in the split: letters, digits, _ and -.
+        video: video file, None if there is none. audio: audio file, None if the video contains it.
+        text: transcript, None if unknown. text_file: file with the transcript: JSON with the key `text`, lines of which
+            one begins with `Text:`, or plain text.
+        expression: expression of the whole clip, or a list with one per half second.
         phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
-        span: seconds from and to which the files are the clip; None: whole.
-        face: (x, y, height), the place in the picture where the clip's face is: pixels of a picture of that height,
-            or for height 0 fractions of width and height. None: the step `face` chooses.
-        packed: (tar file, offset, size) of those of its paths that lie in tar files.
+        span: start and end of the clip within the files in seconds. None: the whole files.
+        face: (x, y, height), position of the face in pixels of a frame with this height, or for height 0 as fractions
+            of width and height. None: selected by the step `face`.
+        packed: (tar file, offset, size) of paths that are within tar files.
     """
 
     key: str
@@ -76,12 +76,12 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a clip.
+    """Outcome of a clip.
 
     Attributes:
-        stage, reason: the step that rejected it, and why; "" if its sample was written.
-        machine_fault: the reason may lie in the machine rather than in the clip.
-        seconds: by step, wall-clock and processor time. frames: of the clip, at 25 per second.
+        stage, reason: step that rejected the clip, and the reason; "" if its sample was written.
+        machine_fault: whether the reason may lie in the machine instead of the clip.
+        seconds: wall-clock and CPU time by step. frames: number of frames of the clip at 25 per second.
     """
 
     stage: str = ""
@@ -93,18 +93,18 @@ class Outcome:
 
 @dataclass
 class WorkItem:
-    """A clip on its way through the steps, with what they have made so far.
+    """State of a clip during preparation.
 
     Attributes:
-        info: of the source. root: folder of its paths. work: work folder of its shard.
-        shard, places: an earlier shard that holds its sample: offset and size of KEY.json, and of KEY.safetensors.
-        unchanged: steps whose results are copied from there.
+        info: description by the source. root: folder of its paths. work: work folder of its shard.
+        shard, places: an earlier shard with its sample; offset and size of KEY.json and KEY.safetensors.
+        unchanged: steps whose results are copied from that shard.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         all_frames: (T', H, W, 3) with those after the end of the audio. scaled_down: they are smaller than the video.
         track: of the face in `frames`.
-        face_frames, face_track: the frames that mouth and face are cut from, and the track in their pixels: those that
-            inference uses, so that the crops are the same.
-        transcripts: by recogniser.
+        face_frames, face_track: frames from which mouth and face are cropped, and the track in their pixels, as in
+            inference.
+        transcripts: transcripts by recogniser.
         facts: for KEY.json; earlier_facts: those copied. tensors: for KEY.safetensors. length: T.
         seconds: as in `Outcome`.
     """
@@ -132,7 +132,7 @@ class WorkItem:
     unpacked: tempfile.TemporaryDirectory | None = None
 
     def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
-        """Cut mouth crops (T, S, S) uint8 grey, as `encoders` needs them."""
+        """Crop the mouth (T, S, S) uint8 grey as required by `encoders`."""
         pictures = []
         start = 0
         for block in self._face_blocks():
@@ -141,7 +141,7 @@ class WorkItem:
         return torch.from_numpy(np.concatenate(pictures))
 
     def cut_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
-        """Cut face crops (F, S', S', 3) uint8 RGB of the frames `at`, which are in ascending order."""
+        """Crop the face (F, S', S', 3) uint8 RGB of the frames `at`, in ascending order."""
         pictures = []
         start = 0
         at = np.asarray(at)
@@ -163,7 +163,7 @@ class WorkItem:
                 return
 
     def path(self, name: str) -> Path:
-        """Return where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
+        """Return the path of a file of the source. Members of tar files are extracted until `close`."""
         if name not in self.info.packed:
             return self.root / name
         if self.unpacked is None:
@@ -184,12 +184,12 @@ class WorkItem:
 
 
 class Step:
-    """One step of the preparation: changes the clip, or raises a UserError that says why the clip is rejected.
+    """A preparation step, which modifies the clip, or raises a UserError with the reason for rejecting it.
 
     Attributes:
-        needs: "frames" for a step that skips clips without pictures, else "".
-        reusable: false for a step that always runs, as one that changes the pictures or the audio for later steps.
-        tensors, facts: names of the tensors and of the JSON's values that the step adds to a sample.
+        needs: "frames" for a step that skips clips without video, else "".
+        reusable: False for a step that always runs because it modifies frames or audio for later steps.
+        tensors, facts: names of the tensors and JSON values that the step adds to a sample.
     """
 
     needs: ClassVar[str] = ""
@@ -198,7 +198,7 @@ class Step:
     facts: ClassVar[tuple[str, ...]] = ()
 
     def digests(self) -> dict[str, str]:
-        """Return by feature the digest of the weights that make it."""
+        """Return the digest of the weights that compute each feature."""
         return {}
 
     def __call__(self, clip: WorkItem) -> None:
@@ -206,10 +206,10 @@ class Step:
 
 
 class Encoder(Step):
-    """A step whose network computes features.
+    """A step that computes features with a network.
 
     Attributes:
-        network: its weights are part of the digests.
+        network: the network, whose weights are part of the digests.
     """
 
     network: torch.nn.Module
@@ -222,7 +222,9 @@ class Encoder(Step):
 
 
 def make_key(path: str) -> str:
-    """Return a key from a relative path: folders and odd characters become -, a long one is cut and gets a digest."""
+    """Derive a key from a relative path: separators and special characters become -, and long keys are truncated with a
+    digest.
+    """
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", path).strip("-") or "clip"
     return key if len(key) <= LONGEST_KEY else with_digest(key, path)
 

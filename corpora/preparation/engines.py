@@ -1,10 +1,11 @@
-"""Networks of others that steps use, each a small class around a library, called with audio (N,) float32.
+"""Wrappers of third-party networks that steps use, called with audio (N,) float32.
 
-Recognisers of words and languages return a `Transcript`, and one of emotions a name for each of several sounds; both
-have a `name`. Speaker counters return the seconds that each speaker talks, the longest first. Enhancers return clean
-audio (N,) at their own `rate`.
+Speech and language recognisers return a `Transcript`, and emotion recognisers a label for each input; both have a
+`name`. Speaker counters return the speaking time of each speaker in seconds, longest first. Enhancers return enhanced
+audio (N,) at their `rate`.
 
-Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
+Weights are loaded from the Hugging Face hub or a folder. Only the weights of `VoiceWindows` are included in its
+package.
 
 Axes: N samples at 16 kHz, W windows of a clip.
 """
@@ -38,7 +39,7 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 class Transcript(NamedTuple):
-    """What a recogniser understands in a clip: the words, the language ("en") and its probability (0 to 1)."""
+    """Result of a recogniser: text, language ("en") and its probability (0 to 1)."""
 
     text: str
     language: str
@@ -48,7 +49,7 @@ class Transcript(NamedTuple):
 class Whisper:
     """OpenAI's Whisper (Radford et al. 2022, arXiv:2212.04356) through transformers: words and language.
 
-    Weights: openai/whisper-large-v3 and its smaller sisters (Apache-2.0).
+    Weights: openai/whisper-large-v3 and smaller models (Apache-2.0).
 
     Args:
         name: on the hub, or a folder.
@@ -67,15 +68,15 @@ class Whisper:
 
 @cache
 def whisper(name: str = "openai/whisper-large-v3", device: str = "auto") -> Whisper:
-    """Return one `Whisper` for all stages of a process that ask for the same."""
+    """Return a `Whisper` that all stages of a process share."""
     return Whisper(name, device)
 
 
 class Wav2Vec2:
     """English letters by wav2vec 2.0 with CTC (Baevski et al. 2020, arXiv:2006.11477) through transformers.
 
-    It has no language model, so it does not invent words as Whisper does: a second opinion where no text is given.
-    Weights: facebook/wav2vec2-large-960h-lv60-self (Apache-2.0).
+    It has no language model and therefore does not hallucinate words like Whisper, which makes it a suitable second
+    recogniser. Weights: facebook/wav2vec2-large-960h-lv60-self (Apache-2.0).
     """
 
     def __init__(self, name: str = "facebook/wav2vec2-large-960h-lv60-self", device: str = "auto") -> None:
@@ -133,12 +134,13 @@ class VoxLingua107:
 
 
 class VoiceWindows:
-    """A rough count with no download: GE2E embeddings of windows of 1.6 s that are unlike the clip's most typical one.
+    """Approximate speaker counter without downloads: GE2E embeddings of 1.6-s windows that differ from the most typical
+    one.
 
-    It sees a change of speakers, not speakers at the same time, and no turn under about a second.
+    It detects changes of speakers, but not simultaneous speakers or turns shorter than about a second.
 
     Args:
-        least: cosine from which on a window is of the same voice.
+        least: minimum cosine of windows with the same voice.
     """
 
     def __init__(self, least: float = 0.65, device: str = "auto") -> None:
@@ -149,10 +151,10 @@ class VoiceWindows:
         seconds = len(wave) / RATE16
         speech = self.encoder.audio.preprocess_wav(np.asarray(wave, np.float32))
         if len(speech) == 0:
-            raise UserError("no speech was found in its audio")
+            raise UserError("no speech was found in the audio")
         windows = self.encoder.network.embed_utterance(speech, return_partials=True, rate=4)[1]  # (W, 256)
         likeness = windows @ windows.T / np.outer(*2 * [np.linalg.norm(windows, axis=1)])
-        fraction = (likeness[likeness.mean(0).argmax()] >= self.least).mean()  # of windows with the main voice
+        fraction = (likeness[likeness.mean(0).argmax()] >= self.least).mean()  # windows with the main voice
         return [float(fraction * seconds), float((1 - fraction) * seconds)]
 
 
@@ -180,7 +182,8 @@ class Pyannote:
 class SpeechBrain:
     """Speech enhancement by SpeechBrain (Apache-2.0): MetricGAN+ (Fu et al. 2021, arXiv:2104.03538).
 
-    Weights: speechbrain/metricgan-plus-voicebank (Apache-2.0). It works at 16 kHz: nothing above 8 kHz is left.
+    Weights: speechbrain/metricgan-plus-voicebank (Apache-2.0). It operates at 16 kHz, so that the output contains
+    nothing above 8 kHz.
     """
 
     rate = RATE16
@@ -195,19 +198,19 @@ class SpeechBrain:
 
 
 class ClearVoice:
-    """ClearerVoice-Studio (Apache-2.0; Zhao et al. 2025, arXiv:2506.19398), which the paper cleans its speech with.
+    """ClearerVoice-Studio (Apache-2.0; Zhao et al. 2025, arXiv:2506.19398), which the paper uses to enhance speech.
 
     Args:
         name: MossFormer2_SE_48K keeps what is above 8 kHz; MossFormerGAN_SE_16K and FRCRN_SE_16K are smaller;
             MossFormer2_SS_16K separates speakers, of whom the loudest is kept.
-        device: the package chooses its own.
+        device: ignored, as the package selects its device.
     """
 
     def __init__(self, name: str = "MossFormer2_SE_48K", device: str = "auto") -> None:
         package = require("clearvoice", "clearvoice", "prepare")
         task = {"SE": "speech_enhancement", "SS": "speech_separation"}.get(name.split("_")[-2] if "_" in name else "")
         if task is None or not name.endswith(("_16K", "_48K")):
-            raise UserError(f"ClearerVoice has no model {name}: give MossFormer2_SE_48K, or another one of its list")
+            raise UserError(f"ClearerVoice has no model {name}: use MossFormer2_SE_48K, or another model of its list")
         self.rate = 1000 * int(name[-3:-1])
         with loading("ClearerVoice", name):
             self.model = package.ClearVoice(task=task, model_names=[name])

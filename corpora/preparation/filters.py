@@ -1,6 +1,7 @@
-"""Stages that reject clips by language, number of speakers or words that do not fit the audio; and enhancement.
+"""Stages that reject clips by language, number of speakers or mismatching transcripts, and speech enhancement.
 
-The paper filters VoxCeleb2 in this way. Networks are those of `corpora.preparation.engines`, or others called alike.
+The paper filters VoxCeleb2 in this way. Networks are those of `corpora.preparation.engines`, or others with the same
+interface.
 
 Axes: N samples.
 """
@@ -21,24 +22,24 @@ from engine.media.audio import resample_wave
 
 
 def transcribe(clip: WorkItem, recogniser: Any) -> Transcript:
-    """Return the transcript of a clip; a recogniser runs once, for all steps."""
+    """Return the transcript of a clip. Each recogniser runs once for all steps."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
     return clip.transcripts[recogniser.name]
 
 
 def normalise_text(text: str) -> str:
-    """Return a text in lower case without punctuation: recognisers differ in both."""
+    """Convert text to lower case without punctuation, as recognisers differ in both."""
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 
 class Language(Step):
-    """Keeps clips in some languages.
+    """Keeps clips in given languages.
 
     Args:
         recogniser: detects the language.
-        languages: that are kept.
-        least: the probability that the language must have.
+        languages: languages to keep.
+        least: minimum probability of the language.
     """
 
     facts = ("language",)
@@ -51,7 +52,7 @@ class Language(Step):
     def __call__(self, clip: WorkItem) -> None:
         transcript = transcribe(clip, self.recogniser)
         if transcript.language not in self.languages:
-            raise UserError(f"language {transcript.language}, wanted are {', '.join(self.languages)}")
+            raise UserError(f"language {transcript.language}, expected {', '.join(self.languages)}")
         if transcript.probability < self.least:
             raise UserError(
                 f"language {transcript.language} with probability {transcript.probability:.2f}, under {self.least}"
@@ -60,11 +61,11 @@ class Language(Step):
 
 
 class SingleSpeaker(Step):
-    """Keeps clips in which one person speaks.
+    """Keeps clips with a single speaker.
 
     Args:
-        counter: measures how long each speaker talks.
-        others: seconds that all except the first speaker may talk, together.
+        counter: measures the speaking time of each speaker.
+        others: maximum total speaking time of other speakers in seconds.
     """
 
     def __init__(self, counter: Callable[[np.ndarray], list[float]], others: float = 0.5) -> None:
@@ -80,10 +81,10 @@ class SingleSpeaker(Step):
 
 
 class Enhance(Step):
-    """Removes noise from the audio.
+    """Removes background noise from the audio.
 
     Args:
-        enhancer: works at its own rate.
+        enhancer: enhancer with its own sampling rate.
     """
 
     reusable = False
@@ -105,12 +106,12 @@ class Enhance(Step):
 
 
 class Transcription(Step):
-    """Keeps clips whose text fits the audio; without a text, clips on whose words two recognisers agree.
+    """Keeps clips whose text matches the audio. Without a text, two recognisers must agree.
 
     Args:
         recogniser: transcribes every clip.
-        second: transcribes clips without a text; their text becomes that of `recogniser`.
-        most: word error rate (a fraction of the words) up to which a clip is kept.
+        second: second recogniser for clips without a text, whose text becomes that of `recogniser`.
+        most: maximum WER (as a fraction) of clips to keep.
     """
 
     facts = ("text",)
@@ -124,9 +125,7 @@ class Transcription(Step):
         found = transcribe(clip, self.recogniser).text
         text = clip.facts.get("text")
         if text is None and self.second is None:
-            raise MachineFault(
-                "it has no text to compare with: set stages.transcription.second, or leave the stage out"
-            )
+            raise MachineFault("it has no text to compare with: set stages.transcription.second, or disable the stage")
         expected, other = (text, found) if text is not None else (found, transcribe(clip, self.second).text)
         expected = normalise_text(expected)
         other = normalise_text(other)

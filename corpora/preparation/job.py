@@ -1,4 +1,4 @@
-"""The whole job: the shards of every split, with clips distributed over the workers of an executor."""
+"""The preparation job: shards of every split, with clips distributed over workers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def prepare(config: DictConfig) -> None:
         del stage["_target_"]
     output = Path(config.output)
     reuse = Path(config.reuse) if config.reuse else None
-    clips = Counter[tuple[Path, bool]]()  # by folder of the split, and whether they were rejected
+    clips = Counter[tuple[Path, bool]]()  # number of clips by split folder and rejection
     frames = 0
-    steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # clips, seconds on the clock and of the processor
+    steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # number of clips, wall-clock seconds, CPU seconds
     with writable(output), _executor(config, partial(Steps, stages, config.device, source.symbols)) as executor:
         digests, fingerprints = executor.details
         features = {"digests": digests, "symbols": source.symbols}
@@ -87,14 +87,14 @@ def prepare(config: DictConfig) -> None:
     for name, writer in writers.items():
         index = writer.finish({"split": name, **features})
         print(
-            f"{writer.folder}: {clips[writer.folder, False]} clips made now, {clips[writer.folder, True]} rejected; "
+            f"{writer.folder}: {clips[writer.folder, False]} new clips, {clips[writer.folder, True]} rejected; "
             f"complete: {index['clips']} clips, {index['seconds']:.1f} s, {len(index['shards'])} shards, "
             f"rejected: {index['rejected'] or 'none'}"
         )
 
 
 def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seconds: float, workers: int) -> None:
-    """Print the time of each step: its clips, and the seconds of the workers on the clock and of the processor."""
+    """Print the number of clips, and the wall-clock and CPU time of the workers, for each step."""
     total = max(sum(wall for _, wall, _ in steps.values()), 1e-9)
     print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
     for name, (clips, wall, processor) in steps.items():
@@ -104,26 +104,26 @@ def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seco
 
 
 def _check(config: DictConfig) -> None:
-    """Check the numbers, and that this is the only process of the job."""
+    """Validate the settings, and check that this is the only process of the job."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("preparation is one process: start it without torchrun, and set workers=N or executor=ray")
+        raise UserError("preparation is a single process: start it without torchrun, and set workers=N or executor=ray")
     require_choice("executor", config.executor, EXECUTORS)
     check_place(config.executor)
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
         least = 0 if name == "workers" and config.executor == "processes" else 1
         if config[name] is not None and config[name] < least:
-            raise UserError(f"{name}={config[name]}: give {least} or more")
+            raise UserError(f"{name}={config[name]}: must be at least {least}")
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
-    """Return the settings by stage of those that are used and for which the source has what they need."""
+    """Return the settings of enabled stages that the source supports."""
     stages = plain(config)["stages"]
     if not stages["decode"]["use"]:
-        raise UserError("stages.decode.use=false: without it there is nothing to prepare")
+        raise UserError("stages.decode.use=false: this stage is required")
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
     if not source.frames:
         blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
-        print(f"skipped, as the source has no pictures: {', '.join(blind)}")
+        print(f"skipped, as the source has no video: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
     for name in ("crops", "lip", "face_identity", "expression", "motion", "portraits") if "face" not in used else ():
         if name in used and used[name].get("crop") != "centre":
@@ -135,14 +135,14 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
 
 
 def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
-    """Create what runs the steps: processes of this machine, or a Ray cluster."""
+    """Create the executor of the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
         return Processes(config.workers, start, config.clip_timeout)
     return Cluster(ClusterConfig(**config.ray), start, config.clip_timeout)
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:
-    """Yield clips with their outcomes; faults that may be the machine's wait until a clip without one ends the row."""
+    """Yield clips with their outcomes. Suspected machine faults are held back until a clip without one follows."""
     row = []
     for item, outcome in results:
         if isinstance(outcome, Lost):
@@ -154,7 +154,7 @@ def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) 
         elif len(row) >= patience:
             raise UserError(
                 f"{patience} clips in a row failed, the last one ({item.info.source}) in stage {outcome.stage}: "
-                f"{outcome.reason}; the clips are probably not the cause and will be tried again; raise patience to "
+                f"{outcome.reason}; the clips are probably not the cause and will be retried; raise patience to "
                 "allow more failures"
             )
     yield from row

@@ -1,4 +1,4 @@
-"""Stages that decode clips, reject them by length, track the face, and store the audio itself.
+"""Stages that decode clips, reject them by length, track the face, and store the audio.
 
 Axes: T video frames (25 per second), N samples at 24 kHz, N16 at 16 kHz, Dm motion channels.
 """
@@ -26,12 +26,13 @@ from hicodit.data import FACE
 
 
 class Decode(Step):
-    """Reads a clip: pictures at 25 per second, audio at 24 and 16 kHz, both cut to the shorter; its words.
+    """Decodes a clip: frames at 25 per second, audio at 24 and 16 kHz, both trimmed to the shorter; and its text.
 
     Args:
-        min_seconds, max_seconds: shorter and longer clips are rejected.
-        max_side: pictures are scaled down to this longer side, as all of a clip are kept in memory.
-        max_mismatch: seconds by which audio and picture may differ in length.
+        min_seconds, max_seconds: allowed length of clips in seconds.
+        max_side: maximum longer side of frames in pixels; larger ones are scaled down, as all frames are kept in
+            memory.
+        max_mismatch: maximum difference in length between audio and video in seconds.
     """
 
     reusable = False
@@ -71,9 +72,9 @@ class Decode(Step):
         clip.length = length = min(lengths.values())
         lengths_text = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
         if max(lengths.values()) - length > self.max_mismatch * FPS:
-            raise UserError(f"{lengths_text}: they must be of one length")
+            raise UserError(f"{lengths_text}: the lengths must agree")
         if not self.min_seconds <= length / FPS <= self.max_seconds:
-            raise UserError(f"{lengths_text}: wanted are {self.min_seconds:g} to {self.max_seconds:g} s")
+            raise UserError(f"{lengths_text}: must be {self.min_seconds:g} to {self.max_seconds:g} s")
         wave16 = read_audio(sound, RATE16, info.span)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
@@ -87,12 +88,12 @@ class Decode(Step):
             clip.facts["phonemes"] = info.phonemes
 
     def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
-        """Read all frames; reading stops, and memory with it, where a clip gets too long."""
+        """Read all frames. Reading stops when the clip becomes too long, to bound memory."""
         frames = None
         count = 0
         most = int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
-            if frames is None:  # takes memory as it is filled
+            if frames is None:  # memory is used as it is filled
                 frames = np.empty((most, *block.shape[1:]), np.uint8)
             if count + len(block) > most:
                 raise UserError(f"longer than {self.max_seconds:g} s")
@@ -102,13 +103,13 @@ class Decode(Step):
 
 
 class Face(Step):
-    """Tracks a face through the frames; a clip that does not show one for long enough is rejected.
+    """Tracks a face. Clips in which it is not visible for long enough are rejected.
 
     Args:
         detector: see `FaceSource.from_settings`.
-        face: of several faces: speaking, the one whose mouth goes with the audio, largest, central, left, right, or a
-            number by size from 1 on; where the source says where the clip's face is, the one nearest to that place.
-        face_landmarks: see there; a folder of landmark files is laid out as the source's clips.
+        face: selection among several faces: speaking (whose mouth correlates with the audio), largest, central, left,
+            right, or a number by size from 1. If the source states a position, the face nearest to it is used.
+        face_landmarks: see `FaceSource.from_settings`. A folder of landmark files has the layout of the source.
     """
 
     needs = "frames"
@@ -120,7 +121,7 @@ class Face(Step):
         self.source = FaceSource.from_settings(detector, face_landmarks)
         self.face = read_face(face)
         if face == "all":
-            raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
+            raise UserError("stages.face.face=all: a sample has a single face; use speaking, or another value")
 
     def digests(self) -> dict[str, str]:
         return {FACE: self.source.name}
@@ -130,7 +131,7 @@ class Face(Step):
         landmarks = self.source.landmarks
         if isinstance(landmarks, Path):
             if clip.info.span is not None:
-                raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
+                raise UserError("landmarks of whole videos cannot be used for parts of them: omit face_landmarks")
             track = place_landmarks(frames, *read_landmarks(landmarks, clip.info.video), FPS)
         else:
             track = find_faces(frames, FPS, self._which(clip), self.source.detector, clip.wave16)[0]
@@ -141,9 +142,9 @@ class Face(Step):
 
     @staticmethod
     def _frames(clip: WorkItem) -> ClipFrames:
-        """Return the frames in which inference would find the face.
+        """Return the frames in which inference would detect the face.
 
-        They include those after the end of the audio. Where the decoded frames have another size, the video is read
+        They include frames after the end of the audio. If the decoded frames have another size, the video is read
         again.
         """
         if not clip.scaled_down and max(clip.all_frames.shape[1:3]) <= MAX_SIDE:
@@ -151,7 +152,7 @@ class Face(Step):
         return ClipFrames(clip.path(clip.info.video), FPS, span=clip.info.span)
 
     def _which(self, clip: WorkItem) -> str | int | tuple[float, float]:
-        """Return the face that the source names by its place in fractions of the picture, else that of the settings."""
+        """Return the face position given by the source as fractions of the frame, else the setting."""
         if clip.info.face is None:
             return self.face
         x, y, lines = clip.info.face
@@ -160,7 +161,7 @@ class Face(Step):
 
 
 class Wave(Step):
-    """The audio (N,) int16 at 24 kHz, on which the speech codecs train."""
+    """Stores the audio (N,) int16 at 24 kHz, for training speech codecs."""
 
     tensors = ("wave",)
 
@@ -172,7 +173,7 @@ class Wave(Step):
 
 
 def read_text(path: Path) -> str:
-    """Return the words: `text` of a .json file, the line `Text:` of a .txt file, or all of one without such a line."""
+    """Return the transcript: `text` of a .json file, the line `Text:` of a .txt file, or its whole contents."""
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""Steps whose networks compute the features that the models train on.
+"""Steps that compute features with networks.
 
 Axes: T video frames (25 per second), J half seconds, F face crops, S image side, E lip feature width, K token
 levels, Ds / Dm speech / motion channels.
@@ -34,15 +34,15 @@ from talker_t2av.faces import Square
 from talker_t2av.settings import CROPS
 from talker_t2av.system import load_motion, load_speaker, load_speech
 
-BLOCK = 64  # frames that a motion codec gets at once: in float a minute of large pictures takes many GB
+BLOCK = 64  # frames per batch of a motion codec: a minute of large float frames takes many GB
 
 
 class Crops(Step):
-    """Mouth crops (T, S, S) and face crops (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
+    """Stores mouth crops (T, S, S) and face crops (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
-        encoders: kind, and sizes if they are not the usual ones; see `hicodit.conditions.encoder_config`.
-        pictures: F, spread evenly over the clip.
+        encoders: kind, and non-default sizes; see `hicodit.conditions.encoder_config`.
+        pictures: F, evenly spaced over the clip.
     """
 
     needs = "frames"
@@ -59,7 +59,7 @@ class Crops(Step):
 
 
 class Lip(Encoder):
-    """Lip features (T, E) of AV-HuBERT, so that training reads no mouth crops and runs no encoder.
+    """Computes AV-HuBERT's lip features (T, E), so that training neither reads mouth crops nor runs the encoder.
 
     Args:
         encoders: fields of `hicodit.conditions.upstream.UpstreamEncoderConfig`.
@@ -81,11 +81,11 @@ class Lip(Encoder):
 
 
 class FaceIdentity(Lip):
-    """ArcFace's embeddings (F, 512) of single face crops, so that training reads none.
+    """Computes ArcFace's embeddings (F, 512) of single face crops, so that training reads no crops.
 
     Args:
-        encoders: as `Lip` has them.
-        pictures: F, spread evenly over the clip.
+        encoders: see `Lip`.
+        pictures: F, evenly spaced over the clip.
     """
 
     tensors = ("face_identity",)
@@ -98,15 +98,15 @@ class FaceIdentity(Lip):
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
         faces = clip.cut_faces(self.encoders.config, at)
-        faces = faces.permute(0, 3, 1, 2)[:, None]  # one picture per row, for an embedding of each
+        faces = faces.permute(0, 3, 1, 2)[:, None]  # one image per row, for separate embeddings
         clip.tensors["face_identity"] = _half(self.encoders.identity(faces.to(self.device) / 255))
 
 
 class Phonemes(Step):
-    """The phoneme (T,) of each frame, where the source has labels.
+    """Stores the phoneme (T,) of each frame, if the source has labels.
 
     Args:
-        symbols: the phonemes that count, from 1 on; 0 is silence.
+        symbols: phonemes, with indices from 1; 0 is silence.
     """
 
     tensors = ("phoneme",)
@@ -121,13 +121,13 @@ class Phonemes(Step):
 
 
 class Expression(Encoder):
-    """The expression (J,) of each half second, an index into `EXPRESSIONS`: the label of the source, or else what the
-    face shows.
+    """Computes the expression (J,) of each half second, an index into `EXPRESSIONS`: the label of the source, or else
+    the expression of the face.
 
     Args:
         weights: a HiCoDiT release, whose own classifier is used, or the released file of POSTER V2 (its licence is for
             research only), e.g. affectnet-7-model_best.pth.
-        every: video frames to a picture that is classified.
+        every: classify every n-th video frame.
     """
 
     needs = "frames"
@@ -139,7 +139,7 @@ class Expression(Encoder):
         is_poster = Path(weights).suffix in (".pth", ".pt")
         encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders
         if encoders is not None and not encoders.learns:
-            raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
+            raise UserError(f"stages.expression.weights={weights} has upstream encoders: set the file of POSTER V2")
         self.crops = encoder_config({"kind": "upstream"}) if is_poster else encoders.config
         network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
         self.network = network.to(device).eval()
@@ -157,15 +157,14 @@ class Expression(Encoder):
 
 
 class HeardExpression(Step):
-    """The expression (J,) that the voice has in each half second, with which HiCoDiT trains.
+    """Computes the expression (J,) of the voice in each half second, HiCoDiT's condition in training.
 
-    It is the label of the source, or else what a recogniser hears in the audio around it; `NO_EXPRESSION` where neither
-    knows.
+    It is the label of the source, or else recognised from the surrounding audio; `NO_EXPRESSION` if unknown.
 
     Args:
-        recogniser: see `corpora.preparation.engines.Emotion2Vec`; names of emotions other than `EXPRESSIONS` count as
-            unknown. None: labels of the source alone.
-        seconds: of audio that the recogniser hears, with the half second in their middle.
+        recogniser: see `corpora.preparation.engines.Emotion2Vec`; emotions other than `EXPRESSIONS` count as unknown.
+            None: only labels of the source.
+        seconds: length of the audio for the recogniser in seconds, centred on the half second.
     """
 
     tensors = ("heard_expression",)
@@ -194,7 +193,7 @@ class HeardExpression(Step):
 
 
 class GE2E(Encoder):
-    """The GE2E embedding (256,) of the voice, HiCoDiT's identity condition."""
+    """Computes the GE2E embedding (256,) of the voice, HiCoDiT's identity condition."""
 
     tensors = ("ge2e",)
 
@@ -208,7 +207,7 @@ class GE2E(Encoder):
 
 
 class CodecEncoder(Encoder):
-    """An encoder whose network is one codec, with its `name` in the digests, read by `load` from its release folder."""
+    """An encoder step whose network is a codec, which is loaded by `load` and has `name` in the digests."""
 
     name: ClassVar[str]
     load: ClassVar[Callable[[str], Any]]
@@ -222,7 +221,7 @@ class CodecEncoder(Encoder):
 
 
 class RVQTokens(CodecEncoder):
-    """Tokens (2 T, K) of the audio."""
+    """Computes RVQ tokens (2 T, K) of the audio."""
 
     tensors = ("tokens",)
     name = "rvq"
@@ -232,12 +231,12 @@ class RVQTokens(CodecEncoder):
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
-            raise UserError(f"{codes.shape[1]} token frames for {clip.length} pictures: use a tokenizer of 50 Hz")
+            raise UserError(f"{codes.shape[1]} token frames for {clip.length} video frames: use a tokenizer with 50 Hz")
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 
 class SpeechLatents(CodecEncoder):
-    """Latents (T, Ds) of the audio, by WhisperX-VAE."""
+    """Computes WhisperX-VAE's latents (T, Ds) of the audio."""
 
     tensors = ("speech",)
     name = "whisperx_vae"
@@ -248,10 +247,10 @@ class SpeechLatents(CodecEncoder):
 
 
 class Motion(CodecEncoder):
-    """Motion codes (T, Dm) of the pictures by LIA-X, not normalised; codes of the source are kept.
+    """Computes LIA-X's motion codes (T, Dm) of the video, not normalised. Codes of the source are kept.
 
     Args:
-        crop: "face" for the square around the face, as generation cuts it; "centre" for the largest in the middle.
+        crop: "face" for the square around the face, as in generation; "centre" for the largest centred square.
     """
 
     needs = "frames"
@@ -274,11 +273,11 @@ class Motion(CodecEncoder):
 
 
 class Portraits(Step):
-    """Square images of the face as JPEG (see `lia_x.data.pack_portraits`), on which LIA-X trains.
+    """Stores square face images as JPEG (see `lia_x.data.pack_portraits`), for training LIA-X.
 
     Args:
-        size: their side in pixels. pictures: how many, spread evenly over the clip.
-        crop: as `Motion` has it.
+        size: side in pixels. pictures: number of images, evenly spaced over the clip.
+        crop: see `Motion`.
     """
 
     needs = "frames"
@@ -297,14 +296,14 @@ class Portraits(Step):
 
     def __call__(self, clip: WorkItem) -> None:
         if clip.length < 2:
-            raise UserError("one frame: a pair of pictures needs two")
+            raise UserError("only one frame: a pair requires two")
         at = np.linspace(0, clip.length - 1, min(self.pictures, clip.length)).round().astype(int)
         frames = face_square(clip, self.crop).cut(clip.frames[at])
         clip.tensors["portraits"], clip.tensors["portraits_at"] = pack_portraits(frames, self.size)
 
 
 def face_square(clip: WorkItem, crop: str) -> Square:
-    """Return the square to cut from a clip: around the face, as generation cuts it, or the largest in the middle."""
+    """Return the square to crop from a clip: around the face, as in generation, or the largest centred one."""
     height, width = clip.frames.shape[1:3]
     if crop == "centre":
         return Square(*centre_square(height, width))
@@ -313,7 +312,7 @@ def face_square(clip: WorkItem, crop: str) -> Square:
 
 
 class Voice(CodecEncoder):
-    """The speaker vector (256,) that Talker-T2AV's heads are conditioned on.
+    """Computes the speaker embedding (256,) that conditions Talker-T2AV's heads.
 
     Args:
         encoder: release folder, or the file of the released encoder.
@@ -327,7 +326,7 @@ class Voice(CodecEncoder):
         super().__init__(encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
-        wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
+        wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as in generation
         clip.tensors["speaker"] = _half(self.codec.embed(wave))
 
 
@@ -339,7 +338,7 @@ def _half(x: Tensor) -> Tensor:
 
 
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
-    """Return the index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
+    """Return the index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 for none."""
     labels = np.zeros(frames, np.uint8)
     for symbol, start, end in phonemes:
         if symbol in symbols:
@@ -349,13 +348,15 @@ def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarra
 
 
 def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | None:
-    """Return classes (J,) by a source's label of the whole clip, or of each of `windows` half seconds; None without."""
+    """Return classes (J,) for a label of the whole clip, or for labels of each of `windows` half seconds. None without
+    labels.
+    """
     if label is None:
         return None
     labels = [label] * windows if isinstance(label, str) else label[:windows]
     unknown = [name for name in labels if name not in EXPRESSIONS]
     if unknown:
-        raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
+        raise UserError(f"expression {unknown[0]!r} is unknown: expected one of {', '.join(EXPRESSIONS)}")
     if len(labels) < windows:
         raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
     return torch.tensor([EXPRESSIONS.index(name) for name in labels])

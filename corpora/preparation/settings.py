@@ -1,4 +1,4 @@
-"""Settings of `scripts/prepare_data.py`; those of the source and of the stages belong to their classes."""
+"""Settings of `scripts/prepare_data.py`. Settings of sources and stages are arguments of their classes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class PrepareConfig(Group):
         NEEDED, about="folder of the shards: OUTPUT/SPLIT/000000.tar, ..., index.json, quarantine.jsonl"
     )
     splits: list[str] | None = setting(None, about="splits of the source, as in [train,val]; null: all of them")
-    clips_per_shard: int = setting(200, 1, 10**6, "number of source clips in a shard")
-    limit: int | None = setting(None, 1, 10**9, "use only the first LIMIT clips of each split")
+    clips_per_shard: int = setting(200, 1, 10**6, "number of source clips per shard")
+    limit: int | None = setting(None, 1, 10**9, "number of clips per split, the first ones; null: all")
     reuse: str | None = setting(
-        None, about="folder of earlier shards (may be the output): results of unchanged stages are copied from them"
+        None, about="folder of earlier shards (may be the output), from which results of unchanged stages are copied"
     )
     executor: str = setting(
         "processes",
         choices=EXECUTORS,
         about="runs the stages: processes (of this machine) or ray (extra `cluster`)",
     )
-    workers: int = setting(1, 0, 4096, "processes of executor=processes; 0: none, without clip_timeout")
-    device: str = setting("auto", choices=DEVICES, about="device of the networks: auto, cpu, cuda or mps")
-    clip_timeout: float = setting(600.0, 1.0, 1e6, "seconds after which a clip is given up")
-    patience: int = setting(
-        25, 1, 10**6, "unexpected failures in a row after which the job stops, as the clips are probably not the cause"
+    workers: int = setting(
+        1, 0, 4096, "number of processes of executor=processes; 0: run in the main process, without clip_timeout"
     )
+    device: str = setting("auto", choices=DEVICES, about="device of the networks: auto, cpu, cuda or mps")
+    clip_timeout: float = setting(600.0, 1.0, 1e6, "timeout per clip in seconds")
+    patience: int = setting(25, 1, 10**6, "number of consecutive unexpected failures after which the job stops")
     ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
     released: str | None = setting(
-        None, about="folder of the released checkpoints that features=hicodit_paper and others of a paper read"
+        None, about="folder of the released checkpoints, for features=hicodit_paper and similar"
     )
     source: Any = setting(NEEDED)
     stages: Any = setting(NEEDED)

@@ -1,7 +1,7 @@
-"""Where clips come from: a function for each folder layout, which finds the clips of each split in a fixed order.
+"""Sources of clips: a function per folder layout, which finds the clips of each split in a fixed order.
 
-Data sets without a validation split of their own get one, `val`: all clips of some speakers (or videos, where speakers
-are not named), chosen by a digest of their names. Nothing of it is in another split.
+Data sets without a validation split get one, `val`: all clips of some speakers (or videos, if speakers are unknown),
+selected by a digest of their names. Splits do not overlap.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Source:
     """A data set on disk.
 
     Attributes:
-        root: its folder. splits: the names of those that are there.
-        read: returns the clips of a split in a fixed order; their keys need not be unique yet.
-        frames: whether clips have pictures. symbols: the phonemes of its labels, None without.
+        root: folder of the data set. splits: names of the available splits.
+        read: returns the clips of a split in a fixed order. Keys need not be unique yet.
+        frames: whether clips have video. symbols: phonemes of the labels, None without labels.
     """
 
     root: Path
@@ -60,12 +60,12 @@ def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
     """Find the corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav.
 
     Args:
-        all_symbols: number the phonemes of every version alike, so that one model can learn from several; false: those
-            that the corpus speaks, as the bundled HiCoDiT has them. Speech alone always has all.
+        all_symbols: use the phoneme indices of all versions, so that a model can be trained on several. False: only the
+            phonemes of the corpus, as for the bundled HiCoDiT. Speech without video always uses all.
     """
     root = existing(root)
     splits = sorted(path.stem for path in root.glob("*.jsonl"))
-    rows = read_manifest(root, "train" if "train" in splits else splits[0]) if splits else []  # tell of all splits
+    rows = read_manifest(root, "train" if "train" in splits else splits[0]) if splits else []  # valid for all splits
     frames = any("face" in row for row in rows)
     symbols = sorted({p[0] for row in rows for p in row["phonemes"]}) if frames and not all_symbols else SYMBOLS
 
@@ -89,14 +89,14 @@ def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
     """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the audio of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
 
     Args:
-        validation: fraction of dev's speakers that make the split `val`; the official test speakers stay untouched.
+        validation: fraction of dev's speakers in the split `val`. The official test speakers are unchanged.
     """
     root = existing(root)
     split_of = held_out(_folders(root / "dev" / "mp4"), {"val": validation})
 
     def read(split: str) -> Iterator[SourceClip]:
         folder = "test" if split == "test" else "dev"
-        has_sounds = (root / folder / "aac").is_dir()  # spares a million looks where it is not
+        has_sounds = (root / folder / "aac").is_dir()  # avoids a million file checks if the tree does not exist
         for name in _walk(root / folder / "mp4", 2, ".mp4"):
             speaker = name.partition("/")[0]
             sound = f"{folder}/aac/{name}.m4a"
@@ -120,7 +120,7 @@ def lrs2(root: str | Path) -> Source:
     """Find ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt.
 
     ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of pretrain (without that list: all of them). The
-    folders may stand in ROOT/mvlrs_v1, as its archive unpacks, and the lists there or in ROOT.
+    folders may be in ROOT/mvlrs_v1, as in the archive, and the lists there or in ROOT.
     """
     root = existing(root)
     below = "mvlrs_v1/" if (root / "mvlrs_v1" / "main").is_dir() else ""
@@ -135,7 +135,7 @@ def lrs2(root: str | Path) -> Source:
         folder = below + ("pretrain" if split == "pretrain" else "main")
         listing = listings[split]
         for line in read_lines(listing) if listing else _walk(root / folder, 1, ".mp4"):
-            yield _with_text(folder, line.split()[0])  # the test list marks some clips after their names
+            yield _with_text(folder, line.split()[0])  # the test list has annotations after some names
 
     return Source(root, [*listings], read)
 
@@ -144,7 +144,7 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
     """Find ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt.
 
     Args:
-        validation: fraction of trainval's videos that make the split `val`; they are left out of pretrain, too.
+        validation: fraction of trainval's videos in the split `val`, which are also excluded from pretrain.
     """
     root = existing(root)
     split_of = held_out(_folders(root / "trainval"), {"val": validation})
@@ -187,11 +187,11 @@ def existing(root: str | Path) -> Path:
 def divided(
     root: Path, clips: list[tuple[str, SourceClip]], split_of: Mapping[str, str] | None = None, **shares: float
 ) -> Source:
-    """Create a source of a data set without splits of its own: groups of clips are held out for `val` and `test`.
+    """Create a source for a data set without splits: groups of clips are held out for `val` and `test`.
 
     Args:
-        clips: all, in a fixed order, each with its group: a speaker, a video, or a file where speakers are not named.
-        split_of: the split of each group that does not train. None: by `held_out` with these `shares`.
+        clips: all clips in a fixed order, each with its group: a speaker, a video, or a file if speakers are unknown.
+        split_of: split of each held-out group. None: determined by `held_out` with `shares`.
     """
     split_of = held_out((group for group, _ in clips), shares) if split_of is None else split_of
     splits: dict[str, list[SourceClip]] = {"train": [], "val": [], "test": []}
@@ -209,13 +209,12 @@ def _with_text(folder: str, name: str) -> SourceClip:
 
 
 def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
-    """Return by group (a speaker, a video) the split that it is held out for; groups that train are absent.
+    """Return the split of each held-out group (a speaker, a video). Training groups are absent.
 
-    A share above 0 takes at least one group, and at least one is left for training: of a single group nothing is held
-    out.
+    A share above 0 selects at least one group, and at least one group remains for training.
 
     Args:
-        shares: by split, the fraction of the groups.
+        shares: fraction of the groups by split.
     """
     for split, share in shares.items():
         require_range(f"the fraction of the split {split}", share, 0.0, 0.9)
@@ -228,7 +227,7 @@ def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, st
 
 
 def _folders(folder: Path) -> list[str]:
-    """Return the names of the folders in `folder`; [] where it is not."""
+    """Return the names of the folders in `folder`, or [] if it does not exist."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
 
 

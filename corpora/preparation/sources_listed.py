@@ -1,7 +1,7 @@
-"""Data sets that a list or tar files describe: parts of footage, audio and motion of Talker-T2AV-Data, speech alone.
+"""Sources described by a list or tar files: parts of videos, Talker-T2AV-Data, and speech without video.
 
-Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ name a video by its id, times and the place of a face; the videos were
-downloaded before. They are read as they are published, other ones as CSV with a header.
+Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ contain video ids, times and face positions; the videos must already be
+downloaded. They are read in their published formats, other lists as CSV with a header.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def listed(
     tars: str | None = None,
     validation: float = 0.002,
 ) -> Source:
-    """Find audio that a table or a list names, without pictures: speech alone, or with motion of Talker-T2AV-Data.
+    """Find audio in a table or list, without video: speech, optionally with the motion of Talker-T2AV-Data.
 
     The words are the table's, or the key `text` of STEM.json beside the audio.
 
@@ -47,7 +47,7 @@ def listed(
             line.
         sounds: folder of the audio STEM.wav of a motion file.
         tars: pattern of tar files under `root`, such as "shards/*.tar": paths that they hold are read there.
-        validation: fraction of the clips that make the split `val`; nothing tells their speakers.
+        validation: fraction of the clips that make the split `val`; their speakers are unknown.
     """
     if (table is None) == (listing is None):
         raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
@@ -73,12 +73,12 @@ def listed(
 
 
 def emilia(root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> Source:
-    """Find Emilia as it is published: speech in ROOT/**/EN-B000000.tar, audio EN_B00000_S00000_W000000.mp3 and .json.
+    """Find Emilia in its published form: ROOT/**/EN-B000000.tar with audio EN_B00000_S00000_W000000.mp3 and .json.
 
-    The name tells language and speaker, the JSON's `text` the words. Unpacked files of these names are read, too.
+    The file name contains language and speaker, the JSON's `text` the transcript. Unpacked files are also supported.
 
     Args:
-        languages: two letters each, of the clips that are taken, such as [en]; None: all.
+        languages: two-letter codes of the languages to use, such as [en]. None: all.
         validation: fraction of the speakers that make the split `val`.
     """
     root = existing(root)
@@ -117,10 +117,11 @@ def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
 def youtube_ids(
     root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
 ) -> Source:
-    """Find parts of downloaded videos: ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), by a list of ids, times and places.
+    """Find parts of downloaded videos ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), given a list of ids, times and
+    positions.
 
-    The face nearest to the given place is tracked. Clips whose video is not there (many are no longer to be had) or
-    whose row makes no sense are left out and counted.
+    The face nearest to the given position is tracked. Clips without a video or with an invalid row are skipped and
+    counted.
 
     Args:
         listing: AVSpeech's CSV (id, start, end, x, y without a header); a JSON file of TalkVid or CelebV-HQ; the folder
@@ -154,9 +155,9 @@ def youtube_ids(
         else:
             absent += 1
     if absent:
-        print(f"{listing}: {absent} clips are left out, as {folder} lacks their videos")
+        print(f"{listing}: {absent} clips are skipped, as {folder} lacks their videos")
     if bad:
-        print(printable(f"{listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"))
+        print(printable(f"{listing}: {len(bad)} clips are skipped, as their rows are invalid; the first: {bad[0]}"))
     if not clips:
         raise UserError(f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?")
     return divided(root, clips, test=test, val=validation)
@@ -192,7 +193,7 @@ def _hdtf(folder: Path) -> Iterator[Row]:
     """Read NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named so."""
     lists = sorted(folder.glob("*_annotion_time.txt"))
     if not lists:
-        raise UserError(f"{folder} holds no *_annotion_time.txt: name HDTF's folder HDTF_dataset")
+        raise UserError(f"{folder} contains no *_annotion_time.txt: set the folder HDTF_dataset of HDTF")
     for path in lists:
         start = path.name.removesuffix("annotion_time.txt")
         crops, heights = (_by_name(folder / f"{start}{name}.txt") for name in ("crop_wh", "resolution"))

@@ -1,4 +1,6 @@
-"""GRID, whose file names spell the sentences. It has no official split; see `grid` for those of the field."""
+"""Source of the GRID corpus, whose file names encode the sentences. It has no official split; see `grid` for common
+ones.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from corpora.preparation.sources import Source, divided, existing, held_out, rea
 from engine.errors import UserError
 from engine.settings import require_choice, require_range
 
-ALIGNMENT_RATE = 25_000  # units of GRID's alignments in a second
+ALIGNMENT_RATE = 25_000  # units of GRID's alignments per second
 PROTOCOLS = ("lipnet", "unseen", "seen")
 LIPNET = ("s1", "s2", "s20", "s22")  # test speakers
 UNSEEN = dict.fromkeys((f"s{i}" for i in (9, 20, 23, 27, 29, 30, 34)), "val") | dict.fromkeys(
@@ -41,20 +43,20 @@ def grid(
     expression: str | None = None,
     clips_each: int | None = None,
 ) -> Source:
-    """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as the archives s1.zip to s34.zip unpack; the name spells the sentence.
+    """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as in the archives s1.zip to s34.zip. The name encodes the sentence.
 
     The audio is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
-    s1/**/bbaf2n.align, as alignments.zip unpacks, tell when each word is spoken: its words are the `symbols`.
+    s1/**/bbaf2n.align, as alignments.zip unpacks, contain the times of the words, which are the `symbols`.
 
     Args:
         protocol: the splits. "lipnet" tests on speakers 1, 2, 20 and 22 (arXiv 1611.01599). "unseen" trains on 16
-            speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out
-            5 % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it
-            for speakers 1, 2, 4 and 29. Which sentences these are is our own choice.
+            speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out 5
+            % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it for
+            speakers 1, 2, 4 and 29. The selection of these sentences is ours.
         validation: fraction of the other speakers of "lipnet" that validate.
-        speakers: those that are used; None: all.
+        speakers: speakers to use. None: all.
         expression: label of all clips; None: none.
-        clips_each: use at most so many clips of a speaker, spread evenly over the names; None: all.
+        clips_each: maximum number of clips per speaker, evenly spaced by name. None: all.
     """
     require_choice("source.protocol", protocol, PROTOCOLS)
     if clips_each is not None:

@@ -1,4 +1,4 @@
-"""A corpus of speech alone, gathered from several sources, on which the speech codecs train.
+"""A speech corpus gathered from several sources, for training speech codecs.
 
 It has the layout of `engine.shards.recordings`: ROOT/SPLIT.jsonl with ROOT/SPLIT/ID.wav, mono at 24 kHz.
 """
@@ -22,12 +22,12 @@ from engine.progress import track
 from engine.shards.recordings import read_manifest
 
 RATE = 24_000  # Hz
-LEAST_SECONDS = 0.4  # shorter recordings are left out
+LEAST_SECONDS = 0.4  # shorter recordings are skipped
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording of one source: its name in the corpus, its file, its speaker, and what is said, if that is known."""
+    """A recording: name in the corpus, file, speaker, and transcript if known."""
 
     name: str
     path: Path
@@ -116,12 +116,12 @@ def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
 
 
 def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict) -> None:
-    """Write the recordings of each split, each listed as often as its number says.
+    """Write the recordings of each split, each repeated by its given number.
 
-    Recordings that are already there are kept, so an interrupted call continues.
+    Existing recordings are kept, so that an interrupted call can be continued.
 
     Raises:
-        UserError: a split has no recordings.
+        UserError: If a split has no recordings.
     """
     for split, recordings in splits.items():
         if not recordings:

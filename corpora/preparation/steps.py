@@ -1,7 +1,7 @@
-"""Runs the steps of the preparation over one clip and writes its sample into the work folder of its shard.
+"""Runs the preparation steps of a clip and writes its sample to the work folder of its shard.
 
-Running a clip again gives the same sample. Tensors that an earlier shard holds, and whose step, networks and settings
-are unchanged, are copied from it.
+Results are deterministic. Tensors of an earlier shard whose step, networks and settings are unchanged are copied from
+it.
 """
 
 from __future__ import annotations
@@ -34,26 +34,25 @@ from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
 from hicodit.data import FACE
 
-# Errors that no clip causes: the disk is full or read-only, or the machine is out of file handles.
+# Errors that are not caused by clips: the disk is full or read-only, or no file handles are available.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
 LONGEST_REASON = 300
 
 
 class Steps(Work[WorkItem, Outcome]):
-    """The steps in order.
+    """All preparation steps in order.
 
     Args:
-        stages: their settings by name.
-        device: of the networks.
+        stages: settings of the steps by name.
+        device: device of the networks.
         symbols: phonemes of the source.
-        number: of the worker process, which uses one thread, as more processes use a machine better, and one of the
-            GPUs, which the processes share; None: no worker.
+        number: index of the worker process, which uses one thread and one of the GPUs. None: not a worker.
 
     Attributes:
-        steps: by name.
-        digests: of the weights of their networks.
-        fingerprints: by step, eight hex digits that change with its settings, its weights, or those of the earlier
-            steps that change pictures or audio.
+        steps: steps by
+        name. digests: digests of the weights of their networks.
+        fingerprints: hash of each step (eight hex digits) that depends on its settings and weights, and on those of
+            earlier steps that modify frames or audio.
         details: (digests, fingerprints).
     """
 
@@ -98,7 +97,7 @@ class Steps(Work[WorkItem, Outcome]):
 
     @torch.inference_mode()
     def run(self, item: WorkItem) -> Outcome:
-        """Run all steps over a clip and write its sample; the outcome of a clip that fails says why."""
+        """Run all steps on a clip and write its sample. The outcome of a rejected clip contains the reason."""
         clip = item
         try:
             if clip.unchanged:
@@ -129,9 +128,9 @@ class Steps(Work[WorkItem, Outcome]):
 
 
 def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return by key the fields of a `WorkItem` that describe what a shard of an existing split holds of it.
+    """Return for each key the fields of a `WorkItem` that refer to its sample in a shard of an existing split.
 
-    It is {} if there is no such shard, or a damaged one.
+    Return {} if there is no such shard, or it is damaged.
     """
     tar, sidecar = (folder / f"{shard:06d}{suffix}" for suffix in (".tar", ".json"))
     try:
@@ -164,7 +163,7 @@ def without_device(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _timed(name: str, clip: WorkItem) -> Iterator[None]:
-    """Add the seconds of a block on the clock, and of the processor for this process and its finished children."""
+    """Measure wall-clock time and CPU time of a block, including finished child processes."""
     start = time.perf_counter(), sum(os.times()[:4])
     yield
     wall, processor = clip.seconds.get(name, (0.0, 0.0))

@@ -1,7 +1,7 @@
-"""Human speech with its text and phonemes, in the layout of the synthetic corpus's version 3, on which Talker trains.
+"""Human speech with text and phonemes, in the layout of version 3 of the synthetic corpus, for training Talker-T2AV.
 
-Recordings of people come with words alone. espeak-ng speaks the same text; dynamic time warping of cepstra (Sakoe &
-Chiba, 1978) says which part of the recording is which part of its speech, and so when each phoneme sounds.
+Recordings of people only have transcripts. Phoneme times are transferred from speech of espeak-ng for the same text, by
+dynamic time warping of cepstra (Sakoe & Chiba, 1978).
 
 Axes: N samples, T frames of 10 ms, C cepstra.
 """
@@ -107,7 +107,7 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def trim(wave: np.ndarray) -> np.ndarray:
-    """Cut the quiet ends of a wave (N,), except for `MARGIN`, and bring it to `LEVEL`."""
+    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`."""
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
     level = 10 * np.log10(power + 1e-10)
@@ -152,7 +152,7 @@ def label(
 
 
 def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.ndarray, list]:
-    """Cut a recording (N,) to its phonemes and `MARGIN` seconds on both sides: noise may hide its quiet ends."""
+    """Trim a recording (N,) to its phonemes and `MARGIN` seconds on both sides, as noise may mask silent ends."""
     first = max(0.0, phonemes[0][1] - MARGIN)
     speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes]

@@ -43,12 +43,12 @@ LONGEST = 8 * FPS  # frames of a clip of version 3
 
 @dataclass(frozen=True)
 class Speech:
-    """What is heard in a clip.
+    """Audio of a clip and its annotations.
 
     Attributes:
         wave: (frames * 960,) float32 at 24 kHz, with about 0.15 s of room tone at both ends.
         phonemes: (symbol, start s, end s).
-        change: second at which the second style of speaking begins; None with one style.
+        change: time in seconds at which the speaking style changes. None with a single style.
     """
 
     wave: np.ndarray
@@ -59,10 +59,10 @@ class Speech:
 def speak(
     synthesizer: Synthesizer, text: str, lines: str, styles: Sequence[Prosody], rng: np.random.Generator
 ) -> Speech:
-    """Speak `text` in one style, or in a first and, from a word in its middle on, a second one.
+    """Synthesise `text` in one speaking style, or with a change to a second style at a word in the middle.
 
     Args:
-        lines: of the espeak-ng voice file.
+        lines: lines of the espeak-ng voice file.
     """
     pitch, span, speed, gain, lead, tail = rng.normal(0, 1, 4).tolist() + rng.uniform(0.11, 0.19, 2).tolist()
     takes = []
@@ -92,7 +92,7 @@ def speak(
 def splice(
     first: Utterance, second: Utterance, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[str, float, float]], float]:
-    """Join two takes of one text at a word in the middle of the first: wave, phonemes, second of the change."""
+    """Join two takes of a text at a word in the middle of the first: waveform, phonemes, time of the change."""
     starts = np.array([first.phonemes[i][1] for i in first.words])
     share = starts * first.rate / len(first.wave)
     near = np.flatnonzero((share > 0.3) & (share < 0.65))
@@ -135,14 +135,16 @@ def clip_id(split: str, index: int) -> str:
 
 
 def window_expressions(frames: int, first: str, second: str, change: float | None) -> list[str]:
-    """Return the expression at the middle of each half second (J,), the last of which may be cut short."""
+    """Return the expression at the centre of each half second (J,), the last of which may be partial."""
     ends = [min(0.5 * (j + 1), frames / FPS) for j in range(-(-2 * frames // FPS))]
     middles = [0.5 * (0.5 * j + end) for j, end in enumerate(ends)]
     return [first if change is None or middle < change else second for middle in middles]
 
 
 class ClipMaker:
-    """Makes clips of one corpus under `root`; one for a process. `more`: further voices of training clips."""
+    """Generates the clips of a corpus in `root`, one object per process. `more`: number of additional training
+    voices.
+    """
 
     def __init__(self, root: Path, seed: int, version: int, more: int = 0) -> None:
         cv2.setNumThreads(1)
@@ -152,13 +154,15 @@ class ClipMaker:
         voices = load_voices(more)
         groups = {group: [v for v in voices if v.group == group] for group in ("train", "dev", "unseen", "more")}
         self._voices = groups | {"seen": groups["train"], "plain": groups["unseen"][:30]}
-        # known and unknown voices in turn
+        # alternate known and unknown voices
         self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
         self._voices["train"] = groups["train"] + groups["more"]
         self._synthesizer = Synthesizer()
 
     def make(self, split: str, index: int) -> dict:
-        """Write the clip's .mp4 (not version 3), .wav and, last, .json; return what the .json says."""
+        """Write the .mp4 (except in version 3), .wav and finally the .json of a clip. Return the contents of
+        the .json.
+        """
         version = self._version
         rng = np.random.default_rng([self._seed, SPLITS[version].index(split), index, version])
         voice = self._voices[split][index % len(self._voices[split])]
@@ -194,7 +198,7 @@ class ClipMaker:
     def _draw(
         self, rng: np.random.Generator, voice: Voice, speech: Speech, shown: Sequence[str], intensity: float, stem: Path
     ) -> dict:
-        """Write the video of a face that speaks, with one expression or two; return what the .json says of it."""
+        """Render the video of a speaking face with one or two expressions. Return its entries of the .json."""
         frames = len(speech.wave) // FRAME
         light = float(rng.uniform(0.93, 1.07))
         mouth = mouth_track(speech.phonemes, frames)

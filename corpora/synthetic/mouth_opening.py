@@ -1,8 +1,8 @@
-"""How far the mouth of a cartoon face is open, read off its picture: judges generated frames as well as true ones.
+"""Estimation of the mouth opening of a cartoon face from frames, for ground-truth and generated frames.
 
-Counting dark pixels follows the drawn opening badly (r = 0.5: beards are dark, teeth and tongue are not). A linear
-reading of the mouth's surroundings, fitted on freshly rendered faces of the training voices, follows it (r = 0.98 on
-held-out clips) and, being linear in area averages, does not mind pictures that are a little blurred.
+Counting dark pixels correlates weakly with the rendered opening (r = 0.5: beards are dark, teeth and tongue are not). A
+linear regression on the mouth region, fitted to newly rendered faces of the training voices, correlates well (r = 0.98
+on held-out clips) and, as it is linear in area averages, is robust to slight blur.
 
 Axes: T frames, H height, W width, F features, N frames of the fit."""
 
@@ -20,7 +20,7 @@ from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import Voice, load_voices
 
 _SOUNDS = ("m", "p", "f", "T", "s", "t", "l", "S", "w", "u:", "oU", "i:", "eI", "E", "a", "aI", "A:", "n", "r", "k")
-_MOUTH = (slice(80, 116), slice(40, 88))  # rows and columns that the mouth may reach, in the 128-pixel picture
+_MOUTH = (slice(80, 116), slice(40, 88))  # rows and columns of the mouth region in the 128-pixel frame
 _CHEEKS = (slice(74, 84), (slice(40, 50), slice(78, 88)))
 _GRID = (16, 12)  # cells across and down
 _RIDGE = 10.0
@@ -39,11 +39,11 @@ def _features(frames: np.ndarray) -> np.ndarray:
 
 
 class MouthReader:
-    """Frames to mouth opening; 0 is shut, 1 is the widest drawn.
+    """Estimates the mouth opening of frames: 0 is closed, 1 is the widest rendered opening.
 
     Args:
-        clips: drawn clips of a second and a half that the reading is fitted on; every training voice takes its turn.
-        seed: of their audio, expressions and head motion.
+        clips: number of rendered clips of 1.5 s for the fit, which alternate between all training voices.
+        seed: seed of audio, expressions and head motion.
     """
 
     def __init__(self, clips: int = 64, seed: int = 0) -> None:
@@ -57,12 +57,12 @@ class MouthReader:
         self._weights = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ (y - self._rest))
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, 3) uint8 RGB of one clip, square, framed as the corpus frames its faces -> openings (T,)."""
+        """Map frames (T, H, W, 3) uint8 RGB of one clip, square and framed as in the corpus, to openings (T,)."""
         return (_features(frames) - self._centre) @ self._weights + self._rest
 
 
 def _drawn_clip(voice: Voice, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a clip; return its features (T, F) and true openings (T,)."""
+    """Render a clip. Return its features (T, F) and actual openings (T,)."""
     rng = np.random.default_rng([seed, index])
     ends = np.cumsum(rng.uniform(0.05, 0.2, 14)) + 0.1
     phonemes = [(str(rng.choice(_SOUNDS)), a, b) for a, b in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""espeak-ng through its C API: speech with phoneme events.
+"""Speech synthesis with phoneme events by espeak-ng's C API.
 
 `espeakng-loader` brings the library and its data. The voice that speaks is a file in a private copy of the data folder
 that is made when the synthesiser starts.
@@ -59,7 +59,9 @@ class Utterance:
 
 
 class Synthesizer:
-    """Speaks with any espeak-ng voice. Only one can live in a process, because the library's state is global."""
+    """Synthesises speech with any espeak-ng voice. Only one instance can exist per process, as the library's state is
+    global.
+    """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espeak-voices-")

@@ -1,11 +1,12 @@
-"""The corpus's voices and their faces.
+"""Voices of the synthetic corpus and their faces.
 
-`voices_v2.json` keeps seeds alone, from which five traits follow that are heard and seen. Each lies
-between 0 and 1 and moves what is heard and what is seen monotonically, so that a model can learn from a few hundred
-voices how an unknown face sounds. What tells nothing about the voice (skin, hair style, glasses, freckles, shirt,
-background) is drawn by itself. The seeds are the first whose voice a recogniser understands in the three hardest
-prosodies (6 % word errors at most) and whose face OpenCV's cascade finds with every expression. The voices of the
-splits unseen and dev are those that GE2E tells apart best (farthest points)."""
+`voices_v2.json` keeps seeds alone, from which five traits follow that are heard and seen. Each lies between 0 and 1 and
+moves what is heard and what is seen monotonically, so that a model can learn from a few hundred voices how an unknown
+face sounds. Attributes that are independent of the voice (skin, hair style, glasses, freckles, shirt, background) are
+drawn separately. The seeds are the first whose voice a recogniser understands in the three hardest prosodies (6 % word
+errors at most) and whose face OpenCV's cascade finds with every expression. The voices of the splits unseen and dev are
+those that GE2E tells apart best (farthest points).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _PITCH_RANGE = 1.7  # of every voice, so that expressions alone decide how far t
 
 @dataclass(frozen=True)
 class Traits:
-    """What a voice sounds like and its face shows.
+    """Traits that affect both the voice and the face.
 
     Attributes:
         depth: base pitch from 200 Hz down to 75 Hz; a rounder or squarer jaw, thin or heavy brows, full or narrow lips,
@@ -43,7 +44,7 @@ class Traits:
 
 
 def draw_traits(seed: int) -> Traits:
-    """Draw traits of one voice evenly."""
+    """Draw uniform traits of a voice."""
     return Traits(*np.random.default_rng([seed, 0x7EA17]).random(5).round(4).tolist())
 
 
@@ -61,7 +62,7 @@ def voice_lines(traits: Traits) -> str:
 
 
 def looks(traits: Traits, seed: int) -> Identity:
-    """Draw a face that shows the traits, and its other looks from the seed."""
+    """Create a face that shows the traits. Other attributes are drawn from the seed."""
     rng = np.random.default_rng([seed, 0x100C5])
     plain = design(seed, pitch=150.0, formants=1.02)  # its traits do not depend on the voice
     depth = traits.depth
@@ -94,7 +95,7 @@ def looks(traits: Traits, seed: int) -> Identity:
 
 @dataclass(frozen=True)
 class Voice:
-    """One identity.
+    """A voice and its face.
 
     Attributes:
         number: counted from 0; training voices come first.

@@ -137,9 +137,9 @@ def _check_decoded(
     if count == 0:
         stream_codec(path, "video")
         raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
-    check_whole(path, "picture", count / fps, log, span)
+    check_whole(path, "video", count / fps, log, span)
     if code != 0:
-        raise damaged(path, "picture", count / fps, 0.0, complaint)
+        raise damaged(path, "video", count / fps, 0.0, complaint)
 
 
 def write_video(

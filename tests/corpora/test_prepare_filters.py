@@ -33,7 +33,7 @@ def test_clips_of_other_languages_are_refused():
     Language(Hears("", "de"), ["en", "de"])(kept)
     assert kept.facts["language"] == "de"
     for heard, message in (
-        (Hears("", "fr"), "language fr, wanted are en, de"),
+        (Hears("", "fr"), "language fr, expected en, de"),
         (Hears("", "en", 0.4), r"probability 0\.40, under 0\.5"),
     ):
         with pytest.raises(UserError, match=message):

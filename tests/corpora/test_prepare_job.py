@@ -226,7 +226,7 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
 
 def test_several_processes_of_torchrun_are_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"one process: start it without torchrun"):
+    with pytest.raises(UserError, match=r"single process: start it without torchrun"):
         prepare(settings(corpus, tmp_path / "out"))
 
 

@@ -244,7 +244,7 @@ def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     assert (clip.span, clip.face, clip.speaker) == ((0.5, 3.25), (0.5, 0.25, 0), "aaaaaaaaaaa")
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
-    assert "1 clips are left out, as" in said and "2 clips are left out, as their rows make no sense" in said
+    assert "1 clips are skipped, as" in said and "2 clips are skipped, as their rows are invalid" in said
     assert "the first: clip 3: start=5 and end=4 are not two times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
     one, two = parts(tmp_path, "mine.csv")
@@ -301,5 +301,5 @@ def test_a_part_of_a_video_with_the_face_at_the_named_place(tmp_path, place, lef
     assert np.abs(clip.wave[2000:-2000]).max() == pytest.approx(0.5, abs=0.05)
     assert (clip.track.boxes[:, 0].mean() < 150) == left
     (tmp_path / "list.csv").write_text("aaaaaaaaaaa,2.5,9.0,0.5,0.5\n")
-    with pytest.raises(UserError, match=r"6\.48 s of the list: they must be of one length"):
+    with pytest.raises(UserError, match=r"6\.48 s of the list: the lengths must agree"):
         Decode()(WorkItem(youtube_ids(tmp_path, "list.csv").clips("train")[0], tmp_path))

@@ -189,7 +189,7 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
     assert heard(["sad", "happy", "sad", "happy"], listen) == [2, 1, 2, 1]
     assert heard(None, None) == [NO_EXPRESSION] * 4
     assert HeardExpression(listen).digests() == {"heard_expression": "a test"}
-    with pytest.raises(UserError, match=r"expression 'bored' is none of neutral"):
+    with pytest.raises(UserError, match=r"expression 'bored' is unknown: expected one of neutral"):
         heard("bored", None)
     with pytest.raises(UserError, match=r"seconds=0 must be a number from 0\.5 to 30"):
         HeardExpression(None, 0)

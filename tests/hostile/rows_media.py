@@ -317,7 +317,7 @@ CASES = [
     ("video: a jump of an hour", lambda f: video(f, ".mp4", jump(1)), "damaged time stamps"),
     ("video: a jump of a day", lambda f: video(f, ".mkv", jump(27)), "damaged time stamps"),
     ("video: cut", lambda f: cut(f, CLIP, 0.5, read_video), "its index is missing|only the first"),
-    ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first .* of its picture"),
+    ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first .* of its video"),
     ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), STATED),
     ("video: cut, .mkv", lambda f: cut_as(f, ".mkv", read_video), "damaged: only the first .* of"),
     ("video: random tail, .mkv", lambda f: cut_as(f, ".mkv", read_video, RANDOM), "damaged: only the first .* of"),

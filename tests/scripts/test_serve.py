@@ -172,7 +172,7 @@ def test_wrong_requests_get_one_sentence(client, method, path, given, status, me
         (['{"face": 1}'], "unknown setting 'face'; there are: lookahead, seed"),
         (['{"seed": 0}', b"no picture"], "JPEG or PNG"),
         (['{"seed": 0}', b"\x89PNG damaged"], "damaged"),
-        (['{"seed": 0}', "end"], "no picture came"),
+        (['{"seed": 0}', "end"], "no frame was received"),
     ],
 )
 def test_wrong_streams_get_one_sentence(client, messages, error):
