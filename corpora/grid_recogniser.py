@@ -289,7 +289,8 @@ class GridRecogniserTask(Task):
         speakers = ", ".join(self.speakers)
         about = f"""Speech -> a sentence of GRID: verb, colour, preposition, letter, digit, adverb. Convolutions and a
 bidirectional GRU on log-mel bands, {millions:.2f} M weights. It measures WER in `table=grid` and outputs six words
-for any audio: chance is a WER of about 80 %. Trained on recordings of speakers {speakers} of the GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0.
+for any audio: chance is a WER of about 80 %. Trained on recordings of speakers {speakers} of the
+GRID corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao, CC BY 4.0.
 
 `word_errors`, `letter_errors`: in per cent, of recordings; `new` are held-out speakers."""
         return self.release_of(
