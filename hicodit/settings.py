@@ -84,9 +84,6 @@ class StreamSettings(Group, prefix="stream."):
     steps: int = setting(4, 1, 1000, "sampling steps per hop")
 
 
-UNGUIDED = GuidanceScales()  # only the conditional model
-
-
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
     """Override these settings by those of configs/sampler/NAME.yaml."""
     preset = read_preset("sampler", name)

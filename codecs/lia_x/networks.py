@@ -112,12 +112,6 @@ class Decoder(nn.Module):
         """Move the style (B, D) along the motion directions by motion codes (B, M) (absolute motion)."""
         return style + self.directions(target)
 
-    def navigate_relative(self, style: Tensor, target: Tensor, source: Tensor, start: Tensor) -> Tensor:
-        """Move the style (B, D) to the motion code `source`, and from there by the motion from `start` to `target`, all
-        (B, M).
-        """
-        return style + (self.directions(target) - self.directions(start)) + self.directions(source)
-
     def forward(self, style: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Map styles (B, D) with motion and feature maps of one source (or B sources) to images (B, 3, S, S), not
         clamped.

@@ -156,6 +156,18 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
     return content.getvalue()
 
 
+def generated_comment(model: str, what: str) -> str:
+    """Return the metadata comment of generated MP4, WAV, MP3, FLAC and Ogg files.
+
+    The last word is the value of IPTC's property `digitalSourceType` for media that a trained model generated.
+
+    Args:
+        model: name of the model, such as "HiCoDiT".
+        what: what it generated, such as "speech and face".
+    """
+    return f"AI-generated {what}: {model}, speaking-faces; digitalSourceType trainedAlgorithmicMedia"
+
+
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
     """Compute a log-mel spectrogram (80, frames) in dB for visualisation, 100 frames per second."""
     hop = rate // 100
@@ -192,15 +204,3 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
 
 def _too_long(path: Path) -> UserError:
     return UserError(f"{path} has more than {LIMITS.seconds:g} s of audio (limits.seconds): use a part of it")
-
-
-def generated_comment(model: str, what: str) -> str:
-    """Return the metadata comment of generated MP4, WAV, MP3, FLAC and Ogg files.
-
-    The last word is the value of IPTC's property `digitalSourceType` for media that a trained model generated.
-
-    Args:
-        model: name of the model, such as "HiCoDiT".
-        what: what it generated, such as "speech and face".
-    """
-    return f"AI-generated {what}: {model}, speaking-faces; digitalSourceType trainedAlgorithmicMedia"

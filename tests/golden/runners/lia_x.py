@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.official import rename
 from lia_x import ops
 from lia_x.codec import Identity, LiaX
+from lia_x.networks import Decoder
 from lia_x.upstream import RULES, our_state
 from tests.golden.runners import Case, runner
 
@@ -44,6 +45,11 @@ def build(case: Case) -> LiaX:
     return LiaX.from_tensors(sizes, our_state(case.weights()), case.name)
 
 
+def navigate_relative(decoder: Decoder, style: Tensor, target: Tensor, source: Tensor, start: Tensor) -> Tensor:
+    """Move the style (B, D) to the motion code `source`, and from there as from `start` to `target`: (B, M) all."""
+    return style + (decoder.directions(target) - decoder.directions(start)) + decoder.directions(source)
+
+
 @runner("liax_")
 @torch.no_grad()
 def run_network(case: Case) -> dict[str, Tensor]:
@@ -71,7 +77,7 @@ def run_network(case: Case) -> dict[str, Tensor]:
     if "img_none_s4" in case.outputs:
         out |= stored(case, "img_none", model.decoder(identity.style, identity.maps))
     if "z_rel" in case.outputs or "img_rel_s4" in case.outputs:
-        out["z_rel"] = model.decoder.navigate_relative(identity.style, motion[:1], motion[1:2], motion[2:3])
+        out["z_rel"] = navigate_relative(model.decoder, identity.style, motion[:1], motion[1:2], motion[2:3])
         out |= stored(case, "img_rel", model.decoder(out["z_rel"], identity.maps))
     return out
 
@@ -95,7 +101,9 @@ def run_animate(case: Case) -> dict[str, Tensor]:
         identity = model.identity(source)
         codes = model.encode(driving, size)
         start = edited(identity)
-        styles = (model.decoder.navigate_relative(identity.style, part, start, codes[:1]) for part in codes.split(size))
+        styles = (
+            navigate_relative(model.decoder, identity.style, part, start, codes[:1]) for part in codes.split(size)
+        )
         return torch.cat([model.decoder(style, identity.maps) for style in styles])
 
     out = {"motion_codes": model.encode(x)}
