@@ -1,4 +1,4 @@
-"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. The default input is the bundled silent clip.
+"""Run inference: `python infer.py [model=NAME] [key=value ...]`. The default input is the bundled silent clip.
 
 The command `speaking-faces` does the same from any folder, and `speaking-faces train` what train.py does.
 """
@@ -6,7 +6,7 @@ The command `speaking-faces` does the same from any folder, and `speaking-faces 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from scripts import environment  # noqa: F401 -- before anything that may be missing
+    from scripts import environment  # noqa: F401 -- checks the environment before other imports
 
 import runpy
 import sys
@@ -76,7 +76,7 @@ def infer(config: DictConfig) -> int:
 
 
 def main() -> int:
-    """Run the model that `model=` names; each has a configuration of its own."""
+    """Run the program of `model=`. Each model has its own configuration."""
     models = [word for word in sys.argv[1:] if word.startswith("model=")]
     model = models[-1].removeprefix("model=") if models else "hicodit"
     if model not in PROGRAMS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from scripts import environment  # noqa: F401 -- before anything that may be missing
+    from scripts import environment  # noqa: F401 -- checks the environment before other imports
 
 import shlex
 import sys

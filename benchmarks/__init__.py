@@ -1,1 +1,1 @@
-"""The benchmarks of `scripts/benchmark.py` and the baselines they compare with; records are in results/."""
+"""Benchmarks of `scripts/benchmark.py` and their reference implementations. Records are in results/."""

@@ -1,7 +1,7 @@
-"""The checks of a card, by name; scripts/check_gpu.py runs them, and says what a line means.
+"""GPU checks by name, which scripts/check_gpu.py runs.
 
-The range of a line comes from the card's data sheet, or from the work that a call does: `Operators` counts it, and
-`Machine.bounds` turns it into seconds.
+The range of a result is derived from the data sheet of the GPU, or from the operations of a call, which `Operators`
+counts and `Machine.bounds` converts to seconds.
 
 Axes: B clips, K token levels, L token frames, N codes.
 """
@@ -49,25 +49,26 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-# A loop at batch 1 takes LEAST to MOST times what the roofline says, and up to STARTED times what its kernels take.
+# A loop at batch size 1 takes LEAST to MOST times the roofline estimate, and up to STARTED times the kernel launch
+# time.
 LEAST = 1.5
 MOST = 6.0
 STARTED = 3.0
-REPLAYED = 2e-6  # seconds that a small kernel takes in a CUDA graph, at least: an assumption
+REPLAYED = 2e-6  # assumed minimum time of a small kernel in a CUDA graph in seconds
 MIB = 2**20
 # Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
 SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
 TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
-LINKED = 0.6  # of the link's rate that collectives reach
+LINKED = 0.6  # fraction of the link rate that collectives must reach
 PATIENCE = 900  # seconds for the tests
-DRIFT = 1e-3  # bound of the latents of graphs
-DIVERGENCE = 0.004  # bound of the KL divergence of bfloat16
-DIFFERENCE = 0.02  # bound of flash-attn
+DRIFT = 1e-3  # tolerance of latents with CUDA graphs
+DIVERGENCE = 0.004  # tolerance of the KL divergence of bfloat16
+DIFFERENCE = 0.02  # tolerance of flash-attn
 
 
 @dataclass(frozen=True)
 class Line:
-    """One finding. low, high: the range of a PASS; None: no bound on that side."""
+    """A result. low, high: range of a PASS; None: no bound on that side."""
 
     name: str
     verdict: str
@@ -88,7 +89,7 @@ class Line:
 
 
 def judge(value: float, low: float | None = None, high: float | None = None) -> str:
-    """Return PASS for a value in the range, WARN for one within a factor of two of it, FAIL for others."""
+    """Return PASS for a value within the range, WARN within a factor of two of it, else FAIL."""
     least = -math.inf if low is None else low
     most = math.inf if high is None else high
     if not math.isfinite(value) or 2 * value < least or value > 2 * most:
@@ -97,12 +98,12 @@ def judge(value: float, low: float | None = None, high: float | None = None) -> 
 
 
 def line(name: str, value: float, unit: str, low: float | None, high: float | None, note: str = "") -> Line:
-    """Return the line of a value, judged by its range."""
+    """Return the result line of a value, classified by its range."""
     return Line(name, judge(value, low, high), value, unit, low, high, note)
 
 
 class Rates(NamedTuple):
-    """Measured rates: matrix products in FLOP/s, and copies in bytes/s, read and written bytes counted."""
+    """Measured rates: matrix products in FLOP/s, and copies in bytes/s, counting bytes read and written."""
 
     bf16: float
     fp32: float
@@ -110,19 +111,19 @@ class Rates(NamedTuple):
 
 
 class Machine:
-    """The card under test, and what is measured on it.
+    """The GPU under test and its measurements.
 
-    Whatever a measurement gives passes `reading`. Tests put in a machine that runs all checks on a processor and gives
-    readings of a card.
+    All measured values pass through `reading`. Tests substitute a machine that runs all checks on a CPU and returns
+    values of a GPU.
 
     Args:
         device: a CUDA device.
-        cards: how many take part.
-        size: of the models: base, or tiny for a trial.
+        cards: number of GPUs that take part.
+        size: size of the models: base, or tiny for a test.
 
     Attributes:
-        backend: what captures graphs; None: `engine.cuda_graph.CudaGraphs`.
-        tests: folder of the tests of cards.
+        backend: backend of CUDA graphs. None: `engine.cuda_graph.CudaGraphs`.
+        tests: folder of the GPU tests.
     """
 
     backend: CudaGraphs | None = None
@@ -140,12 +141,12 @@ class Machine:
 
     @property
     def card(self) -> Card | None:
-        """The data sheet; None: the card is unknown."""
+        """Data sheet of the GPU. None if unknown."""
         return find_card(self.name)
 
     @cached_property
     def stated(self) -> Card:
-        """Return the data-sheet figures of the card; for an unknown card, those that the measured rates imply."""
+        """Return the data sheet of the GPU or, for an unknown GPU, values implied by the measured rates."""
         if self.card is not None:
             return self.card
         memory = torch.cuda.get_device_properties(self.device).total_memory
@@ -155,7 +156,7 @@ class Machine:
         return Card(peak, single, memory, self.rates.copy / EFFICIENCY["memory"], math.inf, math.inf)
 
     def versions(self) -> tuple[float, float]:
-        """Return the newest CUDA version that the driver has, and the one of PyTorch, such as 12.8."""
+        """Return the CUDA version supported by the driver, and that of PyTorch, such as 12.8."""
         number = ctypes.c_int()
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
         return number.value // 1000 + number.value % 1000 / 100, float(torch.version.cuda or "nan")
@@ -166,11 +167,11 @@ class Machine:
         return Rates(bf16, fp32, common.copy_rate(self.device))
 
     def reading(self, name: str, measured: float) -> float:
-        """Return the value of the measurement of a name."""
+        """Return the value of a measurement."""
         return measured
 
     def time(self, name: str, call: Callable[[], Any], repeats: int = 3) -> float:
-        """Return the median seconds of a call, after one call that does not count."""
+        """Return the median time of a call in seconds, after an untimed call."""
         durations = []
         for _ in range(repeats + 1):
             begin = common.now(self.device)
@@ -179,7 +180,7 @@ class Machine:
         return self.reading(f"{name} seconds", statistics.median(durations[1:]))
 
     def forget_peak(self) -> None:
-        """Begin to measure the peak memory anew."""
+        """Reset the peak memory statistics."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -189,7 +190,7 @@ class Machine:
         return self.reading(f"{name} MiB", common.peak_memory_mb(self.device))
 
     def in_process(self, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the result of a call in a process that has the card's memory to itself."""
+        """Return the result of a call in a separate process, which has the GPU memory for itself."""
         self.forget_peak()
         return common.in_own_process(measure, *arguments)
 
@@ -205,7 +206,7 @@ class Machine:
             return json.loads(result.read_text())
 
     def bounds(self, work: common.Operators) -> tuple[float, float, str]:
-        """Return the range of the seconds of work that is replayed as CUDA graphs, and where the range comes from."""
+        """Return the expected time range in seconds of work replayed as CUDA graphs, and its explanation."""
         roofline = work.flops / self.rates.bf16 + work.weights / self.rates.copy
         kernels = work.kernels * REPLAYED
         note = (
@@ -238,7 +239,7 @@ def rates(machine: Machine) -> Iterator[Line]:
 
 
 def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"not ({TWO_CARDS})") -> Iterator[Line]:
-    """Tests of tests/gpu, by default all for one card; a skipped one counts as failed."""
+    """Run tests of tests/gpu, by default all single-GPU tests. Skipped tests count as failed."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", str(machine.tests), f"--junitxml={report}", "-k", expression]
@@ -254,7 +255,7 @@ def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"no
 
 
 def two_cards(machine: Machine) -> Iterator[Line]:
-    """DDP and FSDP2 over NCCL, and a run that continues after one of its processes was killed."""
+    """Test DDP and FSDP2 over NCCL, and a run that continues after one of its processes was killed."""
     if machine.cards > 1:
         yield from card_tests(machine, "two cards", TWO_CARDS)
 
@@ -274,7 +275,7 @@ def collectives(machine: Machine) -> Iterator[Line]:
 
 
 def graphs(machine: Machine) -> Iterator[Line]:
-    """Steps replayed as CUDA graphs against the same steps called one by one, with the bundled models in float32."""
+    """Compare steps replayed as CUDA graphs with eager execution, for the bundled models in float32."""
     model, conditions, pipeline = _bundled(machine)
     sampler = replace(pipeline.sampler, steps=4)
     tokens = [
@@ -298,7 +299,7 @@ def graphs(machine: Machine) -> Iterator[Line]:
 
 
 def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
-    """The bundled HiCoDiT in float32, and the conditions of whole seconds of the demo clip, as graphs take them."""
+    """Return the bundled HiCoDiT in float32, and the conditions of the demo clip, padded for CUDA graphs."""
     pipeline = HiCoDiTPipeline.from_pretrained(device=machine.device, precision="fp32")
     conditions = pipeline.conditions([pipeline.crops(CLIP)])
     frames = 25 if machine.size == "tiny" else conditions.lip.shape[1] // 25 * 25
@@ -337,7 +338,7 @@ def flash(machine: Machine) -> Iterator[Line]:
 
 @torch.inference_mode()
 def hicodit(machine: Machine) -> Iterator[Line]:
-    """HiCoDiT with random weights: the sampler's steps of one window, without encoders and codec."""
+    """Measure HiCoDiT with random weights: the sampling steps of one window, without encoders and codec."""
     model = convert_matrices(build_hicodit(machine.size), torch.bfloat16, FLOAT32)
     machine.forget_peak()
     model.to(machine.device)
@@ -421,9 +422,9 @@ def _speed(
     machine: Machine, name: str, model: torch.nn.Module, speak: Callable[[Any, bool], None], whole: Any, first: Any,
     seconds: float,
 ) -> Iterator[Line]:  # fmt: skip
-    """Judge the real-time factor of `speak(whole)`, so many seconds, the time of `speak(first)`, and the memory.
+    """Check the real-time factor of `speak(whole)`, the latency of `speak(first)`, and the memory.
 
-    `speak` takes whether steps are called one by one, so that their work can be counted, or replayed as graphs.
+    The argument of `speak` selects eager execution, which allows counting operations, or CUDA graphs.
     """
     weights = common.nbytes(model.parameters()) / MIB
     took = machine.time(name, lambda: speak(whole, False))
@@ -437,7 +438,7 @@ def _speed(
 
 
 def train_steps(machine: Machine) -> Iterator[Line]:
-    """Ten steps of each paper's recipe beside the prediction for one card."""
+    """Run ten training steps of each paper's recipe and compare them with the prediction for one GPU."""
     seconds = machine.step_seconds
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
@@ -492,7 +493,7 @@ CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
 
 
 def run_checks(machine: Machine, names: Collection[str]) -> Iterator[Line]:
-    """Yield the lines of checks; one that raises becomes a FAIL, and the others continue."""
+    """Yield the results of checks. A check that raises an error becomes a FAIL, and the others continue."""
     for name, check in CHECKS.items():
         if name in names:
             try:

@@ -1,9 +1,9 @@
-"""The papers' claims put to the test: variants of a model, or of its settings, on the same clips.
+"""Tests of the papers' claims: variants of a model or of its settings on the same clips.
 
-benchmarks/claims.yaml lists the claims. What has to be trained is trained with several seeds in
-RUNS/CLAIM/VARIANT-SEED; what is finished is not done again. `scripts/evaluate.py` generates and measures. The result:
-means over seeds, paired differences to the first variant with 95 % intervals (with one model over clips alone; see
-`engine.evaluation.statistics.estimate`), and a chart of them, or of the figures over the costs.
+benchmarks/claims.yaml lists the claims. Models are trained with several seeds in RUNS/CLAIM/VARIANT-SEED; finished work
+is skipped. `scripts/evaluate.py` generates and measures. The result: means over seeds, paired differences to the first
+variant with 95 % intervals (with one model over clips alone; see `engine.evaluation.statistics.estimate`), and a chart
+of them, or of the figures over the costs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("claim", choices=CLAIMS, help="entry of benchmarks/claims.yaml")
-    parser.add_argument("--variants", nargs="+", help="those that are measured; the first is compared with the others")
-    parser.add_argument("--seeds", type=within(0), nargs="+", default=[0, 1, 2], help="of what is trained")
+    parser.add_argument("--variants", nargs="+", help="variants to measure; the first one is the reference")
+    parser.add_argument("--seeds", type=within(0), nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="folder of the corpus")
     parser.add_argument(
         "--manifest",
@@ -54,10 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prepared clips to train on (default: CORPUS/shards/RECIPE; on GRID data/shards/hicodit_grid_cpu)",
     )
     parser.add_argument(
-        "--evaluate", nargs="*", action="extend", default=[], metavar="SETTING", help="settings of evaluate.py for all"
+        "--evaluate",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="SETTING",
+        help="settings of evaluate.py for all variants",
     )
     parser.add_argument(
-        "--train", nargs="*", action="extend", default=[], metavar="SETTING", help="settings of train.py for all"
+        "--train",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="SETTING",
+        help="settings of train.py for all variants",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="folder of the runs")
 

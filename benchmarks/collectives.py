@@ -1,4 +1,4 @@
-"""How fast the GPUs of a machine, or of several, exchange data: bus bandwidth of collectives over NCCL.
+"""Bus bandwidth of NCCL collectives between the GPUs of one or several machines.
 
     torchrun --nproc_per_node=8 -m benchmarks.collectives
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m benchmarks.collectives

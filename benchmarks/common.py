@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: a separate process for each setting, time, memory, operators, configs."""
+"""Helpers of benchmarks: separate processes, time, memory, operator counts, configs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def in_own_process(measure: Callable[..., T], *arguments: Any) -> T:
         try:
             return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()
         except BrokenProcessPool as error:
-            raise UserError(f"{measure.__name__}: the process was killed, probably for lack of memory") from error
+            raise UserError(
+                f"{measure.__name__}: the process was killed, probably because of insufficient memory"
+            ) from error
 
 
 def _with_threads(threads: int, measure: Callable[..., T], *arguments: Any) -> T:
@@ -47,19 +49,19 @@ def _with_threads(threads: int, measure: Callable[..., T], *arguments: Any) -> T
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
-    """Return the largest memory so far in MiB: allocated on a CUDA device, else resident memory of this process."""
+    """Return the peak memory in MiB: allocated memory on CUDA, else resident memory of this process."""
     return 1024 * memory_gib(torch.device(device))
 
 
 def now(device: torch.device) -> float:
-    """Return the wall-clock time in seconds, once the device has finished its work."""
+    """Return the wall-clock time in seconds after synchronising the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def compute_time(device: torch.device) -> float:
-    """Return the seconds to measure work with: on a CPU those of the processor, which other programs disturb little."""
+    """Return the time in seconds for benchmarks: CPU time on a CPU, which is less affected by other programs."""
     return now(device) if device.type == "cuda" else time.process_time()
 
 
@@ -69,7 +71,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Operators(TorchDispatchMode):
-    """Counts what operators do in a block, on real and on fake tensors.
+    """Counts operators, FLOPs and memory in a block, for real and fake tensors.
 
     Args:
         model: whose matrices count as `weights`.
@@ -176,7 +178,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Return the content of configs/NAME.yaml."""
+    """Return the contents of configs/NAME.yaml."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
 
 

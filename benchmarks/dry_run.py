@@ -1,8 +1,8 @@
-"""Three steps of the trainer as one rank of many, without GPUs and data; `scripts/dry_run.py` is the command.
+"""Dry run of three training steps as one of many ranks, without GPUs and data: `python train.py ... dry_run=32`.
 
-The trainer and FSDP2 run in a fake process group, whose collectives move nothing. Weights, gradients and activations
-are fake tensors (shapes without data, see `benchmarks.fake_step`); lengths of clips are drawn from a log-normal
-distribution.
+The trainer and FSDP2 run in a fake process group, whose collectives do not communicate. Weights, gradients and
+activations are fake tensors (shapes without data, see `benchmarks.fake_step`); lengths of clips are drawn from a
+log-normal distribution.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduc
 
 
 class MadeUpBatches(MadeUpClips):
-    """Made-up clips whose batches are random.
+    """Random batches for clips with synthetic lengths.
 
     Args:
         rows: of a sample: two for pairs of T2AV and TTS.
@@ -89,7 +89,7 @@ class Collectives(Operators):
 
 @contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
-    """Be rank 0 of `ranks` in a process group whose collectives move nothing."""
+    """Act as rank 0 of `ranks` in a fake process group, whose collectives do not communicate."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -126,7 +126,7 @@ def fake_task(model: str, sizes: dict[str, Any], mode: HostOrFake) -> Task:
 
 
 def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
-    """Run three steps of a recipe as rank 0 of `ranks`; return bytes by part, collectives, and padding efficiency.
+    """Run three steps of a recipe as rank 0 of `ranks`. Return bytes by part, collectives, and padding efficiency.
 
     Raises:
         UserError: the recipe does not use shards, or its batch cannot be divided.

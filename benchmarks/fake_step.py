@@ -1,4 +1,4 @@
-"""What a training step costs one process, found without a device.
+"""Cost of a training step of one process, determined without a device.
 
 The program that trains is run: task, AdamW, average. Weights, gradients and activations are fake tensors (shapes
 without data). What depends on a batch alone (lengths, masks) is computed for real, as shapes depend on it.

@@ -1,4 +1,5 @@
-"""Talker-T2AV before and after experiment=talker_finetune on one drawn person: words, voice, mouth, and a picture.
+"""Talker-T2AV before and after experiment=talker_finetune on one cartoon person: WER, speaker similarity, synchrony,
+and a figure.
 
 The person is one of the corpus's voices that no bundled weights were trained on, the sentences are of a split that they
 were not trained on either. The steps are those of docs/one_card.md, the bundled weights stand in for the released ones,
@@ -46,7 +47,7 @@ trainer.ema_decay=0 trainer.by_length=false trainer.batch_size=8 trainer.log_eve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, default=Path("runs/finetune_stand_in"), help="folder of all that is made")
+    parser.add_argument("--work", type=Path, default=Path("runs/finetune_stand_in"), help="output folder")
     parser.add_argument("--person", type=within(0, VOICES - 1), default=0, help="which of the held-out voices")
     parser.add_argument("--clips", type=within(8), default=100, help="clips in training")
     parser.add_argument("--val-clips", type=within(2), default=20, help="clips by which settings may be chosen")

@@ -1,7 +1,7 @@
-"""The recipe of docs/one_card.md on a stand-in for GRID: words by training step, from bundled and from random weights.
+"""The recipe of docs/one_card.md on a stand-in for GRID: WER by training step, from bundled and from random weights.
 
 The stand-in has GRID's folders, names, pictures, audio and alignments, with cartoon faces and synthetic voices that no
-bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is said as its
+bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is spoken as its
 code word ("foxtrot"), because letters that look alike on drawn lips could not be distinguished. scripts/recipes/grid.sh
 prepares, trains at the size of the bundled model and evaluates. What is finished is not done again.
 """
@@ -59,8 +59,13 @@ task.guidance.identity=0.0 task.guidance.expression=1.0 task.guidance.lip=0.0"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="folder of all that is made")
-    parser.add_argument("--speakers", type=within(3), default=3, help="speakers in training; one validates, two test")
+    parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="output folder")
+    parser.add_argument(
+        "--speakers",
+        type=within(3),
+        default=3,
+        help="number of training speakers; one is for validation, two for the test",
+    )
     parser.add_argument("--clips", type=within(1), default=100, help="clips of each speaker in training")
     parser.add_argument("--test-clips", type=within(1), default=100, help="clips of each other speaker")
     parser.add_argument("--steps", type=within(1), default=240, help="training steps of 16 clips from each start")
@@ -159,7 +164,9 @@ def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
 
 
 def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> bool:
-    """Return whether a recogniser understands a voice, by sentences of the split `dev`, which no clip says."""
+    """Return whether a recogniser understands a voice, measured on sentences of the split `dev`, which no clip
+    contains.
+    """
     rng = np.random.default_rng([seed, 2])
     wrong = 0
     trials = 0

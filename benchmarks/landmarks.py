@@ -1,4 +1,4 @@
-"""How far each face detector places the mouth from where dlib's 68 landmarks have it, on clips of real people.
+"""Mouth localisation error of face detectors relative to dlib's 68 landmarks, on clips of real people.
 
 Every fifth frame of each clip is measured. The error is the distance of the mouth's centre from that of dlib, divided
 by the distance of eyes and mouth: its root mean square over all frames, and its systematic part. A face that is not

@@ -1,4 +1,4 @@
-"""Made-up clips with the lengths of a speech corpus, and how long ranks wait for the one with the longest batch."""
+"""Synthetic clip lengths of a speech corpus, and the resulting load imbalance between ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe costs on N GPUs, predicted from steps that `benchmarks.fake_step` measures without one."""
+"""Predicted cost of a recipe on N GPUs, based on steps measured by `benchmarks.fake_step` without a GPU."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drawn", type=Path, help="synthetic corpus")
     parser.add_argument("--drawn-clips", type=within(1), default=8, help="of each of its held-out splits")
     parser.add_argument("--codes", help="release whose motion codes of cartoon faces are decoded, too")
-    parser.add_argument("--sheets", type=Path, help="folder for pictures of true and rebuilt frames, to be looked at")
+    parser.add_argument("--sheets", type=Path, help="folder for images of ground-truth and reconstructed frames")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
@@ -86,13 +86,13 @@ class Seen:
 
 
 class Copy:
-    """A codec that repeats the first frame."""
+    """A baseline codec that repeats the first frame."""
 
     size = 128
 
 
 class Judge:
-    """dlib's landmarks and face recognition."""
+    """dlib's landmarks and face recognition, which measure mouth opening and identity."""
 
     def __init__(self) -> None:
         self.dlib = require("dlib", "dlib", "landmarks")

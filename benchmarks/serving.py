@@ -1,9 +1,9 @@
-"""The web service under load, over loopback: requests per second, latencies, and what becomes of bad requests.
+"""Load test of the web service over loopback: requests per second, latencies, and handling of invalid requests.
 
 Starts `scripts/serve.py` with the bundled models. First, for each number of clients, requests for speech of half a
 second through /v1; then a longer run of 16 clients of which a tenth of the requests are wrong, a twentieth are cut off
-by the client, a twentieth are videos by HiCoDiT, and a twentieth are sent in chunks. Every other request must get the
-status that it deserves, and the server's memory must not grow. Server and clients share the machine.
+by the client, a twentieth are videos by HiCoDiT, and a twentieth are sent in chunks. Every request must receive the
+expected status, and the memory of the server must not grow. Server and clients share the machine.
 
 With `--size base`, the server has a Talker-T2AV of the released size with random weights, and no HiCoDiT.
 """

@@ -1,4 +1,4 @@
-"""In how many clips of two faces the one that speaks is chosen: with the audio, and without.
+"""Accuracy of active speaker selection in clips with two faces, with and without audio.
 
 Two cartoon faces of the synthetic corpus stand side by side, in sizes that differ by up to a half. One speaks a clip's
 sentence. For preparation, which has the audio, the other speaks another sentence. For a silent clip, it only moves its

@@ -1,4 +1,4 @@
-"""Which clips of prepared shards have audio and picture out of step, and by how many frames.
+"""Detection of clips in prepared shards whose audio and video are out of sync, with the lag in frames.
 
 For each speaker, least squares predict a coarse log-mel spectrogram from the mouth's main components in seven
 neighbouring frames; the speaker's clips are divided in ten parts, each predicted from the other nine. A clip's lag is

@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py NAME [options]
 
-Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
-`python scripts/benchmark.py NAME --help` explains the measurement.
+Prints a line per setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and results. `python
+scripts/benchmark.py NAME --help` explains the measurement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compare this project with reference numbers of the official programs.
+"""Compare this project with reference values of the official programs.
 
     python scripts/check_golden.py DIR [DIR ...] [--only PREFIX] [--quiet]
 
 Prints a line for each case: worst absolute and relative error, the case's own float32 rounding error, pass or fail.
-Exit code: 0 if all cases pass, 1 if a case fails or nothing runs it, 2 for wrong input such as a damaged file.
+Exit code: 0 if all cases pass, 1 if a case fails or has no runner, 2 for invalid input such as a damaged file.
 """
 
 from __future__ import annotations

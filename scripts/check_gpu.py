@@ -1,12 +1,12 @@
-"""Check a card: whether everything is right on it, and how near it is to its limit.
+"""Check whether a GPU works correctly and how close it is to its limits.
 
-    python scripts/check_gpu.py                    # one card, under ten minutes
-    python scripts/check_gpu.py --cards 8          # also DDP, FSDP2 and a killed process on two, collectives of all
+    python scripts/check_gpu.py                    # one GPU, under ten minutes
+    python scripts/check_gpu.py --cards 8          # also DDP, FSDP2, a killed process, collectives
     python scripts/check_gpu.py --only rates graphs
 
-Prints a line for each finding. PASS: the value is in its range. WARN: within a factor of two of it, or something is not
-installed or known. FAIL: neither, or the check raised an error. Writes OUT/DATE-check-gpu-CARD.json. Exit code 1 if a
-line is FAIL, 2 without a card. What is checked is in benchmarks/card.py; weights are random or bundled.
+Prints a line per result. PASS: the value is within its range. WARN: within a factor of two of it, or something is not
+installed or unknown. FAIL: outside of it, or the check raised an error. Writes OUT/DATE-check-gpu-CARD.json. Exit code
+1 if a line is FAIL, 2 without a card. What is checked is in benchmarks/card.py; weights are random or bundled.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from engine.record import RESULTS, write_record
 
 def main(machine: Machine | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--cards", type=within(1, 64), default=1, help="cards of this machine that take part")
+    parser.add_argument("--cards", type=within(1, 64), default=1, help="number of GPUs of this machine to use")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="checks to run (default: all)")
-    parser.add_argument("--size", choices=("tiny", "base"), default="base", help="of the models")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--size", choices=("tiny", "base"), default="base", help="size of the models")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     args = parser.parse_args()
     there = torch.cuda.device_count()
     if machine is None and there < args.cards:

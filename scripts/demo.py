@@ -1,8 +1,8 @@
 """Try the models in a browser on this machine: `python scripts/demo.py` (needs the demo extra).
 
 One tab generates speech for a silent clip, the other a talking face from a text. The fields start with bundled
-examples. Only this machine can open the page, unless --host allows others; no data is sent to other servers. What was
-uploaded and made is deleted when the program ends.
+examples. Only this machine can open the page, unless --host allows others; no data is sent to other servers. Uploads
+and results are deleted when the program ends.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python scripts/download_checkpoints.py talker_t2av|hicodit|metrics|metrics_large|all --to DIR [--list]
 
 Complete files are left alone, an interrupted download is resumed, and a file is verified before it gets its final name.
-The licence of each file is printed and not asked about: by downloading a file you accept it.
+The licence of each file is printed without confirmation: by downloading a file you accept it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ends a command that is run outside of the environment that setup.sh makes, with a line that says what to do."""
+"""Exit with a message if the command is run outside of the environment created by setup.sh."""
 
 import sys
 from importlib.util import find_spec

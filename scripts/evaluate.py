@@ -42,10 +42,10 @@ from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, require_choice, set_limits
 
 HELP = """
-Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
-interval, the row of the ground truth and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
-results.json and a cache: the same command continues where it stopped. A file that cannot be used, and a figure whose
-network was not downloaded, are named and left out; the exit code is 1 if a file was, 2 if there is nothing to show.
+Compute a table of metrics for the outputs of any system, from two folders or a manifest. The table has 95 % intervals,
+a row for the ground truth, and the rows of the paper. OUTPUT gets report.html (one file, no network needed),
+results.json and a cache: the same command continues where it stopped. Unusable files, and metrics whose network was not
+downloaded, are listed and skipped; the exit code is 1 if a file was skipped, 2 if there are no results.
 
 A manifest has a clip per line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
 references=, or those that output, reference and video name (paths from the manifest's folder). Several systems side by
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
-    """Generate what is to be generated, measure, and write report and results of one set of clips to `output`."""
+    """Generate missing outputs, measure, and write report and results of one set of clips to `output`."""
     set_limits(Limits(**config.limits))
     figures = plain(config)["metrics"] or list(config.columns)
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
@@ -115,7 +115,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     rows = other_rows(config, split)
     papers = read_paper_tables(plain(config)["paper_tables"])
     if references and not config.manifest and output.resolve().is_relative_to(references.resolve()):
-        raise UserError(f"output={output} lies in references=, where all files are clips: name another folder")
+        raise UserError(f"output={output} is within references=, where all files are clips: use another folder")
 
     def read() -> list[Clip]:
         if config.corpus:
@@ -145,7 +145,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         summary = summarise(clips, results, metrics, config.resamples, config.compare)
         if not summary["figures"]:
             tell_left_out(summary)
-            raise UserError("no figure of the table could be computed, for the reasons above")
+            raise UserError("no metric of the table could be computed, for the reasons above")
         summary["notes"] += protocol_notes(metrics, summary["figures"], rows, papers)
         settings = plain(config)
         summary |= {
@@ -169,7 +169,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
 
 
 def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return (model, settings) of each system that generates outputs."""
+    """Return (model, settings) of each system to generate."""
     wanted = plain(config)
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
     known = (*MODELS, *CODECS)
@@ -198,7 +198,7 @@ def generate(
     device: str,
     chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Write the outputs of a model for clips to `folder`, where they are missing. chosen: which of all batches."""
+    """Write the missing outputs of a model for clips to `folder`. chosen: slice of the batches to write."""
     if model in MODELS:
         import_module(MODELS[model]).write_outputs(clips, folder, device, chosen=chosen, **settings)
         return
@@ -208,7 +208,7 @@ def generate(
 
 
 def tell(summary: Mapping[str, Any]) -> None:
-    """Print the table and the comparison of its systems, and on the error output what was left out."""
+    """Print the table and the comparison of systems, and the skipped items on standard error."""
     papers = [PaperTable(**table) for table in summary["paper_tables"]]
     print(*table_lines(summary), *paper_lines(papers, summary["figures"]), *comparison_lines(summary), sep="\n")
     for note in summary["notes"]:
@@ -219,7 +219,7 @@ def tell(summary: Mapping[str, Any]) -> None:
 
 
 def tell_left_out(summary: Mapping[str, Any]) -> None:
-    """Print figures, and the first twenty files or measurements, that are not in the table, with the reason."""
+    """Print the omitted figures and the first twenty skipped files or measurements, with the reasons."""
     for figure, why in summary["left_out"]["figures"].items():
         print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
     files = summary["left_out"]["files"]
@@ -231,7 +231,7 @@ def tell_left_out(summary: Mapping[str, Any]) -> None:
 
 
 def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str, Metric]:
-    """Put word errors of sentences outside the grammar beside those of the others, which do not count them."""
+    """Add the WER of sentences outside of the grammar, next to that of sentences within it."""
     rows = [row for by_clip in results.rows.get("WordErrors", {}).values() for row in by_clip.values()]
     if "wer" not in metrics or "wer_free" in metrics or not any("wer_free" in row for row in rows):
         return dict(metrics)
@@ -240,7 +240,7 @@ def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str
 
 
 def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
-    """Return the aims and the paper's rows by name, values by figure; of ground-truth rows, those of `true_speech`."""
+    """Return target values and paper rows by name, with values by figure."""
     rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
     true = [name for name in rows if "true speech" in name]
     if config.true_speech is not None:
@@ -256,7 +256,7 @@ def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, flo
 def protocol_notes(
     metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any], tables: Sequence[PaperTable]
 ) -> list[str]:
-    """Return which of the paper's figures were computed in another way than those of this evaluation."""
+    """Return which figures of the paper were computed with another protocol than in this evaluation."""
     stated = {f for name, row in paper.items() if name.startswith("paper: ") for f in row if row[f] is not None}
     stated = stated.union(*(table.stated for table in tables))
     if not stated:
@@ -269,7 +269,7 @@ def protocol_notes(
         here = metrics[names[0]].kind
         titles = ", ".join(metric.figures[f].title for f in names if f in stated)
         if own != here and titles:
-            notes.append(f"the paper's {titles} by {own}, those above by {here}: the two cannot be compared")
+            notes.append(f"the paper's {titles} by {own}, those above by {here}: not comparable")
     return notes
 
 
@@ -302,9 +302,9 @@ def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path
             raise UserError(f"outputs={outputs} cannot be read: quote names and folders with special characters")
         return {Path(outputs).name or "output": Path(outputs)}
     if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
-        raise UserError("outputs must be a folder, or several as {name: folder, other: folder}")
+        raise UserError("outputs must be a folder, or several: {name: folder, other: folder}")
     if both := [name for name in systems if name in outputs]:
-        raise UserError(f"outputs: {both[0]} is the name of model=; give the folder another one")
+        raise UserError(f"outputs: {both[0]} is also the name of model=; choose another name")
     return {str(name): Path(folder) for name, folder in outputs.items()}
 
 

@@ -38,7 +38,10 @@ from engine.training.export import export
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument(
-        "source", nargs="+", metavar="SOURCE", help="a run; with --average RELEASE:WEIGHT ...; with --compact a release"
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="run folder; with --average RELEASE:WEIGHT ...; with --compact a release folder",
     )
     parser.add_argument("out", type=Path, metavar="FOLDER", help="release folder to write")
     how = parser.add_mutually_exclusive_group()
@@ -46,15 +49,17 @@ def main() -> None:
     how.add_argument("--compact", action="store_true", help="store a release in 8 bits")
     how.add_argument("--step", type=int, help="export this checkpoint of the run (default: the newest)")
     how.add_argument("--best", metavar="RULE", help="export the best checkpoint by 'min NAME' or 'max NAME'")
-    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="average only tensors whose names start so")
-    parser.add_argument("--exact", nargs="+", metavar="PREFIX", help="keep tensors with such names in half precision")
+    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="name prefixes of the tensors to average")
+    parser.add_argument(
+        "--exact", nargs="+", metavar="PREFIX", help="name prefixes of tensors to keep in half precision"
+    )
     args = parser.parse_args()
     if args.only and not args.average:
         raise UserError("--only belongs to --average")
     if args.exact and not args.compact:
         raise UserError("--exact belongs to --compact")
     if len(args.source) > 1 and not args.average:
-        raise UserError(f"{' '.join(args.source)}: give one run or release, or --average for several releases")
+        raise UserError(f"{' '.join(args.source)}: expected one run or release, or --average for several releases")
     if args.average:
         summary = average_releases(args.source, args.out, tuple(args.only or [""]))
     elif args.compact:
@@ -66,7 +71,7 @@ def main() -> None:
 
 def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
     if not run.is_dir():
-        raise UserError(f"no run in {run}: give the folder that train.py wrote")
+        raise UserError(f"no run in {run}: expected a folder written by train.py")
     return f"{export(run, out, step if best is None else best_step(run, best)).name} of {run}"
 
 
@@ -104,7 +109,7 @@ def compact_release(release: Path, out: Path, exact: tuple[str, ...]) -> str:
     def smaller(state: dict[str, Tensor]) -> dict[str, Tensor]:
         unknown = [prefix for prefix in exact if not any(key.startswith(prefix) for key in state)]
         if unknown:
-            raise UserError(f"--exact {unknown[0]}: no tensor of {release} begins so; the first is {min(state)}")
+            raise UserError(f"--exact {unknown[0]}: no tensor of {release} has this prefix; the first is {min(state)}")
         return compact(state, exact)
 
     rewrite_release(release, out, smaller)

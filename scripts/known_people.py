@@ -1,4 +1,4 @@
-"""Describe the people of prepared shards in a release, so that other faces get a remark:
+"""Add people.json, a description of the training people, to a release, so that unknown faces cause a remark:
 
 python scripts/known_people.py SHARDS RELEASE
 """

@@ -1,7 +1,7 @@
 """torchrun with the trainer's exit code: 75 (`engine.training.signals.REQUEUE`) if training was stopped and saved.
 
-torchrun itself exits with 1 whatever its processes return, is killed by SIGUSR1, and kills its processes 30 s after it
-was asked to stop; here they have `GRACE` seconds to save. The arguments are torchrun's:
+torchrun itself always exits with 1 on failure, is killed by SIGUSR1, and kills its processes 30 s after a stop signal;
+here they have `GRACE` seconds to save. The arguments are torchrun's:
 
     python -m scripts.launch --nproc_per_node=8 --max-restarts=3 train.py experiment=NAME
 """
@@ -47,7 +47,7 @@ def main() -> int:
         codes = [failure.exitcode for failure in error.failures.values()]
         if REQUEUE in codes:  # the group saved together; torchrun may have ended some on their way out
             return REQUEUE
-        print(f"error: processes ended with exit codes {codes}; what they said is above", file=sys.stderr)
+        print(f"error: processes ended with exit codes {codes}; see their output above", file=sys.stderr)
         return max(codes) if min(codes) >= 0 else 1
     finally:
         PContext.close = close

@@ -43,13 +43,13 @@ def _make(corpus: tuple[Path, int, int, int], split: str, index: int) -> None:
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__, "python scripts/make_synthetic_corpus.py")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the corpus; made if it does not exist")
+    add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--clips", type=within(1), default=4000, help="training clips")
     add("--speech", type=within(1), help="training clips of version 3, without pictures (default: --clips)")
     add("--test-clips", type=within(0), default=240, help="clips in each held-out split")
     add("--version", type=int, choices=SPLITS, default=2, help="of the corpus")
     add("--seed", type=within(0), default=0, help="seed of the corpus")
-    add("--more-voices", type=within(0), default=0, help="further voices of training clips, beside the 400")
+    add("--more-voices", type=within(0), default=0, help="number of training voices in addition to the 400")
     add("--workers", type=within(1), default=2, help="number of processes; does not change the result")
     args = parser.parse_args()
     if args.speech is not None and args.version != 3:

@@ -1,4 +1,4 @@
-"""What a recipe costs on N GPUs, found without one: memory, exchange, time and days, for DDP, FSDP2 and hybrid.
+"""Predict the cost of a recipe on N GPUs without a GPU: memory, communication and time, for DDP, FSDP2 and hybrid.
 
     python scripts/plan_run.py hicodit_paper --gpus 8 64 --device h200
     python scripts/plan_run.py hicodit_grid --gpus 1 --device rtx4090 --seconds 3
@@ -48,7 +48,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("recipe", help="name in configs/experiment")
     parser.add_argument("settings", nargs="*", help="key=value of the recipe")
-    parser.add_argument("--gpus", type=within(1, 2**17), nargs="+", default=[8], help="numbers of GPUs")
+    parser.add_argument("--gpus", type=within(1, 2**17), nargs="+", default=[8], help="numbers of GPUs to compare")
     parser.add_argument("--device", choices=CARDS, default="h200", help="the card")
     parser.add_argument("--seconds", type=within(0.5, 30, float), default=8.0, help="length of a clip")
     parser.add_argument("--json", type=Path, help="write the plans to this file")

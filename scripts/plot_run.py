@@ -1,4 +1,4 @@
-"""Curves of training runs from their logs, several runs in one figure:
+"""Plot the curves of one or more training runs from their logs:
 
     python scripts/plot_run.py runs/NAME [runs/OTHER ...] [--out curves.png]
 

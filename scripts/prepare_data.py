@@ -18,8 +18,8 @@ from engine.program import run_program, runs
 HELP = """
 Turn raw recordings into training shards. OUTPUT/SPLIT gets tar files with the features that both models train on, a
 JSON file for each of them, index.json for the whole split, and quarantine.jsonl with the stage and reason of every
-rejected clip. After a kill, the same command continues and gives the same result. workers=N uses N processes of this
-machine, executor=ray many machines.
+rejected clip. After an interruption, the same command continues with the same result. workers=N uses N processes of
+this machine, executor=ray many machines.
 
 Examples:
 python scripts/prepare_data.py source.root=data/synthetic output=data/shards workers=2

@@ -1,12 +1,12 @@
 """Serve the models to other programs: `python scripts/serve.py` (needs the extra `serve`).
 
 /v1/...            OpenAI's interface: models, audio/speech, videos; see docs/service.md
-WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 per second, then a text -> audio in hops of 160 ms
+WS /hicodit/stream {"lookahead": 0.4}, JPEG or PNG frames at 25 per second, a text message -> audio in hops of 160 ms
 GET /health, GET /docs
 
-Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is
-refused with 429, a wrong request with 400 and one sentence: {"error": "..."}. Only this machine can connect, unless
---host allows others; there are no accounts and no encryption, so put a proxy in front of it.
+Requests of several clients share batches; those of Talker-T2AV join and leave a running batch. Requests beyond the
+limits receive status 429, invalid ones 400 with a message {"error": "..."}. Only this machine can connect unless --host
+allows others. There is no authentication or encryption, so use a reverse proxy.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main() -> None:
     add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
     add("--weights", help="HiCoDiT's release folder (default: of the bundled ones, that for the face of each clip)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
-    add("--voices", type=Path, help="folder of recordings, each a voice: NAME.wav is voice=NAME")
+    add("--voices", type=Path, help="folder of recordings of voices: NAME.wav is voice=NAME")
     add("--device", choices=DEVICES, default="auto", help="where the models run")
-    add("--precision", choices=PRECISIONS, default="auto", help="of the models' matrices")
+    add("--precision", choices=PRECISIONS, default="auto", help="precision of the models' matrices")
     add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT")
     add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV")
     add("--host", default="127.0.0.1", help="address to listen on")

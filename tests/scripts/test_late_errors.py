@@ -102,7 +102,7 @@ SCRIPTS = [
     ("export sounds out", "sounds has no checkpoint to export"),
     ("export sounds out --best wer", "--best wer is not"),
     ("export {assets}/rvq_tiny sounds --compact", "sounds exists but is not a release folder"),
-    ("export damaged other out", "give one run or release"),
+    ("export damaged other out", "expected one run or release"),
     ("export damaged out --compact --only x", "--only belongs to --average"),
     ("export nowhere out", "no run in nowhere"),
     ("export --average damaged out", "give FOLDER:WEIGHT"),
