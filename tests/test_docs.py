@@ -43,7 +43,7 @@ def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys
     for result, name, why in (
         (known["speech"], "speech.mp3", r"must end in \.wav"),
         (known["talk"], "talk.gif", r"must end in \.mp4"),
-        (replace(known["talk"], frames=None), "tts.mp4", "no pictures"),
+        (replace(known["talk"], frames=None), "tts.mp4", "no frames"),
     ):
         with pytest.raises(UserError, match=why):
             result.save(name)
