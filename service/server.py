@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -47,8 +48,12 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the requests, then close the connections."""
+        """Wait for the requests, then close the connections.
+
+        Clients of streams may send nothing any more, so the wait is bounded.
+        """
         self.service.close()
-        while any(self.service.inside.values()) and not self.force_exit:
+        latest = time.monotonic() + self.service.limits.grace + FLUSH
+        while any(self.service.inside.values()) and not self.force_exit and time.monotonic() < latest:
             await asyncio.sleep(POLL)
         await super().shutdown(sockets)

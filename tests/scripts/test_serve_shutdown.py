@@ -1,5 +1,6 @@
 """The end of the web service: requests in work are finished or refused in a sentence, and later ones refused."""
 
+import json
 import signal
 import socket
 import threading
@@ -12,6 +13,8 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
+
+from websockets.sync.client import connect
 
 from service.limits import ServeLimits
 from service.server import Server
@@ -27,11 +30,11 @@ LONG = {"min_seconds": 30.0, "max_seconds": 30.0}
 @pytest.fixture
 def start(models, monkeypatch):
     """Starts a server whose steps take 50 ms; returns it, its thread, and a client."""
-    _, talker, voice = models
+    hicodit, talker, voice = models
     running = []
 
     def start(grace):
-        service = Service(None, talker, ServeLimits(rows=4, grace=grace), False, voice.parent)
+        service = Service(hicodit, talker, ServeLimits(rows=4, grace=grace), False, voice.parent)
         worker = service.workers["talker_t2av"]
         step = worker.step
         monkeypatch.setattr(worker, "step", lambda batch: (time.sleep(0.05), step(batch)))
@@ -101,3 +104,15 @@ def test_what_takes_longer_than_the_grace_is_refused_in_a_sentence(start, capfd)
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["message"] == "the server is shutting down"
     assert not thread.is_alive() and "Traceback" not in printed.out + printed.err
+
+
+def test_a_stream_whose_client_sends_nothing_does_not_keep_the_server(start, monkeypatch):
+    monkeypatch.setattr("service.server.FLUSH", 0.2)
+    server, thread, client = start(grace=0.0)
+    address = str(client.base_url).replace("http", "ws", 1) + "/hicodit/stream"
+    with connect(address) as stream:
+        stream.send("{}")
+        assert json.loads(stream.recv())["rate"] == 24_000
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive()
