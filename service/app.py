@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
@@ -175,11 +177,18 @@ def read_picture(data: bytes) -> np.ndarray:
         raise UserError(f"an image of {len(data):,} bytes: at most {MAX_PICTURE:,}")
     if not data.startswith(PICTURES):
         raise UserError("a message that is not an image: send JPEG or PNG, and a text message at the end")
+    try:
+        with Image.open(io.BytesIO(data)) as header:  # reads the size, and decodes nothing
+            width, height = header.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"an image of more than {LIMITS.pixels:,} pixels") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError("a damaged image") from error
+    if width * height > LIMITS.pixels:
+        raise UserError(f"an image of {width} x {height} pixels: {LIMITS.pixels:,} at most")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise UserError("a damaged image")
-    if picture.shape[0] * picture.shape[1] > LIMITS.pixels:
-        raise UserError(f"an image of {picture.shape[1]} x {picture.shape[0]} pixels: {LIMITS.pixels:,} at most")
     return picture
 
 

@@ -192,7 +192,7 @@ def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
 
 def page(demo: Demo) -> gr.Blocks:
     """Create the page, which `launch` opens."""
-    stopped: set[str] = set()  # sessions whose run shall end
+    stopped: set[str] = set()  # sessions that have left, and runs (see `_connect`) that shall end
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS} **{CONSENT}**")
         with gr.Tab("Speech for a clip"):
@@ -366,11 +366,15 @@ def _bound(what: str) -> float | None:
 def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> None:
     """Let the triggers start the tab's action, Stop end it, and changed inputs remove what they did not make."""
 
+    def of_tab(request: gr.Request) -> str:
+        """Return the name of a session's run in this tab, as another tab may have one, too."""
+        return f"{request.session_hash} {tab.name}"
+
     def begin(request: gr.Request) -> list[Any]:
         if request.session_hash in tab.working:
             tab.pressed.add(request.session_hash)
             return [gr.skip()] * len(everything)
-        stopped.discard(request.session_hash)
+        stopped.difference_update((request.session_hash, of_tab(request)))
         tab.changed.discard(request.session_hash)
         tab.pressed.discard(request.session_hash)
         tab.working.add(request.session_hash)
@@ -378,7 +382,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
 
     def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
         def report(step: int, total: int | None, what: str) -> None:
-            if request.session_hash in stopped:
+            if not stopped.isdisjoint((request.session_hash, of_tab(request))):
                 raise Stopped
             done, line = course.at(step, total, what)
             progress(done, desc=line)
@@ -415,7 +419,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
         return [*_button_updates(False), *shown]
 
     def stop(request: gr.Request) -> list[Any]:
-        stopped.add(request.session_hash)
+        stopped.add(of_tab(request))
         tab.working.discard(request.session_hash)
         return [*_button_updates(False), status_line("idle", "Stopped.")]
 

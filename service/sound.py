@@ -104,6 +104,8 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
         while block := await process.stdout.read(BLOCK):
             yield block
         await feeding
+        if code := await process.wait():
+            raise RuntimeError(f"ffmpeg ended with exit code {code}")
     finally:
         feeding.cancel()
         with suppress(ProcessLookupError):

@@ -130,6 +130,7 @@ def video_routes(service: Service) -> APIRouter:
     @router.get("")
     async def list_videos() -> dict[str, Any]:
         """List the videos, the newest first."""
+        forget()
         return {"object": "list", "data": list(reversed(videos.values())), "has_more": False}
 
     @router.get("/{name}")
@@ -197,7 +198,11 @@ async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed
     pipeline = await asyncio.to_thread(service.hicodit.for_clip, clip)
     crops = await asyncio.to_thread(lambda: list(pipeline.all_crops(clip, face)))
     tickets = [Ticket(part, seed, pipeline=pipeline) for part in crops]
-    speeches = await asyncio.gather(*(service.generate("hicodit", ticket) for ticket in tickets))
+    try:
+        speeches = await asyncio.gather(*(service.generate("hicodit", ticket) for ticket in tickets))
+    finally:
+        for ticket in tickets:  # where one fails, the others are not needed; a finished ticket stays as it is
+            ticket.cancel()
     video.progress = 90
     for number, speech in enumerate(speeches, 1):
         target = video.path(f"video{number}.mp4")

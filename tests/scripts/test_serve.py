@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import json
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,11 +20,12 @@ from drawn_faces import talking_head
 from fastapi.testclient import TestClient
 
 from engine.cuda_graph import GraphedSteps
+from engine.errors import UserError
 from engine.media.video import write_video
 from hicodit.bundled import DRAWN, FILMED, PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import SamplerConfig
-from service.app import make_app
+from service.app import make_app, read_picture
 from service.limits import ServeLimits
 from service.service import Service
 from service.workers import Ticket
@@ -162,6 +165,19 @@ def test_wrong_requests_get_one_sentence(client, method, path, given, status, me
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"] and message in answer.json()["error"] and "\n" not in answer.json()["error"]
     assert "Traceback" not in answer.text and "/tmp" not in answer.text
+
+
+def png_header(width, height):
+    """The beginning of a PNG file of a size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    data = png_header(6000, 6000) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(UserError, match="an image of 6000 x 6000 pixels"):
+        read_picture(data)
 
 
 @pytest.mark.parametrize(
