@@ -26,6 +26,7 @@ from engine.errors import UserError
 from engine.evaluation.charts import chart_curves, chart_differences
 from engine.evaluation.clips import TRUTH
 from engine.evaluation.statistics import estimate, ratio
+from engine.files import write_json, write_text
 from engine.metrics.registry import metric_of
 from engine.record import dated
 from scripts.evaluate import evaluate
@@ -134,7 +135,7 @@ def measure(
         if not path.is_file():
             source = shards / (split or "test")
             losses = in_own_process(hicodit_models.losses, settings["weights"], source, config.clips)
-            path.write_text(json.dumps(losses))
+            write_json(path, losses)
         losses = json.loads(path.read_text())
         pairs |= {figure: losses[figure] for figure in claim["losses"]}
     speakers = summary["speakers"]
@@ -165,6 +166,10 @@ def train(
     if done.is_file() and done.read_text() == wanted:
         return folder / "release"
     shutil.rmtree(folder, ignore_errors=True)  # also what was measured of an older model
+    name = folder.name.removesuffix(f"-{seed}")
+    for other, entry in claim["variants"].items():
+        if name in (entry.get("weights"), entry.get("derive")):
+            shutil.rmtree(folder.with_name(f"{other}-{seed}"), ignore_errors=True)
     folder.mkdir(parents=True)
     if source is not None:
         trained = folder.with_name(f"{source}-{seed}") / "release" if source in claim["variants"] else Path(source)
@@ -175,7 +180,7 @@ def train(
             settings = [*settings, f"init={start}"]
         # In the user's working folder: what the settings name lies there.
         run_program(args.threads, "train.py", f"run={folder}", *NEVER, *settings)
-    done.write_text(wanted)
+    write_text(done, wanted)
     return folder / "release"
 
 

@@ -9,7 +9,6 @@ line for each collective; `--json FILE` writes them. Sums are checked, too.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.arguments import Parser, within
 from engine.errors import UserError, exit_process, run_cli
 from engine.files import write_json
+from engine.settings import DEVICES
 from engine.training import distributed
 
 BYTES = 2**28  # 256 MiB, more than a block of either paper's model
@@ -76,10 +77,10 @@ def _synchronise(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--bytes", type=int, default=BYTES, help="size of the tensors")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where the tensors are")
+    parser.add_argument("--bytes", type=within(2**10), default=BYTES, help="size of the tensors")
     args = parser.parse_args()
     device = distributed.init(args.device)
     if distributed.world_size() < 2:

@@ -1,7 +1,7 @@
 """Peak memory of decoding, face tracking and cropping for clips of several lengths.
 
 The bundled silent clip is repeated to each length. Each part runs in a separate process: `track` decodes the clip and
-tracks the face; `tiny` and `released` also cut the crops for these encoders, with random weights; `encoded` also runs
+tracks the face; `tiny` and `upstream` also cut the crops for these encoders, with random weights; `encoded` also runs
 the bundled model's encoders on them. Networks are loaded before the measurement starts. The memory of the mouth crops
 grows with the clip, as the model needs all of them.
 """

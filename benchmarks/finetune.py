@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-clips", type=within(2), default=30, help="clips of the figures")
     parser.add_argument("--steps", type=within(1), default=400, help="training steps of 8 clips")
     parser.add_argument("--rank", type=within(1), default=16, help="of the low-rank updates")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    parser.add_argument("--lr", type=within(0, kind=float), default=2e-4, help="learning rate")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="clips of the figures")
 
 

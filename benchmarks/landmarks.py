@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
                 errors[name].append(nearest_error(faces, true))
     yield {"detector": "dlib68", "frames_per_second": dlib_frames / seconds["dlib68"]}, "dlib68"
     for name, found in errors.items():
-        values = np.array([error for error in found if error is not None])
+        values = np.array([error for error in found if error is not None]).reshape(-1, 2)
+        if not len(values):
+            yield {"detector": name, "frames": len(found), "misses": len(found)}, f"{name}: found no face"
+            continue
         squares = (values**2).sum(1)
         row = {
             "detector": name,

@@ -28,17 +28,20 @@ def official_t2av(model: TalkerT2AV, request: Request, sampling: Sampling) -> tu
     assert model.config.delay == 0 and request.prefix == 0
     size = model.config.patch_size
     context = model.config.context
-    ids = torch.tensor([request.prompt])
-    task = model.task_embedding(torch.tensor([[T2AV]]))
+    device = model.task_embedding.weight.device
+    ids = torch.tensor([request.prompt], device=device)
+    task = model.task_embedding(torch.tensor([[T2AV]], device=device))
     embeds = torch.cat([task, model.embed_text(ids)], 1)
     cache = DynamicCache()
+    no_speech = torch.zeros(1, 0, model.config.speech_dim, device=device)
+    no_motion = torch.zeros(1, 0, model.config.motion_dim, device=device)
     streams = {
-        "speech": (model.speech_cfm, request.speaker[None], torch.zeros(1, 0, model.config.speech_dim)),
-        "motion": (model.motion_cfm, request.first_motion[None], torch.zeros(1, 0, model.config.motion_dim)),
+        "speech": (model.speech_cfm, request.speaker[None].to(device), no_speech),
+        "motion": (model.motion_cfm, request.first_motion[None].to(device), no_motion),
     }
     frames = {name: empty for name, (_, _, empty) in streams.items()}
     noise = {
-        name: seeded_noise(request, name, (empty.shape[2], size), request.max_patches)[:, None]
+        name: seeded_noise(request, name, (empty.shape[2], size), request.max_patches)[:, None].to(device)
         for name, (_, _, empty) in streams.items()
     }
     for index in range(request.max_patches):
@@ -61,7 +64,7 @@ def _sample(
     net: DiffusionHead, mu: Tensor, cond: Tensor, global_cond: Tensor, noise: Tensor, sampling: Sampling
 ) -> Tensor:
     """A patch (1, C, P): one call of the whole head at each time, for both branches."""
-    times = solver_times(sampling.steps)
+    times = solver_times(sampling.steps).to(mu.device)
     x = sampling.temperature * noise
     mu = torch.cat([mu, torch.zeros_like(mu)])
     cond = cond.repeat(2, 1, 1)

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         result = {"same_person": _cosine(people, 0, 1), "other_people": _cosine(people, 1, 0)}
         yield result, "identity, ground-truth clips: " + _line(result)
     for name in args.codecs:
-        codec = Copy() if name == COPY else LiaX.from_pretrained(name)
+        codec = Copy() if name == COPY else LiaX.from_pretrained(name).to(args.device)
         for result in chain(_self(codec, people, judge, args), _cross(codec, people, judge), _drawn(codec, args)):
             yield {"codec": name, **result}, f"{name}, {result['what']}: {_line(result)}"
 
@@ -173,7 +173,7 @@ def _drawn(codec, args) -> Iterator[dict[str, Any]]:
     if not args.drawn:
         return
     reader = MouthReader()
-    earlier = LiaX.from_pretrained(args.codes) if args.codes else None
+    earlier = LiaX.from_pretrained(args.codes).to(args.device) if args.codes else None
     for split in ("seen", "unseen"):
         found = defaultdict(list)
         for _, frames in held_out_frames(args.drawn, split, args.drawn_clips, codec.size, ALONE):

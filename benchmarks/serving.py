@@ -57,13 +57,14 @@ WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
 )
 CUT = 0.2  # seconds after which a client leaves
 PATIENCE = 600.0  # seconds for an answer
+READY_SECONDS = 300  # for loading and warm-up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", nargs="+", type=within(1), default=[1, 4, 16], help="numbers of clients")
     parser.add_argument("--requests", type=within(1), default=48, help="requests for each number of clients")
     parser.add_argument("--mixed", type=within(0), default=1000, help="requests of the longer run")
-    parser.add_argument("--rows", type=int, default=8, help="rows of the server's batches")
+    parser.add_argument("--rows", type=within(1), default=8, help="rows of the server's batches")
     parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="of Talker-T2AV; base has no --mixed")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--sampling", choices=("release", "fast"), default="release")
@@ -143,7 +144,8 @@ async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> di
             except Exception as error:
                 answers[f"lost ({type(error).__name__})"] += 1
             if number % every == 0:
-                memory.append(resident_megabytes(process))
+                with contextlib.suppress(OSError):  # the process has died, as its answers show
+                    memory.append(resident_megabytes(process))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     took = time.monotonic() - begin
@@ -151,7 +153,7 @@ async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> di
         if (inside := (await client.get("/health")).json()["requests"]) == 0:
             break
         await asyncio.sleep(0.2)
-    quantiles = {f"p{q}_s": round(float(np.percentile(seconds, q)), 3) for q in (50, 90, 99)}
+    quantiles = {f"p{q}_s": round(float(np.percentile(seconds, q)), 3) for q in (50, 90, 99) if seconds}
     figures = {"requests": len(kinds), "requests_a_second": round(len(kinds) / took, 2)} | quantiles
     return figures | {"answers": dict(answers), "left_inside": inside, "server_memory_mb": memory}
 
@@ -191,15 +193,21 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[tuple[str, int]]:
     process = subprocess.Popen([*command, "--device", args.device.type], cwd=ROOT, env=environment)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            for _ in range(600):
+            for _ in range(2 * READY_SECONDS):
                 if process.poll() is not None:
                     raise UserError(f"the server ended with exit code {process.returncode}")
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get("/health")).status_code == 200:
                         break
                 await asyncio.sleep(0.5)
+            else:
+                raise UserError(f"the server is not ready after {READY_SECONDS} s")
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(90)  # it finishes requests for up to a minute
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         folder.cleanup()

@@ -47,10 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile")
     parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute activations")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks")
-    parser.add_argument("--ema-decay", type=float, default=0.0, help="decay of the averaged weights; 0: no averaging")
+    parser.add_argument(
+        "--ema-decay", type=within(0, 0.999999, float), default=0.0, help="decay of the averaged weights; 0: none"
+    )
     parser.add_argument("--warmup", type=within(0), default=1, help="untimed steps after the first one")
     parser.add_argument("--steps", type=within(1), default=3, help="timed steps")
-    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for the utilisation")
+    parser.add_argument("--peak-tflops", type=within(0.001, kind=float), help="peak of the device, for the utilisation")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -210,7 +210,9 @@ class Limits(Group, prefix="limits."):
     )
 
 
-LIMITS = Limits()  # limits of this process
+# Limits of this process. They bound what its decoders may take, as `resource.setrlimit` bounds a process: a parameter
+# would have to pass through every pipeline, metric, data set and preparation stage that reads a file.
+LIMITS = Limits()
 
 
 def set_limits(limits: Limits) -> None:

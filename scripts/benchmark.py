@@ -2,8 +2,9 @@
 
     python scripts/benchmark.py NAME [options]
 
-Prints a line per setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and results. `python
-scripts/benchmark.py NAME --help` explains the measurement.
+Prints a line per setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and results. A run
+that ends early writes what it has measured to OUT/DATE-NAME-DEVICE-stopped.json. `python scripts/benchmark.py NAME
+--help` explains the measurement.
 """
 
 from __future__ import annotations
@@ -43,15 +44,21 @@ def main() -> None:
     args = parser.parse_args(sys.argv[2:])
     torch.set_num_threads(args.threads)
     args.device = pick_device(args.device)
+    what = benchmark.__doc__.splitlines()[0]
+    settings = {key: str(value) for key, value in vars(args).items()}
+    stem = f"{benchmark.record_name(args) if hasattr(benchmark, 'record_name') else name}-{args.device.type}"
     results = []
     with writable(args.out, "--out"):
-        for result, line in benchmark.run(args):
-            results.append(result)
-            print(line, flush=True)
-        what = benchmark.__doc__.splitlines()[0]
-        settings = {key: str(value) for key, value in vars(args).items()}
-        stem = benchmark.record_name(args) if hasattr(benchmark, "record_name") else name
-        print(write_record(args.out, f"{stem}-{args.device.type}", what, results, args.device.type, arguments=settings))
+        try:
+            for result, line in benchmark.run(args):
+                results.append(result)
+                print(line, flush=True)
+        except BaseException:
+            if results:
+                stem = f"{stem}-stopped"
+                print(write_record(args.out, stem, what, results, args.device.type, arguments=settings), flush=True)
+            raise
+        print(write_record(args.out, stem, what, results, args.device.type, arguments=settings))
 
 
 if __name__ == "__main__":
