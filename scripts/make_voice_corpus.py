@@ -1,5 +1,6 @@
 """Gather human speech whose text is known, with the times of its phonemes, and synthetic speech into one corpus for
-Talker: GRID, and the English prompts of Debian's package asterisk-core-sounds-en-g722. The splits are train, val and
+Talker: GRID, the English prompts of Debian's package asterisk-core-sounds-en-g722, and the voices of the program flite,
+which were built from recordings of people. The splits are train, val and
 test (further sentences of the same speakers). Data: --grid and --prompts; --synthetic is a corpus of
 make_synthetic_corpus.py, version 3."""
 
@@ -10,7 +11,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from corpora.preparation.voice_corpus import grid_sentences, prompt_sentences, write_voices
+from corpora.preparation.voice_corpus import Copies, flite_sentences, grid_sentences, prompt_sentences, write_voices
 from engine.arguments import Parser, existing_folder, within
 from engine.errors import UserError, run_cli
 
@@ -26,17 +27,27 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
+    add("--flite", type=within(0), default=0, help="sentences that each voice of the program flite speaks")
     add("--others", type=within(0), default=1, help="copies of each training recording at other speeds: other voices")
-    add("--synthetic", type=existing_folder, help="folder of a synthetic corpus of version 3")
+    add("--pictures", type=within(1), help="instead, take so many of GRID's recordings, with their pictures")
+    add("--synthetic", type=existing_folder, help="synthetic corpus: of version 3, with --pictures of version 2")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
-    add("--seed", type=within(0), default=0, help="of the speeds")
+    add("--seed", type=within(0), default=0, help="of the sentences and speeds")
     args = parser.parse_args()
-    if not args.transcripts.is_file():
+    if args.pictures and args.flite:
+        raise UserError("--pictures takes recordings that have pictures: leave --flite away")
+    if not args.pictures and not args.transcripts.is_file():
         raise UserError(f"{args.transcripts} is not there: install asterisk-core-sounds-en, or give --transcripts")
     people = grid_sentences(args.grid, args.speakers.split(","))
-    people["train"] = people["train"] + prompt_sentences(args.prompts, args.transcripts)
+    if args.pictures:
+        step = max(1, len(people["train"]) // args.pictures)
+        people["train"] = people["train"][::step][: args.pictures]
+    else:
+        people["train"] += prompt_sentences(args.prompts, args.transcripts)
+        people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed) if args.flite else []
+    copies = Copies(others=0 if args.pictures else args.others, pictures=bool(args.pictures), seed=args.seed)
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
-    counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, args.others, args.seed, facts)
+    counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, copies, facts)
     print(", ".join(f"{split}: {count} clips" for split, count in counts.items()))
 
 

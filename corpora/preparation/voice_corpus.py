@@ -11,8 +11,10 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,21 @@ import torch
 
 from corpora.preparation.speech_corpus import RATE, Recording, grid_splits, read_recording
 from corpora.synthetic.corpus import LONGEST, resample, write_wave
+from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.files import write_json, write_text
+from engine.media.pictures import fit_frames
+from engine.media.video import write_video
 from engine.nn.mel import mel_filters
 from engine.progress import track
 from engine.shards.recordings import read_manifest
+from talker_t2av.faces import find_square, read_square
 
 HOP = RATE // 100
+SIDE = 128  # pixels of the pictures, as in the synthetic corpus
+HOPS = 100 // FPS  # in a video frame
 WINDOW = RATE // 40
 BANDS = 40
 CEPSTRA = 13
@@ -37,6 +45,7 @@ MARGIN = 0.15  # seconds of silence that are kept at both ends
 QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
 WORST = 4.2  # mean distance of cepstra on the path; above it, text and recording differ
 LONGEST_FACTOR = 2.5  # recording over espeak-ng's speech, and the inverse; beyond it, they differ
+FLITE_VOICES = ("awb", "kal16", "rms", "slt")  # built from recordings of people
 VOICES = ("pitch 100 130", "pitch 190 240\nformant 0 115 100 100\nformant 1 115 100 100\nformant 2 115 100 100")
 
 
@@ -67,6 +76,30 @@ def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
                 continue
             text = text.replace("*", " star ").replace("#", " pound ")
             rows.append(Recording(name.replace("/", "-"), path, sounds.name, " ".join(text.split())))
+    return rows
+
+
+def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
+    """Let each voice of flite speak `clips` sentences of the synthetic corpus's version 3 into `folder`.
+
+    flite's voices are built from recordings of people: one joins their diphones, three are statistical models of them
+    (Black & Lenzo, 2001; Black, 2006). They say any sentence, which the recordings at hand do not.
+
+    Raises:
+        UserError: flite is not installed.
+    """
+    if shutil.which("flite") is None:
+        raise UserError("flite is not installed, which --flite needs: install the package flite")
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in track(range(clips), clips, "flite"):
+        for voice in FLITE_VOICES:
+            text = draw_open_sentence(rng, "train")
+            name = f"flite-{voice}-{number:05d}"
+            path = folder / f"{name}.wav"
+            subprocess.run(["flite", "-voice", voice, "-t", text, "-o", path], check=True, capture_output=True)
+            rows.append(Recording(name, path, f"flite-{voice}", text))
     return rows
 
 
@@ -106,19 +139,23 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
     return place, float(total[-1, -1] / length)
 
 
-def trim(wave: np.ndarray) -> np.ndarray:
-    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`."""
+def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
+    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`.
+
+    Returns:
+        what is left, and the second at which it starts, which is the start of a video frame.
+    """
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
     level = 10 * np.log10(power + 1e-10)
     floor, top = np.percentile(level, [5, 95])
     loud = np.flatnonzero(level > np.clip(0.7 * floor + 0.3 * top, top - QUIET[0], top - QUIET[1]))
     margin = round(MARGIN * RATE / HOP)
-    first = max(0, loud[0] - margin)
+    first = max(0, loud[0] - margin) // HOPS * HOPS
     last = min(len(frames), loud[-1] + 1 + margin)
     speech = wave[first * HOP : last * HOP]
     speech = speech * (LEVEL / max(1e-6, float(np.sqrt(np.mean(speech**2)))))
-    return speech * min(1.0, 0.97 / float(np.abs(speech).max()))
+    return speech * min(1.0, 0.97 / float(np.abs(speech).max())), first * HOP / RATE
 
 
 def label(
@@ -151,46 +188,72 @@ def label(
     return best[1:] if best[0] < WORST else None
 
 
-def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.ndarray, list]:
-    """Trim a recording (N,) to its phonemes and `MARGIN` seconds on both sides, as noise may mask silent ends."""
-    first = max(0.0, phonemes[0][1] - MARGIN)
-    speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
-    return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes]
+def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.ndarray, list, float]:
+    """Trim a recording (N,) to its phonemes and `MARGIN` seconds on both sides, as noise may mask silent ends.
 
-
-def _rows(recordings: Sequence[Recording], out: Path, split: str, others: int, rng: np.random.Generator) -> Iterator:
-    """Write each recording, and `others` more of it at other speeds, and yield their rows; those in doubt are left out.
-
-    Speed moves pitch and formants along, which makes more voices than there are.
+    Returns:
+        what is left, its phonemes, and the second at which it starts, which is the start of a video frame.
     """
+    first = int(max(0.0, phonemes[0][1] - MARGIN) * FPS) / FPS
+    speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
+    return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes], first
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What is written of each recording.
+
+    Args:
+        others: further copies of training recordings at other speeds: pitch and formants move along, which makes more
+            voices than there are.
+        pictures: the face in its video frames, too, as version 2 of the synthetic corpus has them.
+        seed: of the speeds.
+    """
+
+    others: int = 0
+    pictures: bool = False
+    seed: int = 0
+
+
+def _rows(recordings: Sequence[Recording], out: Path, split: str, copies: Copies) -> Iterator[dict]:
+    """Write the copies of each recording and yield their rows; recordings whose text is in doubt are left out."""
+    rng = np.random.default_rng(copies.seed)
+    others = copies.others if split == "train" else 0
     synthesizer = Synthesizer()
     folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in track(recordings, len(recordings), split):
-        wave = trim(read_recording(recording.path))
+        wave, start = trim(read_recording(recording.path))
         speeds = [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
         labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
         if labels is None:
             continue
         voice, phonemes = labels
         known.setdefault(recording.speaker, [voice])
-        wave, phonemes = cut(wave, phonemes)
+        wave, phonemes, later = cut(wave, phonemes)
+        if copies.pictures:
+            frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
+            wave = wave[: len(frames) * (RATE // FPS)]
+            write_video(folder / f"{recording.name}.mp4", frames, FPS)
         for number, speed in enumerate(speeds):
-            other = wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+            other = wave if number == 0 else resample(wave, RATE, round(RATE / speed / 240) * 240)
             factor = len(other) / len(wave)
             frames = len(other) // (RATE // FPS)
             if frames > LONGEST:
                 continue
-            name = recording.name if speed == 1 else f"{recording.name}-{number}"
+            name = recording.name if number == 0 else f"{recording.name}-{number}"
             write_wave(folder / f"{name}.wav", other)
             moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
-            yield _row(name, split, recording.text, moved, f"{recording.speaker}-{number}", frames)
+            row = {"id": name, "split": split, "text": recording.text, "phonemes": moved, "expression": "neutral"}
+            row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
+            yield row | ({"face": recording.speaker} if copies.pictures else {})
 
 
-def _row(name: str, split: str, text: str, phonemes: list, voice: str, frames: int) -> dict:
-    facts = {"id": name, "split": split, "text": text, "phonemes": phonemes, "voice": voice, "expression": "neutral"}
-    return facts | {"frames": frames, "seconds": frames / FPS}
+def _face(path: Path, first: int, count: int) -> np.ndarray:
+    """Read the square around the face as inference does, in frames `first` to `first` + `count`: (T, S, S, 3)."""
+    square = find_square(path, count)
+    return fit_frames(np.concatenate(list(read_square(path, square, count, first))), SIDE)
 
 
 def write_voices(
@@ -198,33 +261,31 @@ def write_voices(
     people: dict[str, list[Recording]],
     synthetic: Path | None,
     clips: int,
-    others: int,
-    seed: int,
+    copies: Copies,
     facts: dict,
 ) -> dict[str, int]:
     """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
 
     Args:
-        others: copies of each training recording at other speeds.
         facts: for corpus.json.
 
     Returns:
         how many clips each split has.
     """
     counts = {}
-    rng = np.random.default_rng(seed)
     for split, recordings in people.items():
-        rows = list(_rows(recordings, out, split, others if split == "train" else 0, rng))
+        rows = list(_rows(recordings, out, split, copies))
         if synthetic is not None:
             name = "train" if split == "train" else "dev"
             for row in read_manifest(synthetic, name)[: clips if split == "train" else len(recordings)]:
-                target = out / split / f"{row['id']}.wav"
-                if not target.exists():
-                    target.symlink_to((synthetic / name / f"{row['id']}.wav").resolve())
+                for suffix in (".wav", ".mp4") if copies.pictures else (".wav",):
+                    target = (out / split / row["id"]).with_suffix(suffix)
+                    if not target.exists():
+                        target.symlink_to((synthetic / name / target.name).resolve())
                 rows.append(row | {"split": split})
         if not rows:
             raise UserError(f"the split {split} has no recording whose text could be told")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         counts[split] = len(rows)
-    write_json(out / "corpus.json", facts | {"version": 3, "rate": RATE, "clips": counts})
+    write_json(out / "corpus.json", facts | {"version": 2 if copies.pictures else 3, "rate": RATE, "clips": counts})
     return counts

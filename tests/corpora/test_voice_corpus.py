@@ -1,14 +1,31 @@
 """Human speech for Talker: which prompts are taken, and where the phonemes of a recording are."""
 
 import gzip
+import json
+import shutil
 
 import numpy as np
 import pytest
 
-from corpora.preparation.speech_corpus import RATE
-from corpora.preparation.voice_corpus import MARGIN, cut, grid_sentences, label, prompt_sentences, trim, warp
+from corpora.preparation.speech_corpus import RATE, Recording
+from corpora.preparation.voice_corpus import (
+    FLITE_VOICES,
+    MARGIN,
+    Copies,
+    cut,
+    flite_sentences,
+    grid_sentences,
+    label,
+    prompt_sentences,
+    trim,
+    warp,
+    write_voices,
+)
 from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.visemes import FPS
+from engine.media.audio import read_audio
+from engine.media.video import read_video, write_video
 
 TEXT = "lay red by seven again"
 
@@ -56,10 +73,12 @@ def test_a_path_follows_frames_that_are_repeated():
 
 def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
     truth, wave = spoken
-    trimmed = trim(wave)
+    trimmed, start = trim(wave)
     assert abs(len(trimmed) / RATE - len(truth.wave) / truth.rate - 2 * MARGIN) < 0.15
+    assert abs(start - 1 + MARGIN) < 0.1
     _, phonemes = label(trimmed, TEXT, synthesizer)
-    speech, phonemes = cut(trimmed, phonemes)
+    speech, phonemes, later = cut(trimmed, phonemes)
+    assert [time * FPS == pytest.approx(round(time * FPS)) for time in (start, later)] == [True, True]
     assert [p[0] for p in phonemes] == [p[0] for p in truth.phonemes]
     shift = phonemes[0][1] - truth.phonemes[0][1]
     late = [found[1] - shift - true[1] for found, true in zip(phonemes, truth.phonemes)]
@@ -68,4 +87,29 @@ def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
 
 
 def test_a_recording_of_another_length_is_refused(synthesizer, spoken):
-    assert label(trim(spoken[1]), "one", synthesizer) is None
+    assert label(trim(spoken[1])[0], "one", synthesizer) is None
+
+
+def test_pictures_are_cut_with_the_sound(tmp_path, spoken):
+    """The third second of sound belongs to frame 75: each frame's brightness is its number."""
+    wave = spoken[1]
+    frames = np.zeros((len(wave) * FPS // RATE, 32, 32, 3), np.uint8)
+    frames += 2 * np.arange(len(frames), dtype=np.uint8)[:, None, None, None]
+    write_video(tmp_path / "lrbzsa.mp4", frames, FPS, wave, RATE, lossless=True)
+    people = {"train": [Recording("s1-lrbzsa", tmp_path / "lrbzsa.mp4", "s1", TEXT)]}
+    assert write_voices(tmp_path / "out", people, None, 0, Copies(pictures=True), {}) == {"train": 1}
+    row = json.loads((tmp_path / "out" / "train.jsonl").read_text())
+    kept = read_video(tmp_path / "out" / "train" / "s1-lrbzsa.mp4", FPS)
+    assert len(kept) == row["frames"] and row["face"] == "s1"
+    first = round(float(kept[0].mean()) / 2)
+    sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
+    expected = wave[first * RATE // FPS :][: len(sound)]
+    assert np.corrcoef(sound, expected)[0, 1] > 0.95
+
+
+def test_voices_of_flite_speak_sentences(tmp_path):
+    if shutil.which("flite") is None:
+        pytest.skip("flite is not installed")
+    rows = flite_sentences(tmp_path, 1, seed=0)
+    assert [row.speaker for row in rows] == [f"flite-{voice}" for voice in FLITE_VOICES]
+    assert all(len(read_audio(row.path, RATE)) > RATE // 4 and row.text for row in rows)

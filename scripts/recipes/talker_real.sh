@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Talker-T2AV for portraits and human voices: GRID=/data/grid bash scripts/recipes/talker_real.sh [STEP ...]
+# Steps, in this order: corpora shards speech both; without any, all of them. Each continues where it stopped.
+set -euo pipefail
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+
+GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
+SPOKEN="${SPOKEN:-data/synthetic_3}"        # synthetic corpus, version 3: speech alone
+DRAWN="${DRAWN:-data/synthetic_2}"          # synthetic corpus, version 2: cartoon faces that speak
+VOICES="${VOICES:-data/voices}"             # speech of people, of flite's voices, and of SPOKEN, with its text
+FACES="${FACES:-data/faces}"                # people and cartoon faces that speak, with the text
+SPEECH="${SPEECH:-runs/talker_real_speech}" # run of the first stage
+RUN="${RUN:-runs/talker_real}"
+PYTHON="${PYTHON:-python}"
+# Further settings of each step: SHARDS, TRAIN_SPEECH, TRAIN_BOTH, such as TRAIN_BOTH="trainer.steps=1000"
+
+if ! compgen -G "$GRID/*" >/dev/null; then
+    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
+    exit 2
+fi
+
+codecs=(stages.speech.codec="$here/assets/whisperx_vae_speech" stages.speaker.encoder="$here/assets/voice_tiny"
+    stages.ge2e.use=false stages.rvq.use=false workers=2)
+
+corpora() {
+    if [ ! -f "$SPOKEN/train.jsonl" ]; then
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 3 --out "$SPOKEN" --clips 1500 --test-clips 60
+    fi
+    if [ ! -f "$DRAWN/train.jsonl" ]; then
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 700 --test-clips 40
+    fi
+    if [ ! -f "$VOICES/corpus.json" ]; then
+        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$VOICES" --grid "$GRID" --flite 700 --synthetic "$SPOKEN"
+    fi
+    if [ ! -f "$FACES/corpus.json" ]; then
+        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$FACES" --grid "$GRID" --pictures 450 --synthetic "$DRAWN"
+    fi
+}
+
+shards() {
+    $PYTHON "$here/scripts/prepare_data.py" source.root="$VOICES" output="$VOICES/shards/talker" \
+        reuse="$VOICES/shards/talker" "${codecs[@]}" ${SHARDS:-}
+    $PYTHON "$here/scripts/prepare_data.py" source.root="$FACES" source.all_symbols=true \
+        output="$FACES/shards/talker_phonemes" reuse="$FACES/shards/talker_phonemes" stages.motion.crop=centre \
+        stages.motion.codec="$here/assets/lia_x_real" stages.face.use=false stages.crops.use=false \
+        stages.expression.use=false "${codecs[@]}" ${SHARDS:-}
+}
+
+speech() {
+    if [ -d "$SPEECH/release" ]; then echo "$SPEECH/release is there"; return; fi
+    $PYTHON "$here/train.py" experiment=talker_real "data.corpus=$FACES" "data.speech=$VOICES" "data.tasks=[tts]" \
+        trainer.batch_size=32 trainer.steps=1200 "run=$SPEECH" ${TRAIN_SPEECH:-}
+}
+
+both() {
+    if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi
+    $PYTHON "$here/train.py" experiment=talker_real "data.corpus=$FACES" "data.speech=$VOICES" \
+        "init=$SPEECH/release" "run=$RUN" ${TRAIN_BOTH:-}
+}
+
+if [ $# = 0 ]; then set -- corpora shards speech both; fi
+for step in "$@"; do
+    case "$step" in
+        corpora | shards | speech | both) echo "--- $step"; "$step" ;;
+        *) echo "error: $step is not a step: give corpora, shards, speech or both" >&2; exit 2 ;;
+    esac
+done
