@@ -18,6 +18,7 @@ from engine.metrics.picture import ssim_map
 from engine.torch_files import read_state
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
+LEAST_MOVEMENT = 1e-3  # mean square below which a movement counts less
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
 
 
@@ -53,6 +54,20 @@ def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
     similarity = ssim_map(fake, real, 2.0)
     crop = (weights.shape[-1] - similarity.shape[-1]) // 2
     return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
+
+
+def unexplained(made: Tensor, true: Tensor, weights: Tensor) -> Tensor:
+    """Weighted fraction of a movement that is missing or wrong, mean over pictures.
+
+    A movement is the difference between two pictures that are rebuilt from one source, so that texture that the source
+    lacks cancels out. In an L1 loss that texture hides small movements, and the median of an uncertain mouth is still.
+
+    Args:
+        made, true: differences of pictures (B, C, S, S).
+        weights: (B or 1, 1, S, S).
+    """
+    error = (weights * (made - true).square()).mean((1, 2, 3))
+    return (error / ((weights * true.square()).mean((1, 2, 3)) + LEAST_MOVEMENT)).mean()
 
 
 class Perceptual(nn.Module):

@@ -25,7 +25,7 @@ from engine.settings import require_range
 from engine.training.task import Release, Task
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import held_out_frames
-from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
+from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural, unexplained
 
 MOTION_GAIN = 4.0  # scale of the initial motion codes, relative to equalised weights
 
@@ -56,8 +56,8 @@ class LiaXTask(Task):
     Args:
         codec: fields of `LiaXConfig`.
         weights: of the losses: `l1` (over `pyramid` sizes), `structural` (1 - SSIM), `perceptual` (VGG-19; needs
-            `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code). 0 disables a loss; with
-            adversarial 0 there is no discriminator.
+            `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code), `movement`
+            (`unexplained`; the decoder runs twice). 0 disables a loss; with adversarial 0 there is no discriminator.
         pyramid: number of resolutions of the L1 loss, each half of the previous one.
         regions: image regions with larger weights in L1 and structural losses; see `region_weights`.
         growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
@@ -155,10 +155,10 @@ class LiaXTask(Task):
             if self.keeper is not None:
                 with torch.no_grad():
                     kept = self.keeper.motion(frames), batch["drawn"].repeat_interleave(2)[:, None]
-            fake, motion = self._rebuild(frames, views, kept)
-            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion
+            fake, still, motion = self._rebuild(frames, views, kept)
+            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion
             batch["_kept"] = kept
-        real, fake, motion = batch["_run"]
+        real, fake, still, motion = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
             pairs = ((-1, real), (1, fake.detach()))
@@ -171,6 +171,9 @@ class LiaXTask(Task):
         losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
         if self.weights["structural"]:
             losses["structural"] = structural(fake, real, region)
+        if still is not None:
+            partner = torch.arange(len(real), device=real.device) ^ 1
+            losses["movement"] = unexplained(fake - still.float(), real - real[partner], region)
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(fake, real)
         if self.discriminator is not None:
@@ -192,7 +195,7 @@ class LiaXTask(Task):
 
     def _rebuild(
         self, frames: Tensor, views: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Reconstruct frames (2 B, 3, S, S), with pairs interleaved, each from its partner.
 
         Args:
@@ -200,7 +203,8 @@ class LiaXTask(Task):
             kept: codes (2 B, M), and a mask (2 B, 1) of the frames to reconstruct from them.
 
         Returns:
-            Images (2 B, 3, S, S), smaller while levels are omitted, and the encoded motion codes (2 B, M).
+            Images (2 B, 3, S, S), smaller while levels are omitted; the partners' own reconstructions of the same
+            shape, or None without the loss `movement`; and the encoded motion codes (2 B, M).
         """
         codec = self.codec
         style, maps = codec.encoder(frames)
@@ -210,8 +214,11 @@ class LiaXTask(Task):
         partner = torch.arange(len(frames), device=frames.device) ^ 1
         codes = motion if kept is None else torch.where(kept[1], kept[0].to(motion.dtype), motion)
         noisy = codes + self.motion_noise * torch.randn_like(codes)
-        style = codec.decoder.navigate(style[partner], noisy)
-        return codec.decoder(style, [level[partner] for level in maps]), motion
+        fake = codec.decoder(codec.decoder.navigate(style[partner], noisy), [level[partner] for level in maps])
+        still = None
+        if self.weights.get("movement"):
+            still = codec.decoder(codec.decoder.navigate(style, noisy), maps)[partner]
+        return fake, still, motion
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure the reconstruction of held-out clips, each from its first frame and its motion."""
