@@ -12,7 +12,7 @@ from engine.media.video import write_video
 from engine.metrics.picture import Reconstruction, reconstruction, ssim
 from lia_x.augment import Augment, replace_wall
 from lia_x.data import FramePairs, RealAndDrawn, held_out_frames, relative_change, sample_frames
-from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural
+from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural, unexplained
 from lia_x.task import LiaXTask
 from tests.releases import write_release
 from tests.tiny import LIA_X
@@ -94,10 +94,25 @@ def test_each_frame_is_rebuilt_from_its_partner():
     task = make_task().eval()
     frames = torch.rand(4, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        fake, motion = task._rebuild(frames)
+        fake, _, motion = task._rebuild(frames)
         expected, codes = task.codec(frames[[1, 0, 3, 2]], frames)
     torch.testing.assert_close(fake, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(motion, codes, rtol=1e-4, atol=1e-5)
+
+
+def test_movement_is_compared_without_the_texture_of_the_source():
+    task = make_task(weights=WEIGHTS | {"movement": 1.0})
+    pairs = batch()
+    loss = task(pairs, "generator")["movement"]
+    real, fake, still, _ = pairs["_run"]
+    frames = real[[1, 0, 3, 2]]
+    with torch.no_grad():
+        expected, _ = task.codec(frames, frames)
+    torch.testing.assert_close(still.detach(), expected, rtol=1e-3, atol=1e-4)
+    assert loss == pytest.approx(unexplained(fake - still, real - frames, task.region).item())
+    made = torch.zeros_like(real)
+    assert unexplained(made, real - frames, task.region) == pytest.approx(1, abs=0.05)
+    assert unexplained(real - frames, real - frames, task.region) == 0
 
 
 def test_small_pictures_and_taught_codes_come_first():
@@ -105,7 +120,7 @@ def test_small_pictures_and_taught_codes_come_first():
     task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
     losses = task(first, "generator")
-    _, fake, motion = first["_run"]
+    _, fake, _, motion = first["_run"]
     assert fake.shape == (4, 3, 16, 16)
     assert losses["guide"] == pytest.approx(motion[:, :3].square().mean().item())
     task.begin_step(1)
@@ -213,8 +228,8 @@ def test_kept_codes_of_drawn_faces_pull_and_are_decoded(tmp_path):
     frames = torch.rand(4, 3, 32, 32) * 2 - 1
     earlier = torch.full((4, LIA_X["motion_dim"]), 50.0)
     drawn = torch.tensor([[True], [True], [False], [False]])
-    fake, motion = task._rebuild(frames, kept=(earlier, drawn))
-    plain, same = task._rebuild(frames)
+    fake, _, motion = task._rebuild(frames, kept=(earlier, drawn))
+    plain, _, same = task._rebuild(frames)
     assert torch.equal(motion, same) and not torch.allclose(fake[:2], plain[:2], atol=1e-3)
     torch.testing.assert_close(fake[2:], plain[2:])
     assert not any(name.startswith("keeper") for name, p in task.named_parameters() if p.requires_grad)
@@ -224,7 +239,7 @@ def test_motion_is_read_from_views():
     task = make_task().eval()
     frames, views = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        _, motion = task._rebuild(frames, views)
+        *_, motion = task._rebuild(frames, views)
         torch.testing.assert_close(motion, task.codec.encoder.motion(views), rtol=1e-4, atol=1e-5)
 
 
