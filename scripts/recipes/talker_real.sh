@@ -50,7 +50,8 @@ shards() {
 speech() {
     if [ -d "$SPEECH/release" ]; then echo "$SPEECH/release is there"; return; fi
     $PYTHON "$here/train.py" experiment=talker_real "data.corpus=$FACES" "data.speech=$VOICES" "data.tasks=[tts]" \
-        trainer.batch_size=32 trainer.steps=1200 "run=$SPEECH" ${TRAIN_SPEECH:-}
+        task.head_share=0.5 trainer.batch_size=32 \
+        trainer.steps=1600 trainer.lr=8e-4 trainer.schedule=constant trainer.ema_decay=0.995 "run=$SPEECH" ${TRAIN_SPEECH:-}
 }
 
 both() {
