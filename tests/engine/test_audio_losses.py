@@ -11,7 +11,6 @@ from engine.nn.audio_losses import (
     feature_matching_loss,
     generator_loss,
 )
-from engine.nn.dac import WNConv1d, WNConvTranspose1d
 
 
 def test_compressed_spectrum_loss_sees_phases_and_levels():
@@ -102,21 +101,3 @@ def test_gan_losses_have_their_closed_values():
     assert [float(x) for x in discriminator_loss(real, fake)] == [1.0, 0.25]
     assert float(generator_loss(fake)) == 1.25
     assert float(feature_matching_loss(real, fake)) == 1.5  # logits do not count
-
-
-@pytest.mark.parametrize("kind, arguments", [(WNConv1d, {}), (WNConvTranspose1d, {"output_padding": 1})])
-def test_weight_norm_equals_torch(kind, arguments):
-    torch.manual_seed(0)
-    ours = kind(3, 5, 4, stride=2, padding=1, **arguments)
-    with torch.no_grad():
-        ours.weight_g.mul_(1.3)
-    theirs = kind.__mro__[2](3, 5, 4, stride=2, padding=1, **arguments)
-    theirs = torch.nn.utils.parametrizations.weight_norm(theirs)
-    assert ours.weight_g.shape == ((5, 1, 1) if kind is WNConv1d else (3, 1, 1))
-    weight = theirs.parametrizations.weight
-    with torch.no_grad():
-        weight.original0.copy_(ours.weight_g)
-        weight.original1.copy_(ours.weight_v)
-        theirs.bias.copy_(ours.bias)
-    x = torch.randn(2, 3, 11)
-    torch.testing.assert_close(ours(x), theirs(x))

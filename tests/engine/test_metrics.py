@@ -121,16 +121,6 @@ def test_a_speaker_embedding_tells_voices_apart(spoken):
             encoder.embed(nothing, rate)
 
 
-@pytest.mark.parametrize("hz", [75.0, 120.5, 440.0])
-def test_pitch_of_a_buzz(hz):
-    pytest.importorskip("librosa")
-    time = np.arange(RATE) / RATE
-    buzz = sum(np.sin(2 * np.pi * hz * k * time) / k for k in range(1, 9)) * 0.2
-    f0 = pitch(buzz, RATE)
-    assert f0.shape == (63,)
-    assert np.abs(f0[5:-5] / hz - 1).max() < 1e-2
-
-
 def test_pitch_follows_a_glide_and_is_zero_without_a_voice(spoken):
     pytest.importorskip("librosa")
     time = np.arange(RATE) / RATE

@@ -15,17 +15,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from corpora.preparation.media import Decode
 from engine.config import load
-from engine.faces.track import read_boxes
 from engine.media.audio import read_audio, read_voice, write_wav
-from engine.media.ffmpeg import probe
 from engine.media.video import read_video
-from engine.settings import LIMITS, Limits, require_range, set_limits
+from engine.settings import LIMITS, Limits, set_limits
 from engine.torch_files import read_checkpoint, read_matrix
 from engine.training.export import Release, write
 from engine.training.settings import TrainerConfig
-from hicodit import settings as hicodit_settings
 from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
@@ -93,10 +89,6 @@ def loop(folder: Path, name: str, read) -> None:
     read(folder / name)
 
 
-def find_clip(path: Path) -> None:
-    hicodit_settings.find_clips(hicodit_settings.InferConfig(input=str(path), output=str(path.parent)))
-
-
 def release(folder: Path, name: str, change, load_it) -> None:
     """A copy of a bundled release, changed."""
     shutil.copytree(ASSETS / name, folder / name)
@@ -149,7 +141,6 @@ HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
 )
 NAN, INF = float("nan"), float("inf")
 HUGE = {"state": torch.zeros(1).expand(10**6, 10**6)}  # of four bytes
-RANDOM = np.random.default_rng(0).bytes(100_000)
 STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its audio"
 
 
@@ -160,15 +151,9 @@ def sound_of(path: Path):
 MEDIA = {  # content of a file: what it is read with, and the line
     "a text": (b"hello\n" * 99, read_video, "is not a video or audio file that ffmpeg can read$"),
     "nothing": (b"", read_video, "is empty"),
-    "a playlist": (b"#EXTM3U\nfile:///etc/passwd\n", read_video, "is not a video"),
-    "random bytes": (bytes(range(256)) * 9, probe, "is not a video"),
-    "a picture of text": (b"hello", read_picture, "cannot be read as an image"),
-    "no jobs": (b"\xff", lambda path: read_jobs(InferConfig(jobs=str(path))), "invalid start"),
 }
 SOUNDS = {  # samples, and the line
     "a gap": ([0.0, NAN, 0.0], "samples that are not finite, or above 100"),
-    "infinite": ([0.0, INF, 0.0], "samples that are not finite, or above 100"),
-    "1e30": ([1e30] * 99, "samples that are not finite, or above 100"),
     "no samples": ([], "has zero audio samples"),
     "silent": ([0.0] * 16_000, "is silent"),
 }
@@ -179,97 +164,53 @@ LIMITED = {  # limits, what is read, and the line
 }
 MATRICES = {  # motion, and the line
     "not a number": (torch.full((3, 4), torch.nan), "of finite numbers"),
-    "sparse": (torch.eye(4).to_sparse(), "of finite numbers"),
     "a dict": ({"a": 1}, "of finite numbers"),
-    "whole numbers": (torch.ones(3, 4, dtype=torch.int64), "of finite numbers"),
-    "no rows": (torch.zeros(0, 4), "of finite numbers"),
     "a million times its data": (torch.zeros(1).expand(10**9, 4), "larger than its data"),
-    "an object": (Path("x"), "of finite numbers"),
 }
 SETTINGS = [  # of a release's config.yaml: which release, key, value, and the line
     (HICODIT, "model.low_blocks", 200, "lacks tensor"),
-    (HICODIT, "model.low_blocks", 10**6, "from 1 to 256"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
-    (HICODIT, "model.cond_dim", 10**6, "from 1 to 65,536"),
     (HICODIT, "model.width", "wide", "config.yaml"),
-    (HICODIT, "model.heads", 0, "config.yaml"),
-    (RVQ, "vocos_layers", -1, "vocos_layers=-1 must be from 0"),
-    (RVQ, "latent_channels", 10**6, "from 1 to 16,384"),
-    (RVQ, "ratios", [0, 4], "ratios=0 must be"),
     (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
-    (TALKER, "model.llm.num_hidden_layers", 10**6, "num_hidden_layers=1000000 must be a whole number from 1 to 256"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
-    (TALKER, "model.delay", -5, "delay=-5 must be"),
-    (TALKER, "model.patch_size", 0, "patch_size=0 must be"),
     (TALKER, "motion.mean", [NAN], "must be a finite number"),
     (SYSTEM, "motion.mean", ["x"], "config.yaml lacks or misspells"),
-    (SYSTEM, "motion.mean", [None], "config.yaml lacks or misspells"),
 ]
 WEIGHTS = {  # change of a release's tensors, and the line
     "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not match"),
-    "scales of another shape": (
-        lambda state: state.update({f"{min(state)}::scale": torch.ones(7, 7)}),
-        "::scale does not match",
-    ),
 }
 TEMPLATES = {
     "{{ 'x' * 99999999999 }}": "chat template cannot be used .MemoryError",
     "{{ ''.__class__.__mro__ }}": "SecurityError",
 }
 JOBS = {  # a line of a list of jobs, and what is said of it
-    '{"text": "a", "name": null}': "name= 'None' must be a file name",
     '{"text": "a", "name": "../a"}': "without folders",
     '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
-    '{"text": "a", "reference_audio": ""}': "reference_audio is empty",
-    '{"text": "a", "reference_audio": 7}': "must be a text",
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
-    '{"text": "a", "seed": 1180591620717411303424}': "seed=1180591620717411303424 must be",
-    '{"text": "a", "seed": -1}': "seed=-1 must be",
     '{"text": " "}': "requires text",
     '{"text": "a", "compat": "old"}': "compat=old",
-    '{"text": "a", "prefix_seconds": -1}': "prefix_seconds=-1",
     '{"text": "a", "max_seconds": 99}': "max_seconds=99",
-    '{"text": "a", "mode": "t2av"}': "reference_video",
     '{"mode": "v2a"}': "needs video, a file",
-    '{"mode": "a2v", "reference_video": "v.mp4"}': "needs audio, a file",
     '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "compat": "official"}': "compat=official",
     '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "reference_audio": null, "prefix_seconds": 1}': (
         "needs both"
     ),
     "[1]": "give an object",
     '{"txt": "a"}': "unknown setting 'txt'",
-    '{"text": 3}': "text=3",
-    '{"text": "a", "seed": "x"}': "seed=x must be a whole number",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
     "": "no line",
-    "[" * 10**5: "nested too deep",
 }
 COMMANDS = [  # configuration, words, and the line
     ("infer_talker", "text=", "text= is empty: give a value, or leave it out"),
-    ("infer", "input=", "input= is empty"),
-    ("infer", "input=''", "input= is empty"),
-    ("infer", "weights=", "weights= is empty"),
-    ("train", "experiment=hicodit_synthetic init=", "init= is empty"),
 ]
 VALUES = {  # what makes a value, and the line
     "statistics: not a number": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
-    "statistics: below 0": (lambda: MotionStats(torch.ones(1), -torch.ones(1)), "must not be negative"),
-    "decode: min_seconds": (lambda: Decode(min_seconds=NAN), "min_seconds=nan must be a number"),
-    "decode: max_side": (lambda: Decode(max_side=10**6), "max_side=1000000 must be"),
     "job: min_seconds": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
-    "job: max_seconds": (lambda: Job("tts", "a", "v.wav", max_seconds=1e9), "max_seconds=1000000000.0 must be"),
-    "sampler: steps": (lambda: hicodit_settings.SamplerConfig(steps=1001), "steps=1001 must be a whole number from 1"),
-    "guidance: all": (lambda: hicodit_settings.GuidanceScales(all=-INF), "all=-inf must be a number from -100.0"),
     "sampling: temperature": (lambda: Sampling(temperature=True), "temperature=True must be a number from 0.0 to 2.0"),
-    "trainer: lr": (lambda: TrainerConfig(**CONFIG | {"lr": "1"}), "lr=1 must be a number"),
-    "trainer: beta": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, NAN)}), "betas=nan must be a number"),
     "trainer: betas": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, 0.1, 0.1)}), "betas=.* must be two numbers"),
     "model: a switch of text": (lambda: ModelConfig(hierarchical="no"), "hierarchical=no must be true or false"),
-    "model: a list": (lambda: ModelConfig(drop_all=[]), "drop_all=.. must be a number from 0.0 to 1.0"),
-    "seed: none": (lambda: require_range("seed", None, 0, 1), "seed=None must be a whole number from 0 to 1"),
     "limits": (lambda: Limits(seconds=NAN), "limits.seconds=nan must be"),
-    "batch size": (lambda: require_range("batch_size", 0, 1, 1024), "batch_size=0 must be"),
     "video: null byte": (lambda: read_video("a\0.mp4"), "no such file"),
     "jobs: no end": (lambda: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")), "has more than 268,435,456 bytes"),
 }
@@ -306,37 +247,27 @@ CASES = [
     *((k, lambda _, make=make: make(), line) for k, (make, line) in VALUES.items()),
     *(
         (f"release: {of[0]} of {v}", changed(of, partial(weights, partial(spoil, v))), "non-finite weights")
-        for of in (HICODIT, TALKER, RVQ)
-        for v in (NAN, INF)
+        for of, v in ((HICODIT, NAN), (TALKER, INF))
     ),
     ("release: weights out of half precision", released, "non-finite weights .w."),
     ("release: cut", bytes_of(999), "model.safetensors is damaged"),
-    ("release: one giant header", bytes_of(b"\xff" * 64), "model.safetensors is damaged"),
     ("checkpoint: larger than its data", file("c.pt", HUGE, read_checkpoint), "larger than its data"),
     ("video: 8k", lambda f: video(f, ".mp4", "scale=7680:4320,trim=end_frame=2"), "more than 16,777,216 pixels"),
     ("video: a jump of an hour", lambda f: video(f, ".mp4", jump(1)), "damaged time stamps"),
-    ("video: a jump of a day", lambda f: video(f, ".mkv", jump(27)), "damaged time stamps"),
     ("video: cut", lambda f: cut(f, CLIP, 0.5, read_video), "its index is missing|only the first"),
-    ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first .* of its video"),
-    ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), STATED),
-    ("video: cut, .mkv", lambda f: cut_as(f, ".mkv", read_video), "damaged: only the first .* of"),
-    ("video: random tail, .mkv", lambda f: cut_as(f, ".mkv", read_video, RANDOM), "damaged: only the first .* of"),
+    ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first"),
+    ("video: cut, .mkv", lambda f: cut_as(f, ".mkv", read_video), "damaged: only the first"),
     ("video: a link to itself", lambda f: loop(f, "a.mp4", read_video), "no such file"),
     ("video: a folder", lambda f: read_video(f), "is a folder"),
-    ("clips: a link to itself", lambda f: loop(f, "a.mp4", find_clip), "no such file or folder"),
     ("sound: cut", lambda f: cut(f, VOICE, 0.5, sound_of), FIRST),
-    ("sound: cut, in MP4", lambda f: cut_fast(f, sound_of), FIRST),
     *(
         (f"sound: cut, {suffix}", partial(cut_as, suffix=suffix, read=sound_of), line)
-        for suffix, line in (*((s, STATED) for s in (".mp3", ".avi", ".wma", ".aiff", ".au")), (".flac", FIRST))
+        for suffix, line in (*((s, STATED) for s in (".mp3", ".avi", ".au")), (".flac", FIRST))
     ),
-    ("sound: cut, .mkv", lambda f: cut_as(f, ".mkv", sound_of), FIRST),
     ("write: not a number", lambda f: write_wav(f / "a.wav", np.array([NAN]), 16_000), "not finite"),
     (
         "picture: 16k",
         lambda f: (cv2.imwrite(str(f / "a.png"), np.zeros((16_000, 16_000), np.uint8)), read_picture(f / "a.png")),
         "more than 67,108,864",
     ),
-    ("boxes: deep", file("b.json", "[" * 10**5, lambda path: read_boxes(str(path))), "nested too deep"),
-    ("jobs: a folder", lambda f: read_jobs(InferConfig(jobs=str(f))), "cannot be read: Is a directory"),
 ]

@@ -90,16 +90,6 @@ def test_sampled_frames_spread_over_the_clip_and_repeat_in_short_ones(corpus):
         sample_frames(corpus / "train.jsonl", 5, 32)
 
 
-def test_each_frame_is_rebuilt_from_its_partner():
-    task = make_task().eval()
-    frames = torch.rand(4, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        fake, _, motion = task._rebuild(frames)
-        expected, codes = task.codec(frames[[1, 0, 3, 2]], frames)
-    torch.testing.assert_close(fake, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(motion, codes, rtol=1e-4, atol=1e-5)
-
-
 def test_movement_is_compared_without_the_texture_of_the_source():
     task = make_task(weights=WEIGHTS | {"movement": 1.0})
     pairs = batch()

@@ -121,11 +121,6 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
     np.testing.assert_allclose(np.frombuffer(streamed.content, np.int16) / 32767, whole, atol=2e-4)
 
 
-def test_the_address_alone_leads_to_the_page_of_the_interface(client):
-    answer = client.get("/", follow_redirects=False)
-    assert answer.status_code == 307 and answer.headers["location"] == "/docs"
-
-
 def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, head, monkeypatch):
     """Cartoon faces and, with the noise of a camera, real ones."""
     pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
@@ -183,12 +178,10 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatc
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        (["{"], "the first message"),
         ([b"\x89PNG"], "the first message"),
         (['{"face": 1}'], "unknown setting 'face'; there are: lookahead, seed"),
         (['{"seed": 0}', b"no picture"], "JPEG or PNG"),
         (['{"seed": 0}', b"\x89PNG damaged"], "damaged"),
-        (['{"seed": 0}', "end"], "no frame was received"),
     ],
 )
 def test_wrong_streams_get_one_sentence(client, messages, error):

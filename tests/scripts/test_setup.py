@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "-c", "constraints.txt"]
 
 
-@pytest.mark.parametrize("words", [["nosuch"], ["dev", "nosuch"], ["dev,nosuch"], ["dev nosuch"]])
+@pytest.mark.parametrize("words", [["dev", "nosuch"], ["dev,nosuch"]])
 def test_unknown_extra_is_refused_in_one_line_with_exit_code_2(words):
     done = subprocess.run(["bash", ROOT / "scripts" / "setup.sh", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

@@ -7,7 +7,7 @@ from talker_fixtures import DM, DS, tiny_model
 from torch.nn.utils.rnn import pad_sequence
 
 from talker_t2av.data import SequenceFormat
-from talker_t2av.losses import IGNORED, stop_labels, stop_loss, training_forward, training_losses
+from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
 
 
 def batch_of(rows: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -76,11 +76,3 @@ def test_placeholders_are_one_span_of_two_a_patch_where_streams_take_turns():
     assert plain.slots(17, 0) == turns.slots(17, 0) == 5
     example = plain.example([1, 2], torch.zeros(17, DS), 17, torch.zeros(0, DM), torch.zeros(256))
     assert example["input_ids"].tolist() == [1, 2, *[7] * 5, 8, 9] and example["speech_span"].tolist() == [2, 7]
-
-
-def test_stop_loss_weighs_positives_and_skips_unlabelled_positions():
-    labels = torch.tensor([[0, IGNORED, 1]])
-    logits = torch.tensor([[-50.0, 3.0, 0.0]])
-    expected = 0.3 * 4 * torch.log(torch.tensor(2.0)) / 2
-    torch.testing.assert_close(stop_loss(logits, labels, torch.tensor(4.0)), expected)
-    assert stop_loss(logits, torch.full((1, 3), IGNORED), torch.tensor(1.0)) == 0

@@ -22,9 +22,7 @@ WORDS = phoneme_tokenizer("en-us")
     [
         ("set blue by hotel four now", "s 'E t b l 'u: b aI h oU t 'E l f 'o@ n 'aU <.>"),
         ("It costs $3, Dr. Ray?", "I t k 'O2 s t s d '0 l 3 T r 'i: <,> d '0 k t 3 <.> r 'eI <?>"),
-        ("in 1999", "I n n 'aI n t i: n h 'V n d r I2 d n 'aI n t i n 'aI n <.>"),
         ("naïve; x-ray!", "n aI 'i: v <,> 'E k s r 'eI <!>"),
-        ("  no \n (really)  ", "n 'oU _: r 'i@ l i <.>"),
     ],
 )
 def test_a_text_is_a_token_for_each_phoneme_and_stop(text, phonemes):
@@ -36,7 +34,6 @@ def test_a_text_is_a_token_for_each_phoneme_and_stop(text, phonemes):
     ("text", "error"),
     [
         ("say 你好", "the text has the letter '你': this model supports en-us, in Latin letters"),
-        ("привет", "the text has the letter 'п'"),
         (" ?! ", "the text '\\?!' contains nothing to speak"),
         ("one <|end|> two", "control token"),
     ],
