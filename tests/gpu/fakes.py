@@ -3,8 +3,7 @@
 Inside `fake_cuda`, reading a value on the host (`.item()`, `.tolist()`, `if tensor`) raises
 DataDependentOutputException, a shape that depends on data (`nonzero`, a mask as index) raises
 DynamicOutputShapeException, and an operation on tensors of two devices raises too. Copies to the
-host are refused here. Without a driver PyTorch runs no backward pass of CUDA tensors: it is tried on fake tensors of
-the processor instead (`device="cpu"`), for which the same is refused.
+host are refused here. Without a driver PyTorch runs no backward pass of CUDA tensors: tests/gpu/test_cards.py does.
 """
 
 from __future__ import annotations
@@ -66,15 +65,13 @@ class Operators(TorchDispatchMode):
 class FakeDevice(FakeTensorMode):
     """Tensors of the device are fake, those of the host are real: what it computes of lengths has values."""
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.on = torch.device(device).type
 
     def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        asked = torch.device(kwargs.get("device") or "cpu").type
-        made = asked == self.on if self.on != "cpu" else not tensors and func._opname.startswith("empty")
+        made = torch.device(kwargs.get("device") or "cpu").type == "cuda"
         if made or any(isinstance(x, FakeTensor) for x in tensors):
             args, kwargs = tree_map(self._fake, (args, kwargs))
             return super().dispatch(func, types, args, kwargs)
@@ -94,7 +91,7 @@ class Audit(FakeDevice):
     """
 
     def __init__(self) -> None:
-        super().__init__(CUDA)
+        super().__init__()
         self.answers: dict[str, int] = {}
         self.reads: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -164,7 +161,7 @@ def audited() -> Iterator[Audit]:
 
 
 @contextmanager
-def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator[Operators]:
+def fake_cuda(host: bool = False) -> Iterator[Operators]:
     """Within the block tensors are fake, and CUDA seems to be there; gives the operators that ran in it.
 
     Args:
@@ -174,26 +171,26 @@ def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its grid_sample knows no fake tensors
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
         stack.enter_context(
-            FakeDevice(device) if host else FakeTensorMode()
+            FakeDevice() if host else FakeTensorMode()
         )  # first: where there is no driver it puts an idle one in its place
-        for name, answer in SEEMS.items() if torch.device(device).type == "cuda" else ():
+        for name, answer in SEEMS.items():
             stack.enter_context(mock.patch(name, answer))
         yield stack.enter_context(Operators())
 
 
-def faked(value: Any, device: torch.device | str = CUDA) -> Any:
-    """Inside `fake_cuda`: a module or tensors, in dicts, lists, tuples, dataclasses, copied to a fake device."""
+def faked(value: Any) -> Any:
+    """Copy a module or tensors, in dicts, lists, tuples, dataclasses, to the fake device; inside `fake_cuda`."""
     if isinstance(value, nn.Module):
-        memo = {id(t): faked(t, device) for t in [*value.parameters(), *value.buffers()]}
+        memo = {id(t): faked(t) for t in [*value.parameters(), *value.buffers()]}
         with _disable_current_modes():  # other tensors of it stay on the host, and real
             return copy.deepcopy(value, memo)
     if isinstance(value, Tensor):
         if isinstance(value, FakeTensor):
-            return value.to(device)
-        empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+            return value.to(CUDA)
+        empty = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
         return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
     if isinstance(value, dict):
-        return {key: faked(part, device) for key, part in value.items()}
+        return {key: faked(part) for key, part in value.items()}
     if is_dataclass(value):
-        return replace(value, **{field.name: faked(getattr(value, field.name), device) for field in fields(value)})
-    return type(value)(faked(part, device) for part in value) if isinstance(value, list | tuple) else value
+        return replace(value, **{field.name: faked(getattr(value, field.name)) for field in fields(value)})
+    return type(value)(faked(part) for part in value) if isinstance(value, list | tuple) else value

@@ -63,14 +63,10 @@ def on_fake_card(pipeline, **sampling):
     ("names", "sampling", "expected"),
     [
         (["tts"], {}, 5),
-        (["saved"], {}, 4),
         (["official"], {}, 6),
         (["t2av", "t2av"], {}, 14),
-        (["t2av"], {"guidance": 1.0}, 8),
         (["parts"], {"text_bytes": 10}, 9),
         (["prefix"], {}, 9),
-        (["a2v"], {}, 4),
-        (["v2a"], {}, 4),
         (["v2a", "v2a"], {"particles": 4}, 10),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
@@ -86,7 +82,6 @@ def test_talker_reads_stop_tests_and_results_alone(pipeline, names, sampling, ex
     [
         ("tts", 12),
         ("t2av", 15),
-        ("a2v", 7),
         ("v2a", 5),
     ],
 )

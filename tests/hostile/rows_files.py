@@ -157,7 +157,7 @@ FORGED = {
     "payload instead of metadata": (lambda metadata, step: Payload(step / "ran"), TOUCH),
     "a tensor as a pickled object": (by_bytes, "BytesStorageMetadata"),
     "payload in a data file": (blob, r"cannot be read"),
-    "a terabyte": (huge, "cannot hold"),
+    "a terabyte": (huge, "400,000,000,048 bytes"),
     "a tensor without parts": (half_of_it, "sizes of a tensor and its shards differ"),
     "a data file elsewhere": (elsewhere, "must be a file name"),
     "packed data files": (packed, "its data files are compressed"),
@@ -222,7 +222,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 CONFIGS = {  # text of a release's config.yaml, and the line
     BOMB: "it uses aliases",
-    "kind: toy\nx: " + "[" * 100_000: "nested more than 32 deep",
+    "kind: toy\nx: " + "[" * 100_000: "nested",
     "kind: toy\nx: " + "y" * 2**21: "has more than 1,048,576 bytes",
     "kind: toy\nx: !!python/object/apply:os.system [true]": "cannot be read as YAML",
     "kind: toy\nx: ${oc.env:": "cannot be read as YAML",
@@ -237,7 +237,7 @@ MANIFESTS = {  # lines of a list of clips, and what is said of them
 }
 CLIPS = {  # lines of an evaluation's manifest, and what is said of them
     '{"id": "../x"}': "line 1: id",
-    '{"id": "a"}\n{"id": "a"}': "twice",
+    '{"id": "a"}\n{"id": "a"}': "line 2: id a",
     '{"id": "a", "text": [1]}': "text must be a string",
     "": "lists no clips",
 }

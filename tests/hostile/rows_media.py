@@ -191,12 +191,12 @@ JOBS = {  # a line of a list of jobs, and what is said of it
     '{"text": " "}': "requires text",
     '{"text": "a", "compat": "old"}': "compat=old",
     '{"text": "a", "max_seconds": 99}': "max_seconds=99",
-    '{"mode": "v2a"}': "needs video, a file",
+    '{"mode": "v2a"}': "mode=v2a",
     '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "compat": "official"}': "compat=official",
     '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "reference_audio": null, "prefix_seconds": 1}': (
         "needs both"
     ),
-    "[1]": "give an object",
+    "[1]": "an object",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
     "": "no line",
