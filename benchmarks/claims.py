@@ -83,6 +83,10 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     chosen = args.variants or [*claim["variants"]]
     if unknown := [name for name in chosen if name not in claim["variants"]]:
         raise UserError(f"--variants {unknown[0]} is unknown; choose {', '.join(claim['variants'])}")
+    if "table=grid" in claim["evaluate"] and not args.manifest.is_file():
+        raise UserError(f"--manifest {args.manifest} is not a file: scripts/recipes/grid.sh evaluate writes it")
+    if "table=grid" not in claim["evaluate"] and "train" not in claim and not args.corpus.is_dir():
+        raise UserError(f"--corpus {args.corpus} is not a folder: scripts/make_synthetic_corpus.py writes it")
     measured: dict[str, list[Pairs]] = {}
     trained_first = sorted(chosen, key=lambda name: not MADE_OF.isdisjoint(claim["variants"][name]))
     for name in trained_first:

@@ -1,4 +1,4 @@
-"""Dry run of three training steps as one of many ranks, without GPUs and data: `python train.py ... dry_run=32`.
+"""Dry run of three training steps as one of many ranks, without GPUs and data; `scripts/dry_run.py` runs it.
 
 The trainer and FSDP2 run in a fake process group, whose collectives do not communicate. Weights, gradients and
 activations are fake tensors (shapes without data, see `benchmarks.fake_step`); lengths of clips are drawn from a
