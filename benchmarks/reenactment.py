@@ -26,21 +26,18 @@ import numpy as np
 
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.arguments import within
-from engine.errors import UserError, require
+from engine.errors import UserError
 from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import ALONE
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
+from engine.metrics.lips import LipOpening, enlarge
 from engine.metrics.picture import reconstruction
 from lia_x.codec import LiaX
 from lia_x.data import held_out_frames
 from talker_t2av.faces import find_square, read_square
 
 COPY = "copy"
-SEEN_AT = 256  # pixels of the side of the pictures that dlib sees
 EVERY = 10  # frames from one embedding to the next
-# of the 68 landmarks
-LIPS = ([61, 62, 63], [67, 66, 65])
-EYES = (slice(36, 42), slice(42, 48))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,42 +88,33 @@ class Copy:
     size = 128
 
 
-class Judge:
+class Judge(LipOpening):
     """dlib's landmarks and face recognition, which measure mouth opening and identity."""
 
     def __init__(self) -> None:
-        self.dlib = require("dlib", "dlib", "landmarks")
-        models = require("face_recognition_models", "face_recognition_models", "landmarks")
-        self.detect = self.dlib.get_frontal_face_detector()
-        self.predict = self.dlib.shape_predictor(models.pose_predictor_model_location())
-        self.embed = self.dlib.face_recognition_model_v1(models.face_recognition_model_location())
+        super().__init__()
+        self.embed = self.dlib.face_recognition_model_v1(self.models.face_recognition_model_location())
 
     def read(self, path: Path) -> Seen:
         square = find_square(path, 75)
         frames = fit_frames(np.concatenate(list(read_square(path, square, 10**6))), Copy.size)
-        boxes = self.detect(_large(frames[0]), 1)
-        if not boxes:
-            raise UserError(f"{path}: dlib finds no face in the first frame")
-        box = max(boxes, key=lambda box: box.area())
+        try:
+            box = self.find(frames[0])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         return Seen(f"{path.parent.name}-{path.stem}", frames, box, *self.look(frames, box))
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
         """Read the opening (T,) and embeddings (E, 128) of frames (T, S, S, 3) whose face is in `box`."""
         opening = []
         faces = []
-        for number, frame in enumerate(map(_large, frames)):
+        for number, frame in enumerate(map(enlarge, frames)):
             shape = self.predict(frame, box)
-            points = np.array([(shape.part(k).x, shape.part(k).y) for k in range(68)], float)
-            eyes = np.linalg.norm(np.subtract(*(points[eye].mean(0) for eye in EYES)))
-            opening.append(np.linalg.norm(points[LIPS[0]] - points[LIPS[1]], axis=1).mean() / eyes)
+            opening.append(self.opening(shape))
             if number % EVERY == EVERY // 2:
                 face = np.array(self.embed.compute_face_descriptor(frame, shape))
                 faces.append(face / np.linalg.norm(face))
         return np.array(opening), np.array(faces)
-
-
-def _large(frame: np.ndarray) -> np.ndarray:
-    return cv2.resize(frame, (SEEN_AT, SEEN_AT), interpolation=cv2.INTER_CUBIC)
 
 
 def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:

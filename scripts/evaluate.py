@@ -73,6 +73,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
     "drawn": "corpora.synthetic.mouth_opening.MouthReader",
+    "landmarks": "engine.metrics.lips.LipOpening",
 }
 
 

@@ -221,7 +221,7 @@ class Synchrony(Metric):
         "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: synchrony with the audio delayed by 200 ms"),
         "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: synchrony with the audio advanced by 200 ms"),
     }
-    protocols = ("drawn",)
+    protocols = ("drawn", "landmarks")
     inputs = ("audio", "video", "source")
     pictured = True
 
@@ -239,7 +239,7 @@ class MouthOpening(Metric):
     figures: ClassVar = {
         "mouth_opening": Figure("mouth r", 1, 3, meaning="temporal correlation of mouth opening with the ground truth")
     }
-    protocols = ("drawn",)
+    protocols = ("drawn", "landmarks")
     inputs = ("video",)
     pair = True
     outputs_only = True
