@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from corpora.preparation.clip import WorkItem
@@ -9,7 +11,9 @@ from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops
 from corpora.preparation.sources_studio import grid
 from engine.media.audio import read_audio
+from engine.media.video import read_video
 from engine.metrics.grid_recogniser import GridRecogniser
+from engine.metrics.lips import LipOpening
 from engine.metrics.words import GRID as JUDGE
 from hicodit.bundled import FILMED, bundled_weights
 from hicodit.pipeline import HiCoDiTPipeline
@@ -75,3 +79,14 @@ def test_new_people_get_a_remark_and_known_ones_none(held_out):
     assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voices) for clip in held_out[:2]] == ["", ""]
     for name in ("s31", "s34"):
         assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voices)
+
+
+def test_mouth_opening_does_not_depend_on_the_size_of_the_image():
+    pytest.importorskip("dlib")
+    pytest.importorskip("face_recognition_models")
+    frames = read_video(GRID / "s31" / "bbac2n.mp4")[:40]
+    opening = LipOpening()
+    full = opening(frames)
+    half = opening(np.stack([cv2.resize(frame, None, fx=0.6, fy=0.6) for frame in frames]))
+    assert full.std() > 0.02 and np.corrcoef(full, half)[0, 1] > 0.9
+    assert opening(frames[:1].repeat(3, 0)).std() == 0
