@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from engine import STARTED
-from engine.cluster import Cluster
 from engine.errors import UserError, printable, require
 from engine.files import writable
 from engine.hub import check_release
@@ -290,6 +289,8 @@ def run_in_processes(
     """
     if ray:
         count = min(ray.workers, len(batches))
+        from engine.cluster import Cluster
+
         executor = Cluster(ray, build)
     else:
         threads = max(1, len(os.sched_getaffinity(0)) // count)

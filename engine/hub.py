@@ -8,7 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
 
-from engine.download import NoNetworkError, check_reachable
 from engine.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -36,6 +35,8 @@ def release_folder(source: str | Path) -> Path:
 
 @lru_cache
 def _snapshot(repository: str, revision: str | None) -> Path:
+    from engine.download import NoNetworkError, check_reachable
+
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     endpoint = constants.ENDPOINT
     try:

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
-
-from engine.settings import SEEDS, require_range
-
-
-def check_seed(seed: Any) -> None:
-    """Raise UserError if `seed` is not a valid seed for torch."""
-    require_range("seed", seed, *SEEDS)
 
 
 def seed_for(*names: str | int) -> int:

@@ -144,6 +144,11 @@ def require_range(name: str, value: Any, low: float, high: float) -> None:
         raise UserError(f"{name}={str(value)[:40]} must be {KINDS[kind]} from {low:,} to {high:,}")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise UserError if `seed` is not a valid seed for torch."""
+    require_range("seed", seed, *SEEDS)
+
+
 def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Check that `value` is one of the choices."""
     if value not in choices:

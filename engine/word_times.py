@@ -80,6 +80,22 @@ class WordTimes:
         """Recognise the words of a waveform (N,) and their times with pocketsphinx's language model."""
         return self._spans(self._recogniser, wave, rate)
 
+    @staticmethod
+    def write(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
+        """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
+
+        Args:
+            origin: source of the words, text or recogniser.
+        """
+        content = {"origin": origin, "words": [asdict(word) for word in words]}
+        write_json(stem.with_name(f"{stem.name}.json"), content)
+        if subtitles:
+            lines = cues(words)
+            srt = [f"{n}\n{_span(line, ',')}\n{line.text}\n" for n, line in enumerate(lines, 1)]
+            vtt = ["WEBVTT\n", *(f"{_span(line, '.')}\n{line.text}\n" for line in lines)]
+            stem.with_name(f"{stem.name}.srt").write_text("\n".join(srt))
+            stem.with_name(f"{stem.name}.vtt").write_text("\n".join(vtt))
+
     @cached_property
     def _recogniser(self) -> Any:
         return self._sphinx.Decoder(self._config())
@@ -127,19 +143,3 @@ def _span(line: Word, point: str) -> str:
         return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
 
     return f"{clock(line.begin)} --> {clock(line.end)}"
-
-
-def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
-    """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
-
-    Args:
-        origin: source of the words, text or recogniser.
-    """
-    content = {"origin": origin, "words": [asdict(word) for word in words]}
-    write_json(stem.with_name(f"{stem.name}.json"), content)
-    if subtitles:
-        lines = cues(words)
-        srt = [f"{n}\n{_span(line, ',')}\n{line.text}\n" for n, line in enumerate(lines, 1)]
-        vtt = ["WEBVTT\n", *(f"{_span(line, '.')}\n{line.text}\n" for line in lines)]
-        stem.with_name(f"{stem.name}.srt").write_text("\n".join(srt))
-        stem.with_name(f"{stem.name}.vtt").write_text("\n".join(vtt))

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
+from hicodit.conditions import encoders_learn
 from hicodit.conditions.types import FPS, MIN_FRAMES, windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
@@ -121,7 +122,7 @@ class HiCoDiTDataset:
         tokenizer = load_codec(codec, CODECS)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
-        self.inputs = PICTURES if encoders == "tiny" else FEATURES
+        self.inputs = PICTURES if encoders_learn(encoders) else FEATURES
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "

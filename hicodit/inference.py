@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,15 +20,15 @@ from engine.faces.track import MOST_FACES, read_boxes
 from engine.files import all_or_none
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
-from engine.nn.ge2e import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
-from engine.word_times import WordTimes, write_words
 from hicodit.bundled import PipelineChooser
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, GENERATED, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import FACE, InferConfig, stem_of
-from hicodit.streaming import SpeechChunk
+
+if TYPE_CHECKING:
+    from hicodit.streaming import SpeechChunk
 
 
 def run(c: InferConfig, clips: list[Path]) -> int:
@@ -54,6 +55,8 @@ class ClipRunner(JobRunner):
             self.face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
         self.device = pick_device(c.device, index)
         if c.reference_audio is not None:
+            from engine.nn.ge2e import GE2EEncoder
+
             with stage("reading"):
                 voice = read_voice(c.reference_audio, 16_000)
             with stage("conditions"):
@@ -62,7 +65,11 @@ class ClipRunner(JobRunner):
         if c.weights is not None:
             self.pipelines.load_all()
         self.scratch = tempfile.TemporaryDirectory()
-        self.times = WordTimes() if c.timestamps else None
+        self.times = None
+        if c.timestamps:
+            from engine.word_times import WordTimes
+
+            self.times = WordTimes()
 
     def load(self, weights: str | Path) -> HiCoDiTPipeline:
         """Load the pipeline of a release with the settings of the job."""
@@ -115,7 +122,7 @@ class ClipRunner(JobRunner):
                 write_speech(clip, speech, staging, stem, self.config.figure)
                 if self.times is not None:
                     words = self.times.recognise(speech.wave, speech.rate)
-                    write_words(staging / stem, words, "recogniser", subtitles=True)
+                    self.times.write(staging / stem, words, "recogniser", subtitles=True)
                 total += len(speech.wave) / speech.rate
                 remarks += speech.remarks
             files = [path.name for path in sorted(staging.iterdir())]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.landmarks import add_landmarks, read_landmarks, write_faces
 from engine.faces.source import CASCADE, FaceSource
-from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
 from engine.media.audio import generated_comment, write_wav
@@ -32,19 +31,19 @@ from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
 from engine.precision import convert_matrices, pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
-from engine.publish import publish
 from engine.release import find_codec
-from engine.seeding import check_seed
-from engine.settings import require_range, with_arguments
+from engine.settings import check_seed, require_range, with_arguments
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import capture_graphs, generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
 from hicodit.people import KnownPeople
-from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
-from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
+from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
+
+if TYPE_CHECKING:
+    from hicodit.streaming import SpeechChunk
 
 Video = str | Path | np.ndarray | Tensor  # a file, or frames accepted by `as_frames`
 GENERATED = generated_comment("HiCoDiT", "speech")  # metadata comment of files
@@ -186,6 +185,8 @@ class HiCoDiTPipeline:
             repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
                 card.
         """
+        from engine.publish import publish
+
         return publish(self.folder, self.parts, repository, license, private)
 
     def crops(self, video: Video, face: str | int = "largest", face_box: Any = None) -> Crops:
@@ -261,7 +262,11 @@ class HiCoDiTPipeline:
         start = 0
         every = config.picture_every
         voice_pictures = self.system.voice_pictures(len(track))
-        drawing = Strip(track, FPS) if strip is not None else None
+        drawing = None
+        if strip is not None:
+            from engine.faces.strip import Strip
+
+            drawing = Strip(track, FPS)
         for block in blocks:
             mouths = config.cut_mouth(block, track, start)
             if mouth is None:
@@ -387,8 +392,10 @@ class HiCoDiTPipeline:
 
         Args:
             frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 per second.
-            settings: fields of `hicodit.streaming.StreamSettings`, such as `lookahead=0.8`.
+            settings: fields of `hicodit.settings.StreamSettings`, such as `lookahead=0.8`.
         """
+        from hicodit.streaming import HOP, SpeechStream
+
         chosen = with_arguments(StreamSettings(), settings, ("seed", "identity"))
         stream = SpeechStream(self, chosen, seed, identity)
         for block in iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames:

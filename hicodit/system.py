@@ -17,7 +17,7 @@ from engine.device import to_device
 from engine.errors import UserError
 from engine.release import Pretrained, without_retired
 from engine.settings import make
-from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
+from hicodit.conditions import EncoderConfig, encoder_config, encoders_learn, make_encoders
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import EXPRESSIONS, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
@@ -77,7 +77,7 @@ class HiCoDiTSystem(Pretrained):
             encoders: folder with the checkpoints of the upstream encoders. None: the one used in training.
         """
         settings = dict(arguments["encoders"])
-        if encoders is not None and settings.get("kind", "tiny") == "tiny":
+        if encoders is not None and encoders_learn(encoder_config(settings).kind):
             raise UserError(f"encoders={encoders}: this model includes its encoders, omit this setting")
         if encoders is not None:
             settings["folder"] = encoders

@@ -19,8 +19,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
-from engine.seeding import check_seed
-from engine.settings import LIMITS
+from engine.settings import LIMITS, check_seed
 from engine.untrusted import parse_object
 from hicodit.bundled import PipelineChooser
 from hicodit.conditions.types import FPS

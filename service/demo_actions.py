@@ -18,7 +18,7 @@ from engine.media.ffmpeg import browser_plays, probe
 from engine.media.video import write_preview
 from engine.nn.ge2e import GE2EEncoder
 from engine.progress import stage
-from engine.seeding import check_seed
+from engine.settings import check_seed
 from hicodit.bundled import PipelineChooser
 from hicodit.inference import write_speech
 from hicodit.pipeline import HiCoDiTPipeline

@@ -16,7 +16,6 @@ from engine.files import all_or_none
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
-from engine.word_times import WordTimes, write_words
 from talker_t2av.figure import draw
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
@@ -44,7 +43,11 @@ class TalkRunner(JobRunner):
                 c.weights or BUNDLED, self.device, codecs, c.precision, c.compile
             )
         self.pipeline.sampling = override(self.pipeline.sampling, c.sampling)
-        self.times = WordTimes() if c.timestamps else None
+        self.times = None
+        if c.timestamps:
+            from engine.word_times import WordTimes
+
+            self.times = WordTimes()
 
     def prepare(self, job: Job | UserError) -> PreparedJob:
         """Read and encode the input files of a job."""
@@ -67,7 +70,7 @@ class TalkRunner(JobRunner):
                 draw(talk, job.text, staging / f"{name}.png")
             if self.times is not None:
                 words = self.times.align(job.text, talk.wave, rate)
-                write_words(staging / name, words, "text", subtitles=job.mode != "tts")
+                self.times.write(staging / name, words, "text", subtitles=job.mode != "tts")
         files = outputs_of(job, name, c.figure, c.timestamps)
         remark = f" ({'; '.join(talk.remarks)})" if talk.remarks else ""
         seconds = len(talk.wave) / rate

@@ -9,26 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from engine.device import to_device
 from engine.errors import UserError
+from engine.files import atomic_output
 from engine.media.audio import read_audio, read_voice, resample
+from engine.media.ffmpeg import check_readable
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
 from engine.progress import stage
 from engine.seeding import seed_for
 from engine.torch_files import read_matrix
-from talker_t2av import official
-from talker_t2av.faces import Square, find_square, read_square
+from talker_t2av.faces import Square, Surroundings, find_square, read_square, read_surroundings
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, Mode, Request
 from talker_t2av.settings import Job, is_voice
-from talker_t2av.speaker.voice import read_voice as read_saved_voice
-from talker_t2av.surroundings import Surroundings, read_surroundings
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
@@ -36,6 +38,7 @@ from talker_t2av.text import split_text
 MARGIN = 1.5
 SLOW_BYTE = 0.15
 SLOW_PHONEME = 0.2
+MAX_VOICE = 2**20  # maximum size of a saved voice in bytes
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class Reference:
 
     def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
         """Create the request of an official routine. Returns the same values as `paper_request`."""
+        from talker_t2av import official
+
         job = self.job
         c = self.system.model.config
         stats = self.system.stats
@@ -274,3 +279,28 @@ def check_given(frames: int, what: str) -> None:
     """Raise UserError if a given stream is too long."""
     if frames > MAX_FRAMES:
         raise UserError(f"{what} is longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")
+
+
+def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
+    """Write an embedding (G,) and the digest of the encoder that made it."""
+    with atomic_output(path) as staging:
+        staging.write_bytes(save({"speaker": speaker.detach().float().cpu().contiguous()}, {"encoder": digest}))
+
+
+def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
+    """Return the embedding (G,) of a saved voice.
+
+    Args:
+        digest: of the encoder whose embeddings the model knows. size: G.
+    """
+    path = check_readable(path)
+    if path.stat().st_size > MAX_VOICE:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a saved voice: give another file")
+    content = path.read_bytes()
+    try:
+        speaker = load(content)["speaker"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is not a saved voice ({error}): save it anew from a recording") from error
+    if f'"{digest}"'.encode() not in content or speaker.shape != (size,) or not torch.isfinite(speaker).all():
+        raise UserError(f"{path} was saved by another speaker encoder: save it anew from a recording")
+    return speaker

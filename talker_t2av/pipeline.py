@@ -31,16 +31,14 @@ from engine.media.pictures import to_bytes
 from engine.media.video import write_video
 from engine.precision import pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
-from engine.publish import publish
 from engine.settings import nearest
+from talker_t2av.faces import Surroundings
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import BatchedDecoder, Result
-from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
+from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job, save_voice
 from talker_t2av.model import FPS, HOP, MAX_FRAMES, RATE
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import Mode, Request, Sampling, tokens_per_patch
-from talker_t2av.speaker.voice import save_voice
-from talker_t2av.surroundings import Surroundings
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
@@ -178,6 +176,8 @@ class TalkerPipeline:
             repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
                 card.
         """
+        from engine.publish import publish
+
         folder = self.system.folder if self.system.part_names else None
         return publish(folder, self.system.parts, repository, license, private)
 

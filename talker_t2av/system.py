@@ -20,7 +20,6 @@ from engine.errors import UserError
 from engine.hub import CHECKOUT, release_folder
 from engine.progress import stage
 from engine.release import find_codec
-from engine.shards.source import read_json
 from lia_x.codec import LiaX
 from talker_t2av.model import FPS, RATE, TalkerT2AV
 from talker_t2av.request import MODES, Sampling
@@ -68,6 +67,8 @@ class MotionStats:
         """Read `motion_mean` and `motion_std` from a JSON file or URL. None: those of the released model."""
         if path is None:
             return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
+        from engine.shards.source import read_json
+
         try:
             stats = read_json(path)
             return cls(*(torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std")))

@@ -7,6 +7,7 @@ S); videos (T, 3, S, S); motion codes (T, M).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from engine.precision import half_precision
 from engine.release import weights_digest
 from engine.settings import Group, require_range, setting
 from lia_x.networks import Decoder, Encoder
-from lia_x.upstream import read_official
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class LiaX(PortraitCodec):
     """
 
     kind = "lia_x"
-    read_official = staticmethod(read_official)
     Config = LiaXConfig
     sample_rate = 25
 
@@ -111,6 +110,12 @@ class LiaX(PortraitCodec):
         style, maps = self.encoder(source)
         motion = self.encoder.motion(target)
         return self.decoder(self.decoder.navigate(style, motion), maps), motion
+
+    @staticmethod
+    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        from lia_x.upstream import read_official
+
+        return read_official(path)
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> LiaX:

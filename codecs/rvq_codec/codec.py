@@ -20,7 +20,6 @@ from engine.nn.vocos import VocosDecoder
 from engine.release import load_strict, weights_digest
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
-from rvq_codec.upstream import read_official
 
 
 def build_decoder(config: RVQCodecConfig) -> VocosDecoder | DACDecoder:
@@ -35,7 +34,6 @@ class RVQCodec(Codec):
 
     kind = "rvq_codec"
     Config = RVQCodecConfig
-    read_official = staticmethod(read_official)
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__(config)
@@ -99,6 +97,12 @@ class RVQCodec(Codec):
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.quantizer)
+
+    @staticmethod
+    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        from rvq_codec.upstream import read_official
+
+        return read_official(path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> RVQCodec:

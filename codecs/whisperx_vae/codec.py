@@ -26,7 +26,6 @@ from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
 from engine.nn.vocos import VocosDecoder
 from engine.release import weights_digest
 from engine.settings import Group, setting
-from whisperx_vae.upstream import read_official
 
 POSITIONS = "whisper.embed_positions.weight"
 
@@ -121,7 +120,6 @@ class WhisperXVAE(Codec):
     """Audio codec with acoustic encoder, Whisper encoder, Gaussian bottleneck and acoustic decoder."""
 
     kind = "whisperx_vae"
-    read_official = staticmethod(read_official)
     Config = WhisperXVAEConfig
 
     def __init__(self, config: WhisperXVAEConfig):
@@ -248,6 +246,12 @@ class WhisperXVAE(Codec):
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.whisper, self.in_proj)
+
+    @staticmethod
+    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        from whisperx_vae.upstream import read_official
+
+        return read_official(path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:

@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector, middle_of
 from engine.faces.landmarks import fill_landmarks
-from engine.faces.speaking import speaking_face
 from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_faces, track_of_boxes
 from engine.media.video import iter_video
 from engine.progress import watched
@@ -146,6 +145,8 @@ def find_faces(
     """
     tracks = track_faces(clip, detector, fps, face) if detector else _search(clip, fps, face)
     if face == "speaking" and len(tracks) > 1:
+        from engine.faces.speaking import speaking_face
+
         return [tracks[speaking_face(clip, tracks, wave)]]
     return tracks
 

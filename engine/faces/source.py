@@ -9,7 +9,6 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, YuNetDetector
 from engine.faces.landmarks import SUFFIXES, Dlib68, LandmarkFinder, nearest_face
-from engine.faces.mtcnn import MTCNNDetector
 
 CASCADE = "cascade"  # source of shards and releases that do not record one
 FILES = "files"
@@ -40,7 +39,7 @@ class FaceSource:
             found = None
             name = CASCADE
         elif detector == "mtcnn":
-            found = MTCNNDetector()
+            found = _mtcnn()
             name = "mtcnn"
         else:
             found = YuNetDetector(detector)
@@ -50,7 +49,7 @@ class FaceSource:
         if face_landmarks == "dlib68":
             return cls(found, Dlib68(), f"{name}+dlib68")
         if face_landmarks == "mtcnn":
-            finder = found if name == "mtcnn" else MTCNNDetector()
+            finder = found if name == "mtcnn" else _mtcnn()
             return cls(found, partial(nearest_face, finder), f"{name}+mtcnn")
         if face_landmarks == "yunet":
             if name != "yunet":
@@ -85,3 +84,9 @@ class FaceSource:
             return cls.from_settings(detector, landmarks or None)
         except UserError as error:
             raise UserError(f"{before}: {error}") from error
+
+
+def _mtcnn() -> FaceDetector:
+    from engine.faces.mtcnn import MTCNNDetector
+
+    return MTCNNDetector()

@@ -1,6 +1,6 @@
 """Audio files as float32 mono waveforms, and spectrograms.
 
-Axes: N samples.
+Axes: N samples, T video frames.
 """
 
 from __future__ import annotations
@@ -154,6 +154,13 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
             file.comment = comment
         file.write(samples)
     return content.getvalue()
+
+
+def loudness(wave: np.ndarray, rate: int, fps: int = 25) -> np.ndarray:
+    """Return the RMS of the audio of each video frame: (N,) -> (T,), T = floor(fps N / rate)."""
+    frame = rate // fps
+    whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
+    return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 
 
 def generated_comment(model: str, what: str) -> str:

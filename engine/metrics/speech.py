@@ -26,7 +26,7 @@ import numpy as np
 from engine.errors import UserError, require_librosa
 from engine.evaluation.statistics import correlation
 from engine.instantiate import target
-from engine.media.audio import resample_wave
+from engine.media.audio import loudness, resample_wave
 from engine.media.video import read_video
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
 
@@ -72,13 +72,6 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
     wave = resample_wave(wave, rate, low_rate)
     f0, _, _ = librosa.pyin(wave, fmin=LOWEST, fmax=HIGHEST, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)
-
-
-def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Return the RMS of the audio of each video frame: (N,) -> (T,), T = floor(25 N / rate)."""
-    frame = rate // FPS
-    whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
-    return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 
 
 def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) -> float:

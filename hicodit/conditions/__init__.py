@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from engine.errors import UserError
+from engine.settings import make, require_choice
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
 from hicodit.conditions.types import EXPRESSIONS, Conditions
-from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 
-__all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "Encoders", "encoder_config", "make_encoders"]
+if TYPE_CHECKING:
+    from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 
-EncoderConfig = TinyEncoderConfig | UpstreamEncoderConfig
-Encoders = ConditionEncoders | UpstreamEncoders
-KINDS = {  # `kind` of configs/task/encoders/*.yaml maps to the config class and the encoder class
-    "tiny": (TinyEncoderConfig, ConditionEncoders),
-    "upstream": (UpstreamEncoderConfig, UpstreamEncoders),
-}
+__all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "encoder_config", "encoders_learn", "make_encoders"]
+
+EncoderConfig: TypeAlias = "TinyEncoderConfig | UpstreamEncoderConfig"
+
+KINDS = ("tiny", "upstream")  # `kind` of configs/task/encoders/*.yaml
+
+
+def encoders_learn(kind: str) -> bool:
+    """Return whether encoders of this kind are trained with the model, from images.
+
+    Those of other kinds have fixed weights, so that prepared shards hold their features instead of the images.
+    """
+    require_choice("encoders.kind", kind, KINDS)
+    return kind == "tiny"
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """Create the encoder config from the `values` of a YAML file. `kind` is a key of `KINDS`, by default "tiny".
+    """Create the encoder config from the `values` of a YAML file. `kind` is one of `KINDS`, by default "tiny".
 
     Releases before 2026-11-25 use "released" for the kind "upstream".
     """
@@ -28,14 +36,17 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
     if kind == "released":
         kind = "upstream"
         values = {**values, "kind": kind}
-    if kind not in KINDS:
-        raise UserError(f"encoders.kind={kind} is unknown: choose {' or '.join(KINDS)}")
-    try:
-        return KINDS[kind][0](**values)
-    except TypeError as error:
-        raise UserError(f"encoders of kind {kind}: {error}") from error
+    if encoders_learn(kind):
+        return make(TinyEncoderConfig, values, "encoders.")
+    from hicodit.conditions.upstream import UpstreamEncoderConfig  # three large networks that few models use
+
+    return make(UpstreamEncoderConfig, values, "encoders.")
 
 
-def make_encoders(config: EncoderConfig) -> Encoders:
+def make_encoders(config: EncoderConfig) -> ConditionEncoders | UpstreamEncoders:
     """Create the lip, identity and expression encoders, with random weights or with those of the files in `config`."""
-    return KINDS[config.kind][1](config)
+    if isinstance(config, TinyEncoderConfig):
+        return ConditionEncoders(config)
+    from hicodit.conditions.upstream import UpstreamEncoders
+
+    return UpstreamEncoders(config)

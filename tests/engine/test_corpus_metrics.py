@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.media.audio import loudness
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.speaker import OwnVoice, nearest
-from engine.metrics.speech import Endings, PitchContour, Prosody, loudness, spans_around_change, speech_end, synchrony
+from engine.metrics.speech import Endings, PitchContour, Prosody, spans_around_change, speech_end, synchrony
 from engine.metrics.words import WordErrors
 
 RATE = 24_000

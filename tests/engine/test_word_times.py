@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from corpora.synthetic.voices import load_voices
-from engine.word_times import Word, WordTimes, cues, write_words
+from engine.word_times import Word, WordTimes, cues
 from tests.spoken import speak
 
 TEXTS = [
@@ -57,7 +57,7 @@ def test_words_are_written_as_json_and_subtitles(tmp_path):
     lines = [(cue.text, cue.begin, cue.end) for cue in cues(words)]
     assert lines == [("Set blue.", 0.1, 0.75), ("Now", 3661.5, 3662.0)]
     assert len(cues([Word("a", i, i + 1) for i in range(15)])) == 3
-    write_words(tmp_path / "talk.one", words, "text", subtitles=True)
+    WordTimes.write(tmp_path / "talk.one", words, "text", subtitles=True)
     written, srt, vtt = ((tmp_path / f"talk.one.{suffix}").read_text() for suffix in ("json", "srt", "vtt"))
     assert json.loads(written)["words"][1] == {"text": "blue.", "begin": 0.3, "end": 0.75}
     assert srt == "1\n00:00:00,100 --> 00:00:00,750\nSet blue.\n\n2\n01:01:01,500 --> 01:01:02,000\nNow\n"

@@ -11,8 +11,7 @@ from PIL import Image
 
 from engine.errors import UserError
 from engine.media.video import read_video, write_video
-from talker_t2av.faces import Square, find_square, read_square
-from talker_t2av.surroundings import read_surroundings
+from talker_t2av.faces import Square, find_square, read_square, read_surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo" / "silent.mp4"
