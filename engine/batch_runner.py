@@ -21,7 +21,7 @@ from engine import STARTED
 from engine.errors import UserError, printable, require
 from engine.files import writable
 from engine.hub import check_release
-from engine.processes import Lost, Processes, Work
+from engine.processes import Lost, Processes, Work, usable_cores
 from engine.progress import current, stage
 from engine.settings import (
     DEVICES,
@@ -293,7 +293,7 @@ def run_in_processes(
 
         executor = Cluster(ray, build)
     else:
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        threads = max(1, usable_cores() // count)
         executor = Processes(count, partial(_build_with_threads, build, threads))
     summary = Summary(batches[0].total)
     with executor, stage("in other processes", len(batches), "batches") as step:

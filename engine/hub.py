@@ -14,17 +14,20 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
 
 
-def release_folder(source: str | Path) -> Path:
+def release_folder(source: str | Path, key: str = "") -> Path:
     """Return the folder `source`, or the local copy of the hub repository of that name.
 
     OWNER/NAME is looked up on the hub only if neither this folder nor a folder OWNER exists, so that mistyped paths are
     not downloaded. Without a network, a cached copy is used. OWNER/NAME@REVISION selects a branch, tag or commit. A
     bundled release assets/NAME is found from any working directory.
 
+    Args:
+        key: name of the setting with this value, for error messages.
+
     Raises:
         UserError: If the folder is a training run, or the repository cannot be downloaded.
     """
-    refuse_run(source)
+    _refuse_run(source, key)
     name = NAME.fullmatch(str(source))
     if name is None or Path(source).exists() or Path(name[1]).exists():
         return Path(source)
@@ -53,7 +56,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         raise UserError(f"{repository} is not a local folder, and {why}") from error
 
 
-def refuse_run(source: str | Path, key: str = "") -> None:
+def _refuse_run(source: str | Path, key: str = "") -> None:
     """Raise UserError if a folder is that of a training run, whose release is a subfolder.
 
     Args:
@@ -69,7 +72,7 @@ def refuse_run(source: str | Path, key: str = "") -> None:
 def check_release(key: str, source: str | None) -> None:
     """Check that the release of the setting `key` exists. A name on the hub is accepted."""
     if source is not None:
-        refuse_run(source, key)
+        _refuse_run(source, key)
     if source is not None and not Path(source).exists():
         name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():

@@ -9,15 +9,15 @@ Axes: n face crops, S' their side, D = 24 features, P people.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
+from engine.errors import UserError
 from engine.files import write_json
 from engine.untrusted import read_json
 
@@ -60,11 +60,25 @@ class KnownPeople:
 
     @classmethod
     def from_release(cls, folder: Path) -> KnownPeople | None:
-        """Read people.json of a release folder. Return None if it does not exist."""
-        if not (folder / FILE).is_file():
+        """Read people.json of a release folder. Return None if it does not exist.
+
+        Raises:
+            UserError: If the file does not hold these statistics.
+        """
+        path = folder / FILE
+        if not path.is_file():
             return None
-        stored: Mapping[str, Any] = read_json(folder / FILE)
-        return cls(np.array(stored["means"], float), np.array(stored["scale"], float), float(stored["limit"]))
+        stored = read_json(path)
+        try:
+            means = np.array(stored["means"], float)
+            scale = np.array(stored["scale"], float)
+            limit = float(stored["limit"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): download the release again") from error
+        is_valid = means.shape == (len(means), FEATURES) and len(means) > 0 and scale.shape == (FEATURES,)
+        if not is_valid or not np.isfinite(means).all() or not (scale > 0).all():
+            raise UserError(f"{path} is damaged (shapes {means.shape} and {scale.shape}): download the release again")
+        return cls(means, scale, limit)
 
     def save(self, folder: Path) -> None:
         """Write people.json to a release folder."""

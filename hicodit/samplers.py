@@ -142,7 +142,11 @@ def euler(state: SamplerState) -> Iterator[None]:
         when, u = state.noise(2)
         scale = (config.steps * start / (start - config.end).clamp(min=1e-12)).to(when.dtype)
         step = ((1 - when) * to_device(scale, when.device)[:, None, None]).long().clamp(max=config.steps)
-        yield from _planned(state, step, u, times)
+        frames = revealed_frames(step, state.masked, len(times))
+        run = state.graphs(planned_step)
+        for t, revealed in zip(to_device(times.float(), frames.device), frames):
+            state.tokens = run(state.posterior, state.tokens, t, revealed, u, config.temperature)
+            yield
         return
     run = state.graphs(thinned_step)
     last = torch.full_like(times[:1], math.inf)  # the last step reveals all that remains
@@ -246,14 +250,3 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     order = step.argsort(dim=2, stable=True)[:, :, None].expand(-1, -1, steps, -1)
     frames = torch.where(slots < counts[..., None], order.gather(3, index), length)
     return frames.permute(2, 0, 1, 3)[:used].contiguous()
-
-
-def _planned(state: SamplerState, step: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
-    """Reveal each masked position at its step (B, K, L), at time times[i] (B,). u: uniforms (B, K, L) for the
-    tokens.
-    """
-    run = state.graphs(planned_step)
-    frames = revealed_frames(step, state.masked, len(times))
-    for t, revealed in zip(to_device(times.float(), frames.device), frames):
-        state.tokens = run(state.posterior, state.tokens, t, revealed, u, state.config.temperature)
-        yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -37,6 +36,7 @@ from engine.files import writable, write_json
 from engine.instantiate import target
 from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
+from engine.processes import usable_cores
 from engine.program import run_program, runs
 from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, require_choice, set_limits
@@ -138,7 +138,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
                 clips[i] = replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
         if config.exchanged:
             clips = with_exchanged(clips)
-        workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
+        workers = config.workers or usable_cores()
         names = ", ".join(clips[0].takes) or "ground-truth speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
         results = measure(clips, dict.fromkeys(metrics.values()), workers, cache)

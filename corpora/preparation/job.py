@@ -24,13 +24,14 @@ from engine.files import writable
 from engine.instantiate import build, target
 from engine.processes import Lost, Processes
 from engine.progress import track
-from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits
+from engine.settings import ClusterConfig, Limits, set_limits
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 
 def prepare(config: DictConfig) -> None:
     """Run the job that `configs/prepare.yaml` describes."""
-    _check(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("preparation is a single process: start it without torchrun, and set workers=N or executor=ray")
     set_limits(Limits(**config.limits))
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits
@@ -101,18 +102,6 @@ def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seco
         print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
     speed = f"{count / seconds:.2f} clips/s, {duration / seconds:.2f} s of clips per second"
     print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
-
-
-def _check(config: DictConfig) -> None:
-    """Validate the settings, and check that this is the only process of the job."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("preparation is a single process: start it without torchrun, and set workers=N or executor=ray")
-    require_choice("executor", config.executor, EXECUTORS)
-    check_place(config.executor)
-    for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
-        least = 0 if name == "workers" and config.executor == "processes" else 1
-        if config[name] is not None and config[name] < least:
-            raise UserError(f"{name}={config[name]}: must be at least {least}")
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:

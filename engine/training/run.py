@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import plain
 from engine.errors import UserError, require
 from engine.files import refuse_links, require_space
-from engine.hub import refuse_run, release_folder
+from engine.hub import release_folder
 from engine.instantiate import build, target
 from engine.metrics.registry import metrics_of
 from engine.release import check_replaceable
@@ -80,9 +80,7 @@ def check_inputs(config: DictConfig) -> None:
     named = {"init": task.get("init"), "task.codec": task.get("codec")}
     named |= {f"task.codecs.{stream}": codec for stream, codec in (task.get("codecs") or {}).items()}
     for key, place in named.items():
-        if isinstance(place, str):
-            refuse_run(place, key)
-        if isinstance(place, str) and not release_folder(place).exists():
+        if isinstance(place, str) and not release_folder(place, key).exists():
             raise UserError(f"{key}={place}: no such file or folder")
     validation = task.get("validation") or {}
     splits = data.get("splits")

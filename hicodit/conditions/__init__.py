@@ -16,6 +16,7 @@ __all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "encoder_confi
 EncoderConfig: TypeAlias = "TinyEncoderConfig | UpstreamEncoderConfig"
 
 KINDS = ("tiny", "upstream")  # `kind` of configs/task/encoders/*.yaml
+RENAMED = {"released": "upstream"}  # in files from before 2026-11-25
 
 
 def encoders_learn(kind: str) -> bool:
@@ -23,19 +24,15 @@ def encoders_learn(kind: str) -> bool:
 
     Those of other kinds have fixed weights, so that prepared shards hold their features instead of the images.
     """
+    kind = RENAMED.get(kind, kind)
     require_choice("encoders.kind", kind, KINDS)
     return kind == "tiny"
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """Create the encoder config from the `values` of a YAML file. `kind` is one of `KINDS`, by default "tiny".
-
-    Releases before 2026-11-25 use "released" for the kind "upstream".
-    """
+    """Create the encoder config from the `values` of a YAML file. `kind` is one of `KINDS`, by default "tiny"."""
     kind = values.get("kind", "tiny")
-    if kind == "released":
-        kind = "upstream"
-        values = {**values, "kind": kind}
+    values = {**values, "kind": RENAMED.get(kind, kind)}
     if encoders_learn(kind):
         return make(TinyEncoderConfig, values, "encoders.")
     from hicodit.conditions.upstream import UpstreamEncoderConfig  # three large networks that few models use

@@ -12,6 +12,7 @@ from engine import batch_runner
 from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.device import count_devices
 from engine.errors import UserError
+from engine.processes import usable_cores
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
 
@@ -167,7 +168,7 @@ def test_processes_have_their_own_device_and_divide_the_cores(capsys):
     lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
     threads = dict(lines)
     assert len(lines) == 6 and set(threads) <= {"0", "1"}
-    assert all(int(count) == max(1, len(os.sched_getaffinity(0)) // 2) for count in threads.values())
+    assert all(int(count) == max(1, usable_cores() // 2) for count in threads.values())
 
 
 def test_a_head_node_without_a_card_can_use_those_of_a_cluster(monkeypatch):
