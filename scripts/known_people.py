@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from engine.arguments import Parser
+from engine.arguments import Parser, existing_folder
 from engine.errors import run_cli
 from engine.shards.reader import ShardSplit
 from hicodit.people import FILE, KnownPeople, face_features
@@ -19,7 +19,7 @@ from hicodit.people import FILE, KnownPeople, face_features
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("shards", type=Path, help="folder of prepared splits with faces; train is read")
-    parser.add_argument("release", type=Path, help="release folder that gets people.json")
+    parser.add_argument("release", type=existing_folder, help="release folder that gets people.json")
     args = parser.parse_args()
     clips = ShardSplit(args.shards / "train")
     features = []

@@ -92,6 +92,7 @@ SCRIPTS = [
     ("plot_run sounds", "no log in sounds"),
     ("plot_run other other", "other is given twice"),
     ("plot_run sounds --out curves.txt", "its name must end in"),
+    ("known_people corpus nowhere", "release nowhere is not a folder"),
     ("serve --rows 0", "--rows=0 must be"),
     ("plan_run nope", "experiment=nope does not exist"),
     ("plan_run hicodit_synthetic --json file/x.json", "--json file/x.json cannot be written"),
