@@ -145,7 +145,7 @@ def face(count: int) -> np.ndarray:
     return five + np.arange(20)[:, None, None] * [1.0, 0]
 
 
-@pytest.mark.parametrize("kind", ["list", "debug", "npz", "pickle 2", "pickle 4", "pickle 5"])
+@pytest.mark.parametrize("kind", ["list", "debug", "npz", "pickle 2", "pickle 5"])
 @pytest.mark.parametrize("count", [5, 68])
 def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind, count):
     """All forms hold the same; in a folder they are laid out as the clips."""
@@ -170,7 +170,7 @@ def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind, count):
         read_landmarks(tmp_path, "speaker/b.mp4")
 
 
-JSON = ("{", "[]", "[[[1, 2]]]", "[[1, 2], 3]", '{"frames": [{}]}', "[null, null]x", json.dumps([[[1, 2]] * 4]))
+JSON = ("{", "[]", "[[1, 2], 3]", '{"frames": [{}]}', json.dumps([[[1, 2]] * 4]))
 
 
 class Program:

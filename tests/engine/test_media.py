@@ -72,8 +72,6 @@ FORMATS = {  # kind: what ffmpeg makes of the clip, in which file
     "60 frames a second": (("-r", 60), "a.mp4"),
     "12 frames a second": (("-r", 12), "a.mp4"),
     "10 bits": (("-pix_fmt", "yuv420p10le"), "a.mp4"),
-    "full colour": (("-pix_fmt", "yuv444p"), "a.mp4"),
-    "grey": (("-pix_fmt", "gray"), "a.mp4"),
     "webm": (("-c:v", "libvpx-vp9", "-deadline", "realtime"), "a.webm"),
     "mkv": (("-c", "copy"), "a.mkv"),
     "avi": (("-c:v", "mpeg4", "-q:v", 3), "a.avi"),

@@ -117,7 +117,6 @@ class Qwen3ASR:
     [
         ("en", "It's Mr. Hill.", "It is mister Hill", {"wer": (0, 4), "cer": (0, 17)}),
         ("zh", "你好，世界。", "你好 四界！", {"cer": (1, 4)}),
-        ("zh", "今天天气很好", "", {"cer": (6, 6)}),
     ],
 )
 def test_words_by_qwen3_asr(voice, monkeypatch, language, text, heard, found):

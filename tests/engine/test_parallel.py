@@ -143,8 +143,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
     shards = ragged(tmp_path / "2_fsdp", 2)
     shards["changes"]["parallel"] = "fsdp"
     together(tmp_path, 2, parallel_runs.worker, [ragged(tmp_path / "2", 2), shards])
-    for processes in (4, 8):
-        together(tmp_path, processes, parallel_runs.worker, [ragged(tmp_path / str(processes), processes)])
+    together(tmp_path, 4, parallel_runs.worker, [ragged(tmp_path / "4", 4)])
 
     def figures(name):
         lines = [line for line in read_lines(tmp_path / name / "log.jsonl") if "lr" in line]
@@ -152,7 +151,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
 
     whole = figures("1")
     assert len(whole) == 4 and whole[0] != whole[-1]
-    for name in ("1x2", "1x8", "2", "2_fsdp", "4", "8"):
+    for name in ("1x2", "1x8", "2", "2_fsdp", "4"):
         for one, two in zip(whole, figures(name), strict=True):
             assert two == pytest.approx(one, rel=1e-5), name
         for key, value in released(tmp_path / "1").items():

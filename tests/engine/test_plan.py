@@ -89,3 +89,11 @@ def test_one_card_sends_nothing_and_shards_take_less_memory_than_copies():
     memory = {parallel: plan_of(parallel).memory["weights"] for parallel in ("ddp", "fsdp", "hybrid")}
     assert memory == {"ddp": 2**30, "fsdp": 2**30 // 64, "hybrid": 2**30 // 8}  # eight cards in a machine
     assert set(plan_of("hybrid").sent) == {"allgather", "reduce_scatter", "allreduce"}
+
+
+def test_compute_grows_with_samples_and_padding_and_falls_with_a_faster_card():
+    card = CARDS["h200"]
+    assert plan_of(samples=4).compute_s == pytest.approx(4 * plan_of(samples=1).compute_s)
+    assert plan_of(padding=0.8).compute_s > plan_of().compute_s
+    assert plan_of(card=replace(card, peak=2 * card.peak)).compute_s < plan_of().compute_s
+    assert plan_of(card=replace(card, network=2 * card.network)).network_s < plan_of().network_s

@@ -96,13 +96,10 @@ def replace(folder, name, old, new):
 
 
 HARMS = [  # what is done to a file of five shards, its arguments, and the line
-    (remove, ["000001.tar"], "000001.tar is missing"),
     (cut, ["000001.tar", 5000], "000001.tar is damaged: 5,000 bytes instead of"),
     (zeros, ["000001.tar"], "000001.tar is damaged .its checksum"),
     (remove, ["000002.json"], "000002.json cannot be read: No such file"),
-    (cut, ["000002.json", 40], "000002.json cannot be read"),
     (replace, ["000002.json", '"crc32": ', '"crc32": 1'], "000002.json does not belong to this index"),
-    (replace, ["000002.json", '"tensors": ', '"other": '], "000002.json is damaged .*tensors.* prepare it again"),
     (replace, ["000001.json", '"tensors": [', '"tensors": ["z", '], "000001.tar is damaged .k05 has no z"),
     (
         replace,

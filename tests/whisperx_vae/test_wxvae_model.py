@@ -50,7 +50,7 @@ def wave(samples):
     return 0.3 * torch.randn(2, 1, samples, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("frames", [20, 21, 35, 36, 100])
+@pytest.mark.parametrize("frames", [20, 35, 100])
 def test_a_long_wave_is_encoded_in_windows(model, frames):
     """Both ends are what the first and the last window alone give, and every frame is filled in."""
     x = wave(frames * 960 + 17)
@@ -65,7 +65,7 @@ def test_a_long_wave_is_encoded_in_windows(model, frames):
     torch.testing.assert_close(found[:, -8:], last[:, -8:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [[60], [1] * 40, [4] * 10, [3, 0, 30, 1, 1, 9], [5], [1], [16, 1], [17, 17]])
+@pytest.mark.parametrize("chunks", [[60], [1] * 40, [3, 0, 30, 1, 1, 9], [16, 1]])
 def test_streamed_chunks_join_to_the_offline_wave(model, chunks):
     latents = torch.randn(2, sum(chunks), 6, generator=torch.Generator().manual_seed(1))
     whole = model.decode(latents)
