@@ -58,7 +58,6 @@ class HiCoDiTTask(Task):
         identity_input: identity condition in training: "voice", the GE2E embedding (as in the paper), or "face", the
             output of the adapter. Without the identity loss (weight 0), these are the two interpretations of that
             ablation: the adapter is untrained, or trained by the score loss.
-        lips_alone: train only the lip encoder by its auxiliary loss, at a third of the time per step.
         phoneme_weight, expression_weight: weights of the auxiliary losses of the tiny encoders; not in the paper, whose
             encoders are pre-trained (encoders.kind "upstream").
         sampler, guidance: defaults that are stored in the release.
@@ -69,7 +68,8 @@ class HiCoDiTTask(Task):
         index: path or URL of the training shards' index.json. Its digests of features, which inference and fine-tuning
             verify, and its face detector are stored in the release. None: not recorded.
         new_tokens: reinitialise token embeddings and heads, so that `init` may use another tokenizer.
-        frozen: condition encoders to freeze, among lip, identity and expression.
+        frozen: parts to freeze, among model (the score network), lip, identity and expression. If only the lip encoder
+            remains, just its auxiliary phoneme loss is computed, at a third of the time per step.
     """
 
     def __init__(
@@ -81,7 +81,6 @@ class HiCoDiTTask(Task):
         grammar: str | None,
         identity_weight: float = 100.0,
         identity_input: str = "voice",
-        lips_alone: bool = False,
         phoneme_weight: float = 0.2,
         expression_weight: float = 0.1,
         sampler: dict[str, Any] | None = None,
@@ -124,18 +123,27 @@ class HiCoDiTTask(Task):
             )
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURES, FACE) if name in made}
-        self.lips_alone = lips_alone
-        if lips_alone:
-            if not self.system.encoders.learns or self.system.encoders.lip.phoneme_head is None:
-                raise UserError("task.lips_alone=true needs task.encoders.kind=tiny and task.encoders.phonemes > 0")
-            self.system.requires_grad_(False)
-            self.system.encoders.lip.requires_grad_(True)
         if init:
             self._start_from(init, new_tokens)
+        self._freeze(frozen)
+
+    def _freeze(self, frozen: Sequence[str]) -> None:
+        """Freeze parts of the system, and find out whether the lip encoder alone remains."""
+        encoders = self.system.encoders
+        parts = {"model": self.system.model}
+        if encoders.learns:
+            parts |= {name: getattr(encoders, name) for name in CONDITIONS}
         for name in frozen:
-            require_choice("task.frozen", name, CONDITIONS)
-            if self.system.encoders.learns:
-                getattr(self.system.encoders, name).requires_grad_(False)
+            require_choice("task.frozen", name, ("model", *CONDITIONS))
+            if name in parts:
+                parts.pop(name).requires_grad_(False)
+        if not parts:
+            raise UserError(f"task.frozen={list(frozen)} leaves nothing to train: leave a part out")
+        self.trains_lips_only = list(parts) == ["lip"]
+        if self.trains_lips_only and encoders.lip.phoneme_head is None:
+            raise UserError(
+                f"task.frozen={list(frozen)} leaves the lip encoder, whose loss needs task.encoders.phonemes > 0"
+            )
 
     def _start_from(self, init: str, new_tokens: bool) -> None:
         """Load the weights of a release."""
@@ -179,7 +187,7 @@ class HiCoDiTTask(Task):
 
     def loss_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         frames = int(batch["frames"].sum())
-        if self.lips_alone:
+        if self.trains_lips_only:
             return {"phoneme": frames}
         clips = len(batch["frames"])
         tokens = TOKENS_PER_FRAME * frames * self.system.model.config.levels
@@ -197,7 +205,7 @@ class HiCoDiTTask(Task):
         Identity and expression are derived from the audio, as in the paper. Frozen encoders are not run, as their
         features are stored.
         """
-        if self.lips_alone:
+        if self.trains_lips_only:
             loss = self.phoneme_loss(self.system.encoders.lip(batch["mouth"], batch["frames"]), batch)
             return {"phoneme": loss, "loss": loss}
         conditions, voice = self.conditions(batch)
@@ -273,7 +281,7 @@ class HiCoDiTTask(Task):
         from hicodit.evaluate import evaluate_clips
         from hicodit.pipeline import HiCoDiTPipeline
 
-        if self.lips_alone:
+        if self.trains_lips_only:
             return self.measure_lips() if share.first else {}
         results: dict[str, float | ByClip] = {}
         kind = self.system.encoders.config.kind

@@ -32,7 +32,8 @@ def test_composition():
     assert isinstance(OmegaConf.to_object(config).trainer, TrainerConfig)
     assert OmegaConf.to_object(load("train", [RECIPE])).trainer.betas == (0.9, 0.98)
     assert "make" not in compose("train", [RECIPE, "~data.make"]).data
-    assert compose("train", ["experiment=hicodit_grid_cpu", "task.lips_alone=true"]).task.lips_alone  # grid.sh sets it
+    frozen = compose("train", ["experiment=hicodit_grid_cpu", "task.frozen=[model,identity,expression]"]).task.frozen
+    assert frozen == ["model", "identity", "expression"]  # as grid.sh sets it
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release, batch, encode
 
 
 def test_the_lip_encoder_learns_alone(corpus, release, batch):
-    task = make_task(corpus, release, lips_alone=True, encoders=RESIDUAL, validate_clips=2)
+    task = make_task(corpus, release, frozen=["model", "identity", "expression"], encoders=RESIDUAL, validate_clips=2)
     open_rows = 8 * (1 + batch["phoneme"])[..., None, None]  # a mouth is open by so many rows
     batch["mouth"] = (torch.arange(48)[:, None] < open_rows).float().expand(*batch["phoneme"].shape, 48, 48)
     untouched = {name: value.clone() for name, value in task.state_dict().items() if ".lip." not in name}
@@ -111,9 +111,12 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
     )
 
 
-def test_lips_alone_need_phonemes(corpus, release):
-    with pytest.raises(UserError, match="lips_alone=true needs"):
-        make_task(corpus, release, lips_alone=True, encoders=ENCODERS | {"phonemes": 0})
+def test_what_is_frozen_must_leave_something_to_train(corpus, release):
+    rest = ["model", "identity", "expression"]
+    with pytest.raises(UserError, match="leaves the lip encoder, whose loss needs"):
+        make_task(corpus, release, frozen=rest, encoders=ENCODERS | {"phonemes": 0})
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        make_task(corpus, release, frozen=[*rest, "lip"])
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
