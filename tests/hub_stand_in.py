@@ -15,7 +15,7 @@ from engine.download import check_reachable
 def use_endpoint(monkeypatch, address):
     """Let the client use another hub; whether it can be reached is asked again."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(hub, "check_reachable", check_reachable.__wrapped__)
+    monkeypatch.setattr("engine.download.check_reachable", check_reachable.__wrapped__)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def stand_in_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "snapshot_download", create_autospec(snapshot_download, side_effect=download))
     monkeypatch.setattr(HfApi, "create_repo", create_autospec(HfApi.create_repo))
     monkeypatch.setattr(HfApi, "create_commit", create_autospec(HfApi.create_commit, side_effect=commit))
-    monkeypatch.setattr(hub, "check_reachable", create_autospec(check_reachable))
+    monkeypatch.setattr("engine.download.check_reachable", create_autospec(check_reachable))
     monkeypatch.chdir(tmp_path)
     hub._snapshot.cache_clear()
     yield root

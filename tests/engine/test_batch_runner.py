@@ -66,7 +66,7 @@ def run(jobs, batch_size=2, name_errors=True, **place):
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeypatch):
     summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11])
     assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
-    unforeseen = "unforeseen ZeroDivisionError: by nothing"
+    unforeseen = "unexpected ZeroDivisionError: by nothing"
     errors = ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
     assert summary.failed == [*zip(["job2", "job4", "job6", "job7", "job15"], errors)]
     out, err = capsys.readouterr()

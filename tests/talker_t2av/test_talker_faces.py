@@ -63,7 +63,7 @@ def test_where_no_face_is_found_the_middle_is_used_and_said(tmp_path):
     write_video(tmp_path / "grey.mp4", np.full((10, 48, 64, 3), 90, np.uint8), 25)
     square = find_square(tmp_path / "grey.mp4", 1)
     assert (square.left, square.top, square.side) == (8, 0, 48)
-    assert "no face found" in square.remark and "its middle is used" in square.remark
+    assert "no face found" in square.remark and "its centre is used" in square.remark
     assert find_square(tmp_path / "grey.mp4", 1, crop="centre").remark == ""
 
 
@@ -72,7 +72,7 @@ def test_the_user_says_where_the_face_is(wide):
     assert abs(square.left + square.side / 2 - 71) < 2 and square.side == round(1.78 * 80)
     with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the frame of 480 x 240"):
         find_square(wide, 1, face_box="900,60,80,80")
-    with pytest.raises(UserError, match="give x,y,w,h"):
+    with pytest.raises(UserError, match="expected x,y,w,h"):
         find_square(wide, 1, face_box="there")
 
 
