@@ -203,7 +203,7 @@ class ClearVoice:
     Args:
         name: MossFormer2_SE_48K keeps what is above 8 kHz; MossFormerGAN_SE_16K and FRCRN_SE_16K are smaller;
             MossFormer2_SS_16K separates speakers, of whom the loudest is kept.
-        device: ignored, as the package selects its device.
+        device: auto, cpu, cuda or mps.
     """
 
     def __init__(self, name: str = "MossFormer2_SE_48K", device: str = "auto") -> None:
@@ -214,6 +214,14 @@ class ClearVoice:
         self.rate = 1000 * int(name[-3:-1])
         with loading("ClearerVoice", name):
             self.model = package.ClearVoice(task=task, model_names=[name])
+        # The package takes the GPU with the most free memory, and makes it the current one of the process.
+        chosen = pick_device(device)
+        for network in self.model.models:
+            network.args.use_cuda = int(chosen.type == "cuda")
+            network.device = chosen
+            network.model.to(chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         made = np.asarray(self.model(wave[None], False), np.float32).reshape(-1, wave.shape[-1])

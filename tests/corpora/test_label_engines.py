@@ -120,6 +120,8 @@ def test_clearvoice_gives_one_wave_of_the_same_length(monkeypatch, name, task, r
     class ClearVoice:
         def __init__(self, task, model_names):
             self.asked = task, model_names
+            arguments = SimpleNamespace(use_cuda=1)
+            self.models = [SimpleNamespace(args=arguments, device="cuda", model=torch.nn.Linear(1, 1))]
 
         def __call__(self, wave, online_write):
             assert wave.shape == (1, 16_000) and not online_write
@@ -127,7 +129,9 @@ def test_clearvoice_gives_one_wave_of_the_same_length(monkeypatch, name, task, r
             return waves if speakers > 1 else waves[0]
 
     package(monkeypatch, "clearvoice", ClearVoice=ClearVoice)
-    enhancer = engines.ClearVoice(name)
+    enhancer = engines.ClearVoice(name, "cpu")
+    (network,) = enhancer.model.models
+    assert network.device == torch.device("cpu") and not network.args.use_cuda  # the package had chosen another
     clean = enhancer(WAVE)
     assert enhancer.rate == rate and enhancer.model.asked == (task, [name])
     assert clean.shape == WAVE.shape and clean.dtype == np.float32

@@ -48,7 +48,7 @@ def test_a_pushed_talker_speaks_from_the_hub(stand_in_hub, tmp_path):  # noqa: F
 
 @pytest.mark.parametrize("name", ["toy", "a/b/c", "someone/toy@main", "../toy", ""])
 def test_a_wrong_name_is_refused_before_anything_is_sent(release, stand_in_hub, name):  # noqa: F811
-    with pytest.raises(UserError, match="give OWNER/NAME"):
+    with pytest.raises(UserError, match="expected OWNER/NAME"):
         publish(release, {}, name, "mit", False)
     assert not HfApi.create_repo.called
 
