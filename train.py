@@ -18,7 +18,7 @@ from engine.program import run_program, runs
 
 HELP = """
 Train a model. A recipe (experiment=NAME) sets the task, the data and the trainer's settings, which can all be changed
-on the command line. The run's folder holds checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
+on the command line. The run's folder contains checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
 averaged weights. After a stop or a crash, the same command resumes from the last checkpoint. SIGTERM, SIGUSR1 and
 Ctrl-C save a checkpoint and end the program with exit code 75.
 

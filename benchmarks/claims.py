@@ -218,6 +218,6 @@ def compare(
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Return a row's own figures in words."""
+    """Return the results of a row as text."""
     own = {name: value for name, value in row.items() if isinstance(value, list) and "_minus_" not in name}
     return f"{row['variant']}: " + ", ".join(f"{name} {mean:.4g} +- {half:.2g}" for name, (mean, half) in own.items())

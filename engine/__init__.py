@@ -5,5 +5,5 @@ import time
 
 os.environ.setdefault(
     "PYTORCH_ENABLE_MPS_FALLBACK", "1"
-)  # device=mps: operators that PyTorch lacks on MPS run on the CPU
+)  # device=mps: operators that are not implemented for MPS run on the CPU
 STARTED = time.perf_counter()  # approximate start time of the command

@@ -182,7 +182,9 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
                 return codec.from_tensors(*official, folder)
     kind = release_kind(folder)
     if kind not in codecs:
-        raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")
+        raise UserError(
+            f"weights folder {folder} contains a model of kind {kind!r}, but {' or '.join(codecs)} is needed"
+        )
     return codecs[kind].from_pretrained(folder)
 
 

@@ -188,7 +188,9 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
     text = str(error)
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return f"{error.override[:80]} cannot be read: quote names and values that hold other characters than letters"
+        return (
+            f"{error.override[:80]} cannot be read: quote names and values that contain characters other than letters"
+        )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group or 'configuration'}={choice} does not exist; {nearest(choice, error.options or [])}"

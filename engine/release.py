@@ -284,7 +284,7 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     config = _read_config(folder)
     actual = config.pop("kind", None)
     if actual != kind:
-        raise UserError(f"weights folder {folder} holds a model of kind {actual!r}, but {kind!r} is needed")
+        raise UserError(f"weights folder {folder} contains a model of kind {actual!r}, but {kind!r} is needed")
     check_numbers(config, folder / "config.yaml")
     try:
         state = _expand(load_file(folder / "model.safetensors"))

@@ -127,7 +127,7 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
         or columns not in (None, value.shape[1])
         or not value.isfinite().all()
     ):
-        raise UserError(f"{path} must hold a tensor (frames, {columns or 'channels'}) of finite numbers")
+        raise UserError(f"{path} must contain a tensor (frames, {columns or 'channels'}) of finite numbers")
     return value
 
 

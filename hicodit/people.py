@@ -63,7 +63,7 @@ class KnownPeople:
         """Read people.json of a release folder. Return None if it does not exist.
 
         Raises:
-            UserError: If the file does not hold these statistics.
+            UserError: If the file does not contain these statistics.
         """
         path = folder / FILE
         if not path.is_file():

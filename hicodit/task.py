@@ -153,8 +153,8 @@ class HiCoDiTTask(Task):
         for name, made in self.features.items():
             if name != FACE and before.get(name, made) != made:
                 raise UserError(
-                    f"init={init} was trained on {name} features {before[name]}, the shards hold {made}: prepare them "
-                    "with the encoders of that release"
+                    f"init={init} was trained on {name} features {before[name]}, the shards contain {made}: "
+                    "prepare them with the encoders of that release"
                 )
         renewed = start.release.get("token_digest") not in (None, self.token_digest)
         if renewed and not new_tokens:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 if find_spec("torch") is None or find_spec("engine") is None:
     print(
-        "error: this Python lacks the project's packages: bash scripts/setup.sh makes their environment, once, and "
+        "error: the project's packages are not installed: bash scripts/setup.sh makes their environment, once, and "
         "source .venv/bin/activate uses it",
         file=sys.stderr,
     )

@@ -67,7 +67,7 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
         if there != (seed, version, more):
             words = "seed {}, version {}, {} more voices"
             raise UserError(
-                f"--out {root} holds a corpus of {words.format(*there)}; this one would be "
+                f"--out {root} contains a corpus of {words.format(*there)}; this one would be "
                 f"{words.format(seed, version, more)}: choose another folder"
             )
     with writable(root, "--out"):

@@ -190,4 +190,4 @@ def in_page_words(message: str, files: dict[str, str | None]) -> str:
     clear = [clause for clause in clauses if not re.search(r"(^|[\s('\"])/\w|\w=|--\w|\(\w+_\w+\)|\.\w+\.", clause)]
     text = " ".join(clear).strip(" :;,")
     text = text[:1].upper() + text[1:]
-    return text + "." * (text[-1:] not in (".", "")) or "The terminal of the server says why."
+    return text + "." * (text[-1:] not in (".", "")) or "See the terminal of the server for the reason."

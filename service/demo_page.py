@@ -54,7 +54,7 @@ PHOTO = "Photo"
 CLIP = "Clip"
 KNOWN = (
     "The bundled models know cartoon faces with computer voices like the examples, and real people who speak as in the "
-    "GRID corpus. A talking face says any English sentence; other languages, and free sentences of real people, "
+    "GRID corpus. A talking face can say any English sentence; other languages, and free sentences of real people, "
     "do not work."
 )
 OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
@@ -413,7 +413,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
             shown = tab.show("error", in_page_words(str(error), paths), wrong)
         except Exception:
             traceback.print_exc()
-            shown = tab.show("error", "A fault of the program. The terminal of the server says more.")
+            shown = tab.show("error", "Internal error. See the terminal of the server for details.")
         finally:
             tab.working.discard(request.session_hash)
         return [*_button_updates(False), *shown]

@@ -106,7 +106,7 @@ def video_routes(service: Service) -> APIRouter:
         """Start generating a talking face from a text (talker-t2av), or speech for a silent clip (hicodit)."""
         service.find(body.model)
         forget()
-        with contextlib.ExitStack() as place:  # is held until the video is made
+        with contextlib.ExitStack() as place:  # is kept until the video is created
             place.enter_context(service.admitted())
             video = Video(model=body.model, prompt=body.prompt)
             place.callback(lambda: video.status == "completed" or video._folder.cleanup())

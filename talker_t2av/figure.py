@@ -39,7 +39,7 @@ def draw(talk: Talk, text: str, path: Path) -> None:
     change = movement(talk.frames)
     how = {"figsize": (12, 5.4), "height_ratios": (1, 2, 1), "sharex": True, "grid": False, "dpi": 100}
     with (
-        warnings.catch_warnings(action="ignore"),  # the font may lack a character
+        warnings.catch_warnings(action="ignore"),  # the font may not have a character
         chart_file(path, 3, 1, **how) as (top, middle, bottom),
     ):
         top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))

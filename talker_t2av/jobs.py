@@ -291,7 +291,7 @@ def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
     """Return the embedding (G,) of a saved voice.
 
     Args:
-        digest: of the encoder whose embeddings the model knows. size: G.
+        digest: digest of the encoder with which the model was trained. size: G.
     """
     path = check_readable(path)
     if path.stat().st_size > MAX_VOICE:

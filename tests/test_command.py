@@ -86,4 +86,4 @@ def test_outside_of_the_environment_one_line_says_what_to_do(script, tmp_path):
     call = [sys.executable, "-S", script, "--help"]  # -S: without installed packages
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert len(COMMANDS) > 10 and done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: this Python lacks the project's packages") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the project's packages are not installed") and done.stderr.count("\n") == 1

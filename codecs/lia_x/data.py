@@ -243,7 +243,7 @@ def held_out_frames(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the numbers and frames (T, H, W, 3) of a part of the first `count` clips of ROOT/SPLIT.
 
-    Of prepared shards, they are the pictures that the shards hold of a clip, scaled to S = `size`.
+    For prepared shards, they are the images of the clip in the shards, scaled to S = `size`.
     """
     if is_prepared(root, split):
         stored = _stored_portraits(root, split)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of, strides
 
-FILES = ("model.safetensors", "model_1.safetensors")  # the latter holds quantiser and decoder
+FILES = ("model.safetensors", "model_1.safetensors")  # the latter contains the quantiser and the decoder
 # The stored window of the inverse STFT is left out: the module computes it.
 RULES = ((r"^model\.head\.istft\.window$", None), (r"^block\.", "encoder.block."), (r"^model\.", "decoder."))
 

@@ -13,7 +13,10 @@ from engine.torch_files import read_state
 
 HEAD_SIZE = 64  # of every published Whisper
 RULES = (
-    (r"^(?!CodecEnc\.|CodecDec\.|vae\.(?:in|out)_proj\.|semantic_model\.encoder\.)", None),  # training's own tensors
+    (
+        r"^(?!CodecEnc\.|CodecDec\.|vae\.(?:in|out)_proj\.|semantic_model\.encoder\.)",
+        None,
+    ),  # tensors only used in training
     (r"^CodecEnc\.", "encoder."),
     (r"^CodecDec\.", "decoder."),
     (r"^vae\.", ""),

@@ -93,7 +93,7 @@ class Wav2Vec2:
 class Emotion2Vec:
     """Emotion of speech by emotion2vec (Ma et al. 2023, arXiv:2312.15185) through FunASR (MIT).
 
-    It knows nine classes: the seven of HiCoDiT, `other` and `<unk>`. Weights:
+    It has nine classes: the seven of HiCoDiT, `other` and `<unk>`. Weights:
     emotion2vec/emotion2vec_plus_large (FunASR's model licence).
 
     Args:

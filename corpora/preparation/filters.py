@@ -97,7 +97,7 @@ class Enhance(Step):
         clean = np.asarray(self.enhancer(noisy), np.float32)
         if clean.shape != noisy.shape or not np.isfinite(clean).all():
             raise UserError(
-                f"the enhancer made {clean.shape} finite samples of {noisy.shape}: it cannot take this clip"
+                f"the enhancer returned shape {clean.shape} or values that are not finite for shape {noisy.shape}"
             )
         clean = clean.clip(-1, 1)
         clip.wave = resample_wave(clean, self.enhancer.rate, RATE)[: len(clip.wave)]

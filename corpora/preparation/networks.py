@@ -358,5 +358,5 @@ def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | N
     if unknown:
         raise UserError(f"expression {unknown[0]!r} is unknown: expected one of {', '.join(EXPRESSIONS)}")
     if len(labels) < windows:
-        raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
+        raise UserError(f"{len(labels)} expressions for {windows} half seconds: expected one for each")
     return torch.tensor([EXPRESSIONS.index(name) for name in labels])

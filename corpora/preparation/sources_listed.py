@@ -46,7 +46,7 @@ def listed(
         listing: instead of a table, a text file with one audio file per line; with `sounds`, with one motion file per
             line.
         sounds: folder of the audio STEM.wav of a motion file.
-        tars: pattern of tar files under `root`, such as "shards/*.tar": paths that they hold are read there.
+        tars: pattern of tar files under `root`, such as "shards/*.tar": paths in them are read from there.
         validation: fraction of the clips that make the split `val`; their speakers are unknown.
     """
     if (table is None) == (listing is None):
@@ -155,7 +155,7 @@ def youtube_ids(
         else:
             absent += 1
     if absent:
-        print(f"{listing}: {absent} clips are skipped, as {folder} lacks their videos")
+        print(f"{listing}: {absent} clips are skipped, as their videos are not in {folder}")
     if bad:
         print(printable(f"{listing}: {len(bad)} clips are skipped, as their rows are invalid; the first: {bad[0]}"))
     if not clips:

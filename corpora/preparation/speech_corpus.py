@@ -75,7 +75,7 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
 def read_recording(path: Path) -> np.ndarray:
     """Read a recording (N,) at `RATE`.
 
-    A G.722 file has no header that would tell its format, so `read_audio` refuses it; here its suffix is trusted.
+    A G.722 file has no header that identifies its format, so `read_audio` rejects it; here the suffix is used.
     """
     if path.suffix != ".g722":
         return read_audio(path, RATE)

@@ -284,7 +284,7 @@ def write_voices(
                         target.symlink_to((synthetic / name / target.name).resolve())
                 rows.append(row | {"split": split})
         if not rows:
-            raise UserError(f"the split {split} has no recording whose text could be told")
+            raise UserError(f"no recording of the split {split} has a known text")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         counts[split] = len(rows)
     write_json(out / "corpus.json", facts | {"version": 2 if copies.pictures else 3, "rate": RATE, "clips": counts})

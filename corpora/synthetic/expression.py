@@ -1,4 +1,4 @@
-"""Seven expressions as prosody and as a facial pose.
+"""Prosody and facial poses of seven expressions.
 
 Axes: T moments.
 """

@@ -78,19 +78,19 @@ _RARE = 0.15  # fraction of words that pocketsphinx's language model does not ha
 
 
 def split_of(text: str) -> str:
-    """Return the split that owns a sentence, by hash: each split after `train` 10 %, `train` the rest. No sentence
+    """Return the split of a sentence, by hash: each split after `train` gets 10 %, `train` the rest. No sentence
     belongs to two splits."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
     return SPLITS[2][max(0, bucket - 10 + len(SPLITS[2]))]
 
 
 def plain_sentences() -> list[str]:
-    """Return the sentences of version 3's split `plain`, such as people say; no split owns them."""
+    """Return the sentences of version 3's split `plain`, such as people say; they are in no split."""
     return PLAIN.read_text().splitlines()
 
 
 def draw_sentence(rng: np.random.Generator, split: str, free: bool = False) -> str:
-    """Draw a sentence evenly from those that `split` owns, of the closed vocabulary or a free one."""
+    """Sample a sentence uniformly from those of `split`, of the closed vocabulary or a free one."""
 
     def pick(words: tuple[str, ...]) -> str:
         return words[rng.integers(len(words))]
@@ -105,7 +105,7 @@ def draw_sentence(rng: np.random.Generator, split: str, free: bool = False) -> s
 
 
 def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
-    """Draw a sentence of version 3 that `split` owns: a fifth of version 2's, three tenths templates with any words,
+    """Sample a sentence of version 3 from `split`: a fifth of version 2's, three tenths templates with any words,
     the rest 1 to 20 words in random order, short ones more often."""
     while True:
         kind = rng.random()
@@ -188,7 +188,7 @@ def language_model(count: int = 20_000, closed: bool = False) -> str:
     word every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
 
     Args:
-        closed: every second sentence is of the closed vocabulary, for a recogniser that is not told the kind.
+        closed: every second sentence is of the closed vocabulary, for a recogniser that does not know the kind.
     """
     rng = np.random.default_rng(0)
     pairs: Counter[tuple[str, str]] = Counter()

@@ -178,7 +178,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # a damaged file or foreign contents can raise nearly anything
-        raise UserError(f"{path} does not hold 68 or 5 landmarks (x, y) for each frame ({error})") from error
+        raise UserError(f"{path} does not contain 68 or 5 landmarks (x, y) per frame ({error})") from error
     return landmarks, present
 
 

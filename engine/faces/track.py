@@ -163,7 +163,7 @@ def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
     if track.coverage < MIN_COVERAGE:
         raise FaceError(
             f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
-            f"{1 - MIN_COVERAGE:.0%} may lack one: {ADVICE}"
+            f"{1 - MIN_COVERAGE:.0%} may have none: {ADVICE}"
         )
     return track
 

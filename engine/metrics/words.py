@@ -12,7 +12,7 @@ without recognised words counts as all deletions. Recognisers:
 - `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), or, after a
   colon, the recogniser in a folder. Other sentences are not supported. `letter_errors` counts only the letters.
 - `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; not available as a package: the manifest provides its transcripts as
-  `heard`. Transcripts of any other recogniser can be provided in the same way.
+  `heard`. Transcripts of other recognisers can be provided in the same way.
 
 English texts are normalised by Whisper's English normaliser (with its list of British spellings if a Whisper folder is
 available), other languages by its basic normaliser. Chinese, Japanese, Thai and Cantonese only have a CER.

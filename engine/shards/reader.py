@@ -102,7 +102,7 @@ class ShardSplit:
         with ThreadPoolExecutor(16) as pool:  # fetch remote files concurrently
             frames, places, holds = zip(*pool.map(self._table, self.shards)) if self.shards else ((), (), ())
         if not sum(self.sizes):
-            raise UserError(f"{source} has no samples: its quarantine.jsonl says why clips were rejected")
+            raise UserError(f"{source} has no samples: see its quarantine.jsonl for the reasons")
         self.frames = torch.from_numpy(np.concatenate(frames))
         self._places = np.concatenate(places)
         self._holds = [names for shard in holds for names in shard]

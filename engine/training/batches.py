@@ -61,8 +61,8 @@ class MicroBatches(torch.utils.data.Dataset):
     once per epoch, except for n mod S of them.
 
     With `by_length`, neighbouring items have similar lengths: the items are sorted in pools, and groups of neighbours
-    are shuffled. A group holds the samples of one step, so that the ranks of a step finish together. The order does not
-    depend on `size` or on the world size, so that a resumed run can change both and continues at the same sample.
+    are shuffled. A group contains the samples of one step, so that the ranks of a step finish together. The order does
+    not depend on `size` or on the world size, so that a resumed run can change both and continues at the same sample.
 
     Args:
         dataset: see `TrainingSet`.

@@ -22,7 +22,7 @@ RENAMED = {"released": "upstream"}  # in files from before 2026-11-25
 def encoders_learn(kind: str) -> bool:
     """Return whether encoders of this kind are trained with the model, from images.
 
-    Those of other kinds have fixed weights, so that prepared shards hold their features instead of the images.
+    Those of other kinds have fixed weights, so that prepared shards contain their features instead of the images.
     """
     kind = RENAMED.get(kind, kind)
     require_choice("encoders.kind", kind, KINDS)

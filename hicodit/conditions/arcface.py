@@ -44,7 +44,8 @@ class _Block(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """Computes identity embeddings of faces in ArcFace's pose. Parameter names are those of the released checkpoints.
+    """Computes identity embeddings of faces aligned as for ArcFace. Parameter names are those of the released
+    checkpoints.
 
     Args:
         blocks: number of residual blocks in each of the four stages.

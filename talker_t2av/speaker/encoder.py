@@ -255,7 +255,7 @@ class WavLMEncoder(nn.Module):
         loss.
 
         Args:
-            settings: fields of `WavLMConfig`; None: those of `LARGE`, as far as shapes do not tell others.
+            settings: fields of `WavLMConfig`; None: those of `LARGE`, unless shapes imply others.
             source: where the state is from, for messages.
         """
         state = rename_all(state, RULES)
@@ -269,7 +269,9 @@ class WavLMEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
-        """Load the released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed."""
+        """Load the released `wavlm_large_finetune.pth`, or a folder that contains it. Nothing in the file is
+        executed.
+        """
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(
@@ -279,7 +281,7 @@ class WavLMEncoder(nn.Module):
 
 
 def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fields of `LARGE` that the shapes of a released state (our names) tell."""
+    """Return the fields of `LARGE` that follow from the shapes of a released state (our names)."""
     layer = "wavlm.encoder.layers.{}."
     with sizes_of("a WavLM-ECAPA speaker encoder"):
         position = state["wavlm.encoder.pos_conv_embed.conv.parametrizations.weight.original1"]

@@ -161,8 +161,8 @@ class VoiceEncoderTask(Task):
     def release_info(self) -> Release:
         config = self.encoder.config
         millions = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        about = f"""16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands}
-log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
+        about = f"""16-kHz wave -> {config.embedding} numbers that distinguish voices: ECAPA-TDNN on {config.bands}
+log-mel bands, {millions:.2f} M weights. Trained to predict the GE2E embeddings of Resemblyzer, it knows the voices of
 its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
 
 `cosine`: with GE2E, whole clips."""

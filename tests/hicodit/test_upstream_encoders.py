@@ -263,7 +263,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
     write_release(task, tmp_path / "release")
     other = tmp_path / "index.json"
     other.write_text(json.dumps({"digests": made | {"lip": "0000abcd"}}))
-    with pytest.raises(UserError, match=f"was trained on lip features {made['lip']}, the shards hold 0000abcd"):
+    with pytest.raises(UserError, match=f"was trained on lip features {made['lip']}, the shards contain 0000abcd"):
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
     with pytest.raises(UserError, match="was prepared with lip"):

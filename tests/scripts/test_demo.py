@@ -208,7 +208,7 @@ def test_stop_ends_a_run_and_the_queue_goes_on(served):
 
 def test_an_error_of_the_program_shows_no_paths(served):
     result = client_of(served[1]).predict("tts", "x", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
-    assert "A fault of the program" in result[0] and "secret" not in str(result)
+    assert "Internal error" in result[0] and "secret" not in str(result)
 
 
 def test_an_error_is_shown_at_its_field(served):

@@ -35,7 +35,7 @@ TRAIN = [
     (f"{HICODIT} task.model.levels=99", "task.model has 99 levels"),
     (f"{HICODIT} task.identity_input=nose", "task.identity_input='nose'"),
     (f"{HICODIT} task.codec=missing", "task.codec=missing: no such file"),
-    (f"{HICODIT} task.codec=damaged", "holds a model of kind 'hicodit'"),
+    (f"{HICODIT} task.codec=damaged", "contains a model of kind 'hicodit'"),
     (f"{HICODIT} init=damaged", "damaged/model.safetensors is damaged"),
     (f"{HICODIT} init=assets/hicodit_tiny lora.rank=4096", "lora.rank=4096 is as wide as every layer"),
     (f"{TALKER} task.codecs.speech=sounds", "weights folder sounds has no config.yaml"),
@@ -49,7 +49,7 @@ TRAIN = [
 ]  # fmt: skip
 INFER = [
     ("weights=damaged", "damaged/model.safetensors is damaged"),
-    ("codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
+    ("codec=assets/lia_x_tiny", "contains a model of kind 'lia_x'"),
     ("detector=nowhere.onnx", "no face detector at nowhere.onnx"),
     ("encoders=.", "its own encoders"),
     ("face_landmarks=absent", "face_landmarks=absent: no such file"),
@@ -78,7 +78,7 @@ PREPARE = [
     ("source.root=corpus output=file", "cannot write to output=file"),
     (f"{SHARDS} splits=[nope]", "no split nope"),
     (f"{SHARDS} executor=cloud", "executor=cloud is unknown; choose processes, ray"),
-    (f"{SHARDS} stages.rvq.codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
+    (f"{SHARDS} stages.rvq.codec=assets/lia_x_tiny", "contains a model of kind 'lia_x'"),
 ]
 SCRIPTS = [
     ("make_synthetic_corpus --out file", "cannot write to --out=file"),

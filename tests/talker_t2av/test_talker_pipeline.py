@@ -160,7 +160,7 @@ def test_the_video_may_bring_the_voice_and_a_file_the_motion(pipeline, tmp_path)
     two = pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
     np.testing.assert_allclose(one.wave, two.wave, atol=1e-4)
     torch.save(torch.zeros(3, DM + 1), saved)
-    with pytest.raises(UserError, match="must hold a tensor"):
+    with pytest.raises(UserError, match="must contain a tensor"):
         pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
 
 
