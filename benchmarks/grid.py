@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="output folder")
     parser.add_argument(
         "--speakers",
-        type=within(3),
+        type=within(3, len(SPEAKERS) - 3),
         default=3,
         help="number of training speakers; one is for validation, two for the test",
     )
