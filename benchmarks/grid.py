@@ -116,7 +116,7 @@ def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def write_grammar(folder: Path) -> Path:
-    """Write GRID's sentences as a grammar, and how the recogniser says their words: letters as code words."""
+    """Write the grammar of GRID's sentences and the pronunciations of its words, with letters as code words."""
     decoder = require("pocketsphinx", "pocketsphinx").Decoder(loglevel="FATAL")
     letters = {word[0]: word for word in SLOTS[3] if word[0] != "w"}
     slots = [tuple(letters) if index == 3 else words for index, words in enumerate(SLOTS)]

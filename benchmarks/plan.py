@@ -211,7 +211,7 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
 
 
 def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], TrainerConfig, int, float]:
-    """(model, its settings, the trainer's, rows of a sample, samples of the whole run) of a recipe."""
+    """Return a recipe's (model, model settings, trainer settings, rows per sample, samples of the whole run)."""
     config = compose("train", [f"experiment={name}", *words])
     target = str(OmegaConf.select(config, "task._target_") or "")
     model = next((model for model in MODELS if target.startswith(model)), None)

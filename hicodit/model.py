@@ -1,7 +1,7 @@
 """The score network of HiCoDiT (arXiv 2604.15923): stages of AdaLN blocks over groups of RVQ levels, coarse to fine.
 
 Axes: B clips, G guidance branches, U distinct branches of the low stage, R rows of a stage (branches times B), K token
-levels, L token frames (50 per second), T video frames (25 per second), J expression windows (2 a second), C width, E
+levels, L token frames (50 per second), T video frames (25 per second), J expression windows (2 per second), C width, E
 condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
 
 The low stage models levels 1-2; lip features enter by channel concatenation, identity and time by AdaLN. The high stage

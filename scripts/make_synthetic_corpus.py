@@ -86,8 +86,8 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
             made.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that made clips was killed, probably for lack of memory: use fewer --workers; "
-            "the same command continues from what was made"
+            "a worker process was killed, probably as it ran out of memory: use fewer --workers; "
+            "the same command continues with the remaining clips"
         ) from error
     finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
         with without_interrupts():  # a second Ctrl-C must not stop the stopping

@@ -175,19 +175,19 @@ def read_picture(data: bytes) -> np.ndarray:
     if len(data) > MAX_PICTURE:
         raise UserError(f"an image of {len(data):,} bytes: at most {MAX_PICTURE:,}")
     if not data.startswith(PICTURES):
-        raise UserError("a message that is not an image: send JPEG or PNG, and a text message at the end")
+        raise UserError("expected an image (JPEG or PNG), or a text message at the end")
     try:
         with Image.open(io.BytesIO(data)) as header:  # reads the size, and decodes nothing
             width, height = header.size
     except Image.DecompressionBombError as error:
-        raise UserError(f"an image of more than {LIMITS.pixels:,} pixels") from error
+        raise UserError(f"the image has more than {LIMITS.pixels:,} pixels") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError("a damaged image") from error
+        raise UserError("the image cannot be read") from error
     if width * height > LIMITS.pixels:
-        raise UserError(f"an image of {width} x {height} pixels: {LIMITS.pixels:,} at most")
+        raise UserError(f"the image has {width} x {height} pixels: at most {LIMITS.pixels:,} are allowed")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
-        raise UserError("a damaged image")
+        raise UserError("the image cannot be read")
     return picture
 
 

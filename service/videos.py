@@ -37,11 +37,13 @@ FIRST = "largest"  # of several faces
 class VideoRequest(OurFields):
     """Form of POST /v1/videos."""
 
-    input_reference: Annotated[UploadFile, Field(description="talker-t2av: clip or picture of a face; hicodit: a clip")]
+    input_reference: Annotated[UploadFile, Field(description="talker-t2av: video or image of a face; hicodit: video")]
     model: Literal["talker-t2av", "hicodit"] = TALKER
     prompt: Annotated[str, Field(description="talker-t2av: the text to say; hicodit: not used")] = ""
     voice: Annotated[str, Field(description="talker-t2av: a voice of the service")] = DEFAULT
-    reference_audio: Annotated[UploadFile | None, Field(description="recording, in place of `voice`")] = None
+    reference_audio: Annotated[
+        UploadFile | None, Field(description="recording of a voice, used instead of `voice`")
+    ] = None
     face: Annotated[str, Field(description=f"hicodit: {FACE}; all: a video for each, see `faces`")] = FIRST
 
 
@@ -49,7 +51,7 @@ class Video(BaseModel):
     """A video that is being generated, or is stored for its client.
 
     remarks: one-line notes about the input and the result.
-    faces: number of videos of a completed job, one a face; the folder has them as video1.mp4, ...
+    faces: number of videos of a completed job, one per face; the folder has them as video1.mp4, ...
     """
 
     id: str = Field(default_factory=lambda: f"video_{uuid.uuid4().hex}")

@@ -52,7 +52,7 @@ class EqualConv2d(nn.Module):
         self.scale = 1 / math.sqrt(in_channels * kernel**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, O, H - kernel + 1, W - kernel + 1)."""
+        """Map (B, C, H, W) -> (B, O, H - kernel + 1, W - kernel + 1)."""
         return F.conv2d(x, self.weight * self.scale)
 
 
@@ -85,7 +85,7 @@ class ConvLayer(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """(B, C, H, W) -> (B, O, H', W'), times a positive `gain`."""
+        """Map (B, C, H, W) -> (B, O, H', W'), multiplied by a positive `gain`."""
         if self.bias is not None:
             gain = gain * ACTIVATION_GAIN
         weight = self.weight * (self.scale * gain)
@@ -125,7 +125,7 @@ class ModulatedConv2d(nn.Module):
         self.padding = kernel // 2
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, O, H, W), or (B, O, 2H, 2W) when up-sampling."""
+        """Map (B, C, H, W), (B, D) -> (B, O, H, W), or (B, O, 2H, 2W) when upsampling."""
         x, norm = self.convolve(x, style)
         return x if norm is None else x * norm
 

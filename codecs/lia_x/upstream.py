@@ -47,8 +47,8 @@ RULES = (
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(fields of `LiaXConfig`, state dict under our names) of the official file that `path` is, or that the folder
-    `path` holds; None: neither.
+    """Return (fields of `LiaXConfig`, state dict under our names) of the official file that `path` is, or that the
+    folder `path` holds; None: neither.
     """
     path = path / FILE if (path / FILE).is_file() else path
     if not path.is_file():

@@ -19,7 +19,7 @@ RULES = ((r"^model\.head\.istft\.window$", None), (r"^block\.", "encoder.block."
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(fields of `RVQCodecConfig`, state dict under our names) of the published files in `path` or its subfolder
+    """Return (fields of `RVQCodecConfig`, state dict under our names) of the published files in `path` or its subfolder
     `acoustic_codec`; None: neither has them.
     """
     folder = next((place for place in (path / "acoustic_codec", path) if (place / FILES[1]).is_file()), None)

@@ -90,12 +90,12 @@ class LatentTargets(nn.Module):
         return padded.unfold(-1, size, self.step)[:, :count] * window
 
     def _log_mel(self, wave: Tensor) -> Tensor:
-        """(B, N) -> (B, T, S M)."""
+        """Map (B, N) -> (B, T, S M)."""
         mel = torch.fft.rfft(self._frames(wave, self.mel_window)).abs() @ self.filters
         return mel.clamp_min(1e-4).log10().unflatten(1, (-1, SUBFRAMES)).flatten(2)
 
     def _source(self, wave: Tensor) -> Tensor:
-        """(B, N) -> (B, T, 2 S): voicing 0..1, then pitch, by the autocorrelation of each sub-frame."""
+        """Map (B, N) -> (B, T, 2 S): voicing 0..1, then pitch, by the autocorrelation of each sub-frame."""
         power = torch.fft.rfft(self._frames(wave, self.pitch_window), 2 * PITCH_WINDOW).abs().square()
         power[..., math.ceil(PITCH_BAND / self.sample_rate * 2 * PITCH_WINDOW) :] = 0
         correlation = torch.fft.irfft(power)[..., : self.longest + 1] / self.window_correlation

@@ -58,8 +58,8 @@ def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(fields of `WhisperXVAEConfig`, state dict under our names) of the checkpoint that `path` is, or of the only one
-    in the folder `path`; None: there is none. Sizes come from the weights.
+    """Return (fields of `WhisperXVAEConfig`, state dict under our names) of the checkpoint that `path` is, or of the
+    only one in the folder `path`; None: there is none. Sizes come from the weights.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.ckpt"))
     if not files:

@@ -333,7 +333,7 @@ class Voice(CodecEncoder):
 def _half(x: Tensor) -> Tensor:
     x = x.cpu().half()
     if not x.isfinite().all():
-        raise UserError("a feature contains NaN or infinite values")
+        raise UserError("features contain NaN or infinite values")
     return x
 
 

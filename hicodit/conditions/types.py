@@ -1,6 +1,6 @@
 """Types of HiCoDiT's conditions.
 
-Axes: B batch, T video frames (25 per second), J expression windows (2 a second), E lip feature width, S, S' side of
+Axes: B batch, T video frames (25 per second), J expression windows (2 per second), E lip feature width, S, S' side of
 mouth and face crops.
 """
 

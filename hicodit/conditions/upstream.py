@@ -111,7 +111,7 @@ class UpstreamEncoders:
             made = {"lip": lambda: AVHubert(AVHubertConfig(**c.lip)), "identity": lambda: ArcFace(c.identity_blocks)}
             return made.get(name, POSTER2)()
         if not Path(c.folder).is_dir():
-            raise UserError(f"no folder of encoder checkpoints: encoders.folder={c.folder}")
+            raise UserError(f"folder of encoder checkpoints not found: encoders.folder={c.folder}")
         network = NETWORKS[name].from_pretrained(Path(c.folder) / file)
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(

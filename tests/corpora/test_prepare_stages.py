@@ -154,7 +154,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
     assert {"lip", "face_identity"} <= set(pipeline.digests)
     config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"])
-    with pytest.raises(UserError, match=r"no folder of encoder checkpoints: encoders\.folder=nowhere"):
+    with pytest.raises(UserError, match=r"folder of encoder checkpoints not found: encoders\.folder=nowhere"):
         Steps(chosen_stages(config, source), "cpu", None)
 
 
