@@ -34,7 +34,7 @@ def bandwidths(device: torch.device, size: int = BYTES, repeats: int = REPEATS) 
     Args:
         device: of this rank.
         size: bytes of the whole tensor.
-        repeats: of each collective; the median counts, of the slowest rank.
+        repeats: number of calls of each collective; the result is the median of the slowest rank.
 
     Raises:
         UserError: a sum is wrong.

@@ -43,7 +43,7 @@ class MadeUpBatches(MadeUpClips):
     """Random batches for clips with synthetic lengths.
 
     Args:
-        rows: of a sample: two for pairs of T2AV and TTS.
+        rows: number of rows per sample: two for pairs of T2AV and TTS.
     """
 
     def __init__(self, task: Task, rows: int) -> None:

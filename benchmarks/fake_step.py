@@ -50,12 +50,13 @@ Size = tuple[int, int, bool]  # of a parameter: first dimension, product of the 
 
 @dataclass(frozen=True)
 class Measured:
-    """A process's step with one batch.
+    """Measurements of one training step of a process.
 
     Attributes:
         memory: bytes by part. flops, touched, kernels: see `benchmarks.common.Operators`, without the optimiser.
-        moved: bytes that the optimiser reads and writes, fused, as it is on CUDA.
-        groups: parameters that FSDP gathers together: of each block, and last the rest. whole: those it leaves whole.
+        moved: bytes that the fused CUDA optimiser reads and writes.
+        groups: shapes of the parameters that FSDP gathers together: one group per block, then the rest.
+        whole: shapes of the parameters that are not sharded.
         beside: bytes of activations at the peak if all gradients have their memory from the beginning, as in DDP.
         sharded: the same if autocast keeps no copies of the weights of blocks, as in FSDP.
         sent, calls: bytes and calls by collective; {} in one process.

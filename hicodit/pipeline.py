@@ -143,7 +143,7 @@ class HiCoDiTPipeline:
         Args:
             encoders: folder with the checkpoints of upstream encoders, if different from training.
             face_source: face detector and landmarks. None: those of the training shards.
-            precision: of the score network: auto, fp32, bf16 or int8; see `engine.precision`.
+            precision: precision of the score network: auto, fp32, bf16 or int8; see `engine.precision`.
             compile: compile the sampler's steps with `torch.compile`, which takes minutes when they first run.
 
         Raises:

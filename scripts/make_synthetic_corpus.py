@@ -89,7 +89,7 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
             "a worker process was killed, probably as it ran out of memory: use fewer --workers; "
             "the same command continues with the remaining clips"
         ) from error
-    finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
+    finally:  # a killed worker would leave its ffmpeg process running: let each finish its clip and exit
         with without_interrupts():  # a second Ctrl-C must not stop the stopping
             pool.shutdown(wait=True, cancel_futures=True)
         remove_parts(corpus[0])

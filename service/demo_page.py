@@ -139,9 +139,9 @@ class Tab:
         """Return the values of `shown`.
 
         Args:
-            kind: of the status: idle, busy, done or error.
-            text: of the status, or of the error of a field.
-            wrong: name of the field that is at fault.
+            kind: kind of the status: idle, busy, done or error.
+            text: status, or error message of a field.
+            wrong: name of the invalid field.
         """
         made = made or Made([])
         lines = [

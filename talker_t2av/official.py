@@ -97,7 +97,7 @@ def inference_script(
     Args:
         stats: mean and standard deviation of the motion channels.
         speech: (F, Ds) latents of the whole reference. motion: (F', Dm) of the whole reference, not normalised.
-        prefix_seconds: of the reference that the result begins with.
+        prefix_seconds: seconds of the reference with which the result begins.
     """
     size = config.patch_size
     delay = config.delay

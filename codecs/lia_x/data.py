@@ -1,6 +1,7 @@
 """Training data of LIA-X: frames of the same clip, from video files decoded once to a cache, or from prepared shards.
 
-Axes: B pairs, N clips, K stored frames per clip, L known movements, H height, W width, S side of the network's square.
+Axes: B pairs, N clips, K stored frames per clip, L ground-truth movements, H height, W width,
+S side of the network's square.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class FramePairs(torch.utils.data.Dataset):
         size: S.
         frames: K, at least 2. Not used for shards.
         cache: folder for the decoded frames. Not used for shards.
-        tracks: known movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. Not
+        tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. Not
             supported for shards.
         shards: fields of `engine.shards.reader.Reading`.
     """
@@ -102,7 +103,7 @@ class FramePairs(torch.utils.data.Dataset):
         self.tracks = None
         if is_prepared(root, split):
             if tracks:
-                raise UserError("data.train.tracks: prepared shards contain no known movements; set it to null")
+                raise UserError("data.train.tracks: prepared shards contain no ground-truth movements; set it to null")
             self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
             return

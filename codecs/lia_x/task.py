@@ -1,6 +1,6 @@
 """Training task of LIA-X: a frame of a clip is reconstructed from another frame and its own motion code.
 
-Axes: B pairs, S side, M motion, L known movements.
+Axes: B pairs, S side, M motion, L ground-truth movements.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class LiaXTask(Task):
 
     Args:
         codec: fields of `LiaXConfig`.
-        weights: of the losses: `l1` (over `pyramid` sizes), `structural` (1 - SSIM), `perceptual` (VGG-19; needs
-            `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code), `movement`
+        weights: weights of the losses: `l1` (over `pyramid` sizes), `structural` (1 - SSIM), `perceptual` (VGG-19;
+            needs `vgg`), `adversarial` (non-saturating), `sparsity` (mean absolute motion code), `movement`
             (`unexplained`; the decoder runs twice). 0 disables a loss; with adversarial 0 there is no discriminator.
         pyramid: number of resolutions of the L1 loss, each half of the previous one.
         regions: image regions with larger weights in L1 and structural losses; see `region_weights`.
         growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
             None: all levels from the start.
         guide: `weight` of a loss that, until step `until`, regresses the first motion codes on the batch's "tracks"
-            (known movements of the corpus; the other codes are free). None: no such loss.
+            (ground-truth movements of the corpus; the other codes are not supervised). None: no such loss.
         motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.

@@ -79,8 +79,9 @@ class RVQCodecTask(GANTask):
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
-        weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after
-            PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are in the codec config.
+        weights: weights of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of
+            loudness, modelled on PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights
+            are in the codec config.
         period, spectrogram: arguments of the multi-period and multi-resolution discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what is kept afterwards:
             the first `envelope_levels` levels only encode the mel bands, which are still regressed with weight `keep`.

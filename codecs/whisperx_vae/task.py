@@ -85,9 +85,9 @@ class WhisperXVAETask(GANTask):
     Args:
         codec: fields of `WhisperXVAEConfig`.
         mel: `n_mels`, `windows`, `clamp` of the mel loss.
-        weights: of the losses `mel`, `spectrum` (of compressed complex spectra), `disturbance` (of loudness, after
-            PESQ), `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`. Waveform losses without a
-            weight are not computed.
+        weights: weights of the losses `mel`, `spectrum` (of compressed complex spectra), `disturbance` (of loudness,
+            modelled on PESQ), `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`. Waveform
+            losses without a weight are not computed.
         period, spectrogram: arguments of the multi-period and multi-resolution discriminators.
         targets: `root`, `split` and `clips` from which the statistics of the features are estimated, `until`, and
             `noise`: maximum standard deviation of the noise on features for the decoder. None: no features.

@@ -101,7 +101,7 @@ class WorkItem:
         unchanged: steps whose results are copied from that shard.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         all_frames: (T', H, W, 3) with those after the end of the audio. scaled_down: they are smaller than the video.
-        track: of the face in `frames`.
+        track: face track of `frames`.
         face_frames, face_track: frames from which mouth and face are cropped, and the track in their pixels, as in
             inference.
         transcripts: transcripts by recogniser.

@@ -148,7 +148,7 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
 
 
 def input_digest(clip: SourceClip) -> str:
-    """Return eight hex digits of what the source says of a clip; the contents of its files do not count."""
+    """Return eight hex digits of a digest of a clip's source fields. The contents of its files are not included."""
     return hashlib.sha256(dumps(asdict(clip))).hexdigest()[:8]
 
 

@@ -207,7 +207,7 @@ class Copies:
         others: further copies of training recordings at other speeds: pitch and formants move along, which makes more
             voices than there are.
         pictures: the face in its video frames, too, as version 2 of the synthetic corpus has them.
-        seed: of the speeds.
+        seed: random seed of the speeds.
     """
 
     others: int = 0

@@ -101,7 +101,7 @@ class Voice:
         number: counted from 0; training voices come first.
         group: "train", "unseen" (used only in that test split), "dev" (only in that split) or "more"
             (further voices for training).
-        lines: of the espeak-ng voice file.
+        lines: contents of the espeak-ng voice file.
         face: what the voice looks like.
         traits: what voice and face share.
     """

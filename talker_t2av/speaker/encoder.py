@@ -141,7 +141,7 @@ class EcapaTDNN(nn.Module):
 
     Args:
         inputs: C, channels of the features.
-        channels: of the three blocks; a multiple of 8.
+        channels: channels of the three blocks; a multiple of 8.
         pooled: channels of the attentive statistics.
         bottleneck: of squeeze-excite and of the attention.
         embedding: D.

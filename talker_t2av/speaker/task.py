@@ -45,7 +45,7 @@ class VoiceClips:
         corpus: folder of the recordings.
         shards: folder of its prepared splits, with GE2E embeddings.
         split: which is read.
-        bands: of the log-mel spectrogram.
+        bands: number of bands of the log-mel spectrogram.
         seconds: length of a crop; a shorter clip is repeated.
     """
 

@@ -70,7 +70,7 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
     clips = dict(held_out_frames(shards, "train", 4, 32, ALONE))
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
-    with pytest.raises(UserError, match="contain no known movements"):
+    with pytest.raises(UserError, match="contain no ground-truth movements"):
         FramePairs(shards, 32, tracks={"open": 1.0})
 
 
