@@ -12,6 +12,7 @@ import torch
 
 from corpora.preparation import engines
 from engine.errors import UserError
+from hicodit.conditions.poster2 import CLASSES
 from hicodit.conditions.types import EXPRESSIONS
 
 EMOTION2VEC = [
@@ -138,3 +139,9 @@ def test_clearvoice_gives_one_wave_of_the_same_length(monkeypatch, name, task, r
     np.testing.assert_allclose(clean, 0.1 * speakers, rtol=1e-6)
     with pytest.raises(UserError, match="ClearerVoice has no model"):
         engines.ClearVoice("MossFormer2_48K")
+
+
+def test_poster_v2_has_the_classes_of_its_data_sets():
+    """The numbers of AffectNet-7 begin with neutral, happy, sad; those of RAF-DB with surprise, fear, disgust."""
+    assert CLASSES["affectnet"] == ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
+    assert CLASSES["raf"] == ("surprised", "fearful", "disgusted", "happy", "sad", "angry", "neutral")

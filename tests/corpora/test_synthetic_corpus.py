@@ -157,6 +157,15 @@ def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
     assert min(lengths) == 1 and max(lengths) == 20 and len({word for text in texts for word in text.split()}) > 5000
 
 
+def test_splits_are_disjoint(corpus):
+    texts, voices = (
+        {split: {entry[name] for entry in entries(corpus, split)} for split in SPLITS[2]} for name in ("text", "voice")
+    )
+    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS[2], 2))
+    groups = {group: {v.number for v in load_voices() if v.group == group} for group in ("train", "unseen")}
+    assert voices["train"] | voices["seen"] <= groups["train"] and voices["unseen"] <= groups["unseen"]
+
+
 @pytest.mark.parametrize("free", [False, True])
 def test_large_draws_stay_in_their_split(free):
     rng = np.random.default_rng(0)
@@ -234,6 +243,13 @@ def test_faces_are_found_and_show_expression_and_mouth():
         assert np.abs(neutral[2, 36:60].astype(int) - angry[2, 36:60]).max() > 40  # brows
         assert np.abs(neutral[2, 80:108, 44:84].astype(int) - neutral[8, 80:108, 44:84]).mean() > 8  # mouth
     assert found >= 0.97 * len(voices)
+
+
+def test_expressions_drive_prosody():
+    neutral = prosody("neutral", 1.0)
+    assert prosody("angry", 0.0) == neutral
+    assert prosody("sad", 1.0).span < neutral.span < prosody("surprised", 1.0).span
+    assert prosody("sad", 1.0).gain < neutral.gain < prosody("angry", 1.0).gain
 
 
 def test_voices_have_numbers_and_looks_of_their_own():

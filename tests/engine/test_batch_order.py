@@ -113,6 +113,13 @@ def test_a_stream_has_few_blocks_in_use(capsys):
     assert any(a <= i < b for a, b in told for i in ahead - set(have))
 
 
+def test_windows_that_hold_everything_mix_everything():
+    batches = MicroBatches(Listed(blocks(window=100)), 8, 0)
+    starts = torch.tensor(blocks().sizes).cumsum(0)
+    block = torch.searchsorted(starts, torch.tensor(items(batches, 0) + items(batches, 1)), right=True)
+    assert len(block.unique()) > 4
+
+
 @pytest.mark.parametrize("order", [None, blocks(window=4)], ids=["anywhere", "blocks"])
 def test_batches_by_length_pad_little(order):
     data = Listed(order)

@@ -1,6 +1,7 @@
 """What several processes agree about: flags without waiting, timeouts, tasks built by one of them."""
 
 import json
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ def worker(folder: Path) -> None:
     distributed.TIMEOUT = timedelta(seconds=1)
     distributed.init("cpu")
     rank = distributed.rank()
-    seen = {}
+    seen = {"recorder": {k: os.environ.get(k) for k in distributed.FLIGHT_RECORDER}}
     agreement = distributed.Agreement()
     seen["flags"] = [agreement.reach(rank == 1 and step == 1, rank == 0 and step == 2) for step in range(4)]
     made = []
@@ -71,6 +72,10 @@ def test_a_task_is_built_once_and_has_no_weights_elsewhere(seen):
 def test_a_collective_that_hangs_fails_soon_and_objects_may_take_long(seen):
     assert seen[0]["seconds"] < 30 and "imed out" in seen[0]["error"]
     assert [one["objects"] for one in seen] == [[0, 1], [0, 1]]
+
+
+def test_the_flight_recorder_is_on(seen):
+    assert seen[0]["recorder"] == distributed.FLIGHT_RECORDER
 
 
 def test_a_task_that_cannot_be_built_is_one_line():

@@ -36,6 +36,13 @@ def test_speakers_who_differ_widen_the_interval():
     assert np.ptp(bootstrap_interval(pairs(values), speakers.astype(str))) > 3 * over_clips
 
 
+def test_the_interval_of_a_correlation_holds_it():
+    a = np.arange(40.0)
+    clips = np.stack([a, a + 6 * (-1) ** a], -1)
+    low, high = bootstrap_interval(clips, statistic=correlation)
+    assert low < correlation(clips) < high < 1
+
+
 def test_the_permutation_test_knows_its_own_null_distribution():
     ones = np.ones(5)
     difference, p = permutation_test(pairs(ones), pairs(0 * ones), resamples=20_000)

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,8 @@ def test_settings_become_plain(tmp_path):
     read = read_checkpoint(tmp_path / "a.ckpt")
     assert plain(read["node"]) == tree
     assert plain(read["args"]) == {"heads": 4, "inner": {"norm": True}}
+
+
+def test_a_dict_with_defaults_is_a_dict(tmp_path):
+    torch.save({"meters": defaultdict(list, train=[1]), "w": torch.ones(1)}, tmp_path / "a.ckpt")
+    assert dict(read_checkpoint(tmp_path / "a.ckpt")["meters"]) == {"train": [1]}

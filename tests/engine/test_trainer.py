@@ -1,6 +1,7 @@
 import gzip
 import json
 import resource
+import sys
 import weakref
 from pathlib import Path
 
@@ -202,6 +203,20 @@ def test_train_script_trains_releases_and_goes_on(tmp_path):
     assert info["config"]["trainer"]["steps"] == 6
     again = forked.run("train.py", *train_arguments(tmp_path / "run", steps=8), cwd=tmp_path)
     assert "resumed from" in again.stdout and "step 8/8" in again.stdout
+
+
+def test_groups_are_left_in_order_only_after_success(tmp_path, monkeypatch):
+    import train
+    from engine.training import run
+
+    left = []
+    monkeypatch.setattr(run.distributed, "shutdown", lambda: left.append(1))
+    monkeypatch.setattr(sys, "argv", ["train.py", *train_arguments(tmp_path / "run", steps=2)])
+    monkeypatch.setattr(Trainer, "fit", lambda self: (_ for _ in ()).throw(RuntimeError("the machine died")))
+    with pytest.raises(RuntimeError, match="died"):
+        train.main()
+    assert left == []  # its peers may never come
+    monkeypatch.undo()
 
 
 class Watched(ToyGAN):

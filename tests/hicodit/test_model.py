@@ -9,6 +9,7 @@ from torch import nn
 
 from hicodit.conditions import Conditions
 from hicodit.conditions.types import window_expressions, windows_of
+from hicodit.layers import AdaLNBlock, rotary_table
 from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
 
 SMALL = {"codes": 16, "width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8}
@@ -100,6 +101,32 @@ def test_a_dropped_condition_has_no_influence(name):
     changed = replace(conditions, **{name: (value + 1) % 7 if name == "expression" else value + 1.0})
     assert torch.equal(run(model, conditions, keep=keep), run(model, changed, keep=keep))
     assert not torch.equal(run(model, conditions), run(model, changed))
+
+
+def test_a_block_follows_the_papers_formula():
+    """alpha * f(gamma_t * [(1 + gamma_c) * LN(h) + beta_c]), with a gamma_t for attention and another for the MLP."""
+    torch.manual_seed(0)
+    block = AdaLNBlock(8, 2)
+    h = torch.randn(2, 6, 8)
+    modulation = torch.randn(2, 48)
+    gamma = 1 + torch.randn(2, 6, 2)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in modulation.chunk(6, -1))
+    rotary = rotary_table(6, 4, h.device)
+
+    def rotate(x):  # (B, L, H, D)
+        a, b = x.chunk(2, -1)
+        cos, sin = rotary[:, None, :, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = gamma[..., :1] * ((1 + gamma1) * F.layer_norm(h, (8,), block.norm1.weight) + beta1)
+    q, k, v = (part.unflatten(-1, (2, 4)) for part in block.qkv(x).chunk(3, -1))
+    weights = (torch.einsum("blhd,bmhd->bhlm", rotate(q), rotate(k)) / 2).softmax(-1)
+    h1 = h + alpha1 * block.out(torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2))
+    x = gamma[..., 1:] * ((1 + gamma2) * F.layer_norm(h1, (8,), block.norm2.weight) + beta2)
+    expected = h1 + alpha2 * block.mlp[2](F.gelu(block.mlp[0](x), approximate="tanh"))
+    torch.testing.assert_close(block(h, modulation, rotary, None, gamma), expected)
 
 
 def temporal_scales(model, conditions, sigma=SIGMA, **prepare):

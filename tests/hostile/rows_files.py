@@ -253,6 +253,7 @@ TARGETS = [
     "os.system",
     "engine.release.torch.load",
     "engine.nowhere.Thing",
+    "engine.release.Path",
     "hicodit",
     "",
     7,

@@ -218,6 +218,13 @@ def test_an_error_is_shown_at_its_field(served):
     assert 'role="alert">Write a text to say.<' in text and voice == face == ""
 
 
+def test_enter_in_the_text_starts(served):
+    config = httpx.get(f"{served[1]}config").json()
+    text = next(part["id"] for part in config["components"] if part["type"] == "textbox")
+    starts = [d for d in config["dependencies"] if [text, "submit"] in d["targets"]]
+    assert len(starts) == 2  # one resets the page, one scrolls to the result
+
+
 def test_a_changed_input_removes_the_result_unless_a_run_goes_on(served):
     url = served[1]
     config = httpx.get(f"{url}config").json()

@@ -121,6 +121,11 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
     np.testing.assert_allclose(np.frombuffer(streamed.content, np.int16) / 32767, whole, atol=2e-4)
 
 
+def test_the_address_alone_leads_to_the_page_of_the_interface(client):
+    answer = client.get("/", follow_redirects=False)
+    assert answer.status_code == 307 and answer.headers["location"] == "/docs"
+
+
 def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, head, monkeypatch):
     """Cartoon faces and, with the noise of a camera, real ones."""
     pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}

@@ -130,6 +130,18 @@ def test_targets_are_standardised_and_without_phases(corpus):
     torch.testing.assert_close(targets(-torch.stack(waves)[:, None]), found)
 
 
+def test_pitch_and_voicing():
+    targets = LatentTargets(12, 24_000, 960)
+    t = torch.arange(24_000) / 24_000
+    low, high = (torch.tanh(5 * torch.sin(2 * torch.pi * f * t)) * 0.3 for f in (100, 200))
+    noise = 0.3 * torch.randn(24_000, generator=torch.Generator().manual_seed(0))
+    source = targets._source(torch.stack([low, high, noise]))[:, 3:-3]
+    voicing, pitch = source.split(SUBFRAMES, -1)
+    assert voicing[:2].min() > 0.95 and voicing[2].mean() < 0.5
+    torch.testing.assert_close(pitch[1] - pitch[0], torch.ones_like(pitch[0]), rtol=0, atol=0.05)
+    torch.testing.assert_close(pitch[0], torch.full_like(pitch[0], np.log2(100 / 150)), rtol=0, atol=0.05)
+
+
 def test_a_given_whisper_is_frozen(tmp_path):
     sizes = WhisperConfig(
         num_mel_bins=20, max_source_positions=20, d_model=16, encoder_layers=1, encoder_attention_heads=2,
