@@ -141,7 +141,7 @@ class Machine:
 
     @property
     def card(self) -> Card | None:
-        """Data sheet of the GPU. None if unknown."""
+        """Specifications of the GPU; None if unknown."""
         return find_card(self.name)
 
     @cached_property

@@ -32,7 +32,7 @@ def bandwidths(device: torch.device, size: int = BYTES, repeats: int = REPEATS) 
     """Return the bus bandwidth in bytes/s of each collective; all ranks of the process group have to call this.
 
     Args:
-        device: of this rank.
+        device: device of this rank.
         size: bytes of the whole tensor.
         repeats: number of calls of each collective; the result is the median of the slowest rank.
 
@@ -84,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     device = distributed.init(args.device)
     if distributed.world_size() < 2:
-        raise UserError("one process exchanges nothing: start this with torchrun --nproc_per_node=N")
+        raise UserError("at least two processes are required: run with torchrun --nproc_per_node=N")
     found = bandwidths(device, args.bytes)
     if distributed.is_main():
         for name, rate in found.items():

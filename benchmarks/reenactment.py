@@ -43,9 +43,9 @@ EVERY = 10  # frames from one embedding to the next
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codecs", nargs="+", default=["assets/lia_x_tiny"], help=f"releases of LIA-X, or {COPY}")
     parser.add_argument("--people", nargs="*", type=Path, default=[], help="folders of clips, one for each person")
-    parser.add_argument("--clips", type=within(1), default=4, help="of each person, spread over the names")
+    parser.add_argument("--clips", type=within(1), default=4, help="number of clips per person, evenly spaced by name")
     parser.add_argument("--drawn", type=Path, help="synthetic corpus")
-    parser.add_argument("--drawn-clips", type=within(1), default=8, help="of each of its held-out splits")
+    parser.add_argument("--drawn-clips", type=within(1), default=8, help="number of clips per held-out split")
     parser.add_argument("--codes", help="release whose motion codes of cartoon faces are decoded, too")
     parser.add_argument("--sheets", type=Path, help="folder for images of ground-truth and reconstructed frames")
 

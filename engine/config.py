@@ -116,7 +116,7 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if not equals:
         raise UserError(f"unknown argument {word!r}: settings are written key=value; --help lists them")
     if text in ("", "''", '""'):
-        raise UserError(f"{key}= is empty: give a value, or leave it out")
+        raise UserError(f"{key}= is empty: set a value, or omit it")
     parsed = _parsed(word)
     is_value = parsed is not None and not parsed.is_sweep_override()
     if name in _groups() and is_value and isinstance(parsed.value(), int | float):

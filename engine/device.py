@@ -34,7 +34,7 @@ def pick_device(name: str, index: int | None = None) -> torch.device:
     require_choice("device", name, DEVICES)
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise UserError("device=mps, but PyTorch has no Apple GPU here; use device=cpu or device=auto")
+            raise UserError("device=mps, but no Apple GPU is available to PyTorch; use device=cpu or device=auto")
         return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")

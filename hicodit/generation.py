@@ -153,7 +153,7 @@ def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Seque
     """Return the conditions of one window of each of the selected clips, padded to the longest one.
 
     Args:
-        conditions: of B clips.
+        conditions: conditions of B clips.
         clips: indices of the clips with this window.
         spans: [start, end) of their windows in video frames. Starts are whole seconds, to align with expression
             windows.

@@ -272,7 +272,7 @@ class HiCoDiT(nn.Module):
         """Compute all time-independent tensors.
 
         Args:
-            conditions: of B clips.
+            conditions: conditions of B clips.
             branches: guidance branches, keys of `BRANCHES`.
             keep: (B, 3) bool, the conditions that each clip keeps, instead of branches (training).
         """

@@ -56,7 +56,7 @@ def main() -> None:
                 js=blocks.script,
             )
         except OSError as error:
-            raise UserError(f"cannot listen on {args.host}:{args.port}: give another --port") from error
+            raise UserError(f"cannot listen on {args.host}:{args.port}: use another --port") from error
         print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
         blocks.block_thread()
 

@@ -37,7 +37,7 @@ def main() -> None:
     if args.pictures and args.flite:
         raise UserError("--pictures takes recordings that have pictures: leave --flite away")
     if not args.pictures and not args.transcripts.is_file():
-        raise UserError(f"{args.transcripts} is not there: install asterisk-core-sounds-en, or give --transcripts")
+        raise UserError(f"{args.transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts")
     people = grid_sentences(args.grid, args.speakers.split(","))
     if args.pictures:
         step = max(1, len(people["train"]) // args.pictures)

@@ -155,7 +155,7 @@ def video_routes(service: Service) -> APIRouter:
         if video.status != "completed":
             raise HTTPException(409, f"{name} is {video.status}: {video.error['message'] if video.error else 'wait'}")
         if not 1 <= face <= video.faces:
-            raise HTTPException(404, f"{name} has no face {face}: give 1 to {video.faces}")
+            raise HTTPException(404, f"{name} has no face {face}: choose 1 to {video.faces}")
         return FileResponse(video.path(f"video{face}.mp4"), media_type="video/mp4")
 
     return router

@@ -199,7 +199,7 @@ class FlowResBlock(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """A picture from a feature map, added to the up-sampled picture of the level below."""
+    """Maps a feature map to RGB and adds the upsampled image of the level below."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -241,7 +241,7 @@ class LiaXTask(Task):
         return self.release_of(
             "codec",
             title="LIA-X",
-            about="Portrait video to motion codes, one per frame, and back to video with a source picture.",
+            about="Portrait video to motion codes, one per frame, and back to video with a source image.",
             usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',
             extra={"keeps": self.keeps} if self.keeps else None,
         )

@@ -36,7 +36,7 @@ class LatentTargets(nn.Module):
 
     Args:
         channels: Z; 2 S of them are voicing and pitch.
-        sample_rate, hop: of the codec.
+        sample_rate, hop: sampling rate in Hz and hop in samples of the codec.
         mel_bands: M.
     """
 

@@ -171,7 +171,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
                 frames = [frame["points"] if frame.get("seen", True) else None for frame in frames["frames"]]
         shapes = {np.shape(points) for points in frames if points is not None}
         if len(frames) > MAX_FRAMES or len(shapes) > 1 or not shapes <= {(68, 2), (5, 2)}:
-            raise ValueError(f"{len(frames)} frames of shapes {sorted(shapes)[:3]}")
+            raise ValueError(f"{len(frames)} frames with landmarks of shapes {sorted(shapes)[:3]}")
         landmarks, present = _stacked(frames)
         if not np.isfinite(landmarks).all():
             raise ValueError("a number that is not finite")

@@ -59,7 +59,7 @@ class FaceSource:
             return cls(found, partial(nearest_face, found), "yunet+yunet")
         if not Path(face_landmarks).exists():
             raise UserError(
-                f"face_landmarks={face_landmarks}: no such file; give dlib68, mtcnn, yunet, or a "
+                f"face_landmarks={face_landmarks}: no such file; use dlib68, mtcnn, yunet, or a "
                 f"{', '.join(SUFFIXES)} file"
             )
         return cls(found, Path(face_landmarks), FILES)

@@ -131,7 +131,7 @@ def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak memory in GiB: of tensors on a GPU, or of this process on a CPU."""
+    """Return the peak memory in GiB of tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB

@@ -143,7 +143,7 @@ class EcapaTDNN(nn.Module):
         inputs: C, channels of the features.
         channels: channels of the three blocks; a multiple of 8.
         pooled: channels of the attentive statistics.
-        bottleneck: of squeeze-excite and of the attention.
+        bottleneck: channels of the squeeze-excitation and attention bottlenecks.
         embedding: D.
     """
 
@@ -185,7 +185,7 @@ class WavLMEncoder(nn.Module):
     """Wave to speaker embedding: WavLM's mixed hidden states through ECAPA-TDNN.
 
     Args:
-        config: of WavLM.
+        config: configuration of WavLM.
         normalize: bring each wave to zero mean and unit variance first (WavLM-Large does).
         head: arguments of `EcapaTDNN` besides `inputs`.
     """

@@ -202,7 +202,7 @@ JOBS = {  # a line of a list of jobs, and what is said of it
     "": "no line",
 }
 COMMANDS = [  # configuration, words, and the line
-    ("infer_talker", "text=", "text= is empty: give a value, or leave it out"),
+    ("infer_talker", "text=", "text= is empty: set a value, or omit it"),
 ]
 VALUES = {  # what makes a value, and the line
     "statistics: not a number": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),

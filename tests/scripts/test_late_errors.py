@@ -58,7 +58,7 @@ INFER = [
     (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace the input"),
     ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
 ]
-NO_APPLE = [] if torch.backends.mps.is_available() else [("device=mps", "but PyTorch has no Apple GPU here")]
+NO_APPLE = [] if torch.backends.mps.is_available() else [("device=mps", "but no Apple GPU is available")]
 REPORT = "references=sounds output=report"
 OWN = "corpus=corpus output=report split=[train]"
 EVALUATE = [
