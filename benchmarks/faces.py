@@ -38,7 +38,9 @@ PARTS = ("track", *ENCODERS, "encoded")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", nargs="+", type=within(1, kind=float), default=[10, 60, 600], help="of the clips")
+    parser.add_argument(
+        "--seconds", nargs="+", type=within(1, kind=float), default=[10, 60, 600], help="durations of the clips"
+    )
     parser.add_argument("--heights", nargs="+", type=within(16), default=[128], help="frame heights in pixels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
 

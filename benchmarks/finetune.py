@@ -49,13 +49,15 @@ trainer.ema_decay=0 trainer.by_length=false trainer.batch_size=8 trainer.log_eve
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/finetune_stand_in"), help="output folder")
     parser.add_argument("--person", type=within(0, VOICES - 1), default=0, help="which of the held-out voices")
-    parser.add_argument("--clips", type=within(8), default=100, help="clips in training")
-    parser.add_argument("--val-clips", type=within(2), default=20, help="clips by which settings may be chosen")
-    parser.add_argument("--test-clips", type=within(2), default=30, help="clips of the figures")
+    parser.add_argument("--clips", type=within(8), default=100, help="number of training clips")
+    parser.add_argument(
+        "--val-clips", type=within(2), default=20, help="number of validation clips, on which settings may be tuned"
+    )
+    parser.add_argument("--test-clips", type=within(2), default=30, help="number of test clips")
     parser.add_argument("--steps", type=within(1), default=400, help="training steps of 8 clips")
-    parser.add_argument("--rank", type=within(1), default=16, help="of the low-rank updates")
+    parser.add_argument("--rank", type=within(1), default=16, help="rank of the LoRA updates")
     parser.add_argument("--lr", type=within(0, kind=float), default=2e-4, help="learning rate")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="clips of the figures")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="split to evaluate")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="number of training speakers; one is for validation, two for the test",
     )
-    parser.add_argument("--clips", type=within(1), default=100, help="clips of each speaker in training")
-    parser.add_argument("--test-clips", type=within(1), default=100, help="clips of each other speaker")
+    parser.add_argument("--clips", type=within(1), default=100, help="number of training clips per speaker")
+    parser.add_argument("--test-clips", type=within(1), default=100, help="number of clips per held-out speaker")
     parser.add_argument("--steps", type=within(1), default=240, help="training steps of 16 clips from each start")
-    parser.add_argument("--every", type=within(1), default=80, help="steps between validations")
+    parser.add_argument("--every", type=within(1), default=80, help="number of steps between validations")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

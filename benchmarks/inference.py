@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wall", action="store_true", help="measure wall-clock time: for several threads, on idle cores"
     )
-    parser.add_argument("--timed-steps", type=within(2), default=3, help="steps of HiCoDiT's samplers to time")
+    parser.add_argument("--timed-steps", type=within(2), default=3, help="number of HiCoDiT's sampling steps to time")
     parser.add_argument("--patches", type=within(2), default=4, help="patches of Talker-T2AV to time")
     parser.add_argument("--rounds", type=within(1), default=3, help="turns that each way takes; the median counts")
 

@@ -64,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", nargs="+", type=within(1), default=[1, 4, 16], help="numbers of clients")
     parser.add_argument("--requests", type=within(1), default=48, help="requests for each number of clients")
     parser.add_argument("--mixed", type=within(0), default=1000, help="requests of the longer run")
-    parser.add_argument("--rows", type=within(1), default=8, help="rows of the server's batches")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="of Talker-T2AV; base has no --mixed")
+    parser.add_argument("--rows", type=within(1), default=8, help="number of rows per batch of the server")
+    parser.add_argument(
+        "--size", choices=("tiny", "base"), default="tiny", help="size of Talker-T2AV; base does not support --mixed"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--sampling", choices=("release", "fast"), default="release")
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="synthetic corpus")
     parser.add_argument("--split", default="dev", help="split of the corpus")
     parser.add_argument("--clips", type=within(1), default=100, help="number of clips of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of sizes, positions and movements")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sizes, positions and movements")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
     parser.add_argument("--size", default="base", choices=("tiny", "base"), help="size of the models")
     parser.add_argument("--batches", nargs="+", type=within(1), default=[1], help="batch sizes")
-    parser.add_argument("--seconds", type=within(0.2, kind=float), default=2.4, help="seconds of each row")
+    parser.add_argument("--seconds", type=within(0.2, kind=float), default=2.4, help="duration of each row in seconds")
     parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile")
     parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute activations")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks")

@@ -82,7 +82,7 @@ ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
 def evaluate_splits(config: DictConfig) -> int:
     splits = list(config.split) or [None]
     if config.corpus and splits == [None]:
-        raise UserError(f"corpus={config.corpus} needs split=[NAME], such as [seen]")
+        raise UserError(f"corpus={config.corpus} requires split=[NAME], such as [seen]")
     if config.corpus and not Path(config.corpus).is_dir():
         make = f"python scripts/make_synthetic_corpus.py --version 2 --out {config.corpus}"
         raise UserError(f"corpus={config.corpus} is not a folder: name another one, or make it ({make})")
@@ -287,7 +287,7 @@ def choose_metrics(config: DictConfig, figures: list[str], split: str | None, de
             raise UserError(f"protocol.{names[0]}={protocol} is unknown; choose {', '.join(metric.protocols)}")
         if protocol == "grammar" and not Path(grammar).is_file():
             why = f"grammar={grammar} is not a file" if grammar else "none is given"
-            raise UserError(f"protocol.wer=grammar needs grammar=FILE.jsgf: {why}")
+            raise UserError(f"protocol.wer=grammar requires grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
         chosen |= dict.fromkeys(names, metric(protocol + argument, Path(config.weights), device))
     return {figure: chosen[figure] for figure in figures}

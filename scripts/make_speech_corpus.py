@@ -25,13 +25,13 @@ def main() -> None:
     parser = Parser(__doc__, "python scripts/make_speech_corpus.py")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
-    add("--grid", type=existing_folder, required=True, help="folder of GRID")
+    add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
     add("--prompts", type=existing_folder, help="folder of the prompts, as in /usr/share/asterisk/sounds")
     add("--synthetic", type=existing_folder, help="folder of a synthetic corpus")
-    add("--synthetic-clips", type=within(1), default=1200, help="clips of the synthetic corpus")
+    add("--synthetic-clips", type=within(1), default=1200, help="number of clips of the synthetic corpus")
     args = parser.parse_args()
     found = grid_recordings(args.grid, args.speakers.split(","), args.new_speakers.split(","))
     splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}

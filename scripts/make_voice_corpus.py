@@ -23,7 +23,7 @@ def main() -> None:
     parser = Parser(__doc__, "python scripts/make_voice_corpus.py")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
-    add("--grid", type=existing_folder, required=True, help="folder of GRID")
+    add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
@@ -32,7 +32,7 @@ def main() -> None:
     add("--pictures", type=within(1), help="instead, take so many of GRID's recordings, with their pictures")
     add("--synthetic", type=existing_folder, help="synthetic corpus: of version 3, with --pictures of version 2")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
-    add("--seed", type=within(0), default=0, help="of the sentences and speeds")
+    add("--seed", type=within(0), default=0, help="random seed of the sentences and speeds")
     args = parser.parse_args()
     if args.pictures and args.flite:
         raise UserError("--pictures takes recordings that have pictures: leave --flite away")

@@ -110,7 +110,7 @@ def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} cannot be read as an uncompressed tar file ({error})") from error
     if not members:
-        raise UserError(f"source.tars={pattern}: no files in tar files of that name in {root}")
+        raise UserError(f"source.tars={pattern}: no tar file in {root} matches the pattern and contains files")
     return members
 
 

@@ -6,8 +6,8 @@
   second). The expected direction is that of the means over all ground-truth segments of the two expressions.
 - Pitch contour: correlation and RMSE of log F0 against the ground truth, over frames in which both are voiced.
 - Endings: a model with a stop predictor may stop late, early, or never. An output ends in time with 0.02 to 0.3 s of
-  silence after the last speech, late with more, and is cut off with less. It runs away if it only ended at the length
-  limit (`stopped` is false in ID.json).
+  silence after the last speech, late with more, and is cut off with less. `runs_away` counts outputs that ended only at
+  the length limit (`stopped` is false in ID.json).
 - Synchrony: per-clip correlation of mouth opening with loudness. The estimator of mouth opening is specific to a kind
   of face: `drawn` is for the synthetic corpus, followed by a colon and a class that maps frames (T, H, W, 3) to
   openings (T,). The controls shift the audio by 200 ms.

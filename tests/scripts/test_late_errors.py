@@ -71,7 +71,7 @@ EVALUATE = [
     (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's ground-truth rows: LRS3, LRS2"),
     (f"table=synthetic_hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
     (f"table=synthetic_hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
-    (f"table=synthetic_hicodit {OWN} split=[]", "needs split="),
+    (f"table=synthetic_hicodit {OWN} split=[]", "requires split="),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
