@@ -101,7 +101,7 @@ def split_weight(text: str) -> tuple[Path, float]:
     except ValueError:
         value = -1.0
     if not folder or not 0 < value < float("inf"):
-        raise UserError(f"{text}: give FOLDER:WEIGHT with a weight above 0, such as runs/a/release:0.5")
+        raise UserError(f"{text}: expected FOLDER:WEIGHT with a weight above 0, such as runs/a/release:0.5")
     return Path(folder), value
 
 

@@ -87,7 +87,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     """Read the curve of each name in a run's log, in order of first appearance; incomplete lines are skipped."""
     path = run if run.suffix == ".jsonl" else run / "log.jsonl"
     if not path.is_file():
-        raise UserError(f"no log in {run}: give the folder of a run, which has log.jsonl")
+        raise UserError(f"no log in {run}: expected the folder of a run, which has log.jsonl")
     curves: dict[str, dict[float, float]] = {}
     for _, record in read_log(path):
         for name, value in record.items():

@@ -265,7 +265,7 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
     """Encode audio (N,) at 24 kHz to latents (F, Ds) on the CPU."""
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
-        raise UserError(f"{len(wave) / RATE:.3f} s of audio is too short: give {HOP / RATE} s or more")
+        raise UserError(f"{len(wave) / RATE:.3f} s of audio is too short: at least {HOP / RATE} s are required")
     return system.speech.encode(to_device(wave[None, None], system.device))[0].cpu()
 
 
@@ -278,7 +278,7 @@ def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
 def check_given(frames: int, what: str) -> None:
     """Raise UserError if a given stream is too long."""
     if frames > MAX_FRAMES:
-        raise UserError(f"{what} is longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")
+        raise UserError(f"{what} is longer than {MAX_FRAMES / FPS:.0f} s: use a part of it")
 
 
 def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
@@ -295,7 +295,7 @@ def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
     """
     path = check_readable(path)
     if path.stat().st_size > MAX_VOICE:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a saved voice: give another file")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a saved voice: use another file")
     content = path.read_bytes()
     try:
         speaker = load(content)["speaker"]

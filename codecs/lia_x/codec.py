@@ -170,7 +170,7 @@ class LiaX(PortraitCodec):
             )
         if not pictures.is_floating_point():
             raise UserError(
-                f"{what} of {pictures.dtype}: give floats in [-1, 1] (engine.media.pictures converts bytes)"
+                f"{what} of {pictures.dtype}: expected floats in [-1, 1] (engine.media.pictures converts bytes)"
             )
 
     def digest(self) -> str:

@@ -55,7 +55,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
         return None
     state = read_checkpoint(path)
     if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
+        raise UserError(f"{path} is not a flat state dict: use the official {FILE}")
     ours = our_state(state)
     return config_of(ours), ours
 

@@ -58,7 +58,7 @@ def listed(
     else:
         lines = read_lines(root / listing)
         if sounds is None and any(line.endswith(".pt") for line in lines):
-            raise UserError(f"source.listing={listing} lists motion files: give source.sounds=FOLDER, too")
+            raise UserError(f"source.listing={listing} lists motion files: set source.sounds=FOLDER too")
         rows = [(f"{sounds}/{Path(line).stem}.wav", line, None) if sounds else (line, None, None) for line in lines]
     members = tar_members(root, tars) if tars else {}
     clips = []

@@ -84,7 +84,7 @@ def read_clips(
         if not rows:
             raise UserError(f"references={references} contains no audio or video files")
     else:
-        raise UserError("give the ground-truth files: references=FOLDER, or manifest=FILE.jsonl that names them")
+        raise UserError("ground-truth files are required: references=FOLDER, or manifest=FILE.jsonl that names them")
     clips = [_clip(row, base, references, outputs) for row in rows]
     chosen = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
     return [replace(c, prompt=_prompt(c, clips)) if c.prompt == Take() else c for c in (clips[i] for i in chosen)]

@@ -73,11 +73,11 @@ class FaceSource:
         """
         before = f"{trained} was trained on faces found by {name}"
         if name == FILES:
-            raise UserError(f"{before}: give face_landmarks=FOLDER with those of the clips, or dlib68")
+            raise UserError(f"{before}: set face_landmarks=FOLDER with those of the clips, or dlib68")
         detector, _, landmarks = name.partition("+")
         if detector == "yunet":
             more = " face_landmarks=yunet" if landmarks == "yunet" else ""
-            raise UserError(f"{before}: give detector=face_detection_yunet_2023mar.onnx{more}")
+            raise UserError(f"{before}: set detector=face_detection_yunet_2023mar.onnx{more}")
         if detector not in (CASCADE, "mtcnn") or landmarks not in ("", "dlib68", "mtcnn"):
             raise UserError(f"{before}, which is unknown to this version: set detector= and face_landmarks=")
         try:

@@ -412,7 +412,7 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             values = values.reshape(-1, 4)
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"face_box={str(boxes)[:80]}: give x,y,w,h, or a JSON list of one box per frame or of "
+            f"face_box={str(boxes)[:80]}: expected x,y,w,h, or a JSON list of one box per frame or of "
             '{"time": seconds, "box": [x, y, w, h]}'
         ) from error
     if len(values) < frames:

@@ -152,7 +152,7 @@ class EcapaTDNN(nn.Module):
     ):
         super().__init__()
         if channels % SCALE:
-            raise UserError(f"ECAPA-TDNN with {channels} channels: give a multiple of {SCALE}")
+            raise UserError(f"ECAPA-TDNN with {channels} channels: expected a multiple of {SCALE}")
         self.layer1 = ConvReluNorm(inputs, channels, 5)
         self.layer2 = SERes2Block(channels, 2, bottleneck)
         self.layer3 = SERes2Block(channels, 3, bottleneck)
@@ -349,6 +349,6 @@ class VoiceEncoder(Pretrained):
 def _checked(wave: Tensor) -> Tensor:
     if wave.ndim != 1 or len(wave) < MIN_SAMPLES:
         raise UserError(
-            f"reference voice of shape {tuple(wave.shape)}: give one channel of {MIN_SAMPLES} samples or more at 16 kHz"
+            f"reference voice of shape {tuple(wave.shape)}: expected one channel of at least {MIN_SAMPLES} samples"
         )
     return wave

@@ -38,8 +38,8 @@ def test_settings_and_names_make_the_same_source(dlib, tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("yunet", f"x was trained on faces found by yunet: give {YUNET}"),
-        ("files", "give face_landmarks=FOLDER"),
+        ("yunet", f"x was trained on faces found by yunet: set {YUNET}"),
+        ("files", "set face_landmarks=FOLDER"),
         ("retina+dlib68", "which is unknown to this version"),
     ],
 )

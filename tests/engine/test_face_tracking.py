@@ -159,9 +159,9 @@ def test_track_follows_the_users_boxes(tmp_path):
     assert np.allclose(track_of_boxes(read_boxes(str(path)), 9).boxes[:, 0], np.arange(9))
     (tmp_path / "damaged.json").write_text("{")
     for text, message in (
-        ("1,2,3", "give x,y,w,h"),
+        ("1,2,3", "expected x,y,w,h"),
         ("1,2,0,4", "larger than 0"),
-        ("left", "give x,y,w,h"),
+        ("left", "expected x,y,w,h"),
         (str(path), "boxes for 9 frames, the clip has 10"),
         (str(tmp_path / "damaged.json"), r"damaged\.json"),
     ):

@@ -75,7 +75,7 @@ def test_each_mode_makes_its_streams(demo):
         ("speak", "", None, None, "Give a clip of a talking face."),
         ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
         ("t2av", " ", VOICE, CLIP, "Write a text to say."),
-        ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: give a part of it."),
+        ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: use a part of it."),
         ("tts", SENTENCE * 500, VOICE, None, "at most 16,384 are supported"),
     ],
 )
