@@ -57,7 +57,7 @@ def main() -> None:
     if args.only and not args.average:
         raise UserError("--only belongs to --average")
     if args.exact and not args.compact:
-        raise UserError("--exact belongs to --compact")
+        raise UserError("--exact requires --compact")
     if len(args.source) > 1 and not args.average:
         raise UserError(f"{' '.join(args.source)}: expected one run or release, or --average for several releases")
     if args.average:

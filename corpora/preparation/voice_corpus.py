@@ -89,7 +89,7 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
         UserError: flite is not installed.
     """
     if shutil.which("flite") is None:
-        raise UserError("flite is not installed, which --flite needs: install the package flite")
+        raise UserError("--flite requires the package flite, which is not installed")
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []

@@ -27,8 +27,8 @@ from engine.metrics.registry import metrics_of, protocol_of
 class Share:
     """The part of the items that process `rank` of `count` measures. Parts are contiguous, and smaller ones come first.
 
-    The first process also measures what cannot be divided. It has at least one item if there are any, so that its
-    random draws follow the same work as in a single process.
+    The first process also computes the metrics that cannot be divided. It has at least one item if there are any, so
+    that its random generators are in the same state as in a single process.
     """
 
     rank: int = 0
