@@ -5,7 +5,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 
 class NoWheel(bdist_wheel):
-    """A wheel would put packages with names such as `engine` and `scripts` among those of other projects."""
+    """Rejects wheels, which would install packages with general names such as `engine` and `scripts`."""
 
     def run(self) -> None:
         raise SystemExit("error: speaking-faces runs from its checkout: bash scripts/setup.sh, or pip install -e .")

@@ -34,7 +34,7 @@ def main() -> int:
     close = PContext.close
 
     def patient_close(context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        """Close, with time to save if the run is asked to stop. After a failure the others hang in a collective."""
+        """Close the agent. A stopping run has time to save; after a failure, other processes hang in a collective."""
         close(context, death_sig, GRACE if isinstance(sys.exc_info()[1], SignalException) else timeout)
         handlers: dict[int, Any] = getattr(context, "subprocess_handlers", {})
         codes.extend(handler.proc.returncode for handler in handlers.values())

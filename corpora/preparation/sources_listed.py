@@ -239,7 +239,5 @@ def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | No
     if row.get("x") not in (None, "") and row.get("y") not in (None, ""):
         face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
-            raise UserError(
-                f"the position of the face, {face[:2]}, lies outside the picture or is not a pair of numbers"
-            )
+            raise UserError(f"the position of the face, {face[:2]}, is outside the image or is not a pair of numbers")
     return safe_name(row["id"], "its id"), start, end, face

@@ -109,7 +109,7 @@ def test_pictures_are_cut_with_the_sound(tmp_path, spoken):
 
 def test_voices_of_flite_speak_sentences(tmp_path):
     if shutil.which("flite") is None:
-        pytest.skip("flite is not installed")
+        pytest.skip("requires the package flite")
     rows = flite_sentences(tmp_path, 1, seed=0)
     assert [row.speaker for row in rows] == [f"flite-{voice}" for voice in FLITE_VOICES]
     assert all(len(read_audio(row.path, RATE)) > RATE // 4 and row.text for row in rows)
