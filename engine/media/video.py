@@ -95,7 +95,7 @@ def iter_video(
                 have = have + 1
                 count = count + 1
                 if count > LIMITS.seconds * fps:
-                    raise UserError(f"{path} has more than {LIMITS.seconds:g} s of video (limits.seconds): cut it")
+                    raise UserError(f"{path} has more than {LIMITS.seconds:g} s of video (limits.seconds): trim it")
                 if have == len(frames):
                     _check_times(path, os.pread(log.fileno(), LOG_BYTES, 0))
                     yield frames

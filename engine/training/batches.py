@@ -56,7 +56,7 @@ def require_lengths(dataset: TrainingSet | type) -> None:
 class MicroBatches(torch.utils.data.Dataset):
     """Infinite sequence of batches. Batch i is the same in every process.
 
-    Each stream visits its items in a new random order in every epoch. Batch j of a stream holds its items [j * size, (j
+    Each stream visits its items in a new random order in every epoch. Batch j of a stream has its items [j * size, (j
     + 1) * size), counted over all epochs, so batches are always full and may straddle two epochs. Every item is used
     once per epoch, except for n mod S of them.
 
