@@ -29,7 +29,7 @@ from talker_t2av.text import TalkerTokenizer
 from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_released
 from whisperx_vae.codec import WhisperXVAE
 
-BUNDLED = ASSETS / "talker_t2av_tiny"
+BUNDLED = ASSETS / "talker_t2av_real"
 BUNDLED_CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
 CODECS: dict[str, dict[str, type[Codec]]] = {  # supported codecs of each stream, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
