@@ -134,7 +134,7 @@ def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
         TalkerExamples(root / "shards" / "train", codecs=wrong)
     with pytest.raises(UserError, match=r"tasks=\['av'\]"):
         pairs(root, tasks=["av"])
-    with pytest.raises(UserError, match=r"give .t2av, tts., .t2av. or .tts."):
+    with pytest.raises(UserError, match=r"must be .t2av, tts., .t2av. or .tts."):
         pairs(root, tasks=["tts", "tts"])
 
 

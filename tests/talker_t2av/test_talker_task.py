@@ -214,7 +214,7 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     codecs = known | {"motion": None}
     data = TalkerPairs(tmp_path, tasks=["tts"], codecs=codecs)
     assert len(data.collate([data.__getitem__(0)])["speech"]) == 1
-    with pytest.raises(UserError, match=r"task.codecs.motion is needed"):
+    with pytest.raises(UserError, match=r"task.codecs.motion is required"):
         TalkerPairs(tmp_path, tasks=["t2av"], codecs=codecs)
     validation = {"root": str(tmp_path), "splits": ["train"], "clips": 2, "grammar": None, "metrics": []}
     task = make_task(root, stats=None, codecs=codecs, validation=validation, model=MODEL | {"motion_dim": 40})
