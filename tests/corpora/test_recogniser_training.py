@@ -131,7 +131,7 @@ def test_training_starts_from_a_release_of_the_same_sizes(corpus, tmp_path):
     settings = {"root": str(corpus), **speakers, "steps": 1, "init": str(tmp_path / "release")}
     task = GridRecogniserTask({"channels": 8, "hidden": 8}, **settings)
     assert task.recogniser.training and same(task.recogniser.state_dict(), earlier.state_dict())
-    with pytest.raises(UserError, match=r"channels=8, but task\.recogniser asks for 16"):
+    with pytest.raises(UserError, match=r"channels=8, but task\.recogniser requires 16"):
         GridRecogniserTask({"channels": 16, "hidden": 8}, **settings)
 
 

@@ -184,5 +184,5 @@ def test_getattr_in_metadata_gives_members_of_the_memory_formats_alone():
 
     assert read(formats, "TORCH_CONTIGUOUS_FORMAT") is formats.TORCH_CONTIGUOUS_FORMAT
     for found, name in ((formats, "__init__"), (dcp_metadata.Metadata, "__init__"), (torch.Size, "numel")):
-        with pytest.raises(pickle.UnpicklingError, match=f"asks for '{name}'"):
+        with pytest.raises(pickle.UnpicklingError, match=f"requests '{name}'"):
             read(found, name)

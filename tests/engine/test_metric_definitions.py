@@ -407,7 +407,7 @@ def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
 @pytest.mark.parametrize("name", ["utmos", "lse_c", "wer"])
 def test_missing_files_are_named_with_the_command_that_gets_them(tmp_path, name):
     metric = metric_of(name)
-    with pytest.raises(UserError, match=rf"not there: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
+    with pytest.raises(UserError, match=rf"missing: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
         metric(metric.protocols[0], tmp_path).check()
 
 

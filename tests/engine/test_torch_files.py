@@ -45,7 +45,7 @@ def test_files_of_the_old_format_may_hold_tensors_alone(tmp_path, bomb):
     torch.save({"tensor": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     assert torch.equal(read_checkpoint(path)["tensor"], torch.ones(2))
     torch.save({"tensor": torch.ones(2), "bomb": bomb}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match="damaged, or contains more than tensors"):
         read_checkpoint(path)
     assert not Path(tmp_path / "made").exists()
 

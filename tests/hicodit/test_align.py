@@ -24,7 +24,7 @@ def test_similarity_is_found_again_and_never_mirrors():
     assert np.allclose(align.similarity(points, target), true)
     mirrored = align.similarity(points, points * [-1, 1])
     assert np.linalg.det(mirrored[:, :2]) > 0
-    with pytest.raises(UserError, match="one point"):
+    with pytest.raises(UserError, match="coincide"):
         align.similarity(np.ones((5, 2)), target[:5])
 
 

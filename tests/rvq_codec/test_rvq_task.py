@@ -47,7 +47,7 @@ def corpus(tmp_path):
 
 def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
     sizes = RVQ | {"levels": 2}
-    message = r"levels=3, but task\.codec asks for 2"
+    message = r"levels=3, but task\.codec requires 2"
     the_decoder_alone_goes_on_from_a_release(make_task, WAVES, torch.randn(1, 1, 2400), sizes, message)
 
 
