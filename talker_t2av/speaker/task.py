@@ -148,7 +148,10 @@ class VoiceEncoderTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute the mean cosine with GE2E of whole clips of each split (train: eight per voice), in one process."""
+        """Compute the mean cosine with GE2E of whole clips of each split, in one process.
+
+        Of `train`, the first clips count, eight times as many as there are voices.
+        """
         results = {}
         for split in ("train", "seen", "unseen") if share.first else ():
             clips = VoiceClips(self.corpus, self.shards, split, self.encoder.config.bands)
@@ -162,8 +165,8 @@ class VoiceEncoderTask(Task):
         config = self.encoder.config
         millions = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         about = f"""16-kHz wave -> {config.embedding} numbers that distinguish voices: ECAPA-TDNN on {config.bands}
-log-mel bands, {millions:.2f} M weights. Trained to predict the GE2E embeddings of Resemblyzer, it knows the voices of
-its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
+log-mel bands, {millions:.2f} M weights. It was trained to predict the GE2E embeddings of Resemblyzer
+for the voices of its data. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
 
 `cosine`: with GE2E, whole clips."""
         return self.release_of(
