@@ -1,8 +1,7 @@
 """Gather human speech whose text is known, with the times of its phonemes, and synthetic speech into one corpus for
 Talker: GRID, the English prompts of Debian's package asterisk-core-sounds-en-g722, and the voices of the program flite,
-which were built from recordings of people. The splits are train, val and
-test (further sentences of the same speakers). Data: --grid and --prompts; --synthetic is a corpus of
-make_synthetic_corpus.py, version 3."""
+which were built from recordings of people. The splits are train, val and test (further sentences of the same speakers).
+Data: --grid and --prompts; --synthetic is a corpus of make_synthetic_corpus.py."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def main() -> None:
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
     add("--flite", type=within(0), default=0, help="sentences that each voice of the program flite speaks")
     add("--others", type=within(0), default=1, help="copies of each training recording at other speeds: other voices")
-    add("--pictures", type=within(1), help="instead, take so many of GRID's recordings, with their pictures")
+    add("--pictures", type=within(1), help="instead, gather this many of GRID's recordings with their images")
     add("--synthetic", type=existing_folder, help="synthetic corpus: of version 3, with --pictures of version 2")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
     add("--seed", type=within(0), default=0, help="random seed of the sentences and speeds")

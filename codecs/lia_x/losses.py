@@ -18,7 +18,7 @@ from engine.metrics.picture import ssim_map
 from engine.torch_files import read_state
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
-LEAST_MOVEMENT = 1e-3  # mean square below which a movement counts less
+LEAST_MOVEMENT = 1e-3  # mean square difference below which a movement has a lower weight
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
 
 
@@ -57,14 +57,15 @@ def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
 
 
 def unexplained(made: Tensor, true: Tensor, weights: Tensor) -> Tensor:
-    """Weighted fraction of a movement that is missing or wrong, mean over pictures.
+    """Return the weighted fraction of a movement that is not explained, averaged over the batch.
 
-    A movement is the difference between two pictures that are rebuilt from one source, so that texture that the source
-    lacks cancels out. In an L1 loss that texture hides small movements, and the median of an uncertain mouth is still.
+    A movement is the difference between two images that are reconstructed from the same source. Errors in texture that
+    the source does not show cancel out. In an L1 loss, these errors dominate small movements, and the best prediction
+    for an uncertain mouth is one that does not move.
 
     Args:
-        made, true: differences of pictures (B, C, S, S).
-        weights: (B or 1, 1, S, S).
+        made, true: differences between images, (B, C, S, S).
+        weights: loss weights per pixel, (B or 1, 1, S, S).
     """
     error = (weights * (made - true).square()).mean((1, 2, 3))
     return (error / ((weights * true.square()).mean((1, 2, 3)) + LEAST_MOVEMENT)).mean()

@@ -1,4 +1,4 @@
-"""Mouth opening of filmed faces from dlib's 68 landmarks (extra `landmarks`).
+"""Mouth opening of real faces from dlib's 68 landmarks (extra `landmarks`).
 
 Axes: T frames, H height, W width.
 """
@@ -12,14 +12,14 @@ import numpy as np
 
 from engine.errors import UserError, require
 
-SIDE = 256  # pixels of the shorter side of the images that dlib gets
+SIDE = 256  # pixels of the shorter side of the images for dlib
 # of the 68 landmarks
 LIPS = ([61, 62, 63], [67, 66, 65])
 EYES = (slice(36, 42), slice(42, 48))
 
 
 class LipOpening:
-    """Distance of the inner lips, in units of the distance of the eyes."""
+    """Measure the distance between the inner lips, relative to the distance between the eyes."""
 
     def __init__(self) -> None:
         self.dlib = require("dlib", "dlib", "landmarks")
@@ -28,30 +28,30 @@ class LipOpening:
         self.predict = self.dlib.shape_predictor(self.models.pose_predictor_model_location())
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Measure frames (T, H, W, 3) uint8 RGB of a clip, in which the head hardly moves: (T,).
+        """Return the mouth opening (T,) in frames (T, H, W, 3) uint8 RGB of a clip in which the head hardly moves.
 
         Raises:
-            UserError: dlib finds no face in the first frame.
+            UserError: If dlib detects no face in the first frame.
         """
         box = self.find(frames[0])
         return np.array([self.opening(self.predict(enlarge(frame), box)) for frame in frames])
 
     def find(self, frame: np.ndarray) -> Any:
-        """Return dlib's box of the largest face of a frame (H, W, 3), in the enlarged image."""
+        """Return dlib's bounding box of the largest face in a frame (H, W, 3), in pixels of the enlarged image."""
         boxes = self.detect(enlarge(frame), 1)
         if not boxes:
             raise UserError("dlib finds no face in the first frame")
         return max(boxes, key=lambda box: box.area())
 
     def opening(self, shape: Any) -> float:
-        """Return the opening of dlib's landmarks."""
+        """Return the mouth opening for dlib's 68 landmarks of a face."""
         points = np.array([(shape.part(k).x, shape.part(k).y) for k in range(68)], float)
         eyes = np.linalg.norm(np.subtract(*(points[eye].mean(0) for eye in EYES)))
         return float(np.linalg.norm(points[LIPS[0]] - points[LIPS[1]], axis=1).mean() / eyes)
 
 
 def enlarge(frame: np.ndarray) -> np.ndarray:
-    """Scale a frame (H, W, 3) up to `SIDE`, if it is smaller."""
+    """Scale a frame (H, W, 3) up so that its shorter side has at least `SIDE` pixels."""
     scale = SIDE / min(frame.shape[:2])
     if scale <= 1:
         return frame

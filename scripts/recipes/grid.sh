@@ -5,6 +5,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+source "$here/scripts/recipes/steps.sh"
 
 SIZE="${SIZE:-card}"
 GRID="${GRID:-/data/grid}"                # s1.zip to s34.zip and alignments.zip of GRID, unpacked
@@ -29,10 +30,7 @@ WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scri
 PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
 
-if ! compgen -G "$GRID/*" >/dev/null; then
-    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
-    exit 2
-fi
+check_grid
 
 shards() {
     $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.protocol=$PROTOCOL" \
@@ -104,10 +102,4 @@ evaluate() {
     fi
 }
 
-if [ $# = 0 ]; then set -- prepare tokenizer tokens train evaluate; fi
-for step in "$@"; do
-    case "$step" in
-        prepare | tokenizer | tokens | train | evaluate) echo "--- $step"; "$step" ;;
-        *) echo "error: $step is not a step: give prepare, tokenizer, tokens, train or evaluate" >&2; exit 2 ;;
-    esac
-done
+run_steps "prepare tokenizer tokens train evaluate" "$@"

@@ -4,6 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+source "$here/scripts/recipes/steps.sh"
 
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPEAKERS="${SPEAKERS:-[s1,s3,s5]}"          # who is trained on
@@ -14,10 +15,7 @@ RUN="${RUN:-runs/lia_x_real}"
 PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
 
-if ! compgen -G "$GRID/*" >/dev/null; then
-    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
-    exit 2
-fi
+check_grid
 
 prepare() {
     $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.speakers=$SPEAKERS" \
@@ -38,10 +36,4 @@ measure() {
         --out "$RUN/measured" ${MEASURE:-}
 }
 
-if [ $# = 0 ]; then set -- prepare drawn train measure; fi
-for step in "$@"; do
-    case "$step" in
-        prepare | drawn | train | measure) echo "--- $step"; "$step" ;;
-        *) echo "error: $step is not a step: give prepare, drawn, train or measure" >&2; exit 2 ;;
-    esac
-done
+run_steps "prepare drawn train measure" "$@"

@@ -4,6 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "$0")/../.." && pwd)"
 export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+source "$here/scripts/recipes/steps.sh"
 
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPOKEN="${SPOKEN:-data/synthetic_3}"        # synthetic corpus, version 3: speech alone
@@ -15,10 +16,7 @@ RUN="${RUN:-runs/talker_real}"
 PYTHON="${PYTHON:-python}"
 # Further settings of each step: SHARDS, TRAIN_SPEECH, TRAIN_BOTH, such as TRAIN_BOTH="trainer.steps=1000"
 
-if ! compgen -G "$GRID/*" >/dev/null; then
-    echo "error: GRID=$GRID is not a folder with files: set GRID to the folder that holds s1, s2, ..." >&2
-    exit 2
-fi
+check_grid
 
 codecs=(stages.speech.codec="$here/assets/whisperx_vae_speech" stages.speaker.encoder="$here/assets/voice_tiny"
     stages.ge2e.use=false stages.rvq.use=false workers=2)
@@ -50,8 +48,8 @@ shards() {
 speech() {
     if [ -d "$SPEECH/release" ]; then echo "$SPEECH/release is there"; return; fi
     $PYTHON "$here/train.py" experiment=talker_real "data.corpus=$FACES" "data.speech=$VOICES" "data.tasks=[tts]" \
-        task.head_share=0.5 trainer.batch_size=32 \
-        trainer.steps=1600 trainer.lr=8e-4 trainer.schedule=constant trainer.ema_decay=0.995 "run=$SPEECH" ${TRAIN_SPEECH:-}
+        task.head_share=0.5 trainer.batch_size=32 trainer.steps=1600 trainer.lr=8e-4 trainer.schedule=constant \
+        trainer.ema_decay=0.995 "run=$SPEECH" ${TRAIN_SPEECH:-}
 }
 
 both() {
@@ -60,10 +58,4 @@ both() {
         "init=$SPEECH/release" "run=$RUN" ${TRAIN_BOTH:-}
 }
 
-if [ $# = 0 ]; then set -- corpora shards speech both; fi
-for step in "$@"; do
-    case "$step" in
-        corpora | shards | speech | both) echo "--- $step"; "$step" ;;
-        *) echo "error: $step is not a step: give corpora, shards, speech or both" >&2; exit 2 ;;
-    esac
-done
+run_steps "corpora shards speech both" "$@"
