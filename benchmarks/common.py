@@ -77,8 +77,10 @@ class Operators(TorchDispatchMode):
         model: whose matrices count as `weights`.
 
     Attributes:
-        names: calls by operator. kernels: calls that are no views. weights: bytes of matrices that kernels read.
-        touched: bytes that kernels other than matrix products read and write. flops: of `of`.
+        names: calls by operator. kernels: calls that are no views.
+        weights: bytes of matrices that kernels read.
+        touched: bytes that kernels other than matrix products read and write.
+        flops: of `of`.
         alive, peak: bytes of tensors that were made, or given to `hold`. used: the peak without bytes `reserved` then.
     """
 

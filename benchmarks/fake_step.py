@@ -53,7 +53,8 @@ class Measured:
     """Measurements of one training step of a process.
 
     Attributes:
-        memory: bytes by part. flops, touched, kernels: see `benchmarks.common.Operators`, without the optimiser.
+        memory: bytes by part.
+        flops, touched, kernels: see `benchmarks.common.Operators`, without the optimiser.
         moved: bytes that the fused CUDA optimiser reads and writes.
         groups: shapes of the parameters that FSDP gathers together: one group per block, then the rest.
         whole: shapes of the parameters that are not sharded.

@@ -89,7 +89,8 @@ def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dic
 def entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, key: str) -> Tensor:
     """Return the loss (2,) of levels 1-2 and of the others, for one token of all levels, of the clip `key`.
 
-    tokens: (1, K, L).
+    Args:
+        tokens: (1, K, L).
     """
     noise = LogLinearNoise()
     conditioning = model.prepare(conditions)

@@ -34,9 +34,14 @@ WAYS = ("ddp", "fsdp", "hybrid")
 class Card:
     """A GPU and its network, as data sheets state them.
 
-    peak: dense bf16, TFLOP/s. single: float32 without tensor cores, TFLOP/s. memory: bytes. bandwidth: of the memory,
-    bytes/s. link: bytes/s that a GPU sends to the others of its machine; network: to other machines, through an adapter
-    of its own. machine: GPUs in one.
+    Attributes:
+        peak: dense bf16, TFLOP/s.
+        single: float32 without tensor cores, TFLOP/s.
+        memory: bytes.
+        bandwidth: of the memory, bytes/s.
+        link: bytes/s that a GPU sends to the others of its machine.
+        network: to other machines, through an adapter of its own.
+        machine: GPUs in one.
     """
 
     peak: float
@@ -82,7 +87,8 @@ EFFICIENCY = {  # assumptions, not measurements
 class Plan:
     """What one way of spreading a recipe costs. Bytes and seconds of a process and step.
 
-    padding: see `padding_efficiency`; compute_s and memory_s are of the process with the longest batch.
+    Attributes:
+        padding: see `padding_efficiency`; compute_s and memory_s are of the process with the longest batch.
     """
 
     parallel: str
@@ -128,8 +134,9 @@ def plan(
     activations and operations grow with the batch, what is exchanged does not.
 
     Args:
-        total: samples of the whole run. half: blocks are gathered in half precision. padding: efficiency, by which the
-            operations of the longest batch exceed those of the mean.
+        total: samples of the whole run.
+        half: blocks are gathered in half precision.
+        padding: efficiency, by which the operations of the longest batch exceed those of the mean.
     """
     one, two = (spread(measured, parallel, gpus, card.machine, half) for measured in (one, two))
 

@@ -32,9 +32,13 @@ STAGING = ".partial"  # folder for incomplete files
 class RemoteFile:
     """A file to download.
 
-    path: target path, relative to the folder. url: address of the file. size: size in bytes. sha256: hex digest. None
-    if unknown. about: approximate size, which is shown but not checked. most: maximum bytes to accept if the size is
-    unknown.
+    Attributes:
+        path: target path, relative to the folder.
+        url: address of the file.
+        size: size in bytes.
+        sha256: hex digest. None if unknown.
+        about: approximate size, which is shown but not checked.
+        most: maximum bytes to accept if the size is unknown.
     """
 
     path: str

@@ -60,9 +60,11 @@ def write_outputs(
 
     Args:
         detector, face_landmarks: see `FaceSource.from_settings`. If both are None, those of training are used.
-        sampler: name of a file in configs/sampler. sampling, guidance: settings that override it.
+        sampler: name of a file in configs/sampler.
+        sampling, guidance: settings that override it.
         voice: use the voice of each clip's prompt instead of the one predicted from the face.
-        chosen: slice of the batches to write. other: ignored settings of other models.
+        chosen: slice of the batches to write.
+        other: ignored settings of other models.
         expressions: own, shuffled (those of another clip), or exchanged (first and last expression of the clip
             swapped).
     """

@@ -89,8 +89,8 @@ def generate(
 
     Args:
         model: the score network.
-        conditions: conditions of B
-        clips. sampler: settings of the sampler.
+        conditions: conditions of B clips.
+        sampler: settings of the sampler.
         scales: guidance scales, whose branches are evaluated as one batch.
         seeds: one per clip.
         posterior_of: prepares the posterior for the clips of a window.

@@ -121,7 +121,9 @@ class AdaLNBlock(nn.Module):
         """Map h (B, L, C) to (B, L, C).
 
         Args:
-            modulation: (B, 6C). rotary: (2, L, D/2). mask: (B, 1, 1, L), True at real positions.
+            modulation: (B, 6C).
+            rotary: (2, L, D/2).
+            mask: (B, 1, 1, L), True at real positions.
             temporal: (B, L, 2), the scales of attention and of the MLP.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(self.PARTS, -1)  # each (B, 1, C)

@@ -54,13 +54,17 @@ WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
 class ModelConfig(Group, prefix="model."):
     """Config of `HiCoDiT`. The defaults are `hicodit_base`.
 
-    expressions: number of expression classes, embedded with width C. hierarchical: False for the flat ablation.
-    dual_scale: False for the single-scale ablation. expression_context: add the linearly projected expression of each
-    half second to the input of each stage (not in the paper, whose temporal scale only changes a magnitude).
-    normalised: True for log posteriors, False for unnormalised log scores as in SEDD. drop_all, drop_each: training
-    probability of dropping all conditions, and otherwise each condition independently. keep_single: training
-    probability of keeping exactly one condition (not in the paper: 0). attention: sdpa, or flash for the flash-attn
-    kernel where possible.
+    Attributes:
+        expressions: number of expression classes, embedded with width C.
+        hierarchical: False for the flat ablation.
+        dual_scale: False for the single-scale ablation.
+        expression_context: add the linearly projected expression of each half second to the input of each stage (not in
+            the paper, whose temporal scale only changes a magnitude).
+        normalised: True for log posteriors, False for unnormalised log scores as in SEDD.
+        drop_all, drop_each: training probability of dropping all conditions, and otherwise each condition
+            independently.
+        keep_single: training probability of keeping exactly one condition (not in the paper: 0).
+        attention: sdpa, or flash for the flash-attn kernel where possible.
     """
 
     levels: int = setting(12, 1, 256)

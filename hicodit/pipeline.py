@@ -182,8 +182,8 @@ class HiCoDiTPipeline:
         """Publish the loaded release with its tokenizer on the Hugging Face hub. Return its URL.
 
         Args:
-            repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
-                card.
+            repository: OWNER/NAME.
+            license: licence of the weights, such as apache-2.0. None: the licence in the model card.
         """
         from engine.publish import publish
 
@@ -253,7 +253,8 @@ class HiCoDiTPipeline:
     def cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
         """Crop mouth and face from blocks of frames (n, H, W, 3), and classify the expression.
 
-        strip: file for the visualisation of the track.
+        Args:
+            strip: file for the visualisation of the track.
         """
         config = self.system.encoders.config
         mouth = None

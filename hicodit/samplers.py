@@ -39,8 +39,8 @@ class SamplerState:
         tokens: (B, K, L), on the model's device.
         masked: (B, K, L) bool, True at positions that are still masked, on the model's device.
         total: (B,) initial number of masked positions, on the CPU.
-        lengths: (B,) number of frames of each clip, on
-        the CPU. config: settings of the sampler.
+        lengths: (B,) number of frames of each clip, on the CPU.
+        config: settings of the sampler.
         generators: one per clip, on the model's device.
         normalised: whether the posterior sums to one.
         graphs: runs the step functions, as graphs on CUDA.
@@ -94,7 +94,8 @@ def thinned_step(
 ) -> tuple[Tensor, Tensor]:
     """Reveal each masked position with probability rate (B,) times sum q. Return tokens and masked (B, K, L).
 
-    u: (2, B, K, L) uniforms, for the decision to reveal and for the token.
+    Args:
+        u: (2, B, K, L) uniforms, for the decision to reveal and for the token.
     """
     log_q = posterior(tokens, t, None)
     reveal = masked & (u[0] < rate[:, None, None] * log_q.exp().sum(-1))
@@ -114,7 +115,8 @@ def ranked_step(
     """Reveal the `count` (B,) sampled tokens with the highest noisy log probability. Return tokens and masked (B, K,
     L).
 
-    u: (2, B, K, L) uniforms, for the tokens and for the Gumbel noise, whose scale is `choice_noise` (B,).
+    Args:
+        u: (2, B, K, L) uniforms, for the tokens and for the Gumbel noise, whose scale is `choice_noise` (B,).
     """
     log_q = posterior(tokens, t, None)
     drawn = invert(log_q, u[0], temperature)

@@ -41,8 +41,10 @@ MIN_MARGIN = (
 class SpeechChunk:
     """A chunk of generated audio: waveform `wave` (N,) float32 at `rate` Hz, and its timing.
 
-    needed: number of video frames required for it. compute: seconds between the last of them and the audio. tokens: (K,
-    L) that became final since the previous chunk; they are ahead of the audio.
+    Attributes:
+        needed: number of video frames required for it.
+        compute: seconds between the last of them and the audio.
+        tokens: (K, L) that became final since the previous chunk; they are ahead of the audio.
     """
 
     wave: np.ndarray

@@ -50,8 +50,9 @@ class VideoRequest(OurFields):
 class Video(BaseModel):
     """A video that is being generated, or is stored for its client.
 
-    remarks: one-line notes about the input and the result.
-    faces: number of videos of a completed job, one per face; the folder has them as video1.mp4, ...
+    Attributes:
+        remarks: one-line notes about the input and the result.
+        faces: number of videos of a completed job, one per face; the folder has them as video1.mp4, ...
     """
 
     id: str = Field(default_factory=lambda: f"video_{uuid.uuid4().hex}")

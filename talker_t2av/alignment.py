@@ -32,7 +32,8 @@ HEAD = 0
 def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
     """Return the phoneme class (V,) of each token in the frame labels, and 0 for stops and control tokens.
 
-    symbols: phonemes of the labels, with classes starting at 1.
+    Args:
+        symbols: phonemes of the labels, with classes starting at 1.
     """
     numbers = {symbol: number for number, symbol in enumerate(symbols, 1)}
     classes = np.zeros(words.vocab_size, int)
@@ -44,7 +45,10 @@ def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
 def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return for each frame (B, F) the index of the spoken token: a monotonic path of minimum cost.
 
-    tokens: (B, T) classes. lengths: (B,) lengths of the prompts. labels: (B, F) classes of the frames.
+    Args:
+        tokens: (B, T) classes.
+        lengths: (B,) lengths of the prompts.
+        labels: (B, F) classes of the frames.
     """
     rows, count = tokens.shape
     wrong = tokens[:, None] != labels[..., None]  # (B, F, T)
@@ -88,7 +92,9 @@ class Alignment:
     def loss(self, batch: Mapping[str, Tensor], mask: Tensor, size: int) -> Tensor:
         """Return the mean negative log attention (B, T) to the tokens of the next patch.
 
-        mask: (B, T), 1 at real tokens, including the task token at the start. size: frames per patch.
+        Args:
+            mask: (B, T), 1 at real tokens, including the task token at the start.
+            size: frames per patch.
         """
         device = self.inputs[0][1].device
         frames = torch.arange(batch["pointer"].shape[1]) < batch["speech_frames"][:, None]

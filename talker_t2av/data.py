@@ -90,7 +90,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """Collate items to a right-padded batch.
 
-    classes: classes of the tokens, see `token_classes`. Adds `pointer` (B, F), the token spoken in each frame.
+    Args:
+        classes: classes of the tokens, see `token_classes`. Adds `pointer` (B, F), the token spoken in each frame.
 
     Returns:
         input_ids, attention_mask (B, T); speech_span (B, 2), the first placeholder and one past the last, (-1, -1) if

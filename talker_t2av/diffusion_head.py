@@ -101,8 +101,10 @@ class DiffusionHead(nn.Module):
 class Schedule:
     """Precomputed values that depend only on the solver times.
 
-    times: (n + 1,) solver times on the CPU. lengths: lengths of the n steps. shifts: (n, D), added to the projected
-    first token in each step.
+    Attributes:
+        times: (n + 1,) solver times on the CPU.
+        lengths: lengths of the n steps.
+        shifts: (n, D), added to the projected first token in each step.
     """
 
     times: Tensor

@@ -51,7 +51,8 @@ def write_outputs(
         codecs: release folders of codecs by name (speech, motion, speaker), which override those of the release.
         mode: one of the four modes, or resynthesis (ground-truth speech and motion encoded and decoded, on the face of
             the prompt).
-        sampling: settings that override those of the release. other: ignored settings of other models.
+        sampling: settings that override those of the release.
+        other: ignored settings of other models.
         driving: folder with ID.wav of each clip, the driving audio of a2v. None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as in the released program.

@@ -182,7 +182,8 @@ class Surroundings:
     """The still image around a talking face.
 
     Attributes:
-        picture: (H, W, 3) uint8. left, top, side: position of the face square in pixels.
+        picture: (H, W, 3) uint8.
+        left, top, side: position of the face square in pixels.
     """
 
     picture: np.ndarray

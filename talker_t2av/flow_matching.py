@@ -72,8 +72,10 @@ def log_normal_times(normal: Tensor) -> Tensor:
 class FlowDraws:
     """Random numbers of a loss evaluation.
 
-    u_mu, u_cond: (N,) uniforms. An example keeps mu and its context where they exceed drop_mu and drop_cond. t: (N,)
-    times. z: (N, C, P) noise.
+    Attributes:
+        u_mu, u_cond: (N,) uniforms. An example keeps mu and its context where they exceed drop_mu and drop_cond.
+        t: (N,) times.
+        z: (N, C, P) noise.
     """
 
     u_mu: Tensor

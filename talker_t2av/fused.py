@@ -82,7 +82,9 @@ class FusedAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Map hidden states (B, T, D) -> (B, T, D). The argument names are those of transformers.
 
-        position_embeddings: result of `SignedRotary`. attention_mask: (B, 1, T, S) bool. None is causal.
+        Args:
+            position_embeddings: result of `SignedRotary`.
+            attention_mask: (B, 1, T, S) bool. None is causal.
         """
         cos, sin = position_embeddings
         length = hidden_states.shape[1]

@@ -63,7 +63,8 @@ class Patch:
 class Result:
     """New frames of one row, without the prefix: speech (F, Ds), and normalised motion (F, Dm), or None.
 
-    stopped: whether the stop head ended it, instead of the limit.
+    Attributes:
+        stopped: whether the stop head ended it, instead of the limit.
     """
 
     speech: Tensor | None
@@ -76,9 +77,11 @@ class Row:
     """State of a request in the batch.
 
     Attributes:
-        limit: maximum number of steps. tokens: number of cached tokens after these steps.
+        limit: maximum number of steps.
+        tokens: number of cached tokens after these steps.
         prompt: (T, D) tokens before the first generated patch.
-        index: number of steps so far. end: number of steps at the end; None while it is running.
+        index: number of steps so far.
+        end: number of steps at the end; None while it is running.
         patches: (P, C) frames of each generated patch.
     """
 
@@ -96,8 +99,11 @@ class State:
     """State that a step replaces. hidden: (B, D) after the last token. context: (B, p P, C) frames before the next
     patch.
 
-    index: (B,) number of steps. length: (B,) number of cached tokens. hits: (B,) consecutive positive stop predictions.
-    end: (B,) steps after which a row ends, as known so far.
+    Attributes:
+        index: (B,) number of steps.
+        length: (B,) number of cached tokens.
+        hits: (B,) consecutive positive stop predictions.
+        end: (B,) steps after which a row ends, as known so far.
     """
 
     hidden: Tensor
@@ -112,8 +118,11 @@ class State:
 class Plan:
     """Constant inputs of a step, by row. N is larger than the number of steps of any row.
 
-    known: (B, N, n, D) part of the tokens that does not depend on generated frames. noise: (B, N, C, P). condition: (B,
-    G) speaker embedding, or first frame of the motion. first_test, stop_hits: (B,) see `LoopRules`.
+    Attributes:
+        known: (B, N, n, D) part of the tokens that does not depend on generated frames.
+        noise: (B, N, C, P).
+        condition: (B, G) speaker embedding, or first frame of the motion.
+        first_test, stop_hits: (B,) see `LoopRules`.
     """
 
     known: Tensor
@@ -258,7 +267,8 @@ class BatchedDecoder:
     def step(self, ask: bool = False) -> list[Row]:
         """Generate one patch of all rows. Return the rows that finished with it, which have been removed.
 
-        ask: check the stop predictions now, regardless of `check_every`.
+        Args:
+            ask: check the stop predictions now, regardless of `check_every`.
         """
         rows = [*self.active]
         # With CUDA graphs, the number of rows is rounded up to a power of two, so that there are few graphs.
@@ -340,7 +350,8 @@ class BatchedDecoder:
     ) -> list[Result]:
         """Generate requests to the end and return the results in order. Requests without a free slot wait.
 
-        on_step: called after each step with the number of unfinished requests before it, as known to the host.
+        Args:
+            on_step: called after each step with the number of unfinished requests before it, as known to the host.
         """
         for request in requests:
             self.needs(request)
@@ -375,7 +386,8 @@ class BatchedDecoder:
         """Generate one patch of all rows: flow solvers, patch encoders, backbone, stop prediction. Writes to the cache.
 
         Args:
-            streams: generated streams. cache: (B, L, 2, H, N, h).
+            streams: generated streams.
+            cache: (B, L, 2, H, N, h).
 
         Returns:
             The next state, the new patches (B, P, C), the last token (B, D), and the stop probability (B,).

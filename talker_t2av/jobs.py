@@ -49,7 +49,8 @@ class PreparedJob:
         requests: requests of the loop, one per part of the text.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], image of the face. None if no face is generated.
-        wave: (N,) given audio at 24 kHz (a2v). frames: length of the result, if a given stream determines it.
+        wave: (N,) given audio at 24 kHz (a2v).
+        frames: length of the result, if a given stream determines it.
         remarks: one-line notes about the input files.
         surroundings: image into which the generated face is pasted. None: not pasted.
     """
@@ -291,7 +292,8 @@ def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
     """Return the embedding (G,) of a saved voice.
 
     Args:
-        digest: digest of the encoder with which the model was trained. size: G.
+        digest: digest of the encoder with which the model was trained.
+        size: G.
     """
     path = check_readable(path)
     if path.stat().st_size > MAX_VOICE:

@@ -148,8 +148,11 @@ class Examples:
 class TrainingForward:
     """Results of the forward pass before the losses.
 
-    embeds, hidden: (B, T, D). mask: (B, T). labels: (B, T) labels of the stop head. pos_weight: weight of positive
-    labels.
+    Attributes:
+        embeds, hidden: (B, T, D).
+        mask: (B, T).
+        labels: (B, T) labels of the stop head.
+        pos_weight: weight of positive labels.
     """
 
     embeds: Tensor
@@ -293,7 +296,8 @@ def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float =
 def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the cross-entropy of the phonemes of each patch's frames, predicted from the state before the patch.
 
-    hidden: (B, T, D) from `training_forward`.
+    Args:
+        hidden: (B, T, D) from `training_forward`.
     """
     size = model.config.patch_size
     count = model.config.phonemes

@@ -55,19 +55,21 @@ POSITIVE_SHARE = (
 class TalkerConfig(Group, prefix="model."):
     """Config of `TalkerT2AV`. The defaults are those of the released model.
 
-    llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part. patch_size: frames per token.
-    delay: delay of motion relative to speech in patches. context: number of previous
-        patches that condition a diffusion head.
-    order: tokens of a patch: add (one token, the sum of both streams), av or va (one token per stream; see
-        `talker_t2av.request.ORDERS`).
-    repeats: number of times that each example is used in a training step. motion_weight: weight of the motion loss.
-    stop_share: weight of positive labels of the stop loss, relative to the ratio of continue to stop labels: 0.3 in the
-        released program, 1 in the paper.
-    drop_mu, drop_cond: probabilities of dropping the hidden state and the context patches when training the
-        diffusion heads.
-    phonemes: number of classes, including silence, of an auxiliary loss that predicts the phoneme of each frame from
-    the
-        state before its patch. It speeds up the training of a small model. 0: no such loss.
+    Attributes:
+        llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
+        patch_size: frames per token.
+        delay: delay of motion relative to speech in patches.
+        context: number of previous patches that condition a diffusion head.
+        order: tokens of a patch: add (one token, the sum of both streams), av or va (one token per stream; see
+            `talker_t2av.request.ORDERS`).
+        repeats: number of times that each example is used in a training step.
+        motion_weight: weight of the motion loss.
+        stop_share: weight of positive labels of the stop loss, relative to the ratio of continue to stop labels: 0.3 in
+            the released program, 1 in the paper.
+        drop_mu, drop_cond: probabilities of dropping the hidden state and the context patches when training the
+            diffusion heads.
+        phonemes: number of classes, including silence, of an auxiliary loss that predicts the phoneme of each frame
+            from the state before its patch. It speeds up the training of a small model. 0: no such loss.
     """
 
     llm: dict[str, Any]
@@ -195,7 +197,8 @@ class TalkerT2AV(Pretrained):
         """Add tokens (B, T, D) at positions (B, T) to a cache of N tokens. Return the state (B, D) after the last
         token, in float32.
 
-        visible: (B, T, N) attention mask over the cached tokens.
+        Args:
+            visible: (B, T, N) attention mask over the cached tokens.
         """
         mask = {"full_attention": visible[:, None]}  # a mask given by layer type is used unchanged
         tokens = tokens.to(self.dtype)
@@ -241,7 +244,8 @@ class TalkerT2AV(Pretrained):
 class KeyValues:
     """KV cache (B, L, 2, H, N, h) with the interface of transformers' caches.
 
-    positions: (B, T) positions of the new tokens of each row. Rows may have different lengths.
+    Attributes:
+        positions: (B, T) positions of the new tokens of each row. Rows may have different lengths.
     """
 
     def __init__(self, cache: Tensor, positions: Tensor) -> None:

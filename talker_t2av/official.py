@@ -40,7 +40,8 @@ EXTRA = 15
 def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
     """Return the number of prefix frames that a method encodes, for a reference of `reference` frames.
 
-    size: `generate_speech_motion` truncates the prefix to whole patches of this size.
+    Args:
+        size: `generate_speech_motion` truncates the prefix to whole patches of this size.
     """
     return min(round(seconds * FPS), reference) // size * size
 
@@ -96,7 +97,8 @@ def inference_script(
 
     Args:
         stats: mean and standard deviation of the motion channels.
-        speech: (F, Ds) latents of the whole reference. motion: (F', Dm) of the whole reference, not normalised.
+        speech: (F, Ds) latents of the whole reference.
+        motion: (F', Dm) of the whole reference, not normalised.
         prefix_seconds: seconds of the reference with which the result begins.
     """
     size = config.patch_size

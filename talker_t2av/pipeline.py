@@ -58,8 +58,8 @@ class Talk:
     Attributes:
         wave: (N,) float32 in [-1, 1] at 24 kHz. For a2v, the given audio.
         frames: (F, S, S, 3) uint8 at 25 frames per second; None if no face is generated (tts, v2a).
-        speech: (F, Ds) generated latents, without pauses between the parts of a long text. motion: (F, Dm) generated
-            motion, not normalised. None if given or absent.
+        speech: (F, Ds) generated latents, without pauses between the parts of a long text.
+        motion: (F, Dm) generated motion, not normalised. None if given or absent.
         stopped: True if the stop head ended it, False if it reached the limit or a given stream determined the length.
         remarks: one-line notes about inputs and result, which are shown with it.
         surroundings: image into which the face is pasted when saved. None: only the face is saved.
@@ -173,8 +173,8 @@ class TalkerPipeline:
         """Publish the loaded release with its codecs on the Hugging Face hub. Return its URL.
 
         Args:
-            repository: OWNER/NAME. license: licence of the weights, such as apache-2.0. None: the licence in the model
-                card.
+            repository: OWNER/NAME.
+            license: licence of the weights, such as apache-2.0. None: the licence in the model card.
         """
         from engine.publish import publish
 

@@ -86,10 +86,12 @@ class LoopRules:
     """Stopping rules of a row. The defaults follow training; talker_t2av/official.py has those of the official
     routines.
 
-    stop_hits: number of consecutive positive stop predictions that end a row. Patches generated between the first and
-    the last are kept. first_test: first step in which the stop head is evaluated. motion_waits: before step `delay`,
-    tokens have no motion part, instead of zero frames or those of the prefix. trim: speech is trimmed to the length of
-    the motion, which is delayed by `delay` patches.
+    Attributes:
+        stop_hits: number of consecutive positive stop predictions that end a row. Patches generated between the first
+            and the last are kept.
+        first_test: first step in which the stop head is evaluated.
+        motion_waits: before step `delay`, tokens have no motion part, instead of zero frames or those of the prefix.
+        trim: speech is trimmed to the length of the motion, which is delayed by `delay` patches.
     """
 
     stop_hits: int = 1

@@ -36,8 +36,9 @@ SAVED_VOICE = ".safetensors"
 class Job(Group):
     """A generation job: fields of the command line, of a line of JSONL, and of a request.
 
-    compat: `official` reproduces the released command line (t2av) and the released method for speech (tts), `library`
-    the released methods; see talker_t2av/official.py.
+    Attributes:
+        compat: `official` reproduces the released command line (t2av) and the released method for speech (tts),
+            `library` the released methods; see talker_t2av/official.py.
     """
 
     mode: str = setting(

@@ -37,7 +37,8 @@ def plant(folder: Path, file: str, line: str, fault: str, tests: str) -> str:
     """Return the name of the first test that fails with a fault; an empty string if none does.
 
     Args:
-        line, fault: a fragment of the file that occurs once, and what replaces it. tests: that should notice.
+        line, fault: a fragment of the file that occurs once, and what replaces it.
+        tests: that should notice.
 
     Raises:
         LookupError: the line is missing or occurs twice, or no test is named.

@@ -159,7 +159,8 @@ class RealAndDrawn(torch.utils.data.Dataset):
     """Pairs of cartoon faces without augmentation, and augmented pairs of real people. Not shuffled by blocks.
 
     Args:
-        drawn: pairs of cartoon faces. people: pairs of real people, from prepared shards.
+        drawn: pairs of cartoon faces.
+        people: pairs of real people, from prepared shards.
         size: S.
         regions: see `region_weights`; they move with the picture.
         drawn_repeats: repetitions of each cartoon clip per epoch.

@@ -75,7 +75,8 @@ class Level(nn.Module):
         Args:
             hidden: generated and warped features, (B, C, S, S).
             refined: the source's warped features after refinement, (B, C, S, S).
-            flow: raw flow and mask logits, (B, 3, S, S). picture: (B, 3, S, S), not clamped.
+            flow: raw flow and mask logits, (B, 3, S, S).
+            picture: (B, 3, S, S), not clamped.
             source: the source picture's feature map of this level, (B, C, S, S).
         """
         hidden = self.grow(hidden, style)

@@ -42,9 +42,11 @@ class SourceClip:
 
     Attributes:
         key: unique key of the sample in the split: letters, digits, _ and -.
-        video: video file, None if there is none. audio: audio file, None if the video contains it.
-        text: transcript, None if unknown. text_file: file with the transcript: JSON with the key `text`, lines of which
-            one begins with `Text:`, or plain text.
+        video: video file, None if there is none.
+        audio: audio file, None if the video contains it.
+        text: transcript, None if unknown.
+        text_file: file with the transcript: JSON with the key `text`, lines of which one begins with `Text:`, or plain
+            text.
         expression: expression of the whole clip, or a list with one per half second.
         phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
@@ -81,7 +83,8 @@ class Outcome:
     Attributes:
         stage, reason: step that rejected the clip, and the reason; "" if its sample was written.
         machine_fault: whether the reason may lie in the machine instead of the clip.
-        seconds: wall-clock and CPU time by step. frames: number of frames of the clip at 25 per second.
+        seconds: wall-clock and CPU time by step.
+        frames: number of frames of the clip at 25 per second.
     """
 
     stage: str = ""
@@ -96,16 +99,24 @@ class WorkItem:
     """State of a clip during preparation.
 
     Attributes:
-        info: description by the source. root: folder of its paths. work: work folder of its shard.
+        info: description by the source.
+        root: folder of its paths.
+        work: work folder of its shard.
         shard, places: an earlier shard with its sample; offset and size of KEY.json and KEY.safetensors.
         unchanged: steps whose results are copied from that shard.
-        frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
-        all_frames: (T', H, W, 3) with those after the end of the audio. scaled_down: they are smaller than the video.
+        frames: (T, H, W, 3) uint8 RGB, None without pictures.
+        wave: (N,) float32, N = T * 960.
+        wave16: (N16,), T * 640.
+        all_frames: (T', H, W, 3) with those after the end of the audio.
+        scaled_down: they are smaller than the video.
         track: face track of `frames`.
         face_frames, face_track: frames from which mouth and face are cropped, and the track in their pixels, as in
             inference.
         transcripts: transcripts by recogniser.
-        facts: for KEY.json; earlier_facts: those copied. tensors: for KEY.safetensors. length: T.
+        facts: for KEY.json.
+        earlier_facts: those copied.
+        tensors: for KEY.safetensors.
+        length: T.
         seconds: as in `Outcome`.
     """
 

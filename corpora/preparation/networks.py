@@ -276,7 +276,8 @@ class Portraits(Step):
     """Stores square face images as JPEG (see `lia_x.data.pack_portraits`), for training LIA-X.
 
     Args:
-        size: side in pixels. pictures: number of images, evenly spaced over the clip.
+        size: side in pixels.
+        pictures: number of images, evenly spaced over the clip.
         crop: see `Motion`.
     """
 

@@ -31,9 +31,11 @@ class Source:
     """A data set on disk.
 
     Attributes:
-        root: folder of the data set. splits: names of the available splits.
+        root: folder of the data set.
+        splits: names of the available splits.
         read: returns the clips of a split in a fixed order. Keys need not be unique yet.
-        frames: whether clips have video. symbols: phonemes of the labels, None without labels.
+        frames: whether clips have video.
+        symbols: phonemes of the labels, None without labels.
     """
 
     root: Path

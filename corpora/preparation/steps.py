@@ -49,8 +49,8 @@ class Steps(Work[WorkItem, Outcome]):
         number: index of the worker process, which uses one thread and one of the GPUs. None: not a worker.
 
     Attributes:
-        steps: steps by
-        name. digests: digests of the weights of their networks.
+        steps: steps by name.
+        digests: digests of the weights of their networks.
         fingerprints: hash of each step (eight hex digits) that depends on its settings and weights, and on those of
             earlier steps that modify frames or audio.
         details: (digests, fingerprints).

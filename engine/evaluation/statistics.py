@@ -107,7 +107,8 @@ def estimate(
     from resampled groups, which are the same for all seeds and both systems.
 
     Args:
-        models: pairs (S, N, 2), NaN for excluded clips. groups: the clips' speakers.
+        models: pairs (S, N, 2), NaN for excluded clips.
+        groups: the clips' speakers.
         minus: pairs of the other system.
 
     Returns:

@@ -103,9 +103,9 @@ class HaarDetector:
         """Return boxes (n, 4) in the rotated image, the number of overlapping detections of each, and the inverse
         transform (2, 3).
 
-        fractions: minimum face sizes as fractions (1/3, 1/8) of the shorter side. The next size is searched only if the
-        previous one
-            found nothing.
+        Args:
+            fractions: minimum face sizes as fractions (1/3, 1/8) of the shorter side. The next size is searched only if
+                the previous one found nothing.
         """
         picture, scale = at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.tiny) * DETECT_SIDE)
         size = max(picture.shape)

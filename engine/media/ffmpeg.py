@@ -63,7 +63,8 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
     """Raise UserError if ffmpeg reported errors and decoded less than the file, or its part `span`, states.
 
     Args:
-        seconds: decoded length in seconds. log: ffmpeg's messages.
+        seconds: decoded length in seconds.
+        log: ffmpeg's messages.
     """
     errors = errors_of(log)
     total = stated_seconds(log)
@@ -156,7 +157,8 @@ def stream_codec(path: str | Path, kind: str) -> str:
 class Streams:
     """Codec names of the first video stream (excluding cover images) and audio stream; None if absent.
 
-    seconds: length stated by the file; 0 if unknown.
+    Attributes:
+        seconds: length stated by the file; 0 if unknown.
     """
 
     video: str | None

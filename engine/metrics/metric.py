@@ -142,8 +142,9 @@ class Metric:
         """Return the rows of one system, with figures added that depend on several clips or on the ground truth.
 
         Args:
-            rows: measurements of a system by clip. true: of the ground-truth clips. truths: the ground-truth clips
-                themselves.
+            rows: measurements of a system by clip.
+            true: of the ground-truth clips.
+            truths: the ground-truth clips themselves.
         """
         return rows
 

@@ -38,9 +38,9 @@ DTYPES = {
 class Reading(Group, prefix="data.shards."):
     """Settings of reading and shuffling shards: the fields of `data.shards` in configs/data/shards.yaml.
 
-    streams: with as many processes as streams, each process reads a single stream. A run that is resumed with another
-    number
-        of processes keeps its number of streams.
+    Attributes:
+        streams: with as many processes as streams, each process reads a single stream. A run that is resumed with
+            another number of processes keeps its number of streams.
     """
 
     cache: str = setting("data/cache", about="cache folder for remote shards")
@@ -63,8 +63,9 @@ class Reading(Group, prefix="data.shards."):
 class Blocks:
     """Consecutive items of a data set that are read together; block i contains sizes[i] items.
 
-    window: number of blocks whose items are shuffled together. streams: number of streams among which the blocks are
-    divided in each epoch. None: the number of processes.
+    Attributes:
+        window: number of blocks whose items are shuffled together.
+        streams: number of streams among which the blocks are divided in each epoch. None: the number of processes.
     """
 
     sizes: Sequence[int]

@@ -122,8 +122,8 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
     """Return the text of the model card: description, usage, data, recipe and metrics.
 
     Args:
-        info: metadata of the checkpoint: optional `step`, `config` and `code`. results: metrics of the validation after
-            step `at`.
+        info: metadata of the checkpoint: optional `step`, `config` and `code`.
+        results: metrics of the validation after step `at`.
     """
     config = info.get("config") or {}
     step = info.get("step", 0)

@@ -24,8 +24,9 @@ class Release:
         kind: kind of the model; see `engine.release.Pretrained`.
         config: JSON-serialisable constructor arguments, and further values that inference needs.
         module: name of the task's submodule that is released.
-        title: title of the card. about: description of the model in one or two sentences. usage: Python code that loads
-            "FOLDER".
+        title: title of the card.
+        about: description of the model in one or two sentences.
+        usage: Python code that loads "FOLDER".
         left_out: tensors of the module that are not stored.
         lora_scale: scale of the low-rank updates, which are merged into the weights. None: no low-rank updates.
     """

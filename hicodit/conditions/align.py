@@ -131,7 +131,9 @@ def avhubert_poses(
     there.
 
     Args:
-        stable: (T, P, 2) landmarks that speech does not move. mouth: (T, M, 2). mean: (P, 2) of the mean face.
+        stable: (T, P, 2) landmarks that speech does not move.
+        mouth: (T, M, 2).
+        mean: (P, 2) of the mean face.
         window: number of frames over which stable landmarks are averaged, starting at the current frame. The last full
             window is used for all later frames.
     """
@@ -159,7 +161,8 @@ def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
     """Crop the mouth (T, 96, 96) uint8 grey as in AV-HuBERT's preprocessing, but without its lossy intermediate file.
 
     Args:
-        frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the crops.
+        frames: (T, H, W, 3) uint8 RGB.
+        poses: (T, 2, 3) transforms to the crops.
     """
     mouths = []
     x = np.arange(MOUTH_SIDE, dtype=np.float64)

@@ -64,9 +64,10 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
 class TinyEncoderConfig(Group, prefix="encoders."):
     """Config of the tiny encoders.
 
-    lip_front: front end for mouth crops: "strided" convolutions of single frames, sufficient for cartoon faces, or
-    "residual" blocks over five frames, for real faces. phonemes: number of classes of the auxiliary frame-wise phoneme
-    loss (0: no such head).
+    Attributes:
+        lip_front: front end for mouth crops: "strided" convolutions of single frames, sufficient for cartoon faces, or
+            "residual" blocks over five frames, for real faces.
+        phonemes: number of classes of the auxiliary frame-wise phoneme loss (0: no such head).
     """
 
     picture_every: ClassVar[int] = 1  # video frames per face crop

@@ -30,9 +30,12 @@ def windows_of(frames: int) -> int:
 class Conditions:
     """Conditions of a batch of clips.
 
-    lip: (B, T, E) lip features, 25 per second. identity: (B, 256) unit vectors in the GE2E voice space. expression: (B,
-    J) expression class of each half-second window, an index into `EXPRESSIONS`; J = `windows_of(T)`. frames: (B,)
-    number of valid video frames of each clip, on the host. The rest of T is padding.
+    Attributes:
+        lip: (B, T, E) lip features, 25 per second.
+        identity: (B, 256) unit vectors in the GE2E voice space.
+        expression: (B, J) expression class of each half-second window, an index into `EXPRESSIONS`; J =
+            `windows_of(T)`.
+        frames: (B,) number of valid video frames of each clip, on the host. The rest of T is padding.
     """
 
     lip: Tensor
@@ -63,8 +66,11 @@ def window_expressions(probabilities: Tensor) -> Tensor:
 class Crops:
     """Crops of one clip that generation needs.
 
-    mouth: (T, S, S) uint8 grey. voices: (4, S', S', 3) uint8 RGB, face crops from which the voice is predicted.
-    expression: (J,) expression class of each half-second window, on the model's device. track: face track of the crops.
+    Attributes:
+        mouth: (T, S, S) uint8 grey.
+        voices: (4, S', S', 3) uint8 RGB, face crops from which the voice is predicted.
+        expression: (J,) expression class of each half-second window, on the model's device.
+        track: face track of the crops.
     """
 
     mouth: np.ndarray

@@ -38,10 +38,12 @@ NETWORKS = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
 class UpstreamEncoderConfig(Group, prefix="encoders."):
     """Config of the upstream encoders and their checkpoints.
 
-    folder: folder of the three checkpoints. None creates networks with random weights, to measure time and memory.
-    lip_file, identity_file, expression_file: file names in that folder. picture_every: video frames per face crop. The
-    paper classifies every frame; the class of a half second changes little with fewer crops, and POSTER V2 is the
-    slowest encoder. lip, identity_blocks: config of the networks with random weights.
+    Attributes:
+        folder: folder of the three checkpoints. None creates networks with random weights, to measure time and memory.
+        lip_file, identity_file, expression_file: file names in that folder.
+        picture_every: video frames per face crop. The paper classifies every frame; the class of a half second changes
+            little with fewer crops, and POSTER V2 is the slowest encoder.
+        lip, identity_blocks: config of the networks with random weights.
     """
 
     kind: str = "upstream"

@@ -17,7 +17,8 @@ class DyingOutputs:
     """A backend of `engine.cuda_graph.GraphedStep`: a replay begins by destroying the outputs of all before it.
 
     Attributes:
-        captures: number of graphs. replays: number of replays.
+        captures: number of graphs.
+        replays: number of replays.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,8 @@ class Closed:
     """Posterior of independent tokens with log q of (K, N): it never depends on what is revealed.
 
     Attributes:
-        counts: at each call, how many tokens of each clip and level are revealed. times: of each clip.
+        counts: at each call, how many tokens of each clip and level are revealed.
+        times: of each clip.
         shapes: of the positions that were requested.
         tokens: the sample.
     """

@@ -29,7 +29,9 @@ def auto_avsr_mouth(
     points fix the transform by least median of squares; grey comes before the warp.
 
     Args:
-        frames: (T, H, W, 3) uint8 RGB. landmarks: (T, 68, 2) of every frame. mean_face: (68, 2) in a 256 x 256 frame.
+        frames: (T, H, W, 3) uint8 RGB.
+        landmarks: (T, 68, 2) of every frame.
+        mean_face: (68, 2) in a 256 x 256 frame.
 
     Returns:
         mouth (T, 96, 96) uint8 grey and matrices (T, 2, 3).

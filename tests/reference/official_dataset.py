@@ -31,7 +31,8 @@ class Recording:
     """Audio and motion of one row after the 30 s window, and the numbers of frames that count.
 
     Attributes:
-        wave: (N,) at 24 kHz. wave16: (N16,) at 16 kHz.
+        wave: (N,) at 24 kHz.
+        wave16: (N16,) at 16 kHz.
         motion: (Fm, Dm) normalised, Fm = 0 for TTS.
         speech_frames: latent frames that the audio is counted as, 1..750.
     """
