@@ -3,7 +3,6 @@
 import os
 import time
 
-os.environ.setdefault(
-    "PYTORCH_ENABLE_MPS_FALLBACK", "1"
-)  # device=mps: operators that are not implemented for MPS run on the CPU
+# With device=mps, operators that are not implemented for MPS run on the CPU.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 STARTED = time.perf_counter()  # approximate start time of the command

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +214,10 @@ def _comments(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _headline(path: Path) -> str:
-    """Return the first comment line of a YAML file that is not an `@package` line."""
-    lines = path.read_text().splitlines()
-    return next((line.lstrip("# ").strip() for line in lines if line[:1] == "#" and "@package" not in line), "")
+    """Return the first sentence of the comment at the start of a YAML file, without the `@package` line."""
+    lines = [line for line in path.read_text().splitlines() if "@package" not in line]
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"\.(?:\s|$)", comment, maxsplit=1)[0]
 
 
 def _width() -> int:

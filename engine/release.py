@@ -322,10 +322,8 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
     for parent in (folder, Path(os.path.realpath(folder)).parent, bundled):
         codec = parent / Path(name).name
-        if codec.is_dir() and _kind(codec) in (
-            *kinds,
-            None,
-        ):  # a damaged release matches, too: the error is reported when it is read
+        # A damaged release matches, too: the error is reported when it is read.
+        if codec.is_dir() and _kind(codec) in (*kinds, None):
             return str(codec)
     return name
 

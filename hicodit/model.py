@@ -202,9 +202,8 @@ class Stage(nn.Module):
         copies = len(context) // len(tokens)  # guidance branches
         tables = enumerate(self.embeddings, self.first)
         embedded = torch.stack([table(tokens[:, level]) for level, table in tables]).mean(0)
-        h = (
-            self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
-        ).float()  # the residual stream, also under autocast
+        # The residual stream stays in float32, also under autocast.
+        h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()
         mask = conditioning.mask
         if mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)

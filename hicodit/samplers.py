@@ -137,9 +137,8 @@ def euler(state: SamplerState) -> Iterator[None]:
     """
     config = state.config
     start = state.time(state.total).double()
-    times = torch.stack(
-        [torch.linspace(t, config.end, config.steps + 1, dtype=torch.float64) for t in start.tolist()], 1
-    )  # (S + 1, B)
+    spaced = [torch.linspace(t, config.end, config.steps + 1, dtype=torch.float64) for t in start.tolist()]
+    times = torch.stack(spaced, 1)  # (S + 1, B)
     if state.normalised:
         when, u = state.noise(2)
         scale = (config.steps * start / (start - config.end).clamp(min=1e-12)).to(when.dtype)
@@ -245,9 +244,8 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]  # (B, K, S)
     largest = counts.amax((0, 1)).cpu().tolist()
     used = steps if largest[-1] else steps - 1
-    slots = torch.arange(
-        -(-max(*largest, 1) // 4) * 4, device=step.device
-    )  # few shapes, so that fewer graphs are compiled
+    # Few shapes, so that fewer graphs are compiled.
+    slots = torch.arange(-(-max(*largest, 1) // 4) * 4, device=step.device)
     index = ((counts.cumsum(2) - counts)[..., None] + slots).clamp(max=length - 1)  # (B, K, S, M)
     order = step.argsort(dim=2, stable=True)[:, :, None].expand(-1, -1, steps, -1)
     frames = torch.where(slots < counts[..., None], order.gather(3, index), length)

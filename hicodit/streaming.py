@@ -88,7 +88,7 @@ class SpeechStream:
         self.settled = 0  # number of video frames with final tokens
         self.tokens = torch.zeros(
             pipeline.codec.levels, 0, dtype=torch.long
-        )  # (K, L) final tokens, starting at frame `first`
+        )  # (K, L) final ones, from frame `first` on
         self.track: FaceTrack | None = None
         self._moved = 0  # number of frames dropped since the face was last tracked
 

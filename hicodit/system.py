@@ -56,9 +56,8 @@ class HiCoDiTSystem(Pretrained):
     def read_expressions(self, faces: Tensor) -> Tensor:
         """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1] or uint8, on any device."""
         device = next(self.parameters()).device
-        parts = (
-            to_device(part, device) for part in faces.split(PICTURES)
-        )  # all face crops of a long clip would take gigabytes
+        # In batches, as all face crops of a long clip would take gigabytes on the device.
+        parts = (to_device(part, device) for part in faces.split(PICTURES))
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:

@@ -138,9 +138,8 @@ def openai_routes(service: Service) -> APIRouter:
 
         if body.stream_format is not None:
             parts = encode(waves, rate, body.response_format, body.speed)
-            first = await while_connected(
-                request, anext(parts)
-            )  # errors before the first audio still have their status
+            # Errors before the first audio still have their status.
+            first = await while_connected(request, anext(parts))
 
             async def chunks() -> AsyncIterator[bytes]:
                 yield first

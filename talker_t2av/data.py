@@ -33,11 +33,8 @@ from talker_t2av.text import load_tokenizer
 TASKS = ("t2av", "tts")
 MAX_TOKENS = 1000  # maximum length of a sequence in tokens; longer ones are truncated on the right
 _codec_digests = lru_cache(codec_digests)
-STAGES = {
-    "speech": "whisperx_vae",
-    "motion": "lia_x",
-    "speaker": "speaker",
-}  # name of the digest of each stream in an index
+# The digest of each stream in the index of a split.
+STAGES = {"speech": "whisperx_vae", "motion": "lia_x", "speaker": "speaker"}
 
 
 def window_range(frames: int) -> int:

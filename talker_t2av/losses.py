@@ -306,9 +306,8 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
-    position = (
-        to_device(batch["speech_span"][:, :1], hidden.device) + patch
-    )  # offset by the task token, and one position earlier
+    # Offset by the task token; the state that predicts a patch is one position earlier.
+    position = to_device(batch["speech_span"][:, :1], hidden.device) + patch
     position = position.clamp(0, hidden.shape[1] - 1)
     states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()

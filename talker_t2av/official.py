@@ -28,9 +28,8 @@ from talker_t2av.request import LoopRules, Request
 from talker_t2av.system import MotionStats
 
 HITS = 3
-WAITING = LoopRules(
-    HITS, first_test=7, motion_waits=True, trim=False
-)  # first stop test of the two routines with motion
+# First stop test of the two routines with motion.
+WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)
 MIN_FRAMES = 25  # frames before the first stop test of `generate_speech`
 # patches by which the result may exceed the reference
 EXTRA_SPEECH = 25

@@ -26,9 +26,8 @@ PAUSE = "_:"
 LANGUAGES = {  # language -> tokens of its phonemes
     "en-us": (*STOPS.split(), PAUSE, *CONSONANTS.split(), *(s + v for v in VOWELS.split() for s in ("", "'", ",")))
 }
-SYMBOLS = sorted(
-    {name.rstrip("#") for name in f"{CONSONANTS} {VOWELS}".split()} - {";"}
-)  # phonemes that have no stress
+# Phonemes that have no stress.
+SYMBOLS = sorted({name.rstrip("#") for name in f"{CONSONANTS} {VOWELS}".split()} - {";"})
 SAME_STOP = {";": ",", ":": ",", "\u2026": ".", "": "."}  # other phonemes are separate tokens
 HELPER = Path(__file__).with_name("espeak.py")
 

@@ -177,9 +177,8 @@ class LiaXTask(Task):
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(fake, real)
         if self.discriminator is not None:
-            self.discriminator.requires_grad_(
-                False
-            )  # the discriminator has been updated: only gradients of the image are needed
+            # The discriminator has been updated: only gradients of the image are needed.
+            self.discriminator.requires_grad_(False)
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self.guide and self.step < self.guide["until"]:

@@ -31,13 +31,14 @@ from rvq_codec.codec import RVQCodec
 from rvq_codec.config import RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
 
+# Fields that do not affect the network's shapes.
 SETTINGS = (
     "quantizer_dropout",
     "commitment",
     "codebook",
     "conv_width",
     "conv_ratios",
-)  # fields that do not affect the network's shapes
+)
 DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
 
 

@@ -36,9 +36,8 @@ class Results:
 
     rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)  # measurements by metric, system and clip
     failed: list[dict[str, str]] = field(default_factory=list)  # `clip`, `system`, `where` (metric or file), `why`
-    lengths: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # lengths of the takes in seconds, by system and clip
+    # Lengths of the takes in seconds, by system and clip.
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # reason why a metric has no measurements
     seconds: dict[str, float] = field(default_factory=dict)  # elapsed seconds by metric, including loading its network
     cached: dict[str, int] = field(default_factory=dict)  # number of cached measurements by metric

@@ -72,9 +72,8 @@ class Dlib68:
 
     def __init__(self) -> None:
         dlib = require("dlib", "dlib", "landmarks")
-        models = importlib.util.find_spec(
-            "face_recognition_models"
-        )  # only its files are used, as the package imports outdated modules
+        # Only its files are used, as the package imports outdated modules.
+        models = importlib.util.find_spec("face_recognition_models")
         if models is None:
             raise UserError("this needs face_recognition_models: install it with  bash scripts/setup.sh landmarks")
         folder = Path(models.submodule_search_locations[0]) / "models"

@@ -99,9 +99,8 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
                 count += len(block)
                 if count > most:
                     raise _too_long(path)
-            size = re.search(
-                r"data : (\d+) \(should be (\d+)\)", file.extra_info
-            )  # libsndfile's log for WAV: stated and actual bytes
+            # The log of libsndfile for a WAV file has the stated and the actual number of bytes.
+            size = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
             share = int(size[2]) / int(size[1]) if size and int(size[2]) < int(size[1]) < 2**31 - 2**9 else 1.0
             total = count / share if 0 < share < 1 else file.frames
             if 0 < count < total - SHORT * file_rate and file.frames < UNKNOWN:

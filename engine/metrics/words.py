@@ -206,10 +206,8 @@ def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.b
     """Load (processor, model) with transformers, in `half` precision on a GPU, from a folder (Path) or the hub
     (str).
     """
-    from transformers import (
-        AutoModelForSpeechSeq2Seq,
-        AutoProcessor,
-    )  # importing transformers takes up to half a minute
+    # Importing transformers takes up to half a minute.
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
     dtype = half if str(device).startswith("cuda") else torch.float32
     local = isinstance(name, Path)

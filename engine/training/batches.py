@@ -168,9 +168,8 @@ class MicroBatches(torch.utils.data.Dataset):
         """
         count = order.items.shape[1]
         windows = int(order.windows.max()) + 1
-        pool = (
-            max(1, min(POOL, count // windows // self.group)) * self.group
-        )  # slightly more items than a window of blocks
+        # Slightly more items than a window of blocks.
+        pool = max(1, min(POOL, count // windows // self.group)) * self.group
         head = min(count, -epoch * count % self.group)
         draw = generator_for(self.seed, "groups", epoch)
         lengths = torch.as_tensor(self.dataset.lengths)[order.items]

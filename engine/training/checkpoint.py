@@ -41,9 +41,8 @@ RESULTS = "results.json"
 COUNTS = ("step", "samples", "streams", "group")  # integer entries of `INFO`
 FAILING = 60.0  # seconds for which a failing process waits for a pending checkpoint, if there are several processes
 
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-)  # expected in a single process
+# Expected in a single process.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
@@ -159,9 +158,8 @@ class Checkpoints:
         os.replace(staging, final)
         _sync(self.root)
         present = steps(self.root)
-        kept = [step for step in present if step <= info["step"]][
-            -self.keep :
-        ]  # later ones are damaged and were skipped
+        # Later ones are damaged and were skipped.
+        kept = [step for step in present if step <= info["step"]][-self.keep :]
         if self.best:
             kept.append(best(self.root, self.best))
         for step in present:

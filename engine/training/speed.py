@@ -66,10 +66,8 @@ class Utilisation:
             step(*arguments)
             return
         _recomputed.clear()
-        with (
-            torch.compiler.set_stance("force_eager"),
-            counter() as flops,
-        ):  # operations in compiled code are not counted
+        # Operations in compiled code are not counted.
+        with torch.compiler.set_stance("force_eager"), counter() as flops:
             tokens = step(*arguments)
         self._counted = flops.get_total_flops(), sum(_recomputed), tokens
 

@@ -197,9 +197,8 @@ class Trainer:
                     figures = task.measure(folder, share)
             except Exception as error:
                 self.write_error = f"process {share.rank} failed in validation: {error!r}"
-                with suppress(
-                    UserError, SystemExit
-                ):  # the other processes end like this; this one raises the original error
+                # The other processes end like this; this one raises the original error.
+                with suppress(UserError, SystemExit):
                     self._stop_on_write_error()
                 raise
         self._stop_on_write_error()

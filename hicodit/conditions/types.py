@@ -18,7 +18,7 @@ EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "
 NO_EXPRESSION = len(EXPRESSIONS)  # class of a window with unknown expression; in training only
 FPS = 25.0  # video frames per second
 MIN_FRAMES = 5  # minimum length of a clip in frames (0.2 s), in training and inference
-WINDOW_SECONDS = 0.5  # video frames per expression window
+WINDOW_SECONDS = 0.5  # duration of an expression window
 
 
 def windows_of(frames: int) -> int:
@@ -56,9 +56,8 @@ def window_expressions(probabilities: Tensor) -> Tensor:
     size = (2 * (len(probabilities) - 1) // 25 + 1, probabilities.shape[-1])
     counts = torch.zeros(size, dtype=probabilities.dtype, device=probabilities.device).index_add_(0, window, votes)
     mass = torch.zeros_like(counts).index_add_(0, window, probabilities)
-    classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(
-        -1
-    )  # the tie-break is smaller than one vote
+    # The tie-break is smaller than one vote.
+    classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)
     return torch.cat([classes, classes[-1:]])[: windows_of(len(probabilities))]
 
 

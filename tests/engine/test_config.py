@@ -106,7 +106,9 @@ def test_help_lists_settings_with_defaults_and_sentences(monkeypatch, capsys):
     before_examples = capsys.readouterr().out.partition("Examples:")[0]
     assert max(map(len, before_examples.splitlines())) <= 80
     assert command(monkeypatch, train, RECIPE, "--help") == 0
-    assert re.search(r"^  task\.phoneme_weight +0\.2 +weight of", capsys.readouterr().out, re.MULTILINE)
+    text = capsys.readouterr().out
+    assert re.search(r"^  task\.phoneme_weight +0\.2 +weight of", text, re.MULTILINE)
+    assert "32 clips, 30 steps; its speech is unintelligible" in " ".join(text.split())
 
 
 def test_options_of_hydra_itself(monkeypatch, capsys, tmp_path):
