@@ -1,9 +1,19 @@
-"""Conditions of the score network: their types, and the encoders that compute them from face images."""
+"""Conditions of the score network: their types, and the encoders that compute them from face images.
+
+To add condition encoders, write two classes, add them to `ENCODERS`, and describe their settings in
+configs/task/encoders/NAME.yaml:
+
+- a config, a `Group` with `kind`, `lip_dim`, `face_dim`, `mouth_size`, `face_size`, `picture_every` and the methods
+  `cut_mouth` and `cut_faces`, as `hicodit.conditions.encoders.TinyEncoderConfig`;
+- a class that is constructed from it, with `config`, `learns` and the three encoders `lip`, `identity` and
+  `expression`, as `hicodit.conditions.encoders.ConditionEncoders`, which is the base class of trained encoders.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from engine.instantiate import target
 from engine.settings import make, require_choice
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
 from hicodit.conditions.types import EXPRESSIONS, Conditions
@@ -11,12 +21,31 @@ from hicodit.conditions.types import EXPRESSIONS, Conditions
 if TYPE_CHECKING:
     from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 
-__all__ = ["EXPRESSIONS", "KINDS", "Conditions", "EncoderConfig", "encoder_config", "encoders_learn", "make_encoders"]
+__all__ = [
+    "ENCODERS",
+    "EXPRESSIONS",
+    "Conditions",
+    "EncoderConfig",
+    "encoder_config",
+    "encoders_learn",
+    "make_encoders",
+]
 
 EncoderConfig: TypeAlias = "TinyEncoderConfig | UpstreamEncoderConfig"
 
-KINDS = ("tiny", "upstream")  # `kind` of configs/task/encoders/*.yaml
+# Config and encoders of each `kind` in configs/task/encoders/*.yaml. A module is imported when its kind is used.
+ENCODERS = {
+    "tiny": ("hicodit.conditions.encoders.TinyEncoderConfig", "hicodit.conditions.encoders.ConditionEncoders"),
+    "upstream": ("hicodit.conditions.upstream.UpstreamEncoderConfig", "hicodit.conditions.upstream.UpstreamEncoders"),
+}
 RENAMED = {"released": "upstream"}  # in files from before 2026-11-25
+
+
+def _classes(kind: str) -> tuple[type, type]:
+    """Return the classes of the config and of the encoders of a kind."""
+    require_choice("encoders.kind", kind, ENCODERS)
+    config, encoders = ENCODERS[kind]
+    return target(config), target(encoders)
 
 
 def encoders_learn(kind: str) -> bool:
@@ -24,26 +53,19 @@ def encoders_learn(kind: str) -> bool:
 
     Those of other kinds have fixed weights, so that prepared shards contain their features instead of the images.
     """
-    kind = RENAMED.get(kind, kind)
-    require_choice("encoders.kind", kind, KINDS)
-    return kind == "tiny"
+    _, encoders = _classes(RENAMED.get(kind, kind))
+    return encoders.learns
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """Create the encoder config from the `values` of a YAML file. `kind` is one of `KINDS`, by default "tiny"."""
+    """Create the encoder config from the `values` of a YAML file. `kind` is a key of `ENCODERS`, by default "tiny"."""
     kind = values.get("kind", "tiny")
-    values = {**values, "kind": RENAMED.get(kind, kind)}
-    if encoders_learn(kind):
-        return make(TinyEncoderConfig, values, "encoders.")
-    from hicodit.conditions.upstream import UpstreamEncoderConfig  # three large networks that few models use
-
-    return make(UpstreamEncoderConfig, values, "encoders.")
+    kind = RENAMED.get(kind, kind)
+    config, _ = _classes(kind)
+    return make(config, {**values, "kind": kind}, "encoders.")
 
 
 def make_encoders(config: EncoderConfig) -> ConditionEncoders | UpstreamEncoders:
     """Create the lip, identity and expression encoders, with random weights or with those of the files in `config`."""
-    if isinstance(config, TinyEncoderConfig):
-        return ConditionEncoders(config)
-    from hicodit.conditions.upstream import UpstreamEncoders
-
-    return UpstreamEncoders(config)
+    _, encoders = _classes(config.kind)
+    return encoders(config)

@@ -249,7 +249,15 @@ class TinyIdentityEncoder(TinyFaceEncoder):
 
 
 class ConditionEncoders(nn.Module):
-    """The three condition encoders of a model, which are trained with it."""
+    """The three condition encoders of a model, which are trained with it.
+
+    Attributes:
+        learns: whether the encoders are trained with the model and part of its state, see `encoders_learn`.
+        lip: maps mouth crops (B, T, S, S) in [0, 1] and their numbers of valid frames (B,) to features (B, T, lip_dim).
+            Its `phoneme_head` is None, or maps the features to phoneme logits for the auxiliary loss.
+        identity: maps face crops (B, F, 3, S', S') in [0, 1] to embeddings (B, face_dim).
+        expression: maps face crops (n, 3, S', S') in [0, 1] to logits of `EXPRESSIONS` (n, 7).
+    """
 
     learns = True
 
