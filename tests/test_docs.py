@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 
+from engine.config import load
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.record import portable
@@ -61,6 +63,16 @@ def test_what_a_page_names_exists(page):
     assert [name for name in files if not (ROOT / name).exists()] == []
     records = re.findall(r"`(20\d\d-[\w.-]+\.json)`", text)
     assert [name for name in records if not (RESULTS / name).exists()] == []
+
+
+def test_the_recipe_of_the_page_about_extending_composes(tmp_path, monkeypatch):
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "experiment" / "hicodit_footage.yaml").write_text(recipe)
+    monkeypatch.setattr("engine.config.CONFIGS", tmp_path / "configs")
+    config = load("train", ["experiment=hicodit_footage", "data.footage=clips"])
+    assert config.init == "assets/hicodit_tiny" and config.data.train.source == "clips/shards/train"
+    assert "stages.crops.encoders.kind=tiny" in config.data.make.shards
 
 
 def value_of(record: str, where: str):
