@@ -161,7 +161,7 @@ def evaluate_clips(
         if n < VIDEOS and "mouth" in clip:
             mouth = clip["mouth"].numpy().repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
             write_video(folder / f"{info['key']}.mp4", mouth, FPS, wave, rate)
-    compared = any(metric.pair for metric in metrics_of(metrics))
+    compared = any(metric.needs_truth for metric in metrics_of(metrics))
     true = pipeline.decode([clip["tokens"].T for clip in stored]) if compared else None
     texts = [info["text"] for info in infos]
     device = str(pipeline.device)

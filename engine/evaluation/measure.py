@@ -71,7 +71,7 @@ def result_file(cache: Path, metric: Metric, take: Take, truth: Take) -> Path:
     states = [(file.name, file.stat()) for file in metric.files]
     networks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     about = [metric.name, metric.version, metric.protocol, networks, inputs(take)]
-    about += [truth.text, take.language, truth.about, *([inputs(truth)] if metric.pair else [])]
+    about += [truth.text, take.language, truth.about, *([inputs(truth)] if metric.needs_truth else [])]
     return cache / metric.name / f"{digest_of(about)}.npz"
 
 

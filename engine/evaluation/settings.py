@@ -99,7 +99,7 @@ class EvaluateConfig(Group):
     video: str = setting(
         "source",
         choices=("source", "output"),
-        about="of speech without pictures of its own: source, those that it was made for; output: none",
+        about="video of outputs without frames: source (the input video), or output (none)",
     )
     protocol: dict[str, Any] = setting(
         {}, about="protocol by metric, as in {wer: grammar}; default: the first protocol of the metric"

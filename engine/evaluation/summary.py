@@ -162,7 +162,7 @@ def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[s
     """Report systems with outputs of another length: metrics only compare the part that output and ground truth have in
     common.
     """
-    cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.cuts)
+    cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.trims)
     true = lengths.get(TRUTH, {})
     notes = []
     for system, own in lengths.items() if cut else ():

@@ -135,7 +135,7 @@ def measure_outputs(
     for i, number in enumerate(numbers):
         truth = Take(None if truths is None else Sound(truths[i], rate), text=texts[i])
         clips.append(Clip(str(number), None, truth, {OUTPUT: Take(Sound(waves[i], rate), text=texts[i])}))
-    comparable = [metric for metric in by_metric if truths is not None or not metric.pair]
+    comparable = [metric for metric in by_metric if truths is not None or not metric.needs_truth]
     measured = measure(clips, comparable, true_row=False)
     results = {}
     for metric, names in by_metric.items():

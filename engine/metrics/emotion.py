@@ -28,9 +28,9 @@ class Emotion(Metric):
         "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips with the same recognised emotion as the ground truth"),
         "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the ground truth"),
     }
-    needs = ("funasr",)
-    names = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")
-    pair = True
+    packages = ("funasr",)
+    weight_files = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")
+    needs_truth = True
     parallel = False
 
     def load(self) -> None:

@@ -46,8 +46,8 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
 
 class FID(Metric):
     figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of image features to the ground truth")}
-    needs = ("torch_fidelity",)
-    names = ("weights-inception-2015-12-05-6726825d.pth",)
+    packages = ("torch_fidelity",)
+    weight_files = ("weights-inception-2015-12-05-6726825d.pth",)
     inputs = ("video",)
     parallel = False
 
@@ -68,7 +68,7 @@ class FID(Metric):
 
 class FVD(Metric):
     figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of video features to the ground truth")}
-    names = ("i3d_torchscript.pt",)
+    weight_files = ("i3d_torchscript.pt",)
     inputs = ("video",)
     parallel = False
 

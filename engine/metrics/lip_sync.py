@@ -239,7 +239,7 @@ class LipSync(Metric):
         "lse_c": Figure("LSE-C", 1, meaning="confidence of lip synchronisation"),
         "lse_d": Figure("LSE-D", -1, meaning="distance between lip and audio embeddings at the best shift"),
     }
-    names = ("syncnet_v2.model",)
+    weight_files = ("syncnet_v2.model",)
     inputs = ("audio", "video", "source")
 
     def load(self) -> None:

@@ -78,9 +78,9 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
 
 class MCD(Metric):
     figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="spectral envelope distance to the ground truth")}
-    needs = ("pyworld", "fastdtw")
+    packages = ("pyworld", "fastdtw")
     protocols = ("dtw", "plain", "dtw_sl")
-    pair = True
+    needs_truth = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made = wave_of(take.audio, RATE)

@@ -1,7 +1,10 @@
 """Interface of metrics: each clip is measured separately, and figures are ratios of sums over clips.
 
-Each file of this package contains one metric with its reference, licence, requirements and the package that computes
-it. `engine.metrics.registry` maps the names of figures to metrics.
+Each file of this package contains a metric, or several related ones, with reference, licence and requirements. A metric
+computes one or more figures, the columns of a table; `engine.metrics.registry` maps their names to metrics.
+
+To add a metric, write a subclass of `Metric` with `figures` and `measure`, and add it to `CLASSES` of the registry. Its
+figures can then be named in `metrics=[...]`, in `columns` of configs/table/*.yaml and in a recipe's `validate_metrics`.
 
 Axes: N samples, F rows of features, D features.
 """
@@ -80,17 +83,15 @@ class Metric:
 
     figures: ClassVar[Mapping[str, Figure]] = {}  # columns computed by the metric
     protocols: ClassVar[tuple[str, ...]] = ("",)  # names of the protocols; the first is the default
-    version: ClassVar[int] = (
-        1  # version, incremented when results for the same inputs change, which invalidates cached values
-    )
-    pair: ClassVar[bool] = False  # whether the metric needs the ground truth
+    version: ClassVar[int] = 1  # incremented when results for the same inputs change; invalidates cached values
+    needs_truth: ClassVar[bool] = False  # whether the metric compares the take with the ground truth
     parallel: ClassVar[bool] = True  # whether several processes may share a GPU, which large networks do not fit
     outputs_only: ClassVar[bool] = False  # whether the metric does not apply to the ground truth
-    pictured: ClassVar[bool] = False  # whether the metric requires video
-    cuts: ClassVar[bool] = False  # whether output and ground truth are trimmed to the shorter length
+    needs_video: ClassVar[bool] = False  # whether the metric requires video
+    trims: ClassVar[bool] = False  # whether output and ground truth are trimmed to the shorter length
     inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the take on which the result depends
-    needs: ClassVar[tuple[str, ...]] = ()  # required modules
-    names: ClassVar[tuple[str, ...]] = ()  # required files below `weights`; changes invalidate cached results
+    packages: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
+    weight_files: ClassVar[tuple[str, ...]] = ()  # files below `weights`; changes invalidate cached results
     download: ClassVar[str] = "metrics"  # group of scripts/checkpoints.yaml with these files
 
     @property
@@ -107,15 +108,15 @@ class Metric:
 
     @property
     def files(self) -> list[Path]:
-        return [self.weights / name for name in self.names]
+        return [self.weights / name for name in self.weight_files]
 
     def check(self) -> None:
         """Raise UserError if a package or file is missing. The message states how to install it."""
-        packages = [name for name in self.needs if find_spec(name) is None]
+        missing = [name for name in self.packages if find_spec(name) is None]
         files = [str(file) for file in self.files if not file.exists()]
         why = []
-        if packages:
-            why.append(f"not installed: {', '.join(packages)} (bash scripts/setup.sh metrics)")
+        if missing:
+            why.append(f"not installed: {', '.join(missing)} (bash scripts/setup.sh metrics)")
         if files:
             get = f"python scripts/download_checkpoints.py {self.download} --to {self.weights}"
             why.append(f"missing: {', '.join(files)} ({get})")
@@ -127,7 +128,7 @@ class Metric:
         system.
         """
         picture = take.video or (take.source if "source" in self.inputs else None)
-        if self.pictured and picture is None:
+        if self.needs_video and picture is None:
             return False
         return take.given is None or bool({"audio", "video"} & {*self.inputs} - {take.given})
 

@@ -28,7 +28,7 @@ SETTINGS = {"allphone_ci": True, "beam": 1e-20, "pbeam": 1e-20, "lw": 2.0, "remo
 
 class PhonemeErrors(Metric):
     figures: ClassVar = {"per": Figure("PER %", -1, 1, 100, "phoneme errors divided by phonemes")}
-    needs = ("pocketsphinx",)
+    packages = ("pocketsphinx",)
     parallel = False
 
     def load(self) -> None:
@@ -63,8 +63,8 @@ class DurationDistance(Metric):
     figures: ClassVar = {
         "duration_distance": Figure("DD ms", -1, 1, meaning="mean absolute difference of phone durations")
     }
-    needs = ("pocketsphinx",)
-    pair = True
+    packages = ("pocketsphinx",)
+    needs_truth = True
 
     def load(self) -> None:
         self.package = require("pocketsphinx", "pocketsphinx")

@@ -69,8 +69,8 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 class Reconstruction(Metric):
     figures: ClassVar = {
-        "psnr": Figure("PSNR dB", 1, 2, meaning="of whole pictures"),
-        "ssim": Figure("SSIM", 1, 4, meaning="of whole pictures"),
+        "psnr": Figure("PSNR dB", 1, 2, meaning="of whole frames"),
+        "ssim": Figure("SSIM", 1, 4, meaning="of whole frames"),
         "mouth_psnr": Figure("mouth PSNR dB", 1, 2, meaning="of the mouth region"),
         "mouth_movement": Figure(
             "mouth movement", 1, 3, meaning="explained fraction of the temporal variance of the mouth"
@@ -80,9 +80,9 @@ class Reconstruction(Metric):
             "eyes movement", 1, 3, meaning="explained fraction of the temporal variance of the eyes"
         ),
     }
-    pair = True
+    needs_truth = True
     outputs_only = True
-    pictured = True
+    needs_video = True
     inputs = ("video",)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

@@ -36,7 +36,7 @@ RATE = 16_000
 
 class DNSMOS(Metric):
     figures: ClassVar = {"dnsmos": Figure("DNSMOS", 1, meaning="predicted MOS of speech quality, 1 to 5")}
-    needs = ("speechmos", "onnxruntime", "librosa")
+    packages = ("speechmos", "onnxruntime", "librosa")
     protocols = ("p808", "p835")
 
     def load(self) -> None:
@@ -56,8 +56,8 @@ class DNSMOS(Metric):
 
 class UTMOS(Metric):
     figures: ClassVar = {"utmos": Figure("UTMOS", 1, meaning="predicted MOS of naturalness, 1 to 5")}
-    needs = ("utmos_pytorch",)
-    names = ("utmos_state_dict.pt",)
+    packages = ("utmos_pytorch",)
+    weight_files = ("utmos_state_dict.pt",)
     parallel = False
 
     def load(self) -> None:
@@ -78,9 +78,9 @@ class PESQ(Metric):
         "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the ground truth, 16 kHz"),
         "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the ground truth, 8 kHz"),
     }
-    needs = ("pesq",)
-    pair = True
-    cuts = True
+    packages = ("pesq",)
+    needs_truth = True
+    trims = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         true = wave_of(truth.audio, RATE)
@@ -101,10 +101,10 @@ class PESQ(Metric):
 
 class STOI(Metric):
     figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the ground truth, 0 to 1")}
-    needs = ("pystoi",)
+    packages = ("pystoi",)
     version = 2
-    pair = True
-    cuts = True
+    needs_truth = True
+    trims = True
     extended: ClassVar[bool] = False
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

@@ -41,7 +41,7 @@ Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E embeddi
 class SpeakerSimilarity(Metric):
     figures: ClassVar = {"speaker_similarity": Figure("SpkSim", 1, 4, meaning="cosine with the ground truth")}
     protocols = ("ecapa", "wavlm", "ge2e")
-    pair = True
+    needs_truth = True
     parallel = False
 
     def load(self) -> None:
@@ -60,7 +60,7 @@ class SpeakerSimilarity(Metric):
         return self.encoder.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy().astype(np.float64)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def weight_files(self) -> tuple[str, ...]:
         return {"ecapa": ("ecapa/embedding_model.ckpt",), "wavlm": ("wavlm_large_finetune.pth",)}.get(self.kind, ())
 
     @property
@@ -68,7 +68,7 @@ class SpeakerSimilarity(Metric):
         return "talker_t2av" if self.kind == "wavlm" else "metrics"
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def packages(self) -> tuple[str, ...]:
         return {"ecapa": ("speechbrain",), "ge2e": ("resemblyzer",)}.get(self.kind, ())
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class OwnVoice(Metric):
             "voice cosine", 1, 3, meaning="cosine with the mean of the other clips of the same speaker"
         ),
     }
-    needs = ("resemblyzer",)
+    packages = ("resemblyzer",)
     protocols = ("clips", "shards")
 
     def load(self) -> None:

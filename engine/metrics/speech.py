@@ -112,7 +112,7 @@ class Prosody(Metric):
         "pitch_range_right_way": Figure("pitch direction %", 1, 1, 100, f"pitch range {WAY}"),
         "energy_right_way": Figure("energy direction %", 1, 1, 100, f"energy {WAY}"),
     }
-    needs = ("librosa",)
+    packages = ("librosa",)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         wave = wave_of(take.audio, RATE)
@@ -147,8 +147,8 @@ class PitchContour(Metric):
         "f0_correlation": Figure("F0 r", 1, 2, meaning="temporal correlation of log F0 with the ground truth"),
         "log_f0_rmse": Figure("log F0 RMSE", -1, 3, meaning="RMSE of log F0 against the ground truth, in nepers"),
     }
-    needs = ("librosa",)
-    pair = True
+    packages = ("librosa",)
+    needs_truth = True
 
     def load(self) -> None:
         self.pitch_of = lru_cache(CACHED)(lambda path: pitch(wave_of(path, RATE), RATE))
@@ -192,7 +192,7 @@ class Endings(Metric):
         "length_error": Figure("length s", -1, 2, meaning="difference to the length of the ground truth, in seconds"),
     }
     inputs = ("audio", "about")
-    pair = True
+    needs_truth = True
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         wave = wave_of(take.audio, RATE)
@@ -216,7 +216,7 @@ class Synchrony(Metric):
     }
     protocols = ("drawn", "landmarks")
     inputs = ("audio", "video", "source")
-    pictured = True
+    needs_video = True
 
     def load(self) -> None:
         self.read_opening = _reader(self.argument)
@@ -234,9 +234,9 @@ class MouthOpening(Metric):
     }
     protocols = ("drawn", "landmarks")
     inputs = ("video",)
-    pair = True
+    needs_truth = True
     outputs_only = True
-    pictured = True
+    needs_video = True
 
     def load(self) -> None:
         self.read_opening = _reader(self.argument)

@@ -102,12 +102,12 @@ class WordErrors(Metric):
         return "metrics" if self.protocol == "whisper-medium" else "metrics_large"
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def packages(self) -> tuple[str, ...]:
         return ("pocketsphinx",) if self.kind == "grammar" else ()
 
     def is_free(self, text: str) -> bool:
-        """Return whether a sentence is transcribed with the language model, because the grammar lacks one of
-        its words.
+        """Return whether a sentence is transcribed with the language model, because the grammar does not contain one
+        of its words.
         """
         return self.free is not None and not set(text.lower().split()) <= self.vocabulary
 

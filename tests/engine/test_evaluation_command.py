@@ -265,7 +265,7 @@ def test_speech_without_pictures_is_compared_with_those_it_was_made_for(run, mon
     (folders / "face.mp4").write_bytes(b"a video")
     row = {"id": "x", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "face.mp4"}
     (folders / "clips.jsonl").write_text(json.dumps(row))
-    monkeypatch.setattr(LipSync, "names", ())
+    monkeypatch.setattr(LipSync, "weight_files", ())
     monkeypatch.setattr(LipSync, "load", lambda _: None)
     seen = []
     monkeypatch.setattr(LipSync, "measure", lambda _, take, __: seen.append(take) or {"lse_c": (1, 1), "lse_d": (1, 1)})
