@@ -8,7 +8,9 @@ the number of tokens that each step reveals and, if independent of the posterior
 the first step. Tokens are drawn by inverse transform sampling. Each clip has its own generator, so that its sample does
 not depend on the rest of the batch.
 
-To add a sampler, write a function with an entry in `FUNCTIONS`, and add its name to `hicodit.settings.METHODS`.
+To add a sampler, write a function with an entry in `FUNCTIONS`, and add its name to `hicodit.settings.METHODS`, which
+is read before PyTorch is imported. Values that differ between steps are passed to step functions as tensors, as a graph
+is captured, or a function compiled, for each value of a Python number.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def confidence(state: SamplerState) -> Iterator[None]:
 FUNCTIONS: dict[str, Callable[[SamplerState], Iterator[None]]] = {  # each yields after a step
     function.__name__: function for function in (euler, confidence)
 }
-assert tuple(FUNCTIONS) == METHODS
+assert tuple(FUNCTIONS) == tuple(METHODS)
 
 
 def sample(

@@ -20,7 +20,7 @@ from engine.settings import FACE as WHICH_FACE
 from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
-METHODS = ("euler", "confidence")  # functions of hicodit/samplers.py
+METHODS = {"euler": "as in the paper", "confidence": "as in MaskGIT"}  # functions of hicodit/samplers.py
 GUIDANCE_FORMS = ("literal", "normalised")  # see hicodit/guidance.py
 FACE = "_face.png", "_face.json"  # suffixes of the image and the JSON file of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -30,7 +30,11 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 class SamplerConfig(Group, prefix="sampler."):
     """Settings of the sampler."""
 
-    method: str = setting("euler", choices=METHODS, about="euler (as in the paper) or confidence (as in MaskGIT)")
+    method: str = setting(
+        "euler",
+        choices=tuple(METHODS),
+        about=" or ".join(f"{name} ({description})" for name, description in METHODS.items()),
+    )
     steps: int = setting(
         64, 1, 1000, "sampling steps (the paper: 64); euler adds a final step that reveals all remaining tokens"
     )

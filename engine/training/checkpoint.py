@@ -264,8 +264,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
     hint = "the model has changed since: use the original config, or start again with fresh=true or another run="
     for key in sorted(stored.keys() ^ own.keys()):
-        lacks = f"has {key!r}, which the model lacks" if key in stored else f"lacks {key!r}"
-        raise UserError(f"checkpoint {folder} {lacks}; {hint}")
+        difference = f"has {key!r}, which the model does not have" if key in stored else f"has no {key!r}"
+        raise UserError(f"checkpoint {folder} {difference}; {hint}")
     for key, shape in own.items():
         if stored[key] != shape:
             raise UserError(f"checkpoint {folder} has {key!r} with shape {stored[key]}, the model has {shape}; {hint}")

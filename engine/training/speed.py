@@ -117,12 +117,12 @@ def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator
     cudnn.benchmark = fixed_shapes
     gc.collect()
     gc.disable()
-    said = "garbage collection at log lines"
+    description = "garbage collection only at log lines"
     if device.type == "cuda":
         on = {True: "on", False: "off"}
-        said = f"TF32 {on[matmul.allow_tf32]}, cuDNN benchmark {on[fixed_shapes]}, {said}"
+        description = f"TF32 {on[matmul.allow_tf32]}, cuDNN benchmark {on[fixed_shapes]}, {description}"
     try:
-        yield said
+        yield description
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
         gc.enable()

@@ -226,9 +226,9 @@ def progress_line(
 
 def validation_line(step: int, results: dict[str, float], best: str | None) -> str:
     """Return a line with the metrics of a validation, and a second one if the metric of `trainer.best` is missing."""
-    figures = " ".join(f"{key} {value:.4g}" for key, value in results.items())
-    line = f"step {step:,} | validation {figures or 'gives no figures: the task measures none'}"
+    metrics = " ".join(f"{key} {value:.4g}" for key, value in results.items())
+    line = f"step {step:,} | validation {metrics or 'has no metrics in this recipe'}"
     if best and best.split()[1] not in results:
-        names = ", ".join(results) or "no figures"
-        line += f"\ntrainer.best={best!r}: no best is kept, as the validation gives {names}"
+        names = ", ".join(results) or "no metrics"
+        line += f"\ntrainer.best={best!r}: no best checkpoint is kept, as the validation has {names}"
     return line

@@ -156,7 +156,7 @@ def test_best_by_validation_is_kept(tmp_path):
 
 def test_a_figure_that_the_validation_does_not_give_is_told(tmp_path, capsys):
     trainer(tmp_path, steps=8, best="min wer").fit()
-    assert "trainer.best='min wer': no best is kept, as the validation gives weight" in capsys.readouterr().out
+    assert "trainer.best='min wer': no best checkpoint is kept, as the validation has weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
