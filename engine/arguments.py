@@ -1,4 +1,4 @@
-"""Command lines of scripts and benchmarks: one style of help, and one line for a mistake."""
+"""Argument parsers of scripts and benchmarks: help with defaults, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses the words of a command that `about` describes; a mistake is a `UserError`."""
+    """An `argparse.ArgumentParser` that raises `UserError` for invalid arguments, and whose help shows defaults."""
 
-    def __init__(self, about: str, prog: str | None = None) -> None:
-        super().__init__(prog, description=about, formatter_class=_Help)
+    def __init__(self, description: str, prog: str | None = None) -> None:
+        super().__init__(prog, description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError`, where `--clips -1: give 1 or more` stands for argparse's `argument --clips: -1: ...`."""
+        """Raise a `UserError` with argparse's message, which starts with the name of the option and its value.
+
+        For example, `argument --clips: -1 must be 1 or more` becomes `--clips -1 must be 1 or more`.
+        """
         raise UserError(re.sub(r"^argument (.*?): ", r"\1 ", message))
 
 
 def within(least: float, most: float = math.inf, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """Return the `type` of an argument that is a number of a range."""
+    """Return an argument `type` for numbers from `least` to `most`, for `ArgumentParser.add_argument`."""
 
     def read(word: str) -> Any:
         value = kind(word)
         if not least <= value <= most:
-            end = "or more" if most == math.inf else f"to {most}"
-            raise argparse.ArgumentTypeError(f"{word}: give {least} {end}")
+            bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{word} must be {bounds}")
         return value
 
     read.__name__ = kind.__name__
@@ -49,7 +52,7 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], Any] = in
 
 
 def existing_folder(word: str) -> Path:
-    """Read an argument that names a folder, which must exist; the `type` of such an argument."""
+    """Return the path of a folder, which must exist. This is an argument `type`."""
     if not Path(word).is_dir():
         raise argparse.ArgumentTypeError(f"{word} is not a folder")
     return Path(word)

@@ -26,9 +26,9 @@ from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--weights", help="HiCoDiT's release folder (default: of the bundled ones, that for the face of each clip)")
-    add("--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)")
-    add("--device", choices=DEVICES, default="auto", help="where the models run")
+    add("--weights", help="release folder of HiCoDiT (default: the bundled release for the face in each clip)")
+    add("--talker", default=BUNDLED_TALKER, help="release folder of Talker-T2AV (default: the bundled one)")
+    add("--device", choices=DEVICES, default="auto", help="device of the models")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=within(1, 65_535), default=7860, help="port to listen on")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ class Demo:
         self.bundled = weights is None and talker == BUNDLED_TALKER
         place = pick_device(device)
         self.pipelines = PipelineChooser(partial(HiCoDiTPipeline.from_pretrained, device=place), weights)
-        self.hicodit = self.pipelines.load_all()[0]  # whose settings the page shows
+        self.hicodit = self.pipelines.load_all()[0]  # the page shows the settings of this pipeline
         self.talker = TalkerPipeline.from_pretrained(talker, place)
 
     def _new_folder(self) -> Path:
@@ -105,7 +105,7 @@ class Demo:
     ) -> Made:
         """Generate speech for a clip: the clip with this audio, the audio, and a figure."""
         if not clip:
-            raise FieldError("the clip", "Give a clip of a talking face.")
+            raise FieldError("the clip", "Upload a clip of a talking face.")
         check_seed(seed := int(seed or 0))
         hicodit = self.pipelines.for_clip(clip)
         sampler = replace(hicodit.sampler, steps=int(steps), temperature=float(temperature))
@@ -132,15 +132,15 @@ class Demo:
             face: clip or image of the face, or the clip of v2a.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
-            raise FieldError("the text", "Write a text to say.")
+            raise FieldError("the text", "Enter a text.")
         if mode != "tts" and not face:
-            raise FieldError("the face", "Give a clip." if mode == "v2a" else "Give a face: a photo or a clip.")
+            raise FieldError("the face", "Upload a clip." if mode == "v2a" else "Upload a photo or a clip of a face.")
         if not voice and (mode in ("tts", "a2v") or is_picture(face)):
-            raise FieldError("the voice", "Give audio." if mode == "a2v" else "Give a voice.")
+            raise FieldError("the voice", "Upload audio." if mode == "a2v" else "Upload a recording of a voice.")
         if mode == "v2a" and not (text or "").strip():
-            raise FieldError("the text", "Write what the clip says.")
+            raise FieldError("the text", "Enter the transcript of the clip.")
         if not voice and probe(face).audio is None:
-            raise FieldError("the voice", "Give a voice: the clip has no audio.")
+            raise FieldError("the voice", "Upload a recording of a voice: the clip has no audio.")
         check_seed(seed := int(seed or 0))
         fields = {
             "t2av": {"reference_audio": voice, "reference_video": face},
@@ -190,4 +190,4 @@ def in_page_words(message: str, files: dict[str, str | None]) -> str:
     clear = [clause for clause in clauses if not re.search(r"(^|[\s('\"])/\w|\w=|--\w|\(\w+_\w+\)|\.\w+\.", clause)]
     text = " ".join(clear).strip(" :;,")
     text = text[:1].upper() + text[1:]
-    return text + "." * (text[-1:] not in (".", "")) or "See the terminal of the server for the reason."
+    return text + "." * (text[-1:] not in (".", "")) or "See the log of the server for the reason."

@@ -1,4 +1,4 @@
-"""The page of `scripts/demo.py`, by gradio (Apache-2.0): fields, buttons, and what they show while a model works."""
+"""The page of `scripts/demo.py`, built with gradio (Apache-2.0): fields, buttons, progress and results."""
 
 import math
 import re
@@ -26,8 +26,8 @@ CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.
 VOICES = [str(EXAMPLES / name) for name in ("voice.wav", "voice_8.flac", "voice_24.flac")]
 VOICE_NAMES = ["Of face 1", "Of face 2", "Of face 3"]
 PICTURE = str(EXAMPLES / "face.png")
-SENTENCES = plain_sentences()[22:58:6]  # some of news, small talk and instructions
-SPOKEN = {  # in the examples
+SENTENCES = plain_sentences()[22:58:6]  # a selection of news, small talk and instructions
+SPOKEN = {  # transcripts of the examples
     "silent.mp4": "place blue in whiskey six please",
     "face_8.mp4": "set red with india five again",
     "face_24.mp4": "lay green at alpha three now",
@@ -39,32 +39,32 @@ MODES = {
     "t2av": "Text to talking face",
     "tts": "Text to speech",
     "a2v": "Audio to talking face",
-    "v2a": "Voice for a clip",
+    "v2a": "Silent clip to speech",
 }
-LINES = {  # what goes in, what comes out
-    "speak": "In: a clip of a talking face; its audio is not used. Out: the clip with generated speech.",
-    "t2av": "In: a text, a photo or clip of a face, a recording of a voice. Out: a video of the face saying the text.",
-    "tts": "In: a text and a recording of a voice. Out: the text in that voice.",
-    "a2v": "In: audio, and a photo or clip of a face. Out: a video of that face, lip-synced to the audio.",
-    "v2a": "In: a clip, what it says, a recording of a voice. Out: the clip with generated speech.",
+LINES = {  # description of each task
+    "speak": "Input: a clip of a talking face; its audio is not used. Output: the clip with generated speech.",
+    "t2av": "Input: a text, a photo or clip of a face, a recording of a voice. Output: the face saying the text.",
+    "tts": "Input: a text and a recording of a voice. Output: the text spoken in that voice.",
+    "a2v": "Input: audio, and a photo or clip of a face. Output: a video of that face, lip-synced to the audio.",
+    "v2a": "Input: a silent clip, its transcript, a recording of a voice. Output: the clip with generated speech.",
 }
 FACE_FILES = {"the clip": "the face", "the photo": "the face"}  # files of one field
-# where the face is
+# sources of the face
 PHOTO = "Photo"
 CLIP = "Clip"
 KNOWN = (
-    "The bundled models know cartoon faces with computer voices like the examples, and real people who speak as in the "
-    "GRID corpus. A talking face can say any English sentence; other languages, and free sentences of real people, "
-    "do not work."
+    "The bundled models support cartoon faces with synthetic voices, such as the examples, and videos of people who "
+    "speak sentences of the GRID corpus. Talking faces can say any English sentence. Other languages, and other "
+    "sentences in videos of people, are not supported."
 )
-OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
-CONSENT = "Use only faces and voices of people who agreed."
-REFERENCE_SECONDS = MAX_FRAMES // FPS  # of a voice, or of audio that a face moves to
-HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT
-PROGRESS = gr.Progress()  # as a default it makes gradio hand over that of the call
+OTHERS = "This page uses custom weights. The examples are intended for the bundled weights."
+CONSENT = "Use only faces and voices of people who have given their consent."
+REFERENCE_SECONDS = MAX_FRAMES // FPS  # maximum length of driving audio
+HAS_GE2E = find_spec("resemblyzer") is not None  # installed by the extra eval; embeds a reference voice for HiCoDiT
+PROGRESS = gr.Progress()  # as a default argument, it is replaced by the progress bar of the call
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events that take no time
-STAGES = {"conditions": "Reading the face", "decoding": "Making audio and pictures"}  # by name in the program
-SHARES = {  # of a run's time, by words of its stages
+STAGES = {"conditions": "Encoding the face", "decoding": "Decoding audio and video"}  # by name in the program
+SHARES = {  # fraction of the total time, by a phrase in the name of the stage
     "finding the face": 0.15,
     "cutting out": 0.1,
     "reading": 0.05,
@@ -73,8 +73,8 @@ SHARES = {  # of a run's time, by words of its stages
     "decoding": 0.15,
     "writing": 0.05,
 }
-USUAL = 0.2  # a text is usually said in about twice this part of the longest time
-HEIGHT = 280  # pixels of pictures
+USUAL = 0.2  # the usual length of speech is about twice this fraction of the maximum
+HEIGHT = 280  # height of images and videos in pixels
 CSS = """
 .status {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 8px 12px; min-height: 4.5em}
 .status.busy {color: transparent; border-color: transparent}
@@ -89,7 +89,7 @@ CSS = """
     .input-file {height: 200px !important}
 }
 """
-# A clip that the browser cannot play gets a copy that it can; its complaint until then is hidden.
+# A clip that the browser cannot play is replaced by a converted copy; the error shown until then is hidden.
 SCRIPT = """() => new MutationObserver(() => document.querySelectorAll(".toast-body").forEach(toast => {
     if (toast.innerText.includes("Video not playable")) toast.style.display = "none";
 })).observe(document.body, {childList: true, subtree: true})"""
@@ -107,7 +107,7 @@ class Stopped(Exception):
 
 @dataclass
 class Tab:
-    """What a press of a tab's button uses and changes.
+    """State of a tab: its action, inputs and outputs, and the sessions that use it.
 
     Attributes:
         action: called with the values of `inputs`.
@@ -151,7 +151,7 @@ class Tab:
             for name in self.errors
         ]
         files = [made.video, made.sound, made.figure][: len(self.outputs)]
-        return [status_line(kind, f"Not done: see {wrong}, marked red." if wrong else text), *lines, *files]
+        return [status_line(kind, f"Invalid input: see {wrong}, marked in red." if wrong else text), *lines, *files]
 
 
 def status_line(kind: str, text: str) -> str:
@@ -163,11 +163,11 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     file = {"a2v": "the audio", "v2a": "the clip"}.get(mode)
     has_source = mode in ("t2av", "a2v")
     by_clip = mode == "v2a" or (has_source and source == CLIP)
-    text = f"What {file} says" if file else "Text to say"
-    voice = "Voice to speak with (its first 30 s)"
+    text = f"Transcript of {file}" if file else "Text"
+    voice = "Reference voice (the first 30 s are used)"
     if mode == "a2v":
-        voice = f"Audio that the face moves to (up to {REFERENCE_SECONDS} s)"
-    clip = f"Clip that gets the voice (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip with the face"
+        voice = f"Driving audio (up to {REFERENCE_SECONDS} s)"
+    clip = f"Silent clip (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip of the face"
     return {
         "line": {"value": LINES[mode]},
         "text": {"label": f"{text}, up to {MAX_CHARACTERS:,} characters"},
@@ -217,14 +217,14 @@ def _speech_tab(demo: Demo, stopped: set[str]) -> None:
             clip_error = _error_line()
             buttons = _buttons("Speak")
             gr.Examples([[path] for path in CLIPS], clip, label="Example clips")
-            with gr.Accordion("Voice (without one: a voice that fits the face)", open=False, visible=HAS_GE2E):
+            with gr.Accordion("Reference voice (default: predicted from the face)", open=False, visible=HAS_GE2E):
                 voice = _voice_field(None)
                 voice_error = _error_line()
             settings = _settings(demo.hicodit.sampler, demo.hicodit.guidance.all, 128, 1.5)
         with gr.Column():
-            status, outputs = _results("speak", "Speak", "Clip with its speech")
+            status, outputs = _results("speak", "Speak", "Clip with generated speech")
             figure = gr.Image(
-                label="Mouth, spectrogram, tokens", show_label=False, interactive=False, buttons=["download"],
+                label="Mouth crops, spectrogram, tokens", show_label=False, interactive=False, buttons=["download"],
             )  # fmt: skip
     files = {"the clip": 0, "the voice": 1}
     errors = {"the clip": clip_error, "the voice": voice_error}
@@ -238,12 +238,12 @@ def _talk_tab(demo: Demo, stopped: set[str]) -> None:
     line = gr.Markdown(LINES["t2av"])
     with gr.Row():
         with gr.Column():
-            mode = gr.Radio([(words, name) for name, words in MODES.items()], value="t2av", label="What to make")
+            mode = gr.Radio([(words, name) for name, words in MODES.items()], value="t2av", label="Task")
             text = gr.Textbox(SENTENCES[0], lines=1, max_lines=6, max_length=MAX_CHARACTERS, **start["text"])
             text_error = _error_line()
             buttons = _buttons("Talk")
             sentences = gr.Examples([[sentence] for sentence in SENTENCES], text, label="Example sentences")
-            source = gr.Radio([PHOTO, CLIP], value=PHOTO, label="Where the face is")
+            source = gr.Radio([PHOTO, CLIP], value=PHOTO, label="Source of the face")
             picture = gr.Image(
                 PICTURE, type="filepath", image_mode=None, sources=["upload"], height=HEIGHT, label="Photo of the face",
                 elem_classes="input-file", **start["picture"],
@@ -298,10 +298,10 @@ def _voice_field(value: str | None) -> gr.Audio:
 def _settings(sampler: Any, guidance: float, steps: int, temperature: float) -> list[Any]:
     with gr.Accordion("Settings", open=False):
         return [
-            gr.Slider(1, steps, sampler.steps, step=1, label="Steps (more take longer)"),
-            gr.Slider(0, temperature, sampler.temperature, step=0.05, label="Temperature (0: always the likeliest)"),
-            gr.Slider(0, 5.0, guidance, step=0.1, label="Guidance (how closely the inputs are followed)"),
-            gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed (another one, another result)"),
+            gr.Slider(1, steps, sampler.steps, step=1, label="Sampling steps"),
+            gr.Slider(0, temperature, sampler.temperature, step=0.05, label="Temperature (0: most likely tokens)"),
+            gr.Slider(0, 5.0, guidance, step=0.1, label="Guidance scale"),
+            gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Random seed"),
         ]
 
 
@@ -327,17 +327,17 @@ def _button_updates(is_running: bool) -> list[dict[str, Any]]:
 def _results(name: str, word: str, label: str) -> tuple[gr.HTML, list[Any]]:
     status = gr.HTML(status_line("idle", f"Press {word}."), elem_id=f"{name}-status")
     video = gr.Video(label=label, height=HEIGHT, interactive=False, buttons=["download"])
-    return status, [video, gr.Audio(label="Speech alone", interactive=False, buttons=["download"])]
+    return status, [video, gr.Audio(label="Audio", interactive=False, buttons=["download"])]
 
 
-class Course:
-    """How far a run is, by the stages that it reports."""
+class RunProgress:
+    """Progress of a run, computed from the stages that it reports."""
 
     def __init__(self) -> None:
         self.done = 0.0
 
     def at(self, step: int, total: int | None, what: str) -> tuple[float, str]:
-        """Return the fraction of the run that is done, which never falls, and a line about its stage."""
+        """Return the completed fraction of the run, which never decreases, and a description of the stage."""
         begin = 0.0
         for words, share in SHARES.items():
             if words in what:
@@ -351,20 +351,20 @@ class Course:
         return self.done, line[:1].upper() + line[1:]
 
     def _fraction(self, step: int, total: int | None, what: str) -> float:
-        """Return the fraction of a stage; where the model decides when the text is said, one that slows down."""
+        """Return the completed fraction of a stage, which approaches 1 exponentially if its length is unknown."""
         if not total:
             return 0.0
         return 1 - math.exp(-step / total / USUAL) if _bound(what) else step / total
 
 
 def _bound(what: str) -> float | None:
-    """Return the most seconds that a stage may generate, if only that is known."""
+    """Return the maximum length in seconds that a stage may generate, if only the maximum is known."""
     bound = re.search(r"sampling at most ([\d.]+) s", what)
     return float(bound[1]) if bound else None
 
 
 def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> None:
-    """Let the triggers start the tab's action, Stop end it, and changed inputs remove what they did not make."""
+    """Connect the events: triggers start the action, Stop ends it, and a changed input clears outdated results."""
 
     def of_tab(request: gr.Request) -> str:
         """Return the name of a session's run in this tab, as another tab may have one, too."""
@@ -384,7 +384,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
         def report(step: int, total: int | None, what: str) -> None:
             if not stopped.isdisjoint((request.session_hash, of_tab(request))):
                 raise Stopped
-            done, line = course.at(step, total, what)
+            done, line = run_progress.at(step, total, what)
             progress(done, desc=line)
 
         if request.session_hash in tab.pressed:  # one run is enough
@@ -395,13 +395,13 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
             values[number] = demo.original(values[number])
         paths = {name: values[number] for name, number in tab.files.items()}
         start = time.monotonic()
-        course = Course()
+        run_progress = RunProgress()
         try:
             with showing(report):
                 made = tab.action(*values)
             notes = [*made.notes, f"done in {time.monotonic() - start:.1f} s"]
             if request.session_hash in tab.changed:
-                notes.append("the inputs have changed since")
+                notes.append("the inputs were changed during the run")
             shown = tab.show("done", " ".join(in_page_words(note, paths) for note in notes), made=made)
         except Stopped:
             shown = tab.show("idle", "Stopped.")
@@ -413,7 +413,7 @@ def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> No
             shown = tab.show("error", in_page_words(str(error), paths), wrong)
         except Exception:
             traceback.print_exc()
-            shown = tab.show("error", "Internal error. See the terminal of the server for details.")
+            shown = tab.show("error", "Internal error. See the log of the server for details.")
         finally:
             tab.working.discard(request.session_hash)
         return [*_button_updates(False), *shown]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.settings import Group, setting
 
-MAX_PICTURE = 2 * 2**20  # bytes of a picture of a stream
+MAX_PICTURE = 2 * 2**20  # maximum bytes of an image of a stream
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Voices:
         """Return the file of a voice.
 
         Raises:
-            UserError: the name is unknown.
+            UserError: If the name is unknown.
         """
         if self.is_alias(name):
             name = self.default

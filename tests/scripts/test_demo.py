@@ -59,7 +59,7 @@ def test_a_text_becomes_a_talking_face(demo, face):
     assert count_frames_and_secs(made.video)[1] == pytest.approx(soundfile.info(made.sound).duration, abs=0.1) != 0
 
 
-def test_each_mode_makes_its_streams(demo):
+def test_each_mode_generates_its_streams(demo):
     settings = 2, 0.3, 2.0, None
     made = demo.talk("tts", "hello four", VOICE, None, *settings)
     assert made.video is None and soundfile.info(made.sound).duration > 0.3
@@ -72,9 +72,9 @@ def test_each_mode_makes_its_streams(demo):
 @pytest.mark.parametrize(
     ("mode", "text", "voice", "face", "shown"),
     [
-        ("speak", "", None, None, "Give a clip of a talking face."),
+        ("speak", "", None, None, "Upload a clip of a talking face."),
         ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
-        ("t2av", " ", VOICE, CLIP, "Write a text to say."),
+        ("t2av", " ", VOICE, CLIP, "Enter a text."),
         ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: use a part of it."),
         ("tts", SENTENCE * 500, VOICE, None, "at most 16,384 are supported"),
     ],
@@ -119,16 +119,16 @@ def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_pa
     assert demo.preview(str(clip)) == str(clip)
 
 
-def test_progress_never_falls_and_does_not_jump_where_the_length_is_not_known(page_of):
-    course = page_of.Course()
+def test_progress_never_decreases_and_does_not_jump_if_the_length_is_unknown(page_of):
+    progress = page_of.RunProgress()
     stages = ["reading and encoding the files", "a.mp4 (2.3 s): finding the face", "conditions"]
     stages += ["sampling at most 8.0 s"] * 16 + ["decoding", "writing the files"]
-    steps = [course.at(step, 50 if "sampling" in what else None, what) for step, what in enumerate(stages, -2)]
+    steps = [progress.at(step, 50 if "sampling" in what else None, what) for step, what in enumerate(stages, -2)]
     done = [fraction for fraction, _ in steps]
     assert done == sorted(done) and max(np.diff(done)) < 0.2 and 0.9 < done[-1] < 1
     assert steps[12][1] == "Generating: 1.6 s of at most 8.0 s"
-    assert steps[2][1] == "Reading the face" and steps[-1][1] == "Writing the files"
-    assert page_of.Course().at(5, 10, "sampling 2.3 s of speech")[1] == "Sampling 2.3 s of speech"
+    assert steps[2][1] == "Encoding the face" and steps[-1][1] == "Writing the files"
+    assert page_of.RunProgress().at(5, 10, "sampling 2.3 s of speech")[1] == "Sampling 2.3 s of speech"
 
 
 class SlowDemo:
@@ -155,7 +155,7 @@ class SlowDemo:
 
     def talk(self, mode, text, *given):
         if not text:
-            raise actions.FieldError("the text", "Write a text to say.")
+            raise actions.FieldError("the text", "Enter a text.")
         raise RuntimeError("at /secret/path")
 
 
@@ -213,9 +213,9 @@ def test_an_error_of_the_program_shows_no_paths(served):
 
 def test_an_error_is_shown_at_its_field(served):
     result = client_of(served[1]).predict("tts", "", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
-    assert 'class="status error"' in result[0] and "Not done: see the text, marked red." in result[0]
+    assert 'class="status error"' in result[0] and "Invalid input: see the text, marked in red." in result[0]
     text, voice, face = (line["value"] for line in result[1:4])
-    assert 'role="alert">Write a text to say.<' in text and voice == face == ""
+    assert 'role="alert">Enter a text.<' in text and voice == face == ""
 
 
 def test_enter_in_the_text_starts(served):
