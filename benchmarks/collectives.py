@@ -37,7 +37,7 @@ def bandwidths(device: torch.device, size: int = BYTES, repeats: int = REPEATS) 
         repeats: number of calls of each collective; the result is the median of the slowest rank.
 
     Raises:
-        UserError: a sum is wrong.
+        UserError: If a sum is wrong.
     """
     rank = distributed.rank()
     ranks = distributed.world_size()

@@ -129,7 +129,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
     """Run three steps of a recipe as rank 0 of `ranks`. Return bytes by part, collectives, and padding efficiency.
 
     Raises:
-        UserError: the recipe does not use shards, or its batch cannot be divided.
+        UserError: If the recipe does not use shards, or its batch cannot be divided.
     """
     model, sizes, settings, rows, _ = read_recipe(name, list(words))
     if settings.parallel == "ddp":

@@ -38,7 +38,7 @@ VOICES = 40  # none of them in the training of the bundled weights
 SEED = 1  # of the footage; the corpus has 0
 BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
 FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
-FACES = 5  # in a row of the picture
+FACES = 5  # faces per row of the figure
 PREPARE = """source=folder stages.face.use=false stages.crops.use=false stages.phonemes.use=false
 stages.expression.use=false stages.ge2e.use=false stages.rvq.use=false stages.motion.crop=centre"""
 TRAIN = """experiment=talker_synthetic_3 data.make=null data.held_out=[] data.tasks=[t2av] data.train.phonemes=null
@@ -138,7 +138,7 @@ def motion_stats(work: Path, shards: Path) -> Path:
 
 
 def draw(footage: Path, outputs: Path, path: Path) -> None:
-    """Write the picture of the first test sentence: faces and spectrograms of the ground-truth clip, before and
+    """Write the figure of the first test sentence: faces and spectrograms of the ground-truth clip, before and
     after."""
     row = json.loads((footage / f"{path.stem}.jsonl").read_text().splitlines()[0])
     true = footage / "unseen" / row["id"]

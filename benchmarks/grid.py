@@ -1,6 +1,6 @@
 """The recipe of docs/one_card.md on a stand-in for GRID: WER by training step, from bundled and from random weights.
 
-The stand-in has GRID's folders, names, pictures, audio and alignments, with cartoon faces and synthetic voices that no
+The stand-in has GRID's folders, names, frames, audio and alignments, with cartoon faces and synthetic voices that no
 bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is spoken as its
 code word ("foxtrot"), because letters that look alike on drawn lips could not be distinguished. scripts/recipes/grid.sh
 prepares, trains at the size of the bundled model and evaluates. What is finished is not done again.
@@ -46,7 +46,7 @@ FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller
 # sentences by which a voice is tried, and words that a recogniser may miss in them
 TRIALS = 25
 MOST_WRONG = 1
-# of GRID's pictures
+# of GRID's frames
 SIDE = 288
 WIDTH = 360
 BUNDLED = ROOT / "assets" / "hicodit_tiny"

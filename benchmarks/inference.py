@@ -8,7 +8,7 @@ HiCoDiT: steps of the first window are timed; the time of a clip follows from it
 are left out. The reference loop follows the paper literally: it runs the guidance branches one by one, prepares their
 conditions in every step and computes all heads at all positions.
 Talker-T2AV: patches of t2av after a prompt of 40 tokens. The reference loop is shaped as the official program's.
-Streams run the bundled HiCoDiT from pictures to audio.
+Streams run the bundled HiCoDiT from frames to audio.
 
 step_ms: a step (HiCoDiT), a patch (Talker-T2AV) or a hop (stream). rtf: computing seconds for a second of speech.
 first_s: computing seconds before the first audio. of_rate: share of the machine's measured rate of matrix products.
@@ -268,7 +268,7 @@ def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: t
 
 
 def stream(args: argparse.Namespace, lookahead: float) -> dict[str, Any]:
-    """Measure the bundled HiCoDiT on the demo clip while its pictures arrive."""
+    """Measure the bundled HiCoDiT on the demo clip while its frames arrive."""
     pipeline = HiCoDiTPipeline.from_pretrained(device=args.device)
     list(pipeline.stream(CLIP, lookahead=lookahead))  # warms up
     begin = compute_time(args.device)

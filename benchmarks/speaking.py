@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def is_within(track: FaceTrack, columns: tuple[int, int]) -> bool:
-    """Return whether the face of a track is between two columns of the picture, mostly."""
+    """Return whether the face of a track is between two columns of the frame in most frames."""
     return columns[0] < float(np.median(track.boxes[:, 0] + track.boxes[:, 2] / 2)) < columns[1]
 
 

@@ -70,7 +70,7 @@ class Codec(Pretrained):
         return self.encode(signal[..., : frames * self.hop])
 
     def decode(self, code: Tensor) -> Tensor:
-        """Decode a code of L frames to waveforms (B, 1, hop * L)."""
+        """Decode the codes of L frames to waveforms (B, 1, hop * L)."""
         raise NotImplementedError
 
     def digest(self) -> str:

@@ -361,11 +361,11 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
     `assign` uses the tensors of `state` directly, for a module on the meta device.
     """
     parameters = module.state_dict()
-    lacking = parameters.keys() - state.keys()
+    missing = parameters.keys() - state.keys()
     unexpected = state.keys() - parameters.keys()
-    for what, keys in (("lacks", lacking), ("has an unexpected", unexpected)):
+    for what, keys in (("has no", missing), ("has an unexpected", unexpected)):
         if keys:
-            raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} such): config and weights do not match")
+            raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} in all): config and weights differ")
     for key, value in parameters.items():
         shape = tuple(state[key].shape)
         wanted = tuple(value.shape)

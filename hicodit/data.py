@@ -125,8 +125,9 @@ class HiCoDiTDataset:
         self.inputs = PICTURES if encoders_learn(encoders) else FEATURES
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
-                f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "
-                "stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS reuse=SHARDS (docs/data.md)"
+                f"{source} does not contain the features of the {encoders} encoders: add them with "
+                "scripts/prepare_data.py, stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS "
+                "reuse=SHARDS (docs/data.md)"
             )
         self.expression = HEARD[expression]
         if expression == "heard" and self.expression not in (self.shards.index.get("digests") or ()):

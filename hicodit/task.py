@@ -37,7 +37,7 @@ from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_TIME = 1e-3  # minimum time in training; independent of the schedule's eps and the sampler's end
 VALIDATION_BATCH = 8
-# Tensors that an initial release may lack: of auxiliary losses, other lip front ends, and zero-initialised inputs.
+# Tensors that `init` may not contain: of auxiliary losses, other lip front ends, and zero-initialised inputs.
 NEW = re.compile(r"\.phoneme_head\.|\.lip\.(frame|project)\.|\.fuse_expression\.")
 TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # tensors that depend on the tokenizer
 VALIDATION_STEPS = 16  # sufficient to compare runs, at a quarter of the cost
@@ -165,8 +165,8 @@ class HiCoDiTTask(Task):
         ours = self.system.state_dict()
         state = {key: value for key, value in state.items() if key in ours or not NEW.search(key)}
         for key, value in ours.items():
-            lacks = key not in state or state[key].shape != value.shape
-            if (lacks and NEW.search(key)) or (renewed and TABLES.search(key)):
+            missing = key not in state or state[key].shape != value.shape
+            if (missing and NEW.search(key)) or (renewed and TABLES.search(key)):
                 state[key] = value
         load_strict(self.system, state, f"init={init}")
 

@@ -133,7 +133,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
             outputs = {**outputs, name: folder}
         if systems:
             clips = read()
-        if config.video == "output":  # the source's pictures would be compared with themselves
+        if config.video == "output":  # the frames of the source would be compared with themselves
             for i, clip in enumerate(clips):
                 clips[i] = replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
         if config.exchanged:

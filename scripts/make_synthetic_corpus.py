@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--clips", type=within(1), default=4000, help="training clips")
-    add("--speech", type=within(1), help="training clips of version 3, without pictures (default: --clips)")
+    add("--speech", type=within(1), help="training clips of version 3, without video (default: --clips)")
     add("--test-clips", type=within(0), default=240, help="number of clips in each held-out split")
     add("--version", type=int, choices=SPLITS, default=2, help="version of the corpus")
     add("--seed", type=within(0), default=0, help="seed of the corpus")

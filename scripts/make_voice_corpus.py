@@ -34,7 +34,7 @@ def main() -> None:
     add("--seed", type=within(0), default=0, help="random seed of the sentences and speeds")
     args = parser.parse_args()
     if args.pictures and args.flite:
-        raise UserError("--pictures takes recordings that have pictures: leave --flite away")
+        raise UserError("--pictures selects recordings with video, which --flite does not have: omit --flite")
     if not args.pictures and not args.transcripts.is_file():
         raise UserError(f"{args.transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts")
     people = grid_sentences(args.grid, args.speakers.split(","))

@@ -1,6 +1,6 @@
 """Conversion of the files of a job to requests of the loop: voices, faces, given streams and prefixes.
 
-Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S picture
+Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S image
 side.
 """
 

@@ -109,16 +109,12 @@ class TalkerSystem:
             try:
                 self.stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
                 self.sampling = Sampling(**config.get("sampling", {}))
-            except (
-                KeyError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-            ) as error:  # torch's error for values that are not numbers
+            # PyTorch raises RuntimeError for values that are not numbers.
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 if isinstance(error, UserError):
                     raise
                 stated = self.folder / "config.yaml"
-                raise UserError(f"{stated} lacks or misspells {error}: export the release again") from error
+                raise UserError(f"{stated} has no valid entry {error}: export the release again") from error
         else:
             self.part_names = {}
             self.stats = MotionStats.read(None)

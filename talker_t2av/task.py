@@ -40,7 +40,7 @@ from talker_t2av.system import MotionStats, check_codecs, load_model, load_motio
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
-NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # tensors of auxiliary losses, which `init` may lack
+NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # tensors of auxiliary losses, which `init` may not contain
 # clips per split whose files a validation saves
 WAVES = 4
 VIDEOS = 2

@@ -68,7 +68,7 @@ def find_released(folder: Path, part: str) -> Path:
         if mark.encode() in _tensor_names(path):
             return path.parent if re.fullmatch(r".*-\d+-of-\d+\.safetensors", path.name) else path
     raise UserError(
-        f"{folder} lacks {what} (a file {patterns[0]}): download it with  "
+        f"{folder} does not contain {what} (a file {patterns[0]}): download it with  "
         f"python scripts/download_checkpoints.py talker_t2av --to {folder}"
     )
 
@@ -90,7 +90,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} has no *.safetensors file: expected the folder of the downloaded checkpoint")
     for name in _expected_shards(path, files):
         if not (path / name).is_file():
-            raise UserError(f"{path} lacks the shard {name}: copy or download it again")
+            raise UserError(f"{path} does not contain the shard {name}: copy or download it again")
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -117,7 +117,7 @@ def _expected_shards(path: Path, files: list[Path]) -> list[str]:
 
 
 def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Add keys to `state` that a file may lack (tied output layer, rotary tables), and remove those of other models."""
+    """Add keys that a file may not contain (tied output layer, rotary tables), and remove those of other models."""
     out = {key: value for key, value in state.items() if not key.startswith(FOREIGN)}
     if EMBEDDINGS in out:
         out[LM_HEAD] = out[EMBEDDINGS]
@@ -203,7 +203,7 @@ def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
 
 
 def _check_qwen(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Raise UserError if a language model lacks a tensor, or has other sizes or another rotary base."""
+    """Raise UserError if a tensor of the language model is missing, or it has other sizes or another rotary base."""
     for key, value in model.llm.model.state_dict().items():
         found = state.get(f"model.{key}")
         if found is None:

@@ -41,7 +41,7 @@ def plant(folder: Path, file: str, line: str, fault: str, tests: str) -> str:
         tests: that should notice.
 
     Raises:
-        LookupError: the line is missing or occurs twice, or no test is named.
+        LookupError: If the line is missing or occurs twice, or no test is named.
     """
     path = folder / file
     text = path.read_text()

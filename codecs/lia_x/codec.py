@@ -52,7 +52,7 @@ class LiaXConfig(Group):
                 "that many orthogonal directions do not exist"
             )
         if self.base > 4 or self.base == self.size:
-            raise UserError(f"size={self.size}: must be 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")
+            raise UserError(f"size={self.size} must be 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")
 
     @property
     def base(self) -> int:
@@ -166,7 +166,7 @@ class LiaX(PortraitCodec):
         if not fits or (one and len(pictures) > 1):
             raise UserError(
                 f"{what} of shape {tuple(pictures.shape)}: this model takes {'one' if one else 'one or more'} RGB "
-                f"pictures of {side} x {side} (engine.media.pictures resizes them)"
+                f"images of {side} x {side} (engine.media.pictures resizes them)"
             )
         if not pictures.is_floating_point():
             raise UserError(

@@ -140,7 +140,7 @@ class FramePairs(torch.utils.data.Dataset):
         if self.stored is not None:
             packed, starts = map(self.stored.read(index, PORTRAITS)[1].get, PORTRAITS)
             if len(starts) < 3:  # preparation rejects such a clip
-                raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
+                raise UserError(f"{self.stored.source}: a clip has fewer than 2 images: prepare it again")
             chosen = torch.randperm(len(starts) - 1, generator=generator)[:2].tolist()
             return {"frames": torch.from_numpy(unpack_portraits(packed, starts, self.size, chosen))}
         chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
@@ -162,7 +162,7 @@ class RealAndDrawn(torch.utils.data.Dataset):
         drawn: pairs of cartoon faces.
         people: pairs of real people, from prepared shards.
         size: S.
-        regions: see `region_weights`; they move with the picture.
+        regions: see `region_weights`; they move with the image.
         drawn_repeats: repetitions of each cartoon clip per epoch.
         people_repeats: repetitions of each clip of the person with the most clips. Clips of other people are repeated
             more often, so that all people occur equally often.

@@ -33,7 +33,7 @@ def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
     for box in regions:
         left, top, right, bottom = (round(box[side] * size) for side in ("left", "top", "right", "bottom"))
         if not (0 <= left < right <= size and 0 <= top < bottom <= size and box["weight"] > 0):
-            raise UserError(f"task.regions: {dict(box)} is not a box inside the picture with a positive weight")
+            raise UserError(f"task.regions: {dict(box)} is not a box inside the image with a positive weight")
         weights[top:bottom, left:right] = box["weight"]
     return (weights / weights.mean())[None, None]
 

@@ -61,7 +61,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
 
 
 def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `LiaXConfig` by the shapes of an official state under our names.
+    """Return the fields of `LiaXConfig` that match the shapes of an upstream state dict with renamed keys.
 
     Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
     """

@@ -37,7 +37,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
 
 
 def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of `RVQCodecConfig` by the shapes of a published state under our names."""
+    """Return the fields of `RVQCodecConfig` that match the shapes of an upstream state dict with renamed keys."""
     with sizes_of("MaskGCT's acoustic codec"):
         ratios = strides(state, "encoder.block.{}.block.4.weight_v")
         book = state["quantizer.quantizers.0.codebook.weight"]

@@ -37,9 +37,9 @@ RULES = (
 
 
 def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of `WhisperXVAEConfig` by the shapes of an official state under our names.
+    """Return the fields of `WhisperXVAEConfig` that match the shapes of an upstream state dict with renamed keys.
 
-    Whisper's head size is the published one, and so is its context if the state has no position table.
+    The head size is that of Whisper. If the state dict has no position table, so is the context length.
     """
     with sizes_of("a WhisperX-VAE checkpoint"):
         width, bands, _ = state["whisper.conv1.weight"].shape
@@ -58,13 +58,17 @@ def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return (fields of `WhisperXVAEConfig`, state dict under our names) of the checkpoint that `path` is, or of the
-    only one in the folder `path`; None: there is none. Sizes come from the weights.
+    """Return the fields of `WhisperXVAEConfig` and the state dict with renamed keys of an upstream checkpoint.
+
+    Args:
+        path: a checkpoint, or a folder with exactly one. Returns None for a folder without checkpoints.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.ckpt"))
     if not files:
         return None
     if len(files) > 1:
-        raise UserError(f"{path} holds {len(files)} checkpoints ({', '.join(p.name for p in files)}): name one")
+        raise UserError(
+            f"{path} holds {len(files)} checkpoints ({', '.join(p.name for p in files)}): give the path of one"
+        )
     state = rename_all(read_state(files[0], "state_dict"), RULES)
     return config_of(state), state

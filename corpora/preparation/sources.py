@@ -163,7 +163,7 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
 
 def folder(root: str | Path, table: str = "clips.csv") -> Source:
     """Find the clips of a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`, `expression`,
-    `split` if they are known. A path to an audio file is a clip without pictures.
+    `split` if they are known. A path to an audio file is a clip without video.
 
     Args:
         root: folder of the relative paths.

@@ -186,7 +186,7 @@ def _json(path: Path) -> Iterator[Row]:
             speaker = str(clip["info"].get("Person ID") or "")
             yield {"id": found and found[1], "start": clip["start-time"], "end": clip["end-time"], "speaker": speaker}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
+        raise UserError(f"{path} is not a list of TalkVid or CelebV-HQ: key {error} is missing") from error
 
 
 def _hdtf(folder: Path) -> Iterator[Row]:

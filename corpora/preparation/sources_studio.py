@@ -45,7 +45,7 @@ def grid(
 ) -> Source:
     """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as in the archives s1.zip to s34.zip. The name encodes the sentence.
 
-    The audio is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
+    The audio is the video's: the files of audio_25k.zip are shorter, without the silence at both ends. Files
     s1/**/bbaf2n.align, as alignments.zip unpacks, contain the times of the words, which are the `symbols`.
 
     Args:

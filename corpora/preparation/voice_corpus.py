@@ -35,7 +35,7 @@ from engine.shards.recordings import read_manifest
 from talker_t2av.faces import find_square, read_square
 
 HOP = RATE // 100
-SIDE = 128  # pixels of the pictures, as in the synthetic corpus
+SIDE = 128  # side of the frames in pixels, as in the synthetic corpus
 HOPS = 100 // FPS  # in a video frame
 WINDOW = RATE // 40
 BANDS = 40
@@ -86,7 +86,7 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
     (Black & Lenzo, 2001; Black, 2006). They say any sentence, which the recordings at hand do not.
 
     Raises:
-        UserError: flite is not installed.
+        UserError: If flite is not installed.
     """
     if shutil.which("flite") is None:
         raise UserError("--flite requires the package flite, which is not installed")
@@ -206,7 +206,7 @@ class Copies:
     Args:
         others: further copies of training recordings at other speeds: pitch and formants move along, which makes more
             voices than there are.
-        pictures: the face in its video frames, too, as version 2 of the synthetic corpus has them.
+        pictures: whether to include the video frames of the face, as in version 2 of the synthetic corpus.
         seed: random seed of the speeds.
     """
 

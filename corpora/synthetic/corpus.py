@@ -2,7 +2,7 @@
 order.
 
 Version 2 has a rule from face to voice, expressions that change within half of the clips, and free sentences beside
-those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures, by the same
+those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without video, by the same
 voices: open sentences in one style, half of them neutral.
 
 Axes: N samples, T video frames (25 per second), J half seconds.

@@ -65,7 +65,7 @@ def draw_expression(rng: np.random.Generator) -> tuple[str, float]:
 
 
 def draw_change(rng: np.random.Generator) -> tuple[str, str]:
-    """Draw two expressions of one clip, in order: one of a narrow and one of a wide pitch range."""
+    """Draw two expressions of one clip, in order: one with a narrow and one with a wide pitch range."""
     flat = _FLAT[rng.choice(4, p=(0.4, 0.2, 0.2, 0.2))]
     lively = _LIVELY[rng.integers(3)]
     return (flat, lively) if rng.random() < 0.5 else (lively, flat)

@@ -1,6 +1,6 @@
 """Who a face is: identity parameters tied to the voice, and the still parts of the portrait.
 
-Lengths are in pixels of the 128-pixel picture; drawing is at `SCALE` times that. Colours are RGB.
+Lengths are in pixels of the 128-pixel frame; drawing is at `SCALE` times that. Colours are RGB.
 
 Axes: N points.
 """
@@ -26,7 +26,7 @@ _EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 3
 
 @dataclass(frozen=True)
 class Identity:
-    """The looks of one face (pixels, RGB, or shares of 1)."""
+    """Appearance of a face: lengths in pixels, colours in RGB, fractions of 1."""
 
     half_width: float
     chin: float
@@ -123,7 +123,7 @@ def mix(a, b, share: float) -> tuple[int, int, int]:
 
 
 def fixed(points: ArrayLike) -> np.ndarray:
-    """Turn points (N, 2) in picture pixels into OpenCV's fixed-point drawing coordinates."""
+    """Turn points (N, 2) in frame pixels into OpenCV's fixed-point drawing coordinates."""
     return np.rint(np.asarray(points) * (SCALE << _SHIFT)).astype(np.int32)
 
 
@@ -133,7 +133,7 @@ def fill(canvas: np.ndarray, points: ArrayLike, colour) -> None:
 
 
 def line(canvas: np.ndarray, points: ArrayLike, colour, width: float) -> None:
-    """Draw an antialiased open line; `width` in picture pixels."""
+    """Draw an antialiased open line; `width` in frame pixels."""
     cv2.polylines(canvas, [fixed(points)], False, colour, max(1, round(width * SCALE)), cv2.LINE_AA, _SHIFT)
 
 

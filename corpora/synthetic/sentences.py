@@ -155,7 +155,8 @@ def _open_slot(rng: np.random.Generator, name: str) -> str:
 def open_words() -> tuple[list[str], np.ndarray]:
     """Return the words of pocketsphinx's dictionary, and their cumulative weights (n,).
 
-    A word weighs the root of its frequency in pocketsphinx's language model; words that the model lacks share `_RARE`.
+    The weight of a word is the square root of its frequency in pocketsphinx's language model; words that the model
+    does not contain share `_RARE`.
     """
     pocketsphinx = require("pocketsphinx", "pocketsphinx")
     dictionary = Path(pocketsphinx.get_model_path("en-us")) / "cmudict-en-us.dict"

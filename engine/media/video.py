@@ -67,7 +67,7 @@ def iter_video(
     """
     path = check_readable(path)
     check_complete(path)
-    # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
+    # The first `scale` and `-reinit_filter 0` are for frames that change their size: ffmpeg would else begin anew in
     # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
     # may begin after the audio does: its first frame then stands from time zero on, so that frame and sample indices
     # share their origin. After a gap in the time stamps, `print` logs the time of the next frame.
@@ -77,7 +77,7 @@ def iter_video(
     filters += ["scale=w='max(1,round(iw*clip(sar,0.25,4)))':h=ih", "setsar=1"]
     if max_side is not None:
         filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
-    # PPM pictures name their own size, which after rotation and scaling is ffmpeg's to decide.
+    # PPM images state their own size, which after rotation and scaling is ffmpeg's to decide.
     arguments = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
     arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
     arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]

@@ -68,7 +68,7 @@ class ArcFace(nn.Module):
         self.features = nn.BatchNorm1d(512)
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """Return the output of each stage for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
+        """Return the output of each stage for images (n, 3, 112, 112) RGB in [-1, 1]."""
         x = self.prelu(self.bn1(self.conv1(pictures)))
         out = []
         for number in range(1, 5):
@@ -77,7 +77,7 @@ class ArcFace(nn.Module):
         return out
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Map pictures (n, 3, 112, 112) RGB in [-1, 1] to embeddings (n, 512), not normalised."""
+        """Map images (n, 3, 112, 112) RGB in [-1, 1] to embeddings (n, 512), not normalised."""
         return self.features(self.fc(self.bn2(self.maps(pictures)[-1]).flatten(1)))
 
     def forward(self, faces: Tensor) -> Tensor:

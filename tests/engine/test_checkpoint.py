@@ -119,8 +119,8 @@ def test_tensors_of_another_model_are_refused(tmp_path):
     del lacking["model.count"]
     for other, message in (
         (state() | {"model.weight": torch.zeros(2, 2)}, r"with shape \(3, 4\), the model has \(2, 2\)"),
-        (state() | {"model.new": torch.zeros(1)}, r"lacks 'model\.new'"),
-        (lacking, r"has 'model\.count', which the model lacks"),
+        (state() | {"model.new": torch.zeros(1)}, r"has no 'model\.new'"),
+        (lacking, r"has 'model\.count', which the model does not have"),
     ):
         with pytest.raises(UserError, match=message):
             checkpoint.load(folder, other)

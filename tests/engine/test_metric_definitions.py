@@ -217,7 +217,7 @@ def test_utmos_is_that_of_its_package_and_refuses_missing_tensors(voice, tmp_pat
     assert figures("utmos", take(voice), take(voice), weights=tmp_path)["utmos"][0] == pytest.approx(expected, abs=1e-6)
     state.pop(next(iter(state)))
     torch.save(state, tmp_path / "utmos_state_dict.pt")
-    with pytest.raises(UserError, match="lacks tensor"):
+    with pytest.raises(UserError, match="has no tensor"):
         figures("utmos", take(voice), take(voice), weights=tmp_path)
 
 

@@ -109,7 +109,7 @@ def check(case: golden.Case) -> list[Comparison]:
 
     Raises:
         NoRunner: nothing runs this component.
-        ValueError: an output is missing or has another number of elements.
+        ValueError: If an output is missing or has another number of elements.
     """
     run = golden.find_runner(case.name, case.meta)
     if run is None:

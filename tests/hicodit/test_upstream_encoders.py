@@ -228,7 +228,7 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
 
 def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(release, shards):
     assert len(HiCoDiTDataset(shards / "pictures", release.parent / "codec")) == 3
-    with pytest.raises(UserError, match=r"pictures lacks the features .*stages\.{lip,face_identity}\.use=true"):
+    with pytest.raises(UserError, match=r"pictures does not contain the features .*{lip,face_identity}\.use=true"):
         HiCoDiTDataset(shards / "pictures", release.parent / "codec", "upstream")
 
 

@@ -168,14 +168,14 @@ MATRICES = {  # motion, and the line
     "a million times its data": (torch.zeros(1).expand(10**9, 4), "larger than its data"),
 }
 SETTINGS = [  # of a release's config.yaml: which release, key, value, and the line
-    (HICODIT, "model.low_blocks", 200, "lacks tensor"),
+    (HICODIT, "model.low_blocks", 200, "has no tensor"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
     (HICODIT, "model.width", "wide", "config.yaml"),
     (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
     (TALKER, "motion.mean", [NAN], "must be a finite number"),
-    (SYSTEM, "motion.mean", ["x"], "config.yaml lacks or misspells"),
+    (SYSTEM, "motion.mean", ["x"], "config.yaml has no valid entry"),
 ]
 WEIGHTS = {  # change of a release's tensors, and the line
     "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not match"),

@@ -28,7 +28,7 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
     ),
     (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "ArcFace"),
     (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
-    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": A}, "lacks tensor"),
+    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": A}, "has no tensor"),
     (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
     (WavLMEncoder.from_pretrained, "a.pth", {"model": A}, "not a WavLM-ECAPA speaker encoder"),
     (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),

@@ -37,7 +37,7 @@ def auto_avsr_mouth(
         mouth (T, 96, 96) uint8 grey and matrices (T, 2, 3).
 
     Raises:
-        ValueError: a mouth lies too far from the middle of the picture, or no transform fits.
+        ValueError: If a mouth is too far from the centre of the frame, or no transform fits.
     """
     mouths = []
     matrices = []

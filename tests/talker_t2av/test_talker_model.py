@@ -90,7 +90,7 @@ def test_shards_are_merged_and_a_missing_one_is_named(tmp_path):
         save_file({k: state[k].contiguous() for k in part}, tmp_path / f"model-0000{i}-of-00002.safetensors")
     torch.testing.assert_close(answer(TalkerT2AV.from_released(tmp_path, model.config)), answer(model))
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks the shard model-00001-of-00002"):
+    with pytest.raises(UserError, match="does not contain the shard model-00001-of-00002"):
         read_safetensors(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):

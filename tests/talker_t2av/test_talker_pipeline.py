@@ -184,7 +184,7 @@ def test_folders_are_checked(tmp_path):
     (released / "acoustic_codec").mkdir(parents=True)
     save_file({"encoder.weight": torch.zeros(1)}, released / "acoustic_codec" / "model.safetensors")
     (released / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"lacks the Talker-T2AV model.*download_checkpoints") as error:
+    with pytest.raises(UserError, match=r"does not contain the Talker-T2AV model.*download_checkpoints") as error:
         TalkerSystem(released)
     assert "\n" not in str(error.value)
 
@@ -206,7 +206,7 @@ def test_a_folder_of_downloaded_files(tmp_path):
     folder, voice, face = tmp_path / "all", str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
     cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
     download(folder, "acoustic_codec/", "large_vox_iter5.pt", "talker-t2av/", "whisperx-vae/model.ckpt")
-    with pytest.raises(UserError, match=r"mode=tts: .* lacks the WavLM speaker encoder"):
+    with pytest.raises(UserError, match=r"mode=tts: .* does not contain the WavLM speaker encoder"):
         TalkerPipeline.from_pretrained(folder).tts(TEXT, voice)
     download(folder, "wavlm_large_finetune.pth")
     pipeline = TalkerPipeline.from_pretrained(folder, precision="fp32")
@@ -215,7 +215,7 @@ def test_a_folder_of_downloaded_files(tmp_path):
     assert loaded.keys() & saved.keys()  # the others are fused
     assert all(torch.equal(loaded[name], saved[name]) for name in loaded.keys() & saved.keys())
     assert np.isfinite(pipeline.tts(TEXT, voice, max_seconds=0.32).wave).all()  # speech needs no portrait codec
-    with pytest.raises(UserError, match=r"mode=t2av: .* lacks the LIA-X checkpoint"):
+    with pytest.raises(UserError, match=r"mode=t2av: .* does not contain the LIA-X checkpoint"):
         pipeline.t2av(TEXT, voice, face)
     download(folder, "lia-x.pt")
     talk = TalkerPipeline.from_pretrained(folder).t2av(TEXT, voice, face, max_seconds=0.32)

@@ -141,7 +141,7 @@ def test_log_mel_is_that_of_transformers(bands):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_a_position_table_that_a_release_lacks_is_computed(model):
+def test_a_missing_position_table_is_computed(model):
     state = {key: value for key, value in model.state_dict().items() if key != POSITIONS}
     again = WhisperXVAE.from_tensors(asdict(TINY), state, "test")
     assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
