@@ -83,7 +83,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
     else:
         crops = pipeline.crops(clip)
         track = crops.track
-        stored = crops.mouth.nbytes + crops.voices.nbytes
+        stored = crops.mouth.nbytes + crops.voice_faces.nbytes
         if part == "encoded":
             pipeline.conditions([crops])
     decoder = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -97,7 +97,7 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
                     loss = task(data, part)["loss"]
                 loss.backward()
-                for group in clipping_groups(trained[part], task.clipped_apart()):
+                for group in clipping_groups(trained[part], task.separate_clip_groups()):
                     clip_grad_norm_([p for p in group if p.grad is not None], 1.0)
                 touched = seen.touched
                 kernels = seen.kernels
@@ -116,7 +116,7 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
         }
         beside = max(0, seen.peak - sum(memory.values()))
         memory["activations"] = max(0, seen.used - sum(memory.values()))
-    whole = [p for module in task.whole() for p in module.parameters()]
+    whole = [p for module in task.unsharded_modules() for p in module.parameters()]
     groups = []
     grouped = {id(p) for p in whole}
     for module in (*task.blocks(), task):

@@ -30,7 +30,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8")
 SEEDS = (0, 2**63 - 1)  # range of valid seeds for torch
 # descriptions of settings that both models share
 SEED = "random seed; equal seeds give equal results on the same machine"
-FACE = "which of several faces: largest, central, left, right, speaking (whose mouth moves most), or 1, 2, ... by size"
+WHICH_FACE = (
+    "which of several faces: largest, central, left, right, speaking (whose mouth moves most), or 1, 2, ... by size"
+)
 FACE_BOX = "position of the face, instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
 KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",

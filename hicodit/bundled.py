@@ -19,10 +19,10 @@ from hicodit.conditions.types import FPS
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED
 
-DRAWN = BUNDLED
-FILMED = BUNDLED.parent / "hicodit_grid"
+DRAWN = BUNDLED  # release for cartoon faces
+FILMED = BUNDLED.parent / "hicodit_grid"  # release for real faces
 LOOK_FRAMES = 32  # number of frames at the start of a clip that are examined
-PICTURES = 4
+FRAMES = 4  # number of face crops among them, evenly spaced, whose texture is measured
 SIDE = 64  # side of the face crops in pixels
 MAX_SIDE = 640  # longer side of the frames in pixels
 STEP = 1.5  # threshold out of 255: neighbouring pixels that differ by less count as flat
@@ -54,7 +54,7 @@ def bundled_weights(video: str | Path | np.ndarray) -> Path:
         track = find_faces(ArrayFrames(frames), FPS)[0]
     except FaceError:
         return FILMED
-    index = np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).round().astype(int)
+    index = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
     drawn = flat_fraction(crop_face(frames[index], track[index], SIDE)) >= FLAT_FRACTION
     return DRAWN if drawn else FILMED
 

@@ -26,9 +26,9 @@ from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
 SECOND = int(FPS)  # video frames per second
-PICTURES = ("mouth", "faces")  # inputs of trainable encoders
+CROPS = ("mouth", "faces")  # inputs of trainable encoders
 FEATURES = ("lip", "face_identity")  # outputs of frozen encoders, in half precision
-FACE = "face"  # entry of the digests with the face detector, see `engine.faces.source`
+FACE_DETECTOR = "face"  # entry of the digests with the face detector, see `engine.faces.source`
 REQUIRED = ("tokens", "ge2e", "expression")
 HEARD = {"heard": "heard_expression", "seen": "expression"}  # tensor of each expression condition in training
 SHIFT = 4  # maximum translation of a mouth crop in training in pixels, more than the jitter of the tracker
@@ -122,7 +122,7 @@ class HiCoDiTDataset:
         tokenizer = load_codec(codec, CODECS)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
-        self.inputs = PICTURES if encoders_learn(encoders) else FEATURES
+        self.inputs = CROPS if encoders_learn(encoders) else FEATURES
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} does not contain the features of the {encoders} encoders: add them with "

@@ -186,5 +186,5 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
         faces = clip["faces"]
         pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
         expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
-        crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_pictures(frames)].numpy(), expression))
+        crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_face_indices(frames)].numpy(), expression))
     return pipeline.conditions(crops)

@@ -118,11 +118,13 @@ def generate(
         window = window_conditions(conditions, clips, spans)
         prompts = [tokens[b][:, span].T for b, span in zip(clips, token_spans)]
         prompts = pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2)
-        draws = [generators[b] for b in clips]
+        window_generators = [generators[b] for b in clips]
         if graphs is not None and graphs.backend is not None:
             window = pad_for_graphs(window)
             prompts = pad_prompts(prompts, window, mask_id)
-            draws += [torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))]
+            window_generators += [
+                torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))
+            ]
 
         def count(clips: Sequence[int] = clips) -> None:
             on_step()
@@ -136,7 +138,7 @@ def generate(
             TOKENS_PER_FRAME * window.frames,
             mask_id,
             sampler,
-            draws,
+            window_generators,
             normalised=scales.guidance_form == "normalised",
             on_step=count,
             device=device,

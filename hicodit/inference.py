@@ -25,7 +25,7 @@ from engine.settings import override
 from hicodit.bundled import PipelineChooser
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, GENERATED, Crops, HiCoDiTPipeline, Speech
-from hicodit.settings import FACE, InferConfig, stem_of
+from hicodit.settings import TRACK_SUFFIXES, InferConfig, stem_of
 
 if TYPE_CHECKING:
     from hicodit.streaming import SpeechChunk
@@ -91,7 +91,7 @@ class ClipRunner(JobRunner):
         c = self.config
         folder = Path(self.scratch.name)
         pipeline = self.pipeline_for(clip)
-        strips = [folder / f"{stem_of(clip, number, c)}{FACE[0]}" for number in range(1, MOST_FACES + 1)]
+        strips = [folder / f"{stem_of(clip, number, c)}{TRACK_SUFFIXES[0]}" for number in range(1, MOST_FACES + 1)]
         return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
@@ -117,7 +117,7 @@ class ClipRunner(JobRunner):
         with all_or_none(self.output) as staging:
             for number, speech in enumerate(speeches, 1):
                 stem = stem_of(clip, number, self.config)
-                for ending in FACE if self.config.debug else ():
+                for ending in TRACK_SUFFIXES if self.config.debug else ():
                     shutil.copyfile(Path(self.scratch.name) / f"{stem}{ending}", staging / f"{stem}{ending}")
                 write_speech(clip, speech, staging, stem, self.config.figure)
                 if self.times is not None:

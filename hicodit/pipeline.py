@@ -243,14 +243,14 @@ class HiCoDiTPipeline:
                 clip, track = frames.sharper(track)
                 if callable(source.landmarks):
                     track = add_landmarks(clip, track, source.landmarks)
-                crops = self.cut(clip, track, path)
+                crops = self.crop_track(clip, track, path)
             if path is not None:
                 track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
             yield crops
 
     @torch.inference_mode()
-    def cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
+    def crop_track(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
         """Crop mouth and face from blocks of frames (n, H, W, 3), and classify the expression.
 
         Args:
@@ -258,34 +258,34 @@ class HiCoDiTPipeline:
         """
         config = self.system.encoders.config
         mouth = None
-        voices = []
+        voice_faces = []
         probabilities = []
         start = 0
         every = config.picture_every
-        voice_pictures = self.system.voice_pictures(len(track))
+        chosen = self.system.voice_face_indices(len(track))
         drawing = None
         if strip is not None:
             from engine.faces.strip import Strip
 
             drawing = Strip(track, FPS)
         for block in blocks:
-            mouths = config.cut_mouth(block, track, start)
+            mouths = config.crop_mouth(block, track, start)
             if mouth is None:
                 mouth = np.empty((len(track), *mouths.shape[1:]), mouths.dtype)
             mouth[start : start + len(block)] = mouths
             first = -(-start // every)  # index of the first face crop of the block
             index = np.arange(first * every - start, len(block), every)
             if len(index):
-                pictures = config.cut_faces(block[index], track[start + index])
+                pictures = config.crop_faces(block[index], track[start + index])
                 probabilities.append(self.system.read_expressions(torch.from_numpy(pictures).movedim(-1, 1)))
-                voices.append(pictures[[n - first for n in voice_pictures if first <= n < first + len(index)]])
+                voice_faces.append(pictures[[n - first for n in chosen if first <= n < first + len(index)]])
             if drawing is not None:
                 drawing.add(block, mouths, start)
             start += len(block)
         if drawing is not None:
             drawing.write(strip)
         expression = self.system.window_classes(torch.cat(probabilities), len(track))
-        return Crops(mouth, np.concatenate(voices), expression, track)
+        return Crops(mouth, np.concatenate(voice_faces), expression, track)
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
@@ -300,8 +300,8 @@ class HiCoDiTPipeline:
         system = self.system
         lip = system.encoders.lip(padded("mouth"), frames)
         if identity is None:
-            voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')
-            voice = system.model.adapt_identity(system.encoders.identity(unit(voices)))
+            faces = padded("voice_faces").movedim(-1, 2)  # (B, 4, 3, S', S')
+            voice = system.model.adapt_identity(system.encoders.identity(unit(faces)))
         else:
             voice = to_device(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         return Conditions(lip, voice, padded("expression"), frames)
@@ -378,7 +378,7 @@ class HiCoDiTPipeline:
         remarks = []
         if crops.track is not None and (unseen := crops.track.unseen(FPS)):
             remarks.append(f"face seen in {crops.track.coverage:.0%}; not at {unseen}")
-        if self.people is not None and (unlike := self.people.remark(crops.voices)):
+        if self.people is not None and (unlike := self.people.remark(crops.voice_faces)):
             remarks.append(unlike)
         return tuple(remarks)
 

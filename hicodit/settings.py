@@ -16,13 +16,12 @@ from engine.faces.detectors import DETECTORS, LANDMARKS
 from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
-from engine.settings import FACE as WHICH_FACE
-from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
+from engine.settings import FACE_BOX, SEED, SEEDS, WHICH_FACE, Group, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = {"euler": "as in the paper", "confidence": "as in MaskGIT"}  # functions of hicodit/samplers.py
 GUIDANCE_FORMS = ("literal", "normalised")  # see hicodit/guidance.py
-FACE = "_face.png", "_face.json"  # suffixes of the image and the JSON file of a face track
+TRACK_SUFFIXES = "_face.png", "_face.json"  # suffixes of the image and the JSON file of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -185,7 +184,7 @@ def find_clips(c: InferConfig) -> list[Path]:
         raise UserError(f"input={source} is neither a file nor a folder")
     owners: dict[Path, Path] = {}
     inputs = {os.path.realpath(clip): clip for clip in clips}
-    suffixes = (".mp4", ".png", ".wav", *(FACE if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
+    suffixes = (".mp4", ".png", ".wav", *(TRACK_SUFFIXES if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
     for clip in clips:
         stems = {stem_of(clip, number, c) for number in range(1, MOST_FACES + 1)}
         for target in (Path(c.output) / f"{stem}{suffix}" for stem in sorted(stems) for suffix in suffixes):

@@ -167,7 +167,7 @@ class SpeechStream:
         frames = np.stack(self.frames)
         landmarks = self.pipeline.face_source.landmarks
         track = add_landmarks([frames], self.track, landmarks) if callable(landmarks) else self.track
-        return self.pipeline.cut([frames], track)
+        return self.pipeline.crop_track([frames], track)
 
     def _forget(self) -> None:
         """Drop the frames before the window, in whole seconds, to stay aligned with expression windows."""

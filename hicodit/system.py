@@ -25,7 +25,7 @@ from hicodit.settings import GuidanceScales, SamplerConfig
 from rvq_codec import RVQCodec
 
 CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # supported tokenizers
-PICTURES = 512  # face crops per batch of the expression encoder
+FACE_BATCH = 512  # face crops per batch of the expression encoder
 
 
 class HiCoDiTSystem(Pretrained):
@@ -47,7 +47,7 @@ class HiCoDiTSystem(Pretrained):
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
 
-    def voice_pictures(self, frames: int) -> list[int]:
+    def voice_face_indices(self, frames: int) -> list[int]:
         """Return the indices of the four face crops from which the voice of a clip is predicted, a fifth of the clip
         apart.
         """
@@ -57,7 +57,7 @@ class HiCoDiTSystem(Pretrained):
         """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1] or uint8, on any device."""
         device = next(self.parameters()).device
         # In batches, as all face crops of a long clip would take gigabytes on the device.
-        parts = (to_device(part, device) for part in faces.split(PICTURES))
+        parts = (to_device(part, device) for part in faces.split(FACE_BATCH))
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:

@@ -28,7 +28,7 @@ from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
-from hicodit.data import FACE, FEATURES, HiCoDiTDataset
+from hicodit.data import FACE_DETECTOR, FEATURES, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
 from hicodit.model import CONDITIONS, TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
@@ -122,7 +122,7 @@ class HiCoDiTTask(Task):
                 f"{tokenizer.codes}: set task.model.levels and task.model.codes accordingly"
             )
         made = (read_json(index).get("digests") or {}) if index else {}
-        self.features = {name: made[name] for name in (*FEATURES, FACE) if name in made}
+        self.features = {name: made[name] for name in (*FEATURES, FACE_DETECTOR) if name in made}
         if init:
             self._start_from(init, new_tokens)
         self._freeze(frozen)
@@ -151,7 +151,7 @@ class HiCoDiTTask(Task):
         state = start.state_dict()
         before = start.release.get("features") or {}
         for name, made in self.features.items():
-            if name != FACE and before.get(name, made) != made:
+            if name != FACE_DETECTOR and before.get(name, made) != made:
                 raise UserError(
                     f"init={init} was trained on {name} features {before[name]}, the shards contain {made}: "
                     "prepare them with the encoders of that release"
@@ -178,7 +178,7 @@ class HiCoDiTTask(Task):
     def blocks(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, AdaLNBlock)]
 
-    def clipped_apart(self) -> list[nn.Module]:
+    def separate_clip_groups(self) -> list[nn.Module]:
         """Return the modules trained by the identity loss: with its weight of 100, it would dominate a common gradient
         norm.
         """

@@ -30,7 +30,7 @@ from service.service import HICODIT, Service, explain
 from service.sound import samples
 from service.videos import video_routes
 
-PICTURES = b"\x89PNG", b"\xff\xd8\xff"  # first bytes of a PNG or JPEG file
+IMAGE_SIGNATURES = b"\x89PNG", b"\xff\xd8\xff"  # first bytes of a PNG or JPEG file
 
 
 def make_app(service: Service) -> FastAPI:
@@ -174,7 +174,7 @@ def read_picture(data: bytes) -> np.ndarray:
     """Decode a JPEG or PNG image to (H, W, 3) uint8 RGB."""
     if len(data) > MAX_PICTURE:
         raise UserError(f"an image of {len(data):,} bytes: at most {MAX_PICTURE:,}")
-    if not data.startswith(PICTURES):
+    if not data.startswith(IMAGE_SIGNATURES):
         raise UserError("expected an image (JPEG or PNG), or a text message at the end")
     try:
         with Image.open(io.BytesIO(data)) as header:  # reads the size, and decodes nothing

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, PrivateAttr
 from engine.errors import UserError
 from engine.faces.track import read_face
 from engine.media.video import mux_audio
-from engine.settings import FACE
+from engine.settings import WHICH_FACE
 from hicodit.pipeline import GENERATED
 from service.openai import OurFields, save_upload
 from service.service import FOLDER, TALKER, Service, explain, without_folders
@@ -44,7 +44,7 @@ class VideoRequest(OurFields):
     reference_audio: Annotated[
         UploadFile | None, Field(description="recording of a voice, used instead of `voice`")
     ] = None
-    face: Annotated[str, Field(description=f"hicodit: {FACE}; all: a video for each, see `faces`")] = FIRST
+    face: Annotated[str, Field(description=f"hicodit: {WHICH_FACE}; all: a video for each, see `faces`")] = FIRST
 
 
 class Video(BaseModel):

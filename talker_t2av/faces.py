@@ -53,7 +53,7 @@ class Square:
     remark: str = ""
     turn: int = 0
 
-    def cut(self, frames: np.ndarray) -> np.ndarray:
+    def crop(self, frames: np.ndarray) -> np.ndarray:
         """Crop frames (F, H, W, 3) -> (F, S, S, 3)."""
         frames = turned(frames, self.turn)
         return frames[:, self.top : self.top + self.side, self.left : self.left + self.side]
@@ -148,13 +148,13 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
     There are fewer frames if the video is shorter.
     """
     if is_picture(path):
-        yield square.cut(read_picture(path))
+        yield square.crop(read_picture(path))
         return
     position = 0
     for block in watched(iter_video(path, float(FPS), block=min(start + count, 64))):
         part = block[max(0, start - position) : max(0, start + count - position)]
         if len(part):
-            yield square.cut(part)
+            yield square.crop(part)
         position += len(block)
         if position >= start + count:
             break

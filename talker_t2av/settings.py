@@ -28,7 +28,7 @@ COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
 NEEDED = {"t2av": ("reference_video",), "tts": (), "a2v": ("reference_video", "audio"), "v2a": ("video",)}  # files
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SAVED_VOICE = ".safetensors"
 
 
@@ -295,4 +295,4 @@ def is_voice(path: str | Path | None) -> bool:
 
 
 def is_picture(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in PICTURES
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES

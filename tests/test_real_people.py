@@ -76,9 +76,9 @@ def test_new_people_get_a_remark_and_known_ones_none(held_out):
     pipeline = HiCoDiTPipeline.from_pretrained(FILMED)
     if pipeline.people is None:
         pytest.skip(f"{FILMED.name} has no people.json: python scripts/known_people.py SHARDS {FILMED}")
-    assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voices) for clip in held_out[:2]] == ["", ""]
+    assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voice_faces) for clip in held_out[:2]] == ["", ""]
     for name in ("s31", "s34"):
-        assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voices)
+        assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voice_faces)
 
 
 def test_mouth_opening_does_not_depend_on_the_size_of_the_image():

@@ -168,7 +168,7 @@ class RVQCodecTask(GANTask):
     def blocks(self) -> list[nn.Module]:
         return [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock, ConvNeXtBlock))]
 
-    def whole(self) -> list[nn.Module]:
+    def unsharded_modules(self) -> list[nn.Module]:
         """Return the quantiser, whose code books are initialised and restarted in place."""
         return [self.codec.quantizer]
 

@@ -142,16 +142,16 @@ class WorkItem:
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     unpacked: tempfile.TemporaryDirectory | None = None
 
-    def cut_mouth(self, encoders: EncoderConfig) -> Tensor:
+    def crop_mouth(self, encoders: EncoderConfig) -> Tensor:
         """Crop the mouth (T, S, S) uint8 grey as required by `encoders`."""
         pictures = []
         start = 0
         for block in self._face_blocks():
-            pictures.append(encoders.cut_mouth(block, self.face_track, start))
+            pictures.append(encoders.crop_mouth(block, self.face_track, start))
             start += len(block)
         return torch.from_numpy(np.concatenate(pictures))
 
-    def cut_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
+    def crop_faces(self, encoders: EncoderConfig, at: Sequence[int]) -> Tensor:
         """Crop the face (F, S', S', 3) uint8 RGB of the frames `at`, in ascending order."""
         pictures = []
         start = 0
@@ -159,7 +159,7 @@ class WorkItem:
         for block in self._face_blocks():
             chosen = at[(start <= at) & (at < start + len(block))]
             if len(chosen):
-                pictures.append(encoders.cut_faces(block[chosen - start], self.face_track[chosen]))
+                pictures.append(encoders.crop_faces(block[chosen - start], self.face_track[chosen]))
             start += len(block)
         return torch.from_numpy(np.concatenate(pictures))
 

@@ -22,7 +22,7 @@ from engine.media.video import iter_video
 from engine.settings import require_range
 from engine.torch_files import read_matrix
 from engine.untrusted import parse_json
-from hicodit.data import FACE
+from hicodit.data import FACE_DETECTOR
 
 
 class Decode(Step):
@@ -124,7 +124,7 @@ class Face(Step):
             raise UserError("stages.face.face=all: a sample has a single face; use speaking, or another value")
 
     def digests(self) -> dict[str, str]:
-        return {FACE: self.source.name}
+        return {FACE_DETECTOR: self.source.name}
 
     def __call__(self, clip: WorkItem) -> None:
         frames = self._frames(clip)

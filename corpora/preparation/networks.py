@@ -54,8 +54,8 @@ class Crops(Step):
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
-        clip.tensors["mouth"] = clip.cut_mouth(self.encoders)
-        clip.tensors["faces"] = clip.cut_faces(self.encoders, at)
+        clip.tensors["mouth"] = clip.crop_mouth(self.encoders)
+        clip.tensors["faces"] = clip.crop_faces(self.encoders, at)
 
 
 class Lip(Encoder):
@@ -75,7 +75,7 @@ class Lip(Encoder):
         self.network = self.encoders.network(self.encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
-        mouth = clip.cut_mouth(self.encoders.config)[None].to(self.device)
+        mouth = clip.crop_mouth(self.encoders.config)[None].to(self.device)
         frames = torch.tensor([clip.length], device=self.device)
         clip.tensors["lip"] = _half(self.encoders.lip(mouth / 255, frames)[0])
 
@@ -97,7 +97,7 @@ class FaceIdentity(Lip):
 
     def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
-        faces = clip.cut_faces(self.encoders.config, at)
+        faces = clip.crop_faces(self.encoders.config, at)
         faces = faces.permute(0, 3, 1, 2)[:, None]  # one image per row, for separate embeddings
         clip.tensors["face_identity"] = _half(self.encoders.identity(faces.to(self.device) / 255))
 
@@ -149,7 +149,7 @@ class Expression(Encoder):
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
-        faces = clip.cut_faces(self.crops, range(0, clip.length, self.every)).permute(0, 3, 1, 2)
+        faces = clip.crop_faces(self.crops, range(0, clip.length, self.every)).permute(0, 3, 1, 2)
         logits = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
         probabilities = torch.cat(logits).float().softmax(-1).cpu()
         classes = window_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
@@ -266,7 +266,7 @@ class Motion(CodecEncoder):
     def __call__(self, clip: WorkItem) -> None:
         if "motion" in clip.tensors:  # codes of the source
             return
-        frames = face_square(clip, self.crop).cut(clip.frames)
+        frames = face_square(clip, self.crop).crop(clip.frames)
         blocks = (frames[start : start + BLOCK] for start in range(0, len(frames), BLOCK))
         motion = [self.codec.encode(video_to_tensor(block, self.codec.size)) for block in blocks]
         clip.tensors["motion"] = _half(torch.cat(motion))
@@ -299,7 +299,7 @@ class Portraits(Step):
         if clip.length < 2:
             raise UserError("only one frame: a pair requires two")
         at = np.linspace(0, clip.length - 1, min(self.pictures, clip.length)).round().astype(int)
-        frames = face_square(clip, self.crop).cut(clip.frames[at])
+        frames = face_square(clip, self.crop).crop(clip.frames[at])
         clip.tensors["portraits"], clip.tensors["portraits_at"] = pack_portraits(frames, self.size)
 
 

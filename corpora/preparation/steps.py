@@ -32,7 +32,7 @@ from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
 from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
-from hicodit.data import FACE
+from hicodit.data import FACE_DETECTOR
 
 # Errors that are not caused by clips: the disk is full or read-only, or no file handles are available.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -81,7 +81,7 @@ class Steps(Work[WorkItem, Outcome]):
             digests = step.digests()
             self.digests |= digests
             # What found the faces follows from the settings, and shards from before it was recorded still hold.
-            weights = {feature: digest for feature, digest in digests.items() if feature != FACE}
+            weights = {feature: digest for feature, digest in digests.items() if feature != FACE_DETECTOR}
             made_by = [name, without_device(config), weights, symbols if "symbols" in extra else None]
             self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
             if not step.reusable:

@@ -61,12 +61,12 @@ class ParallelTask:
         self.task = without_weights(task) if self.sharded else task.to(device)
         self._spare = without_weights(task) if self.sharded else None  # used by `evaluation_copy`
         prepare_blocks(self.task, config.compile, config.checkpointing)
-        self._whole: list[nn.Parameter] = []
+        self._unsharded: list[nn.Parameter] = []
         self._losses: nn.Module = _Losses(self.task)
         if self.sharded:
             self._shard(config, device)
             _fill(self.task, task.state_dict() if distributed.is_main() else {}, device)
-            self._whole = [p for module in self.task.whole() for p in module.parameters()]
+            self._unsharded = [p for module in self.task.unsharded_modules() for p in module.parameters()]
         elif distributed.world_size() > 1:
             # Buffers are broadcast by the trainer: DDP would overwrite buffers that are needed by a pending backward
             # pass.
@@ -82,7 +82,7 @@ class ParallelTask:
             # Weights are gathered in half precision; all other dtypes are set by autocast, as without sharding.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = self.task.blocks()
-        ignored = {p for module in self.task.whole() for p in module.parameters()}
+        ignored = {p for module in self.task.unsharded_modules() for p in module.parameters()}
         for unit in blocks:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
         for embedding in _large_embeddings(self.task, blocks):
@@ -117,7 +117,7 @@ class ParallelTask:
         with self._losses.no_sync() if waits else nullcontext():
             yield
         if last:
-            for p in self._whole:
+            for p in self._unsharded:
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
                     p.grad /= distributed.world_size()
@@ -267,7 +267,7 @@ def _empty(p: Tensor) -> nn.Parameter:
 
 def _large_embeddings(task: Task, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """Return large embeddings outside of the blocks, which are gathered separately to overlap with computation."""
-    taken = {id(module) for unit in (*blocks, *task.whole()) for module in unit.modules()}
+    taken = {id(module) for unit in (*blocks, *task.unsharded_modules()) for module in unit.modules()}
     embeddings = [module for module in task.modules() if isinstance(module, nn.Embedding) and id(module) not in taken]
     return [module for module in embeddings if module.weight.numel() >= LARGE_EMBEDDING]
 

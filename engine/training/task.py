@@ -60,11 +60,11 @@ class Task(nn.Module):
         """
         return []
 
-    def clipped_apart(self) -> list[nn.Module]:
+    def separate_clip_groups(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped separately, so that they do not scale the others."""
         return []
 
-    def whole(self) -> list[nn.Module]:
+    def unsharded_modules(self) -> list[nn.Module]:
         """Return modules outside of `blocks` whose parameters `forward` changes in place. They are never sharded."""
         return []
 

@@ -80,7 +80,7 @@ class Trainer:
         for part, module in self.task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
             self.optimisers[part] = adamw(self.parameters[part].values(), c)
-            self.clipped[part] = clipping_groups(self.parameters[part].values(), self.task.clipped_apart())
+            self.clipped[part] = clipping_groups(self.parameters[part].values(), self.task.separate_clip_groups())
         self.ema = ExponentialMovingAverage(self.task, c.ema_decay)
         self.buffers = [name for name, _ in self.task.named_buffers() if name in self.task.state_dict()]
         samples_per_step = c.batch_size * c.accumulate * distributed.world_size()
@@ -261,6 +261,7 @@ class Trainer:
         """Accumulate the gradients of a part for a micro-batch. Return its losses ()."""
         c = self.config
         number = self._numbers(c.accumulate)[micro]
+        # All parts of a step draw the same random numbers, those of the first part.
         torch.manual_seed(seed_for(c.seed, "step", next(iter(self.optimisers)), number))
         # Results stored in a batch for the next part are only kept if the step has a single micro-batch.
         batch = batch if c.accumulate == 1 else dict(batch)

@@ -4,7 +4,7 @@ To add condition encoders, write two classes, add them to `ENCODERS`, and descri
 configs/task/encoders/NAME.yaml:
 
 - a config, a `Group` with `kind`, `lip_dim`, `face_dim`, `mouth_size`, `face_size`, `picture_every` and the methods
-  `cut_mouth` and `cut_faces`, as `hicodit.conditions.encoders.TinyEncoderConfig`;
+  `crop_mouth` and `crop_faces`, as `hicodit.conditions.encoders.TinyEncoderConfig`;
 - a class that is constructed from it, with `config`, `learns` and the three encoders `lip`, `identity` and
   `expression`, as `hicodit.conditions.encoders.ConditionEncoders`, which is the base class of trained encoders.
 """

@@ -94,11 +94,11 @@ class TinyEncoderConfig(Group, prefix="encoders."):
                 "encoders.lip_front=residual"
             )
 
-    def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
+    def crop_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
         """Crop the mouth (n, S, S) uint8 grey from frames (n, H, W, 3), which start at frame `start` of the track."""
         return crop_mouth(frames, track[start : start + len(frames)], self.mouth_size)
 
-    def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+    def crop_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Crop the face (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
         return crop_face(frames, track, self.face_size)
 

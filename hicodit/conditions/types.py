@@ -67,13 +67,13 @@ class Crops:
 
     Attributes:
         mouth: (T, S, S) uint8 grey.
-        voices: (4, S', S', 3) uint8 RGB, face crops from which the voice is predicted.
+        voice_faces: (4, S', S', 3) uint8 RGB, face crops from which the voice is predicted.
         expression: (J,) expression class of each half-second window, on the model's device.
         track: face track of the crops.
     """
 
     mouth: np.ndarray
-    voices: np.ndarray
+    voice_faces: np.ndarray
     expression: Tensor
     track: FaceTrack | None = None
 

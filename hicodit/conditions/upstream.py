@@ -30,7 +30,7 @@ from hicodit.conditions.poster2 import POSTER2
 
 WINDOW_FRAMES = 500  # window of AV-HuBERT in frames
 CONTEXT_FRAMES = 50  # context frames at each inner boundary, whose features are discarded
-PICTURES = 16  # images per batch of POSTER V2
+BATCH = 16  # images per batch of POSTER V2
 NETWORKS = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
 
 
@@ -67,14 +67,14 @@ class UpstreamEncoderConfig(Group, prefix="encoders."):
     def lip_dim(self) -> int:
         return AVHubertConfig(**self.lip).width
 
-    def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
+    def crop_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
         """Crop the mouth (n, 96, 96) uint8 grey from frames (n, H, W, 3), which start at frame `start` of the track."""
         first = max(0, min(start, len(track) - WINDOW))  # a pose depends on the landmarks of the following frames
         stop = start + len(frames)
         poses = mouth_poses(track.best_points[first : stop + WINDOW - 1])
         return avhubert_mouth(frames, poses[start - first : stop - first])
 
-    def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+    def crop_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Crop the face (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
         pairs = zip(frames, five_points(track.best_points), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
@@ -136,4 +136,4 @@ class UpstreamEncoders:
     def expression(self, faces: Tensor) -> Tensor:
         """Map face crops (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
         network = self.network("expression", faces.device)
-        return torch.cat([network(part) for part in faces.split(PICTURES)])
+        return torch.cat([network(part) for part in faces.split(BATCH)])

@@ -85,8 +85,8 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pictures = [6, 12, 17, 23]  # of 30 frames
     sound = torch.from_numpy(wave)[None, None]
     expected = {
-        "mouth": torch.from_numpy(sizes.cut_mouth(frames, track)),
-        "faces": torch.from_numpy(sizes.cut_faces(frames[pictures], track[pictures])),
+        "mouth": torch.from_numpy(sizes.crop_mouth(frames, track)),
+        "faces": torch.from_numpy(sizes.crop_faces(frames[pictures], track[pictures])),
         "ge2e": torch.from_numpy(ge2e.embed(read_audio(corpus / "train" / "a.wav", 16_000), 16_000)),
         "tokens": codec.encode(sound)[0].T.to(torch.int16),
         "expression": torch.tensor([2, 2, 1], dtype=torch.uint8),
@@ -123,7 +123,7 @@ def test_expressions_are_seen_where_the_source_has_no_label(corpus):
         stages = Decode(), Face(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)
         for stage in stages:
             stage(clip)
-    faces = torch.from_numpy(encoder_config({}).cut_faces(clip.frames, clip.track)[::every])
+    faces = torch.from_numpy(encoder_config({}).crop_faces(clip.frames, clip.track)[::every])
     classes = pipeline.system.window_classes(pipeline.system.read_expressions(faces.permute(0, 3, 1, 2)), FRAMES)
     assert clip.tensors["expression"].dtype == torch.uint8 and len(classes) == 3
     assert clip.tensors["expression"].tolist() == classes.tolist()

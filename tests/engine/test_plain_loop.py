@@ -60,7 +60,7 @@ def plain_loop():
                 loss.backward()
                 total += loss.item()
             mine = [p for g in optimiser.param_groups for p in g["params"]]
-            apart = {id(p) for module in task.clipped_apart() for p in module.parameters()}
+            apart = {id(p) for module in task.separate_clip_groups() for p in module.parameters()}
             for chosen in (True, False):
                 torch.nn.utils.clip_grad_norm_([p for p in mine if (id(p) in apart) == chosen], 1.0)
             for group in optimiser.param_groups:

@@ -151,10 +151,10 @@ class ToyBlocks(ToyGAN):
     def blocks(self):
         return [self.generator[1], self.generator[2]]
 
-    def whole(self):
+    def unsharded_modules(self):
         return [self.generator[4]]
 
-    def clipped_apart(self):
+    def separate_clip_groups(self):
         return [self.generator[2]]
 
 

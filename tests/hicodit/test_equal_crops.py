@@ -83,10 +83,10 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     for crops in used:
         assert np.array_equal(crops.mouth[:length], mouth)
         assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
-        assert np.array_equal(crops.voices, used[0].voices)
+        assert np.array_equal(crops.voice_faces, used[0].voice_faces)
     config = pipeline.system.encoders.config
-    at = np.array(pipeline.system.voice_pictures(len(track))) * config.picture_every
-    assert np.array_equal(prepared.cut_faces(config, at), used[0].voices)
+    at = np.array(pipeline.system.voice_face_indices(len(track))) * config.picture_every
+    assert np.array_equal(prepared.crop_faces(config, at), used[0].voice_faces)
     return prepared
 
 

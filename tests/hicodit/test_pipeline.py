@@ -157,7 +157,7 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
 def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
     """Of a clip twice as long no stage sees more at once, and no more face crops are kept."""
     monkeypatch.setattr(pipeline_module, "DECODED", 100)
-    monkeypatch.setattr(system_module, "PICTURES", 64)
+    monkeypatch.setattr(system_module, "FACE_BATCH", 64)
     encoders, codec, seen = pipeline.system.encoders, pipeline.codec, defaultdict(int)
 
     def watch(place, name, axis):
@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
     largest = []
     for copies in (5, 8):
         crops = pipeline.crops(np.concatenate([talking_head(40)] * copies), face_box=[20, 20, 90, 90])
-        assert len(crops) == 40 * copies and len(crops.voices) == 4
+        assert len(crops) == 40 * copies and len(crops.voice_faces) == 4
         speech = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=1))[0]
         assert len(speech.wave) == 960 * 40 * copies and len(speech.expression) == windows_of(40 * copies)
         largest.append(dict(seen))
@@ -185,8 +185,8 @@ def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
 def test_crops_do_not_depend_on_the_blocks_of_frames(pipeline):
     head = talking_head(40)
     whole = pipeline.crops(head)
-    parts = pipeline.cut([head[:7], head[7:20], head[20:]], whole.track)
-    assert np.array_equal(parts.mouth, whole.mouth) and np.array_equal(parts.voices, whole.voices)
+    parts = pipeline.crop_track([head[:7], head[7:20], head[20:]], whole.track)
+    assert np.array_equal(parts.mouth, whole.mouth) and np.array_equal(parts.voice_faces, whole.voice_faces)
     assert torch.equal(parts.expression, whole.expression) and len(whole.expression) == windows_of(40)
 
 

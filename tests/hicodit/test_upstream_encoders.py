@@ -126,7 +126,7 @@ def test_a_clip_speaks_through_released_encoders(system, release, clip, tmp_path
     hook = network.register_forward_hook(lambda module, given, scores: shown.extend(scores.argmax(-1).tolist()))
     crops = next(pipeline.all_crops(clip, "largest", strips=[tmp_path / "strip.png"]))
     hook.remove()
-    assert crops.mouth.shape == (40, 96, 96) and crops.voices.shape == (4, 224, 224, 3) and len(shown) == 8
+    assert crops.mouth.shape == (40, 96, 96) and crops.voice_faces.shape == (4, 224, 224, 3) and len(shown) == 8
     assert (tmp_path / "strip.png").stat().st_size > 5000
     speech = pipeline.run([crops], [0])[0]
     assert speech.wave.shape == (40 * 960,) and len(speech.expression) == 4

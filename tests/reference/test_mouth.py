@@ -55,7 +55,7 @@ def test_a_clip_in_blocks_is_cut_as_in_one(frames):
     clip = rng.integers(0, 256, (frames, 60, 80, 3), dtype=np.uint8)
     landmarks = rng.normal(size=(68, 2)) * 12 + (40, 30) + rng.normal(size=(frames, 1, 2))
     track = FaceTrack(np.zeros((frames, 4)), np.zeros((frames, 5, 2)), np.ones(frames, bool), landmarks)
-    cut = UpstreamEncoderConfig().cut_mouth
+    cut = UpstreamEncoderConfig().crop_mouth
     blocks = [cut(clip[start : start + 16], track, start) for start in range(0, frames, 16)]
     assert np.array_equal(np.concatenate(blocks), cut(clip, track))
     assert np.array_equal(cut(clip, track), align.avhubert_mouth(clip, align.mouth_poses(landmarks)))

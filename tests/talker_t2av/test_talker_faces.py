@@ -38,7 +38,7 @@ def test_a_square_round_the_face_of_a_wide_clip(wide):
     assert 8 <= square.first <= 16 and square.remark == ""
     shown = frames_of(wide, square, 1, square.first)
     assert shown.shape == (1, square.side, square.side, 3) and shown.mean() > 60
-    assert np.array_equal(frames_of(wide, square, 5, 14), square.cut(read_video(wide)[14:19]))
+    assert np.array_equal(frames_of(wide, square, 5, 14), square.crop(read_video(wide)[14:19]))
     assert len(frames_of(wide, square, 99)) == 40
 
 
@@ -108,7 +108,7 @@ def test_a_photo_is_turned_as_its_exif_data_say(tmp_path):
     turned = find_square(save(np.rot90(portrait()), tmp_path / "turned.jpg", 6), 1)
     assert (turned.turn, abs(turned.left - square.left) < 8, abs(turned.side - square.side) < 8) == (0, True, True)
     cut = next(read_square(tmp_path / "turned.jpg", turned, 1))[0]
-    assert np.abs(cut.astype(int) - turned.cut(portrait()[None])[0]).mean() < 3
+    assert np.abs(cut.astype(int) - turned.crop(portrait()[None])[0]).mean() < 3
 
 
 def test_a_photo_on_its_side_is_turned_by_its_face(tmp_path):
@@ -117,7 +117,7 @@ def test_a_photo_on_its_side_is_turned_by_its_face(tmp_path):
     square = find_square(save(np.rot90(picture, 3), tmp_path / "side.png"), 1)
     assert square.turn == 90 and "turned by 90 degrees anticlockwise, the face is cut out" in square.remark
     cut = next(read_square(tmp_path / "side.png", square, 1))[0]
-    assert np.array_equal(cut, replace(square, turn=0).cut(picture[None])[0])
+    assert np.array_equal(cut, replace(square, turn=0).crop(picture[None])[0])
 
 
 def test_of_several_faces_the_largest_is_used_in_full_size(tmp_path):
