@@ -195,7 +195,7 @@ class Machine:
         return common.in_own_process(measure, *arguments)
 
     def bandwidths(self) -> dict[str, float]:
-        """Return the bus bandwidth in bytes/s of each collective between the cards."""
+        """Return the bus bandwidth in bytes/s of each collective between the GPUs."""
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(scratch) / "result.json"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.cards}"]
@@ -455,7 +455,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
             "peak_tflops": machine.rates.bf16 / 1e12, "changes": sizes,
         })  # fmt: skip
         if result.get("out_of_memory"):
-            raise UserError(f"{recipe}: {samples} samples of {seconds:g} s do not fit the card")
+            raise UserError(f"{recipe}: {samples} samples of {seconds:g} s do not fit into the memory of the GPU")
         step = machine.reading(f"{recipe} step seconds", result["step_s"])
         how = f"{samples} samples of {seconds:g} s"
         how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of a card that is not known")

@@ -47,7 +47,7 @@ def bandwidths(device: torch.device, size: int = BYTES, repeats: int = REPEATS) 
     dist.all_reduce(whole)
     expected = ranks * (ranks + 1) / 2
     if not torch.allclose(whole, torch.full_like(whole, expected), rtol=0.02):
-        raise UserError(f"an all-reduce on rank {rank} gave {whole[0].item():g} in place of {expected:g}")
+        raise UserError(f"an all-reduce on rank {rank} returned {whole[0].item():g} instead of {expected:g}")
     ring = (ranks - 1) / ranks * 2 * count
     calls: dict[str, tuple[float, Callable[[], object]]] = {
         "all-reduce": (2 * ring, lambda: dist.all_reduce(whole)),

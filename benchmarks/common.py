@@ -77,11 +77,13 @@ class Operators(TorchDispatchMode):
         model: whose matrices count as `weights`.
 
     Attributes:
-        names: calls by operator. kernels: calls that are no views.
+        names: number of calls by operator.
+        kernels: number of calls that are not views.
         weights: bytes of matrices that kernels read.
         touched: bytes that kernels other than matrix products read and write.
-        flops: of `of`.
-        alive, peak: bytes of tensors that were made, or given to `hold`. used: the peak without bytes `reserved` then.
+        flops: number of floating-point operations.
+        alive, peak: bytes of tensors that were created in the block, or passed to `hold`.
+        used: the peak without the bytes that were `reserved` at the start.
     """
 
     PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "scaled_dot_product")
@@ -96,7 +98,7 @@ class Operators(TorchDispatchMode):
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on; what is alive stays so."""
+        """Restart the measurement of the peak. Tensors that are alive remain counted."""
         self.peak = self.alive
         self.used = self.alive - self.reserved
         self.touched = 0
@@ -194,7 +196,7 @@ def run_program(threads: int, program: str, *words: str, **environment: str) -> 
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
     call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
     if code := subprocess.run(call, env=os.environ | settings).returncode:
-        raise UserError(f"{program} ended with {code}, its last lines say why; the same command continues")
+        raise UserError(f"{program} exited with code {code}, see its output; the same command continues")
 
 
 def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:

@@ -133,7 +133,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
     """
     model, sizes, settings, rows, _ = read_recipe(name, list(words))
     if settings.parallel == "ddp":
-        raise UserError("trainer.parallel=ddp is not walked: use fsdp or hybrid, or scripts/plan_run.py")
+        raise UserError("trainer.parallel=ddp is not supported: use fsdp or hybrid, or scripts/plan_run.py")
     sizes.pop("lora", None)
     settings = replace(settings, workers=0, wandb="off", tensorboard=False, sanity_validation=False)
     with fake_group(ranks), TemporaryDirectory() as folder:

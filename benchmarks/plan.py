@@ -223,7 +223,7 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
     target = str(OmegaConf.select(config, "task._target_") or "")
     model = next((model for model in MODELS if target.startswith(model)), None)
     if model is None:
-        raise UserError(f"{name} trains {target}: recipes of HiCoDiT and Talker-T2AV can be planned")
+        raise UserError(f"{name} trains {target}: only recipes of HiCoDiT and Talker-T2AV are supported")
     settings = TrainerConfig(**plain(config.trainer) | {"device": "cpu", "compile": False})
     sizes = plain(config.task.model)
     if model == "talker":

@@ -201,7 +201,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def write_sheet(path: Path, true: np.ndarray, made: np.ndarray, count: int = 32, zoom: int = 3) -> None:
-    """Write `count` pairs of ground-truth frames and rebuilt ones below them, `zoom` times as large."""
+    """Write an image of `count` ground-truth frames, with the reconstructed frames below them, scaled by `zoom`."""
     at = np.linspace(0, len(true) - 1, count).round().astype(int)
     rows = [np.concatenate([np.concatenate(list(f[k]), 1) for f in (true, made)]) for k in at.reshape(-1, 8)]
     sheet = cv2.resize(np.concatenate(rows), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)

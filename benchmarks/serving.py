@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     require("httpx", "httpx", "serve")
     if args.size == "base" and args.mixed:
-        raise UserError("--size base serves Talker-T2AV alone, with random weights: set --mixed 0")
+        raise UserError("--size base only serves Talker-T2AV, with random weights: set --mixed 0")
     for result in asyncio.run(_measure(args)):
         yield result, ", ".join(f"{key} {value}" for key, value in result.items())
 

@@ -130,7 +130,7 @@ def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) ->
             if status == 416 and size:  # the partial file is longer than the file
                 part.unlink()
             elif status < 500 or attempt == ATTEMPTS - 1:
-                raise UserError(f"{file.url} answered {status}: {printable(error)[:200]}") from error
+                raise UserError(f"{file.url} returned status {status}: {printable(error)[:200]}") from error
             else:
                 time.sleep(retry_delay * 2**attempt)
         # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.

@@ -116,7 +116,7 @@ def require_space(folder: str | Path, setting: str) -> None:
         tempfile.TemporaryFile(dir=there).close()
         free = shutil.disk_usage(there).free / 1e6
     if free < SPACE:
-        raise UserError(f"{setting}={folder}: {free:,.0f} MB are free, this needs {SPACE} MB: choose another disk")
+        raise UserError(f"{setting}={folder}: {free:,.0f} MB free, but {SPACE} MB are required: choose another disk")
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def average(
             raise UserError(f"not the same model: {unlike[0]} is missing or has another shape in one of the releases")
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
     if not names:
-        raise UserError(f"--only {' '.join(prefixes)}: no tensor has this prefix; the first is {min(first)}")
+        raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")
     weights = [share / sum(shares) for share in shares]
     return first | {name: sum(w * state[name] for w, state in zip(weights, states)) for name in names}
 

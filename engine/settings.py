@@ -250,4 +250,4 @@ def check_place(executor: str, devices: str = "1", device: str = "cpu", gpus: fl
     if executor == "ray" and device != "cpu" and not gpus:
         raise UserError(f"ray.gpus=0 with device={device}: set ray.gpus=1 (0.5: two workers share one), or device=cpu")
     if executor == "ray" and find_spec("ray") is None:
-        raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")
+        raise UserError("executor=ray requires Ray: bash scripts/setup.sh cluster")

@@ -99,7 +99,7 @@ def write_outputs(
         identity = None
         if ge2e is not None:  # one voice per call
             if batch[0][1].prompt.audio is None:
-                raise UserError("no other clip of its speaker: set reference_audio in the manifest")
+                raise UserError("there is no other clip of the same speaker: set reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
         speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
         for (_, clip), speech in zip(batch, speeches):

@@ -97,7 +97,9 @@ class SpeechStream:
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
             raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: expected (H, W, 3) uint8 RGB")
         if self.frames and frame.shape != self.frames[0].shape:
-            raise UserError(f"a frame of shape {frame.shape} after frames of {self.frames[0].shape}: keep one size")
+            raise UserError(
+                f"a frame of shape {frame.shape} after frames of {self.frames[0].shape}: keep the same size"
+            )
         self.frames.append(frame.copy())  # a camera may reuse its buffer
         self.received += 1
         due = self.settled + HOP + self.margin

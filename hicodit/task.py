@@ -138,7 +138,7 @@ class HiCoDiTTask(Task):
             if name in parts:
                 parts.pop(name).requires_grad_(False)
         if not parts:
-            raise UserError(f"task.frozen={list(frozen)} leaves nothing to train: leave a part out")
+            raise UserError(f"task.frozen={list(frozen)} leaves nothing to train: freeze fewer parts")
         self.trains_lips_only = list(parts) == ["lip"]
         if self.trains_lips_only and encoders.lip.phoneme_head is None:
             raise UserError(

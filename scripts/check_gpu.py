@@ -38,7 +38,7 @@ def main(machine: Machine | None = None) -> int:
     args = parser.parse_args()
     there = torch.cuda.device_count()
     if machine is None and there < args.cards:
-        raise UserError(f"{args.cards} CUDA cards are needed, {there} here: run this on a machine with a GPU")
+        raise UserError(f"{args.cards} CUDA devices are required, {there} found: run this on a machine with a GPU")
     machine = machine or Machine(torch.device("cuda", 0), args.cards, args.size)
     begin = time.monotonic()
     lines = []

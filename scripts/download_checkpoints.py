@@ -92,9 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     catalogue = read_catalogue(args.catalogue)
     if args.group not in (None, "all", *catalogue):
-        raise UserError(f"{args.group} is not a group: there are {', '.join([*catalogue, 'all'])}")
+        raise UserError(f"{args.group} is not a group; choose {', '.join([*catalogue, 'all'])}")
     if args.group is None and not args.list:
-        raise UserError(f"name a group: {', '.join([*catalogue, 'all'])}")
+        raise UserError(f"choose a group: {', '.join([*catalogue, 'all'])}")
     if not args.list:
         with writable(args.to, "--to"):
             pass

@@ -85,7 +85,7 @@ def evaluate_splits(config: DictConfig) -> int:
         raise UserError(f"corpus={config.corpus} requires split=[NAME], such as [seen]")
     if config.corpus and not Path(config.corpus).is_dir():
         make = f"python scripts/make_synthetic_corpus.py --version 2 --out {config.corpus}"
-        raise UserError(f"corpus={config.corpus} is not a folder: name another one, or make it ({make})")
+        raise UserError(f"corpus={config.corpus} is not a folder: choose another one, or create it ({make})")
     output = Path(config.output)
     codes = []
     for split in splits:
@@ -248,7 +248,7 @@ def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, flo
         chosen = [name for name in true if config.true_speech in name]
         if not chosen:
             known = ", ".join(n.removeprefix("paper: ").removesuffix(" true speech") for n in true) or "none"
-            raise UserError(f"true_speech={config.true_speech} is none of the table's ground-truth rows: {known}")
+            raise UserError(f"true_speech={config.true_speech} is not a ground-truth row of the table; choose {known}")
         rows = {name: row for name, row in rows.items() if name not in true or name in chosen}
     aim = config.aim.get(split or "")
     return ({"aim": dict(aim)} if aim else {}) | rows

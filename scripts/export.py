@@ -55,7 +55,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.only and not args.average:
-        raise UserError("--only belongs to --average")
+        raise UserError("--only requires --average")
     if args.exact and not args.compact:
         raise UserError("--exact requires --compact")
     if len(args.source) > 1 and not args.average:
@@ -81,7 +81,7 @@ def best_step(run: Path, rule: str) -> int:
         raise UserError(f"--best {rule} is not 'min NAME' or 'max NAME', as in 'min wer_seen'")
     step = checkpoint.best(run / "checkpoints", rule)
     if step is None:
-        raise UserError(f"--best {rule}: no checkpoint of {run} was validated with such a figure; see its log.jsonl")
+        raise UserError(f"--best {rule}: no checkpoint of {run} was validated with this metric; see its log.jsonl")
     return step
 
 
@@ -109,7 +109,9 @@ def compact_release(release: Path, out: Path, exact: tuple[str, ...]) -> str:
     def smaller(state: dict[str, Tensor]) -> dict[str, Tensor]:
         unknown = [prefix for prefix in exact if not any(key.startswith(prefix) for key in state)]
         if unknown:
-            raise UserError(f"--exact {unknown[0]}: no tensor of {release} has this prefix; the first is {min(state)}")
+            raise UserError(
+                f"--exact {unknown[0]}: no tensor name of {release} has this prefix; the first is {min(state)}"
+            )
         return compact(state, exact)
 
     rewrite_release(release, out, smaller)

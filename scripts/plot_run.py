@@ -64,7 +64,7 @@ def main() -> None:
     names = [name for name in panels(curves.values()) if only.search(name)]
     if not names:
         raise UserError(
-            f"nothing to draw: no logged figure matches --only {args.only}" if args.only else "the logs are empty"
+            f"nothing to plot: no logged value matches --only {args.only}" if args.only else "the logs are empty"
         )
     draw(curves, names, args.smooth, args.out)
     print(f"{args.out}: {len(names)} panels, {len(curves)} {'run' if len(curves) == 1 else 'runs'}")
@@ -75,7 +75,7 @@ def labels(runs: Sequence[Path]) -> list[str]:
     folders = [(run.parent if run.suffix == ".jsonl" else run).resolve() for run in runs]
     for run, folder in zip(runs, folders):
         if folders.count(folder) > 1:
-            raise UserError(f"{run} is given twice")
+            raise UserError(f"{run} is listed twice")
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):

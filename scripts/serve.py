@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
     if args.voices is not None and not args.voices.is_dir():
-        raise UserError(f"--voices {args.voices} is not a folder: make it, or leave the option out")
+        raise UserError(f"--voices {args.voices} is not a folder: create it, or omit the option")
     for package in ("fastapi", "uvicorn", "websockets", "python_multipart"):
         require(package, package, "serve")
     from hicodit.bundled import PipelineChooser

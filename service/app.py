@@ -112,7 +112,7 @@ class LiveFace:
         """Add a frame (JPEG or PNG). Return the 16-bit samples that are due, often none."""
         self.count += 1
         if self.count > FPS * LIMITS.seconds:
-            raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
+            raise UserError(f"the stream is longer than {LIMITS.seconds:g} s")
         picture = read_picture(data)
         if self.stream is not None:
             return _samples(self.stream.push(picture))
@@ -173,7 +173,7 @@ def _samples(chunk: SpeechChunk | None) -> bytes:
 def read_picture(data: bytes) -> np.ndarray:
     """Decode a JPEG or PNG image to (H, W, 3) uint8 RGB."""
     if len(data) > MAX_PICTURE:
-        raise UserError(f"an image of {len(data):,} bytes: at most {MAX_PICTURE:,}")
+        raise UserError(f"the image has {len(data):,} bytes: at most {MAX_PICTURE:,} are allowed")
     if not data.startswith(IMAGE_SIGNATURES):
         raise UserError("expected an image (JPEG or PNG), or a text message at the end")
     try:
@@ -206,7 +206,7 @@ def limit_bodies(app: Callable, service: Service) -> Callable:
             message = await receive()
             size += len(message.get("body", b""))
             if size > max_bytes:
-                raise HTTPException(413, f"a body of more than {max_bytes:,} bytes")
+                raise HTTPException(413, f"the request body exceeds {max_bytes:,} bytes")
             return message
 
         await app(scope, limited_receive if scope["type"] == "http" else receive, send)

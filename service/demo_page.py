@@ -132,7 +132,7 @@ class Tab:
 
     @property
     def shown(self) -> list[Any]:
-        """Everything that a result replaces."""
+        """Components that are updated by a result."""
         return [self.status, *self.errors.values(), *self.outputs]
 
     def show(self, kind: str, text: str, wrong: str = "", made: Made | None = None) -> list[Any]:

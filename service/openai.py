@@ -32,7 +32,7 @@ Folder = Annotated[Path, Depends(request_folder)]
 
 
 class OurFields(BaseModel):
-    """Extension fields of requests for speech and videos. Those of length are for Talker-T2AV."""
+    """Extension fields of requests for speech and videos. The limits of length only apply to Talker-T2AV."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,7 +45,7 @@ class OurFields(BaseModel):
         if not text.strip():
             raise UserError("the text is empty")
         if len(text) > service.limits.characters:
-            raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
+            raise UserError(f"the text has {len(text)} characters: at most {service.limits.characters} are allowed")
         return Job(
             mode, text, str(voice), face and str(face),
             min_seconds=self.min_seconds, max_seconds=self.max_seconds, seed=self.seed,

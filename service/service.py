@@ -177,7 +177,7 @@ def invalid_field(error: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{field} is missing"
     if kind == "extra_forbidden":
-        return f"{field} is not supported: leave it out"
+        return f"{field} is not supported: omit it"
     if "expected" in limits:
         return f"{value} is unknown; choose {limits['expected'].replace(chr(39), '')}"
     for bound, words in BOUNDS.items():

@@ -116,14 +116,14 @@ def video_routes(service: Service) -> APIRouter:
             reference = await video.save("input_reference", body.input_reference)
             if body.model == TALKER:
                 if body.face != FIRST:
-                    raise UserError(f"face={body.face[:20]} is for hicodit: leave it out")
+                    raise UserError(f"face={body.face[:20]} only applies to model hicodit: omit it")
                 if body.reference_audio is None:
                     voice = service.voices.find(body.voice)
                 else:
                     voice = await video.save("reference_audio", body.reference_audio)
                 work = _talk(service, video, body.job(service, "t2av", body.prompt, voice, reference))
             elif given := body.model_fields_set & {"voice", "reference_audio", "min_seconds", "max_seconds"}:
-                raise UserError(f"{', '.join(sorted(given))} is for talker-t2av: leave it out")
+                raise UserError(f"{', '.join(sorted(given))} only applies to model talker-t2av: omit it")
             else:
                 work = _dub(service, video, reference, read_face(body.face), body.seed)
             videos[video.id] = video

@@ -231,7 +231,7 @@ class TalkerPairs:
         **examples: Any,
     ) -> None:
         if sorted(tasks) not in (["t2av", "tts"], ["t2av"], ["tts"]):
-            raise UserError(f"data.train.tasks={list(tasks)}: must be [t2av, tts], [t2av] or [tts]")
+            raise UserError(f"data.train.tasks={list(tasks)} must be [t2av, tts], [t2av] or [tts]")
         reading = Reading(**(shards or {}))
         roots = {"tts": tts_root or root}
         self.sets = [

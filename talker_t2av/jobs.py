@@ -302,7 +302,7 @@ def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
     try:
         speaker = load(content)["speaker"]
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is not a saved voice ({error}): save it anew from a recording") from error
+        raise UserError(f"{path} is not a saved voice ({error}): save it again from a recording") from error
     if f'"{digest}"'.encode() not in content or speaker.shape != (size,) or not torch.isfinite(speaker).all():
-        raise UserError(f"{path} was saved by another speaker encoder: save it anew from a recording")
+        raise UserError(f"{path} was saved by another speaker encoder: save it again from a recording")
     return speaker

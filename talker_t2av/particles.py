@@ -47,7 +47,7 @@ class Particles(BatchedDecoder):
     """`BatchedDecoder` for V2A with `sampling.particles` candidates per request. The result is the most likely one.
 
     Each candidate has its own noise, which is scaled by `sampling.particle_temperature`, so that candidates differ
-    sufficiently. All requests join before the first step and leave after the last one.
+    sufficiently. All requests are added before the first step and removed after the last one.
 
     Args:
         places: maximum number of concurrent requests.

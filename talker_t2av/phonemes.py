@@ -51,7 +51,7 @@ class Phonemizer:
         foreign = next(letters, None)
         if foreign:
             raise UserError(
-                f"the text has the letter {foreign!r}: this model supports {self.language}, in Latin letters"
+                f"the text contains the letter {foreign!r}: this model supports {self.language}, in Latin letters"
             )
         tokens: list[str] = []
         for mnemonics, stop in self._read(text):

@@ -197,7 +197,7 @@ def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
     renamed = rename_all(state, WARM_STARTS[kind])
     fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
     if not fits:
-        raise UserError(f"{folder} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
+        raise UserError(f"{folder} has no tensor in common with the model: it is not a {kind} checkpoint of this size")
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
 
@@ -210,7 +210,7 @@ def _check_qwen(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> Non
             raise UserError(f"{folder} is not a Qwen3 in the Hugging Face format: it has no tensor model.{key}")
         if found.shape != value.shape:
             raise UserError(
-                f"{folder}: model.{key} is of {list(found.shape)}, task.model.llm asks for {list(value.shape)}: set "
+                f"{folder}: model.{key} is of {list(found.shape)}, task.model.llm requires {list(value.shape)}: set "
                 "task.model.llm to the sizes in its config.json"
             )
     config = folder / "config.json"

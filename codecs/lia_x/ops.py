@@ -162,7 +162,7 @@ class StyledConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a 1x1 skip, summed and divided by sqrt(2); half the size if `down`.
+    """Two 3x3 convolutions and a 1x1 skip, summed and divided by sqrt(2). `down` halves the resolution.
 
     The skip is the identity where neither width nor size changes.
     """

@@ -81,10 +81,9 @@ def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
 def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tensor, seed: int) -> None:
     """Replace every code with zero `counts` (Q, K) by a random projected residual of the latents in `pool` (M, C).
 
-    Rows of zeros are not filled yet. The numbers of dead codes and filled rows are not copied to the host, which would
-    synchronise: random numbers are drawn for every code, and the device uses those that it needs. The draws are those
-    of torch.randint and a generator of this seed: numbers of 32 bits of the same Mersenne Twister, of which the
-    remainder of the division by the number of rows is taken.
+    Rows of `pool` that are zero have not been filled yet and are not drawn. To avoid synchronising with the host, a
+    random number is drawn for every code, and the device uses those of the dead ones. The result equals that of
+    `torch.randint` with a generator of this seed: 32-bit numbers of the Mersenne Twister, modulo the number of rows.
     """
     filled = pool.abs().sum(1) > 0
     rows = (~filled).byte().argsort(stable=True)  # filled rows first

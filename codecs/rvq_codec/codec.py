@@ -39,7 +39,7 @@ class RVQCodec(Codec):
         super().__init__(config)
         if math.prod(config.ratios) != config.decoder_hop:
             raise UserError(
-                f"ratios {list(config.ratios)} make a hop of {math.prod(config.ratios)}, but the decoder's hop is "
+                f"ratios {list(config.ratios)} result in a hop of {math.prod(config.ratios)}, but the decoder's hop is "
                 f"{config.decoder_hop}: they must be equal"
             )
         self.encoder = DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh)

@@ -30,7 +30,7 @@ class CodedCrops(SpeechCrops):
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
         if self.codec and self.samples % self.codec.hop:
-            raise UserError(f"samples={self.samples}: must be a multiple of the codec's hop of {self.codec.hop}")
+            raise UserError(f"samples={self.samples} must be a multiple of the codec's hop of {self.codec.hop}")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}, as a function of (index,

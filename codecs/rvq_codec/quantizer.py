@@ -98,7 +98,7 @@ class ResidualQuantizer(nn.Module):
         """
         count = len(self.quantizers) if self.training or levels is None else levels
         if not 1 <= count <= len(self.quantizers):
-            raise UserError(f"levels={levels}: must be from 1 to {len(self.quantizers)}")
+            raise UserError(f"levels={levels} must be from 1 to {len(self.quantizers)}")
         kept = self._levels_kept(z)
         residual = z.float()
         total = torch.zeros_like(z, dtype=torch.float32)

@@ -81,7 +81,7 @@ class WhisperXVAEConfig(Group):
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
                 f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "
-                "different products: they must make the same hop"
+                "different products: they must result in the same hop"
             )
         if self.decoder_width % 2 ** len(self.decoder_ratios):
             raise UserError(

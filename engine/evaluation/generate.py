@@ -81,7 +81,9 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
         tensors = place / "model.safetensors"
         new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
-        raise UserError(f"{folder} contains outputs of other settings: choose another output=, or delete that folder")
+        raise UserError(
+            f"{folder} contains outputs generated with other settings: choose another output=, or delete that folder"
+        )
     write_json(folder / "system.json", new)
 
 
@@ -118,7 +120,7 @@ def generate_missing(
             waiting.add(i)
         elif known.get(clip.id, state) != state:
             where = f"{folder} contains an output of {clip.id} for other files or text"
-            raise UserError(f"{where}: choose another output=, or delete that folder")
+            raise UserError(f"{where}: choose another output=, or delete this one")
         known[clip.id] = state
     write_json(place, known)
     order = sorted(enumerate(clips), key=lambda item: length(item[1]))

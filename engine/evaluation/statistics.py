@@ -101,7 +101,7 @@ def permutation_test(
 def estimate(
     statistic: Statistic, models: np.ndarray, groups: Sequence[str], minus: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return (mean over seeds of a figure, or of its difference to another system, half-width of its 95 % interval).
+    """Estimate the mean of a figure over seeds, or of its difference to another system, with a 95 % interval.
 
     The variances of two components are added: a Student t interval over the seeds, and a normal interval over clips
     from resampled groups, which are the same for all seeds and both systems.

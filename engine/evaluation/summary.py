@@ -191,7 +191,7 @@ def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> li
 
 
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the tests of every two systems as lines for a terminal."""
+    """Return the paired tests of all pairs of systems as lines of text."""
     tests = summary["tests"]
     if not tests:
         return []

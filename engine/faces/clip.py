@@ -202,7 +202,7 @@ def place_face(clip: ClipFrames, boxes: Any, fps: float) -> FaceTrack:
     if outside.any():
         box = ",".join(f"{value:g}" for value in track.boxes[outside.argmax()])
         raise FaceError(
-            f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the frame of {width} x {height} pixels"
+            f"face_box={box} at {outside.argmax() / fps:.1f} s is outside the frame of {width} x {height} pixels"
         )
     return track.scaled(clip.size[1] / width)
 
@@ -215,7 +215,7 @@ def place_landmarks(clip: ClipFrames, landmarks: np.ndarray, present: np.ndarray
     """
     frames = sum(map(len, clip))
     if abs(len(landmarks) - frames) > MISFIT:
-        raise FaceError(f"landmarks of {len(landmarks)} frames, but the clip has {frames} at {fps:g} a second")
+        raise FaceError(f"landmarks of {len(landmarks)} frames, but the clip has {frames} at {fps:g} per second")
     index = np.minimum(np.arange(frames), len(landmarks) - 1)
     track = landmark_track(fill_landmarks(landmarks, present)[index], present[index], fps)
     return track.scaled(clip.size[1] / clip.display_size[1])

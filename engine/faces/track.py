@@ -416,7 +416,7 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             '{"time": seconds, "box": [x, y, w, h]}'
         ) from error
     if len(values) < frames:
-        raise FaceError(f"face_box has boxes for {len(values)} frames, the clip has {frames} at {fps:g} a second")
+        raise FaceError(f"face_box has boxes for {len(values)} frames, the clip has {frames} at {fps:g} per second")
     if not (np.isfinite(values).all() and (values[:, 2:] > 0).all()):
         raise UserError(f"face_box={str(boxes)[:80]}: widths and heights must be larger than 0")
     faces = with_points(values)

@@ -75,7 +75,7 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
     if wave is None:
         wave = _read_with_ffmpeg(path, rate, span)
     if len(wave) == 0:
-        raise UserError(f"{path} has zero audio samples")
+        raise UserError(f"{path} has no audio samples")
     if not np.abs(wave).max() < LOUDEST:  # also true for NaN
         raise UserError(
             f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1: save it as 16-bit PCM"

@@ -136,7 +136,7 @@ def _check_decoded(
         raise UserError(f"{path} has frames of more than {LIMITS.pixels:,} pixels (limits.pixels): scale it down")
     if count == 0:
         stream_codec(path, "video")
-        raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
+        raise UserError(f"{path} has no frames that can be decoded ({complaint})")
     check_whole(path, "video", count / fps, log, span)
     if code != 0:
         raise damaged(path, "video", count / fps, 0.0, complaint)
@@ -165,7 +165,7 @@ def write_video(
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise UserError(f"cannot write {path}: there are zero frames")
+        raise UserError(f"cannot write {path}: there are no frames")
     first = _even(first)
     height, width = first.shape[:2]
     with tempfile.TemporaryDirectory() as scratch, atomic_output(path) as staging, tempfile.TemporaryFile() as log:

@@ -40,7 +40,7 @@ class LipOpening:
         """Return dlib's bounding box of the largest face in a frame (H, W, 3), in pixels of the enlarged image."""
         boxes = self.detect(enlarge(frame), 1)
         if not boxes:
-            raise UserError("dlib finds no face in the first frame")
+            raise UserError("dlib detects no face in the first frame")
         return max(boxes, key=lambda box: box.area())
 
     def opening(self, shape: Any) -> float:

@@ -115,7 +115,7 @@ class WordErrors(Metric):
         """Return the transcript of a take, not normalised."""
         if self.kind == "auto-avsr":
             if take.heard is None:
-                raise UserError("the manifest gives no transcript: transcribe with auto-avsr and add it as heard")
+                raise UserError("the manifest contains no transcript: transcribe with auto-avsr and add it as heard")
             return take.heard
         wave = wave_of(take.audio, RATE)
         if self.kind == "grid":

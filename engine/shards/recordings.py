@@ -149,7 +149,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         shards: Mapping[str, Any] | None = None,
     ):
         if samples < 1:
-            raise UserError(f"data.train.samples={samples}: must be at least 1")
+            raise UserError(f"data.train.samples={samples} must be at least 1")
         self.samples = samples
         self.gain_db = gain_db
         self.speed = speed

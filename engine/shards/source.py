@@ -132,7 +132,7 @@ class SplitFiles:
             largest = max((shard["bytes"] for shard in self.index["shards"]), default=0)
             if limit < 2 * largest:
                 least = f"{4 * largest / 1e9:.1f}"
-                raise UserError(f"the shard cache of {limit / 1e9:g} GB is too small for {source}: give {least}")
+                raise UserError(f"the shard cache of {limit / 1e9:g} GB is too small for {source}: set {least}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_slots": None, "_asked": set()}

@@ -151,7 +151,7 @@ class SplitWriter:
             return
         if not replace:
             raise UserError(
-                f"{self.folder} was begun with {_difference(existing, plan)}: give the same settings, another output, "
+                f"{self.folder} was started with {_difference(existing, plan)}: use the same settings, another output, "
                 f"or reuse={self.folder.parent} to replace these shards and keep what is unchanged"
             )
         for name in (INDEX, QUARANTINE):  # readers do not see the split until all its shards have the same plan

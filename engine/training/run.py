@@ -144,7 +144,7 @@ def check_validation(config: DictConfig) -> None:
             else:
                 read_manifest(root, split)
         except UserError as error:
-            raise UserError(f"data.held_out has {split}: make that split, or set data.held_out=[] ({error})") from error
+            raise UserError(f"data.held_out has {split}: prepare it, or set data.held_out=[] ({error})") from error
     find_grammar(config)
 
 
@@ -164,4 +164,4 @@ def make_data(data: DictConfig) -> None:
         if code == 2:  # a user error, which the command has reported
             raise SystemExit(2)
         if code != 0:
-            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data to train on")
+            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there are no training data")

@@ -34,7 +34,7 @@ def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
     try:
         voices = torch.tensor([int(info["speaker"]) for info, _ in rows])
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: its speakers are no voice numbers ({error})") from error
+        raise UserError(f"{source}: its speakers are not voice numbers ({error})") from error
     return [info["key"] for info, _ in rows], voices, torch.stack([tensors["ge2e"] for _, tensors in rows])
 
 
@@ -63,7 +63,7 @@ class VoiceClips:
         return len(self.names)
 
     def mel(self, index: int) -> Tensor:
-        """Return the log-mel (M, T) of a whole clip, kept in half precision: a small corpus stays in memory."""
+        """Return the log-mel spectrogram (M, T) of a clip. Spectrograms are cached in half precision."""
         if index not in self._mels:
             wave = torch.from_numpy(read_audio(self.folder / f"{self.names[index]}.wav", RATE))
             self._mels[index] = level_mel(wave, self.bands).half()
@@ -113,7 +113,7 @@ class VoiceEncoderTask(Task):
     ):
         super().__init__()
         if temperature <= 0:
-            raise UserError(f"task.temperature={temperature} must be over 0")
+            raise UserError(f"task.temperature={temperature} must be positive")
         self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
         if init:
             load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")

@@ -69,7 +69,7 @@ class Missing(Step):
     """A stage whose package is not there."""
 
     def __init__(self):
-        raise UserError("this needs nothing (no module): install it")
+        raise UserError("this requires nothing (no module): install it")
 
 
 class Mean(Encoder):

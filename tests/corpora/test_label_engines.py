@@ -115,7 +115,7 @@ def test_pyannote_gives_the_seconds_of_each_speaker(monkeypatch, answer):
         ("MossFormer2_SS_16K", "speech_separation", 16_000, 2),
     ],
 )
-def test_clearvoice_gives_one_wave_of_the_same_length(monkeypatch, name, task, rate, speakers):
+def test_clearvoice_returns_one_wave_of_the_same_length(monkeypatch, name, task, rate, speakers):
     """Enhancement answers (1, N), separation (speakers, 1, N): the loudest speaker is kept."""
 
     class ClearVoice:

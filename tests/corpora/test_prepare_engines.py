@@ -33,7 +33,7 @@ def test_weights_that_are_not_there_are_one_line(tmp_path):
         Whisper(str(tmp_path / "nothing"), "cpu")
 
 
-def test_windows_tell_one_voice_from_two():
+def test_voice_windows_distinguish_one_speaker_from_two():
     pytest.importorskip("resemblyzer")
     voice = read_audio("assets/demo/voice.wav", RATE)
     voice = np.tile(voice, 3)

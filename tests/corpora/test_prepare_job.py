@@ -183,7 +183,7 @@ def test_faults_of_the_machine_stop_the_job(corpus, tmp_path):
     missing = {"stages": {"brightness": {"_target_": "tests.corpora.preparation_fakes.Missing"}}}
     for root, output, changes, message in (
         (tmp_path / "full", "b", {}, "No space left on device"),
-        (corpus, "c", missing, "this needs nothing"),
+        (corpus, "c", missing, "this requires nothing"),
         (corpus, "file/d", {}, r"cannot write .*file"),
     ):
         with pytest.raises(UserError, match=message):

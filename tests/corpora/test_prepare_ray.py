@@ -22,7 +22,7 @@ def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_machine_makes_the_same_shards(tmp_path):
+def test_a_cluster_that_loses_a_machine_writes_the_same_shards(tmp_path):
     """Six good clips and one that is refused; one of two nodes with processors goes away."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

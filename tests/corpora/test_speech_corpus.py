@@ -32,7 +32,7 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
     assert {row.name for row in found["train"]}.isdisjoint(row.name for row in found["test"])
 
 
-def test_prompts_are_decoded_and_listed_as_often_as_asked(tmp_path):
+def test_prompts_are_decoded_and_repeated_as_requested(tmp_path):
     sound(tmp_path / "sounds/en_US/digits/1.g722", 1.0, "-c:a", "g722")
     sound(tmp_path / "sounds/en_US/beep.g722", 0.1, "-c:a", "g722")  # too short
     rows = prompt_recordings(tmp_path / "sounds")

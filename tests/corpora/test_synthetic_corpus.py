@@ -121,7 +121,7 @@ def test_more_voices_speak_in_training_clips_alone(corpus, tmp_path):
     assert "0 more voices" in make(corpus, *ARGUMENTS[2], "--more-voices", "2", code=2).stderr
 
 
-def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
+def test_an_interrupt_ends_all_processes_and_leaves_no_partial_files(tmp_path):
     root = tmp_path / "corpus"
     making = subprocess.Popen(
         [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"],
@@ -339,7 +339,7 @@ def test_resample_keeps_a_tone():
     assert len(got) == 24000 and np.abs(got - tone(24000)).max() < 1e-3
 
 
-def test_speaking_one_of_two_faces_is_chosen(corpus):
+def test_the_speaking_face_of_two_is_selected(corpus):
     """The trial of benchmarks/speaking.py, whose record is of 100 clips."""
     settings = argparse.Namespace(corpus=corpus, split="train", clips=2, seed=0)
     assert [result["right"] for result, _ in speaking.run(settings)] == [2, 2]

@@ -135,7 +135,7 @@ def test_a_sweep_numbers_its_runs(monkeypatch, capsys, tmp_path):
         assert (config.trainer.lr, config.run) == (rate, f"runs/toy/{number}")
 
 
-def test_a_failing_run_leaves_the_others_of_a_sweep(monkeypatch, capsys, tmp_path):
+def test_a_failing_run_does_not_end_a_sweep(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"trainer\.steps=0 must be"):
         command(monkeypatch, train, "-m", *train_arguments("toy"), "trainer.steps=0,1")
@@ -174,7 +174,7 @@ def test_a_validation_split_that_is_missing_is_found_before_training(tmp_path):
     for held_out, shards in (([], {}), (["train"], {}), (["seen"], None), (None, None)):
         check(root=str(tmp_path), held_out=held_out, shards=shards)
     for shards in ({"window": 1}, None):
-        with pytest.raises(UserError, match=r"data.held_out has val: make that split, or set data.held_out=\[\]"):
+        with pytest.raises(UserError, match=r"data.held_out has val: prepare it, or set data.held_out=\[\]"):
             check(root=str(tmp_path), held_out=["val"], shards=shards)
     check(held_out=["val"])
 

@@ -31,7 +31,7 @@ def test_a_rank_holds_its_shards_and_gathers_blocks_in_half_precision():
 @pytest.mark.parametrize(
     ("words", "ranks", "message"),
     [
-        ([], 32, "trainer.parallel=ddp is not walked"),
+        ([], 32, "trainer.parallel=ddp is not supported"),
         (["trainer.parallel=fsdp"], 33, "cannot be shared by 33 processes"),
     ],
 )

@@ -209,7 +209,7 @@ def test_words_are_recognised_again_when_a_file_of_the_recogniser_changes(run_gr
         assert [run_grammar().results["found_in_cache"] for _ in range(2)] == [{"WordErrors": 0}, {"WordErrors": 6}]
 
 
-def test_a_second_run_measures_nothing_again(run, monkeypatch, folders):
+def test_a_second_run_uses_cached_measurements(run, monkeypatch, folders):
     first = run().results
     (folders / "elsewhere").mkdir()
     for speaker in ("s0", "s1"):
@@ -248,7 +248,7 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders):
     (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
     assert again().results["systems"] == results["systems"] and kept.stat().st_mtime_ns == before
     assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames per second
-    with pytest.raises(UserError, match="contains outputs of other settings"):
+    with pytest.raises(UserError, match="contains outputs generated with other settings"):
         again("generate.levels=1")
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name
     with pytest.raises(UserError, match=r"contains an output of s1/c1 for other files"):
@@ -273,7 +273,7 @@ def test_speech_without_pictures_is_compared_with_those_it_was_made_for(run, mon
     assert {str(take.video or take.source) for take in seen} == {str(folders / "face.mp4")}
 
 
-def test_the_talker_is_shown_another_clip_of_the_speaker(folders):
+def test_the_talker_is_prompted_with_another_clip_of_the_speaker(folders):
     rows = [{"id": "s0/c0", "text": "one", "speaker": "a"}, {"id": "s0/c2", "text": "two", "speaker": "a"}]
     rows += [{"id": "s1/c1", "text": "one", "speaker": "b"}]
     rows[0]["reference_video"] = "face.mp4"

@@ -85,7 +85,7 @@ def test_the_best_step_is_asked_for_by_a_rule(run, tmp_path, call):
         (there / "checkpoints" / f"step-{step:08d}" / "results.json").write_text(json.dumps({"weight": weight}))
     for rule, step in (("min weight", 15), ("max weight", 20)):
         assert f"step-{step:08d} of" in call(there, tmp_path / "out", "--best", rule)
-    with pytest.raises(UserError, match=r"no checkpoint of .* such a figure"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* with this metric"):
         call(there, tmp_path / "out", "--best", "min wer")
 
 
@@ -144,7 +144,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
     ("other", "only", "message"),
     [
         ({"encoder.w": torch.zeros(5)}, ("",), r"encoder\.w is missing or has another shape"),
-        ({}, ("head",), "--only head: no tensor has this prefix"),
+        ({}, ("head",), "--only head: no tensor name has this prefix"),
     ],
 )
 def test_weights_that_do_not_fit_are_not_averaged(other, only, message):

@@ -47,7 +47,7 @@ def test_the_sum_over_sentences_is_that_of_the_choices_of_one_place(scores):
     torch.testing.assert_close(torch.stack(letters).logsumexp(0), sentence_scores(scores))
 
 
-def test_words_are_chosen_by_their_share_in_their_places():
+def test_words_are_drawn_by_their_frequency_at_each_position():
     scores = torch.full((1, 20, 1 + len(WORDS)), -8.0)
     scores[..., 0] = -0.1
     for place, number in enumerate(word_numbers(TEXTS[0])):

@@ -116,7 +116,7 @@ def test_tracked_landmarks_are_those_of_dlib_alone_on_a_real_clip():
         assert np.linalg.norm(transform(poses[i], alone[48:]).mean(0) - 48) < 0.05 * scale * size + 0.71
 
 
-def test_yunet_gives_the_landmarks_of_the_tracked_face():
+def test_yunet_returns_the_landmarks_of_the_tracked_face():
     five = np.array([[20.0, 30], [60, 34], [40, 50], [25, 70], [58, 73]])
 
     def detector(frame):
@@ -211,7 +211,7 @@ def test_track_follows_given_landmarks(tmp_path):
     assert np.allclose(place_landmarks(small, points, ~ABSENT, 25.0).landmarks, points / 4)
     longer = place_landmarks(ArrayFrames(np.zeros((23, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     assert len(longer) == 23 and np.allclose(longer.landmarks[20:], points[19])
-    with pytest.raises(UserError, match="landmarks of 20 frames, but the clip has 26 at 25 a second"):
+    with pytest.raises(UserError, match="landmarks of 20 frames, but the clip has 26 at 25 per second"):
         place_landmarks(ArrayFrames(np.zeros((26, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     with pytest.raises(UserError, match="no face found in 90%"):
         place_landmarks(small, points, np.arange(20) < 2, 25.0)

@@ -60,7 +60,7 @@ def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
         metric.reference("say xyzzyx")
 
 
-def test_recogniser_hears_the_words_whatever_came_before(spoken, tmp_path):
+def test_the_recogniser_does_not_depend_on_previous_clips(spoken, tmp_path):
     pytest.importorskip("pocketsphinx")
     rate, waves = spoken
     (tmp_path / "grammar.jsgf").write_text(GRAMMAR)

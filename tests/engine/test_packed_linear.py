@@ -32,7 +32,7 @@ half = pytest.param(
 @x86
 @pytest.mark.parametrize("dtype", [torch.float32, half])
 @pytest.mark.parametrize("shape", [(0, 48), (1, 48), (5, 48), (2, 3, 7, 48), (600, 48)])
-def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
+def test_a_packed_layer_returns_the_same_values(dtype, shape):
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(48, 96, bias=bias).to(dtype)

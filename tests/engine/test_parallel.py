@@ -163,7 +163,7 @@ def test_half_precision_shards_as_copies_do(runs):
     assert not torch.equal(losses(runs / "one"), losses(runs / "fsdp_bf16"))
 
 
-def test_shards_are_held_and_reduced_once_a_step(runs):
+def test_shards_are_gathered_and_reduced_once_per_step(runs):
     facts = {name: json.loads((runs / name / "facts.json").read_text()) for name in ("ddp", "fsdp", "each", "machines")}
     whole = sum(p.numel() for p in ToyBlocks().parameters())
     assert facts["ddp"]["held"] == whole

@@ -63,7 +63,7 @@ def _sum(split, indices):
     return [float(split[i][1]["x"].float().sum()) for i in indices]
 
 
-def test_worker_processes_read_what_the_first_one_does(folder):
+def test_worker_processes_read_the_same_samples_as_the_main_process(folder):
     split = ShardSplit(folder)
     expected = _sum(split, range(COUNT))  # opens every shard before the processes begin
     with get_context("fork").Pool(2) as pool:
@@ -155,7 +155,7 @@ def test_a_changed_shard_behind_the_url_is_refused(server, tmp_path):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("{}/elsewhere", r"elsewhere/index.json could not be fetched.* answered 404"),
+        ("{}/elsewhere", r"elsewhere/index.json could not be fetched.* returned status 404"),
         ("http://127.0.0.1:9/train", "cannot be reached"),
         ("nonsense://x", "nonsense://x/index.json could not be fetched"),
     ],

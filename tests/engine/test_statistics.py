@@ -43,7 +43,7 @@ def test_the_interval_of_a_correlation_holds_it():
     assert low < correlation(clips) < high < 1
 
 
-def test_the_permutation_test_knows_its_own_null_distribution():
+def test_p_values_of_the_permutation_test_are_uniform_under_the_null_hypothesis():
     ones = np.ones(5)
     difference, p = permutation_test(pairs(ones), pairs(0 * ones), resamples=20_000)
     assert difference == 1 and p == pytest.approx(2 / 2**5, rel=0.1)  # all five swapped, or none

@@ -116,7 +116,7 @@ def test_a_sample_that_is_not_finite_is_named(tmp_path):
         run.fit()
 
 
-def test_a_validation_that_fails_does_so_before_the_first_step(tmp_path):
+def test_a_failing_validation_is_detected_before_the_first_step(tmp_path):
     class Failing(ToyGAN):
         def measure(self, folder, share):
             raise RuntimeError("no such recogniser")
@@ -138,7 +138,7 @@ def test_a_validation_that_fails_does_so_before_the_first_step(tmp_path):
         ({"steps": 4, "global_batch_size": 8}, {"global_batch_size": 8, "batch_size": 2}, [16, 17, 18, 19]),
     ],
 )
-def test_other_batches_go_on_in_the_data_where_the_run_stopped(tmp_path, before, after, numbers):
+def test_another_batch_size_resumes_at_the_next_sample(tmp_path, before, after, numbers):
     trainer(tmp_path, **before).fit()
     run = trainer(tmp_path, steps=7, **after)
     run._resume()

@@ -134,7 +134,7 @@ def test_two_cards_train_as_one(tmp_path):
 
 
 @two_cards
-def test_a_killed_rank_ends_the_other_and_the_run_goes_on(tmp_path):
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path):
     endless = [job(tmp_path / "run", 2, steps=100_000, checkpoint_every=10)]
     started = start(endless, 2)
     end = time.monotonic() + 300
@@ -171,7 +171,7 @@ def test_replays_of_a_graph_are_the_step(compiled):
 
 @one_card
 @pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_of_talkers_loop_are_its_steps(compiled):
+def test_graphs_of_the_talker_equal_its_eager_steps(compiled):
     model = tiny_model().cuda()
     results = []
     for eager in (True, False):

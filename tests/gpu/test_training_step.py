@@ -53,6 +53,6 @@ def test_a_step_reads_only_whether_a_gradient_is_finite(tmp_path):
     assert operators.types["addmm", torch.bfloat16] > 0 and operators.types["addmm", torch.float32] == 0
 
 
-def test_a_task_that_reads_is_found(tmp_path):
+def test_a_task_that_synchronises_is_detected(tmp_path):
     with pytest.raises(DataDependentOutputException):
         step(Reading(), tmp_path)

@@ -17,7 +17,7 @@ def turn(angle: float, scale: float, shift: tuple[float, float]) -> np.ndarray:
     return np.array([[c, -s, shift[0]], [s, c, shift[1]]])
 
 
-def test_similarity_is_found_again_and_never_mirrors():
+def test_a_similarity_transform_is_recovered_and_never_mirrors():
     points = RNG.normal(size=(7, 2))
     true = turn(2.5, 3.1, (40.0, -7.0))
     target = points @ true[:, :2].T + true[:, 2]

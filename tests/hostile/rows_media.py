@@ -154,7 +154,7 @@ MEDIA = {  # content of a file: what it is read with, and the line
 }
 SOUNDS = {  # samples, and the line
     "a gap": ([0.0, NAN, 0.0], "samples that are not finite, or above 100"),
-    "no samples": ([], "has zero audio samples"),
+    "no samples": ([], "has no audio samples"),
     "silent": ([0.0] * 16_000, "is silent"),
 }
 LIMITED = {  # limits, what is read, and the line

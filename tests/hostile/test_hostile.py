@@ -64,7 +64,7 @@ def test_a_run_does_not_write_through_links(tmp_path):
     assert (tmp_path / "profile").read_text() == ""
 
 
-def test_a_server_that_never_ends_is_left(tmp_path):
+def test_a_download_that_never_ends_is_aborted(tmp_path):
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)

@@ -158,7 +158,7 @@ def test_measures_of_known_clips():
     assert reconstruction(true, mean)["mouth_movement"] == pytest.approx(0, abs=0.01)
 
 
-def test_ssim_follows_scikit_image():
+def test_ssim_matches_scikit_image():
     metrics = pytest.importorskip("skimage.metrics")
     rng = np.random.default_rng(0)
     a = rng.random((32, 40)) * 255

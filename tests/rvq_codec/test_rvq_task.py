@@ -92,7 +92,7 @@ def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):
     shares_give_the_same_figures(task)
 
 
-def test_first_levels_keep_to_the_envelope():
+def test_the_first_levels_encode_the_envelope():
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 1.0}
     task = make_task(features=features, quantizer_start=1, gan_start=None)
     logs = train(task, WAVES, 5)

@@ -98,7 +98,7 @@ def test_a_verdict_follows_the_range_of_its_value(value, low, high, verdict):
     assert judge(value, low, high) == verdict
 
 
-def test_a_driver_that_is_too_old_is_a_line(monkeypatch, capsys, tmp_path):
+def test_an_outdated_driver_is_reported_in_one_line(monkeypatch, capsys, tmp_path):
     def too_old(device):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
 

@@ -81,9 +81,9 @@ def test_damaged_file_is_replaced_only_by_a_good_one(server, tmp_path):
 
 
 REFUSALS = {  # faults, path of the URL, path of the file, message
-    "absent": ([], "/absent", "a", "answered 404"),
+    "absent": ([], "/absent", "a", "returned status 404"),
     "a web page": ([], "/page", "a.pth", "web page"),
-    "always busy": (["503"] * 9, "/w", "a", "answered 503"),
+    "always busy": (["503"] * 9, "/w", "a", "returned status 503"),
     "no folder": ([], "/w", "file/x", "cannot write"),
 }
 

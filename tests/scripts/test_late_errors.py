@@ -68,7 +68,7 @@ EVALUATE = [
     (f"{REPORT} outputs='{{{{true speech: .}}}}'", "'true speech' is the name of the ground-truth row"),
     (f"{REPORT} protocol.wer=ears", "protocol.wer=ears is unknown; choose whisper-medium"),
     (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar requires grammar=FILE.jsgf: none is given"),
-    (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's ground-truth rows: LRS3, LRS2"),
+    (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is not a ground-truth row of the table; choose LRS3, LRS2"),
     (f"table=synthetic_hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
     (f"table=synthetic_hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
     (f"table=synthetic_hicodit {OWN} split=[]", "requires split="),
@@ -87,22 +87,22 @@ SCRIPTS = [
     ("export sounds out", "sounds has no checkpoint to export"),
     ("export {assets}/rvq_tiny sounds --compact", "sounds exists but is not a release folder"),
     ("export damaged other out", "expected one run or release"),
-    ("export damaged out --compact --only x", "--only belongs to --average"),
+    ("export damaged out --compact --only x", "--only requires --average"),
     ("export --average damaged out", "expected FOLDER:WEIGHT"),
     ("plot_run sounds", "no log in sounds"),
-    ("plot_run other other", "other is given twice"),
+    ("plot_run other other", "other is listed twice"),
     ("plot_run sounds --out curves.txt", "its name must end in"),
     ("known_people corpus nowhere", "release nowhere is not a folder"),
     ("serve --rows 0", "--rows=0 must be"),
     ("plan_run nope", "experiment=nope does not exist"),
     ("plan_run hicodit_synthetic --json file/x.json", "--json file/x.json cannot be written"),
-    ("dry_run hicodit_paper", "trainer.parallel=ddp is not walked"),
+    ("dry_run hicodit_paper", "trainer.parallel=ddp is not supported"),
     ("benchmark training --out file", "cannot write to --out=file"),
-    ("check_gpu --out out", "1 CUDA cards are needed, 0 here"),
+    ("check_gpu --out out", "1 CUDA devices are required, 0 found"),
     ("check_golden sounds", "no case (*.safetensors) under sounds"),
 ]
 PACKAGES = [  # command, module that is not installed, the line
-    (f"train {HICODIT}", "resemblyzer", "this needs resemblyzer"),
+    (f"train {HICODIT}", "resemblyzer", "this requires resemblyzer"),
     (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
     ("train experiment=talker_synthetic init=assets/talker_t2av_tiny lora.rank=4", "peft", "setup.sh finetune"),
     ("scripts.serve", "fastapi", "setup.sh serve"),
@@ -188,4 +188,4 @@ def test_a_missing_package_is_named_before_work(command, module, message, refuse
 @pytest.mark.parametrize("command", [f"train {HICODIT}", "scripts.make_synthetic_corpus --out full"])
 def test_a_full_disk_is_named_before_work(refused, monkeypatch, command):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
-    refused(*command.split(" ", 1), "1 MB are free, this needs 500 MB")
+    refused(*command.split(" ", 1), "1 MB free, but 500 MB are required")

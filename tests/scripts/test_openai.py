@@ -122,7 +122,7 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
         ({"input": " "}, "the text is empty"),
         ({"voice": ["anna"]}, "voice=['anna'] must be a text"),
         ({"reference_audio": "***"}, "reference_audio must be a file encoded as base64"),
-        ({"reference_video": "/etc/passwd"}, "reference_video is not supported: leave it out"),
+        ({"reference_video": "/etc/passwd"}, "reference_video is not supported: omit it"),
         ({"seed": 10**30}, "seed"),
         ({"speed": 9}, "speed=9 must be at most 4.0"),
         ({"timestamp_granularities": ["word"], "stream_format": "audio"}, "omit stream_format"),
@@ -267,7 +267,7 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
     for face, fields in (("nose", {}), ("9" * 5000, {}), ("../1", {}), ("left", talk)):
         with pytest.raises(openai.BadRequestError, match=r"face=.{1,40} is (unknown|for hicodit)"):
             dub(face, **fields)
-    with pytest.raises(openai.BadRequestError, match="min_seconds, voice is for talker-t2av"):
+    with pytest.raises(openai.BadRequestError, match="min_seconds, voice only applies to model talker-t2av"):
         dub("1", extra_body={"voice": "anna", "min_seconds": 1})
 
 
@@ -281,7 +281,9 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
 )
 def test_a_body_that_is_too_large_is_refused(client, path, body):
     answer = client._client.post(f"{client.base_url}{path}", **body)
-    assert answer.status_code == 413 and answer.json()["error"]["message"].startswith("a body of more than 33,554,432")
+    assert answer.status_code == 413 and answer.json()["error"]["message"].startswith(
+        "the request body exceeds 33,554,432"
+    )
 
 
 def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):

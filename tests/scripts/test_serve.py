@@ -80,7 +80,7 @@ def receive(socket):
     return np.concatenate(pieces) / 32767
 
 
-def test_health_tells_models_and_requests_in_work(client):
+def test_health_reports_models_and_pending_requests(client):
     service = client.app.state.service
     with service.admitted():
         answer = client.get("/health").json()
@@ -275,7 +275,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(client):
     wait_until(lambda: not any(client.app.state.service.inside.values()))
 
 
-def test_a_client_that_hangs_up_frees_its_row(client, job):
+def test_a_client_that_disconnects_frees_its_row(client, job):
     """The server is told that the connection is closed right after the request."""
     body = json.dumps(job | {"min_seconds": 30.0, "max_seconds": 30.0}).encode()
     messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}]

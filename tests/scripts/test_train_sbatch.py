@@ -64,7 +64,7 @@ def test_an_interface_is_told_to_both_libraries(cluster, tmp_path):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, True), (2, False)])
-def test_a_job_that_is_asked_to_stop_is_requeued(cluster, tmp_path, code, requeued):
+def test_a_job_that_receives_a_stop_signal_is_requeued(cluster, tmp_path, code, requeued):
     """75: a checkpoint was saved. 1: not saved in time, an earlier one counts. 2: an error that would come again."""
     job = cluster(SLEEP="1", CODE=str(code))
     while not (tmp_path / "running").exists():

@@ -46,7 +46,7 @@ def test_the_pipeline_in_int8_is_near_and_repeats_itself(tmp_path):
 
 @vnni
 @torch.inference_mode()
-def test_operators_of_a_patch_in_int8():
+def test_number_of_operators_per_patch_in_int8():
     """At the depth of the released size; the ceiling only falls."""
     config = tiny_model().config
     llm = config.llm | {"num_hidden_layers": 28}

@@ -69,7 +69,7 @@ def test_stop_labels_mark_the_last_patch_and_leave_two_before_it(start, length, 
     assert weight == 3
 
 
-def test_placeholders_are_one_span_of_two_a_patch_where_streams_take_turns():
+def test_placeholders_form_one_span_with_two_per_patch_if_streams_alternate():
     plain = SequenceFormat(7, [8, 9])
     turns = SequenceFormat(7, [8, 9], order="va")
     assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)

@@ -134,7 +134,7 @@ def test_a_speech_only_checkpoint_warms_the_speech_head(tmp_path):
     ("kind", "tensor", "message"),
     [
         ("tts", "speech_cfm.x", "speech head beside the motion head"),
-        ("projector", "x", "shares no tensor"),
+        ("projector", "x", "has no tensor in common"),
         ("other", "x", "'other' is unknown"),
     ],
 )

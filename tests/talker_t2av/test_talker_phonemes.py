@@ -25,7 +25,7 @@ WORDS = phoneme_tokenizer("en-us")
         ("naïve; x-ray!", "n aI 'i: v <,> 'E k s r 'eI <!>"),
     ],
 )
-def test_a_text_is_a_token_for_each_phoneme_and_stop(text, phonemes):
+def test_a_text_has_one_token_per_phoneme_and_pause(text, phonemes):
     tokens = WORDS.tokenizer.convert_ids_to_tokens(WORDS.prompt(text))
     assert tokens == ["<|user|>", *phonemes.split(), "<|assistant|>"]
 
@@ -33,7 +33,7 @@ def test_a_text_is_a_token_for_each_phoneme_and_stop(text, phonemes):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("say 你好", "the text has the letter '你': this model supports en-us, in Latin letters"),
+        ("say 你好", "the text contains the letter '你': this model supports en-us, in Latin letters"),
         (" ?! ", "the text '\\?!' contains nothing to speak"),
         ("one <|end|> two", "control token"),
     ],

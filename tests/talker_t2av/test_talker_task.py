@@ -177,7 +177,7 @@ def test_training_starts_from_qwen(root, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"intermediate_size": 32}, r"mlp.*is of \[32, 32\], task.model.llm asks for \[48, 32\]"),
+        ({"intermediate_size": 32}, r"mlp.*is of \[32, 32\], task.model.llm requires \[48, 32\]"),
         ({"rope_theta": 1e4}, "has rope_theta=10000"),
         (None, "is not a Qwen3 in the Hugging Face format: it has no tensor model.embed_tokens"),
     ],
