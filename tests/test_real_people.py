@@ -55,7 +55,7 @@ def test_real_clips_are_prepared_with_their_words(held_out):
         assert item.tensors["mouth"].float().std() > 10
 
 
-def test_the_judge_hears_recordings(held_out, judge):
+def test_the_speaker_metric_accepts_recordings(held_out, judge):
     heard = [judge.transcribe(read_audio(GRID / clip.video, RATE), RATE) for clip in held_out]
     assert sum(wrong_words(clip.text, words) for clip, words in zip(held_out, heard)) <= 2
 

@@ -84,7 +84,7 @@ def test_shards_at_a_url_give_the_same_crops(shards, file_server, tmp_path):  # 
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, capsys):
+def test_clips_without_video_are_skipped_and_counted(footage, tmp_path, capsys):
     """A folder of footage and of audio alone: LIA-X trains on the first, speech codecs and Talker's speech on both."""
     rows = ("path,audio,text", f"{footage}/c2.wav,,sound", f"{footage}/c0.mp4,{footage}/c0.wav,both")
     (tmp_path / "clips.csv").write_text("\n".join(rows))

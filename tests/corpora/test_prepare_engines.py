@@ -22,7 +22,7 @@ def tiny_whisper(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seconds", [2, 33])
-def test_whisper_hears_clips_shorter_and_longer_than_its_window(tiny_whisper, seconds):
+def test_whisper_transcribes_clips_shorter_and_longer_than_its_window(tiny_whisper, seconds):
     wave = np.random.default_rng(0).normal(0, 0.1, seconds * RATE).astype(np.float32)
     heard = Whisper(str(tiny_whisper), "cpu")(wave)
     assert heard.language in ("en", "de") and 0.5 <= heard.probability <= 1 and "<|" not in heard.text
@@ -59,7 +59,7 @@ def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, caps
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer"] * 3 + ["no mcd"]
 
 
-def test_wav2vec2_spells_what_it_hears(tmp_path):
+def test_wav2vec2_transcribes_letters(tmp_path):
     """A tiny network whose every frame is the letter A."""
     (tmp_path / "vocab.json").write_text('{"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5}')
     words = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))

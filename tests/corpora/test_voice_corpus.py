@@ -90,7 +90,7 @@ def test_a_recording_of_another_length_is_refused(synthesizer, spoken):
     assert label(trim(spoken[1])[0], "one", synthesizer) is None
 
 
-def test_pictures_are_cut_with_the_sound(tmp_path, spoken):
+def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     """The third second of sound belongs to frame 75: each frame's brightness is its number."""
     wave = spoken[1]
     frames = np.zeros((len(wave) * FPS // RATE, 32, 32, 3), np.uint8)

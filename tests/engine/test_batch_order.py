@@ -166,7 +166,7 @@ def test_ranks_of_a_step_pad_alike(ranks, least, streams):
 
 
 @pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
-def test_another_world_size_repeats_nothing(streams):
+def test_another_world_size_repeats_no_sample(streams):
     """Of an epoch that 8 ranks began, 16 ranks with half the batch read the rest."""
     data = LogNormal(streams, 4000)
     eight = MicroBatches(data, 8, 0, by_length=True, step=64)

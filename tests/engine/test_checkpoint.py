@@ -95,7 +95,7 @@ def flip_a_bit(folder):
         (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be integers"),
     ],
 )
-def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path, harm, said):
     good = save(tmp_path, 1)
     bad = save(tmp_path, 2)
     lines = []
@@ -105,7 +105,7 @@ def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):
     assert len(lines) == 1 and said in lines[0] and str(bad) in lines[0]
 
 
-def test_half_written_one_is_never_seen_and_is_cleared_away(tmp_path):
+def test_a_partial_checkpoint_is_ignored_and_deleted(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000009.writing")
     assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"

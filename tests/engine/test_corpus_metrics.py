@@ -143,5 +143,5 @@ def test_words_of_another_clip_are_a_control_of_their_own_kind():
         ("fid", "video", False),
     ],
 )
-def test_a_given_stream_is_not_judged(figure, given, applies):
+def test_a_given_stream_is_not_evaluated(figure, given, applies):
     assert metric_of(figure)().applies(Take(given=given)) == applies

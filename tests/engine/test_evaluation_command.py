@@ -149,7 +149,7 @@ def test_the_report_says_which_system_is_better(run, folders):
     assert "3 clips: no significant difference" in few and "Too few clips or resamples" in few
 
 
-def test_what_a_figure_leaves_out_is_said(run, folders):
+def test_clips_missing_from_a_metric_are_reported(run, folders):
     write_tone(folders / "good" / "s0" / "c0.wav", 111, seconds=1)
     write_tone(folders / "good" / "s0" / "c2.wav", 111, seconds=0.1)
     _, results, out, err, page = run()
@@ -171,7 +171,7 @@ def test_bad_and_missing_files_are_named_and_left_out(run, folders):
     assert "note: STOI is computed over different clips in each row, as some were skipped; the comparison" in out
 
 
-def test_a_result_that_is_no_number_is_no_measurement(run, monkeypatch):
+def test_a_result_that_is_not_finite_is_rejected(run, monkeypatch):
     measured = STOI.measure
     values = iter([float("nan")])
     monkeypatch.setattr(STOI, "measure", lambda *a: {"stoi": (next(values, None) or measured(*a)["stoi"][0], 1)})
@@ -238,7 +238,7 @@ def test_a_set_figure_without_true_pictures_is_left_out():
 # --- outputs that a model generates ---
 
 
-def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders):
+def test_resynthesis_by_a_codec_resumes_where_it_stopped(run, folders):
     again = partial(run, "model=rvq_codec", outputs=None, metrics="stoi,bitrate")
     code, results, *_ = again("devices=2", "device=cpu")
     cells = results["systems"]["rvq_codec"]
@@ -261,7 +261,7 @@ def test_a_clip_without_a_picture_is_named_before_a_model_speaks_for_it(run, cap
     assert capsys.readouterr().err.count("no input video: expected ID.mp4 in references=") == 3
 
 
-def test_speech_without_pictures_is_compared_with_those_it_was_made_for(run, monkeypatch, folders):
+def test_speech_without_frames_is_compared_with_the_source_video(run, monkeypatch, folders):
     (folders / "face.mp4").write_bytes(b"a video")
     row = {"id": "x", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "face.mp4"}
     (folders / "clips.jsonl").write_text(json.dumps(row))

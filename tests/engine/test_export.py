@@ -79,7 +79,7 @@ def test_an_older_step_has_the_figures_of_its_time(run, tmp_path):
         export(run.run, tmp_path / "out", step=3)
 
 
-def test_the_best_step_is_asked_for_by_a_rule(run, tmp_path, call):
+def test_the_best_step_is_selected_by_a_rule(run, tmp_path, call):
     there = shutil.copytree(run.run, tmp_path / "run")
     for step, weight in ((15, 0.1), (20, 0.4)):
         (there / "checkpoints" / f"step-{step:08d}" / "results.json").write_text(json.dumps({"weight": weight}))

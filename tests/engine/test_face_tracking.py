@@ -255,7 +255,7 @@ def test_a_small_face_in_a_large_file_is_cut_from_larger_frames(tmp_path):
     assert np.allclose(moved.boxes, 2 * track.boxes)
 
 
-def test_box_outside_the_picture_is_refused():
+def test_a_box_outside_the_frame_is_refused():
     frames = ArrayFrames(np.zeros((10, 80, 120, 3), np.uint8))
     with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s is outside the frame of 120 x 80 pixels"):
         place_face(frames, [200, 10, 30, 30], 25.0)

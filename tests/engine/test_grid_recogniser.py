@@ -30,7 +30,7 @@ def scores():
     return torch.randn(2, 9, 1 + len(WORDS), generator=torch.Generator().manual_seed(0)).log_softmax(-1)
 
 
-def test_a_sentence_is_scored_as_ctc_scores_it(scores):
+def test_scores_of_sentences_match_ctc(scores):
     numbers = torch.tensor([word_numbers(text) for text in TEXTS])
     entry = torch.full((2, len(WORDS)), NEVER).scatter(1, numbers - 1, 0.0)
     ctc = F.ctc_loss(scores.transpose(0, 1), numbers, torch.tensor([9, 9]), torch.tensor([6, 6]), reduction="none")

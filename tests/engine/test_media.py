@@ -95,7 +95,7 @@ def test_formats_keep_frames_and_time(tmp_path, clip, kind):
         assert found.tolist() == list(range(30))
 
 
-def test_a_cover_picture_is_not_the_video(tmp_path, clip, wrong):
+def test_a_cover_image_is_not_the_video(tmp_path, clip, wrong):
     inputs = ("-i", clip, "-i", wrong / "picture.png", "-map", 0, "-map", 1)
     ffmpeg(*inputs, "-c", "copy", "-disposition:v:1", "attached_pic", tmp_path / "cover.mp4")
     assert numbers(read_video(tmp_path / "cover.mp4")).tolist() == list(range(30))
@@ -111,7 +111,7 @@ def test_variable_frame_rate_becomes_constant(tmp_path):
     assert found[10:29:2].tolist() == list(range(10, 20))
 
 
-def test_picture_that_begins_late_keeps_time_with_the_sound(tmp_path, clip):
+def test_video_that_starts_late_stays_in_sync_with_the_audio(tmp_path, clip):
     late = tmp_path / "late.mkv"
     ffmpeg("-itsoffset", 0.4, "-i", clip, "-i", clip, "-map", "0:v", "-map", "1:a", "-c", "copy", late)
     found = numbers(read_video(late))

@@ -95,7 +95,7 @@ def test_every_way_gives_the_run_of_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
 
 
-def test_levels_that_wait_are_no_trouble_in_two_processes(runs):
+def test_frozen_levels_work_with_two_processes(runs):
     logs = [read_lines(runs / name / "log.jsonl") for name in ("lia_x", "lia_x_fsdp")]
     copies, shards = ([line["loss"] for line in log if "lr" in line] for log in logs)
     assert len(copies) == 4 and copies == pytest.approx(shards, rel=1e-4)
@@ -190,7 +190,7 @@ def test_no_average_is_kept_without_a_decay(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["compile", "checkpointing"])
-def test_a_task_without_blocks_says_so(tmp_path, setting):
+def test_compiling_a_task_without_blocks_is_an_error(tmp_path, setting):
     with pytest.raises(UserError, match=f"trainer.{setting}=true: ToyRegression has no blocks"):
         Trainer(ToyRegression(), ToySet(), CONFIG | {setting: True}, tmp_path)
 

@@ -84,11 +84,11 @@ def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_d
     assert all(result == item**2 for item, result in named.items())
 
 
-def test_an_item_that_hangs_is_given_up(tmp_path):
+def test_an_item_that_hangs_is_aborted(tmp_path):
     assert dict(squares(tmp_path, ["hang", 3], 1, 0.5)) == {"hang": Lost("it took longer than 0.5 s"), 3: 9}
 
 
-def test_a_card_that_is_lost_costs_its_item_a_second_try(tmp_path, capfd):
+def test_an_item_of_a_lost_gpu_is_retried_once(tmp_path, capfd):
     results = squares(tmp_path, ["lose a card", "lose a card", "wait", 5])
     assert sorted(result for _, result in results if isinstance(result, int)) == [25]
     assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3

@@ -9,7 +9,7 @@ from engine import progress
 from engine.progress import showing, stage, track, watched
 
 
-def test_without_a_command_that_shows_its_stages_nothing_is_said(capsys, monkeypatch):
+def test_nothing_is_printed_outside_of_a_command_with_progress(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", -1.0)  # seconds: a line after each step
     with stage("sampling", 3, "steps") as step:
         step()

@@ -8,7 +8,7 @@ from engine.training.signals import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_first_signal_only_asks_and_repeats_are_ignored(number):
+def test_the_first_signal_requests_a_stop_and_repeats_are_ignored(number):
     before = signal.getsignal(number)
     with stop_requests() as stops:
         assert not stops

@@ -154,7 +154,7 @@ def test_best_by_validation_is_kept(tmp_path):
     assert f"step-{best:08d}" in folders and "step-00000020" in folders and len(folders) <= 2
 
 
-def test_a_figure_that_the_validation_does_not_give_is_told(tmp_path, capsys):
+def test_a_metric_missing_from_the_validation_is_reported(tmp_path, capsys):
     trainer(tmp_path, steps=8, best="min wer").fit()
     assert "trainer.best='min wer': no best checkpoint is kept, as the validation has weight" in capsys.readouterr().out
 
@@ -194,7 +194,7 @@ def train_arguments(run, **changes):
     return ["name=toy", f"run={run}", target, "data={train: {_target_: tests.engine.toy_task.ToySet}}", *words]
 
 
-def test_train_script_trains_releases_and_goes_on(tmp_path):
+def test_the_train_script_trains_releases_and_resumes(tmp_path):
     done = forked.run("train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/release/model.safetensors").is_file()

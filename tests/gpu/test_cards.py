@@ -71,7 +71,7 @@ def test_steps_of_every_task_wait_for_nothing(name, tmp_path, monkeypatch):
 
 
 @one_card
-def test_a_run_on_a_card_goes_on_where_it_stopped(tmp_path):
+def test_a_run_on_a_gpu_resumes_where_it_stopped(tmp_path):
     whole = train("voice_encoder", tmp_path / "files", tmp_path / "whole")
     train("voice_encoder", tmp_path / "files", tmp_path / "parts", steps=3, schedule="constant", checkpoint_every=3)
     train("voice_encoder", tmp_path / "files", tmp_path / "whole_2", schedule="constant")
@@ -85,7 +85,7 @@ def test_a_run_on_a_card_goes_on_where_it_stopped(tmp_path):
 
 @one_card
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_both_bundled_models_speak_on_a_card(precision):
+def test_both_bundled_models_run_on_a_gpu(precision):
     from hicodit.pipeline import HiCoDiTPipeline
     from talker_t2av.pipeline import TalkerPipeline
 
@@ -119,7 +119,7 @@ def job(run, processes, **changes):
 
 
 @two_cards
-def test_two_cards_train_as_one(tmp_path):
+def test_two_gpus_train_as_one(tmp_path):
     """DDP, FSDP2 and a run that changes from one to the other, over NCCL."""
     jobs = [job(tmp_path / way, 2, parallel=way) for way in ("ddp", "fsdp")]
     jobs += [job(tmp_path / "both", 2, steps=3, parallel="fsdp"), job(tmp_path / "both", 2)]

@@ -47,7 +47,7 @@ def step(task, tmp_path, **changes):
     return operators
 
 
-def test_a_step_reads_only_whether_a_gradient_is_finite(tmp_path):
+def test_a_step_synchronises_only_to_check_the_gradient(tmp_path):
     operators = step(ToyGAN(), tmp_path)
     assert operators.counts["_fused_adamw_"] == 4 and operators.counts["_local_scalar_dense"] == 0
     assert operators.types["addmm", torch.bfloat16] > 0 and operators.types["addmm", torch.float32] == 0

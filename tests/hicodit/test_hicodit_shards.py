@@ -76,7 +76,7 @@ def test_clips_come_out_as_they_are_stored(data, codec):
 
 
 @pytest.mark.parametrize("changes", [{}, {"by_length": True}], ids=["count", "length"])
-def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(data, codec, tmp_path, changes):
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(data, codec, tmp_path, changes):
     shards = {"window": 2, "streams": 2}
     state, losses = train(data, codec, tmp_path / "whole", shards, steps=4, **changes)
     train(data, codec, tmp_path / "parts", shards, steps=2, **changes)
@@ -128,7 +128,7 @@ def test_too_short_clips_are_left_out_and_counted(longer, codec, capsys):
         ShardSplit(longer, least_frames=100)
 
 
-def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, digests, tmp_path, capsys):
+def test_a_clip_without_video_is_skipped_and_counted(data, codec, digests, tmp_path, capsys):
     """Of two clips of a shard one, and both of another: a training goes through, and sees every other clip."""
     split = ShardSplit(data / "train")
     samples = [split[i] for i in range(6)]
@@ -164,7 +164,7 @@ def test_longer_clips_are_cropped_at_whole_seconds(data, longer, codec):
         HiCoDiTDataset(data / "train", codec, seconds=0)
 
 
-def test_a_short_span_of_a_mouth_is_hidden():
+def test_a_short_span_of_mouth_crops_is_masked():
     for frames in (3, 40):
         mouth = torch.rand(frames, 8, 8)
         for seed in range(20):
@@ -175,7 +175,7 @@ def test_a_short_span_of_a_mouth_is_hidden():
             torch.testing.assert_close(shown[changed], mouth.mean(0).expand(len(changed), 8, 8))
 
 
-def test_hiding_is_a_share(data, codec):
+def test_a_fraction_of_the_clips_is_masked(data, codec):
     with pytest.raises(UserError, match=r"data.train.hide=2 must be between 0 and 1"):
         HiCoDiTDataset(data / "train", codec, hide=2)
     shown, hidden = (HiCoDiTDataset(data / "train", codec, hide=hide) for hide in (0.0, 1.0))

@@ -88,7 +88,7 @@ def test_long_clips_are_encoded_in_windows_that_join(small_hubert, monkeypatch):
 
 
 @torch.no_grad()
-def test_arcface_file_and_pictures(tmp_path):
+def test_arcface_file_and_images(tmp_path):
     torch.manual_seed(0)
     model = ArcFace((1, 1, 1, 1)).eval()
     torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "backbone.pth")

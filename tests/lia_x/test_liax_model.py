@@ -36,7 +36,7 @@ def test_chunks_do_not_change_the_result(model, video):
     torch.testing.assert_close(model.decode(codes, video[0], chunk=2), frames, rtol=1e-3, atol=1e-4)
 
 
-def test_pictures_to_and_from_bytes():
+def test_images_to_and_from_bytes():
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     tensor = video_to_tensor(frames, 48)
     assert tensor.min() >= -1 and tensor.max() <= 1

@@ -194,7 +194,7 @@ def test_a_page_that_is_closed_frees_the_queue(served):
     assert "It worked." in client_of(url).predict(*SPEAK, api_name="/speak")[0]
 
 
-def test_stop_ends_a_run_and_the_queue_goes_on(served):
+def test_stop_ends_a_run_and_the_queue_continues(served):
     slow, url = served
     start(slow, url)
     events = httpx.get(f"{url}config").json()["dependencies"]

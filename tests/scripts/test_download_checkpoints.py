@@ -118,7 +118,7 @@ def checkpoints(server):
     return [{"what": "Something", "licence": "MIT", "origin": "https://example.org", "files": files}]
 
 
-def test_command_goes_on_after_a_failed_download(checkpoints, tmp_path, capsys):
+def test_the_command_continues_after_a_failed_download(checkpoints, tmp_path, capsys):
     with pytest.raises(UserError, match="1 of 3 files could not be downloaded: b"):
         process(checkpoints, tmp_path, False, retry_delay=0.001)
     out, err = capsys.readouterr()

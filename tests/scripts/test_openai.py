@@ -171,7 +171,7 @@ def test_words_come_with_their_times(client, service, monkeypatch):
     assert [text for text, _ in calls] == [TEXT]
 
 
-def test_a_full_disk_is_told_in_one_sentence(client, models, service):
+def test_a_full_disk_is_reported_in_one_sentence(client, models, service):
     """No file may grow beyond a kilobyte, which the system reports as it does a full disk."""
     voice = base64.b64encode(models[2].read_bytes()).decode()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -25,7 +25,7 @@ def runs(tmp_path):
     return [tmp_path / "one/run", tmp_path / "two/run"]
 
 
-def test_runs_become_one_picture(runs, tmp_path, monkeypatch, capsys):
+def test_several_runs_are_plotted_in_one_figure(runs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "curves.png"
     monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, runs), "--out", str(out)])
     plot_run.main()

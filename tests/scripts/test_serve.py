@@ -96,7 +96,7 @@ def test_several_clients_at_once_get_what_each_gets_alone(client, models, job):
         np.testing.assert_allclose(sound(answer.content)[0], alone.wave, atol=2e-4)
 
 
-def test_a_stream_of_pictures_gives_the_same_sound(client, models):
+def test_a_stream_of_images_gives_the_same_audio(client, models):
     head = talking_head(25)
     with client.websocket_connect(STREAM) as socket:
         socket.send_json({"lookahead": 0.2, "seed": 1})
@@ -173,7 +173,7 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
     data = png_header(6000, 6000) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     with pytest.raises(UserError, match="the image has 6000 x 6000 pixels"):

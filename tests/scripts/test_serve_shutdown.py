@@ -86,7 +86,7 @@ def test_accepted_requests_are_finished_and_later_ones_refused(start, capfd):
     assert "Traceback" not in printed.out + printed.err
 
 
-def test_what_takes_longer_than_the_grace_is_refused_in_a_sentence(start, capfd):
+def test_requests_longer_than_the_grace_period_are_refused(start, capfd):
     server, thread, client = start(grace=0.0)
     request, answers = asking(client, **LONG)
     wait_until(lambda: in_work(server) == 1)

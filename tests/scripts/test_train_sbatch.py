@@ -57,7 +57,7 @@ def test_each_node_starts_torchrun_with_its_cores(cluster, tmp_path):
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
-def test_an_interface_is_told_to_both_libraries(cluster, tmp_path):
+def test_the_network_interface_is_set_for_both_libraries(cluster, tmp_path):
     assert cluster(INTERFACE="ib0").wait(30) == 0
     lines = (tmp_path / "srun.env").read_text().splitlines()
     assert {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0"} <= set(lines)
@@ -74,6 +74,6 @@ def test_a_job_that_receives_a_stop_signal_is_requeued(cluster, tmp_path, code, 
     assert ("requeue 42" in (tmp_path / "scontrol").read_text()) == requeued
 
 
-def test_a_failure_that_nobody_asked_for_is_not_requeued(cluster, tmp_path):
+def test_a_failure_without_a_stop_signal_is_not_requeued(cluster, tmp_path):
     assert cluster(CODE="1").wait(30) == 1
     assert "requeue" not in (tmp_path / "scontrol").read_text()

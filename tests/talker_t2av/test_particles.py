@@ -72,7 +72,7 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
                 torch.testing.assert_close(errors[step][0, number], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
+def test_likely_particles_replace_unlikely_ones(monkeypatch):
     """Weights are of each request alone; a draft that continues takes its cache, frames and hidden state along."""
     model = tiny_model()
     asked = [request(motion=P * 6), request(9, 1, motion=P * 6)]
@@ -91,7 +91,7 @@ def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
     assert whole.log_weights[0].eq(0).all()
 
 
-def test_the_likeliest_draft_is_the_result(monkeypatch):
+def test_the_most_likely_particle_is_the_result(monkeypatch):
     errors = torch.tensor([[0.002, 0.001, 0.0, 0.003]])
     monkeypatch.setattr(Particles, "errors", lambda loop, index: errors)
     loop, (result,) = run(tiny_model(), [request(motion=P * 3)])
@@ -109,7 +109,7 @@ def test_a_request_in_a_batch_is_the_request_alone():
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
 
 
-def test_a_model_that_cannot_weigh_drafts_says_so():
+def test_a_model_that_cannot_weight_particles_is_rejected():
     with pytest.raises(UserError, match=r"sampling.particles=4: the model cannot weight candidates \(model.order=av"):
         Particles(tiny_model(order="av"), V2A, SAMPLING)
 

@@ -59,7 +59,7 @@ def test_clips_that_were_cropped_before_stay_whole():
     assert find_square(REAL, 1) == Square(0, 0, 512)  # the published crop of a real speaker
 
 
-def test_where_no_face_is_found_the_middle_is_used_and_said(tmp_path):
+def test_without_a_face_the_centre_is_used_and_reported(tmp_path):
     write_video(tmp_path / "grey.mp4", np.full((10, 48, 64, 3), 90, np.uint8), 25)
     square = find_square(tmp_path / "grey.mp4", 1)
     assert (square.left, square.top, square.side) == (8, 0, 48)
@@ -67,7 +67,7 @@ def test_where_no_face_is_found_the_middle_is_used_and_said(tmp_path):
     assert find_square(tmp_path / "grey.mp4", 1, crop="centre").remark == ""
 
 
-def test_the_user_says_where_the_face_is(wide):
+def test_the_user_sets_the_position_of_the_face(wide):
     square = find_square(wide, 1, face_box="20,60,80,80")
     assert abs(square.left + square.side / 2 - 71) < 2 and square.side == round(1.78 * 80)
     with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the frame of 480 x 240"):

@@ -68,7 +68,7 @@ def test_patches_are_drawn_from_the_states_of_training(mode, kind, prefix, monke
 
 @pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_eight_rows_that_take_turns_in_five_places_are_eight_rows_alone(mode, delay):
+def test_eight_rows_in_five_slots_equal_eight_single_rows(mode, delay):
     model = tiny_model(delay, context=2)
     rows = []
     for seed in range(8):

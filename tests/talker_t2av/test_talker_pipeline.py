@@ -233,7 +233,7 @@ def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["t2av", "tts"])
-def test_the_library_routines_hear_the_prefix_alone(pipeline, mode):
+def test_the_library_routines_use_the_prefix_alone(pipeline, mode):
     files = pipeline.files
     video = {"reference_video": files["face"]} if mode == "t2av" else {}
     talk = pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.42, **video))

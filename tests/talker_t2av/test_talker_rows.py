@@ -31,7 +31,7 @@ def come_and_go(decoder, asked):
 
 
 @pytest.mark.parametrize(("mode", "delay", "order"), [("t2av", 2, "add"), ("tts", 0, "add"), ("t2av", 0, "va")])
-def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
+def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order):
     model = tiny_model(delay, order=order)
     # The cache grows for the long prompt, which joins late.
     rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
@@ -43,7 +43,7 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
         assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
-def test_rows_go_on_if_there_is_no_memory_for_another(monkeypatch):
+def test_active_rows_continue_if_there_is_no_memory_for_another(monkeypatch):
     model = tiny_model()
     asked = request(5, 1, max_patches=6, min_patches=6)
     alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
@@ -68,7 +68,7 @@ def test_rows_go_on_if_there_is_no_memory_for_another(monkeypatch):
     assert_close(alone, decoder.result(row), 1e-4)
 
 
-def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
+def test_a_cancelled_row_changes_nothing_and_memory_does_not_grow():
     model = tiny_model()
     model.head_stop.head.weight.data.zero_()  # sigmoid(0) = 0.5 would stop at once
     model.head_stop.head.weight.data -= 1e-3
@@ -115,7 +115,7 @@ class TestOutputsThatDie:
         for a, b in zip(*ways):
             assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
-    def test_rows_that_come_and_go(self):
+    def test_rows_that_join_and_finish(self):
         """Of four places, so that a step of three rows computes a fourth that nobody has."""
         model = tiny_model(1)
         asked = [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]

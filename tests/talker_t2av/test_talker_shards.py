@@ -74,7 +74,7 @@ def test_an_example_is_a_text_with_what_is_stored(root, task):
         assert item["input_ids"][: len(prompt)].tolist() == prompt and found.info(i)["key"] == f"clip{i}"
 
 
-def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(root, tmp_path):
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(root, tmp_path):
     changes = {"by_length": True}
     state, losses = train(root, pairs(root, window=2, streams=2), tmp_path / "whole", steps=4, **changes)
     train(root, pairs(root, window=2, streams=2), tmp_path / "parts", steps=2, **changes)
