@@ -70,7 +70,7 @@ CODECS = {  # class, and the bundled release
     "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_tiny"),
 }
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
+ARGUMENTS = {  # arguments of protocols: classes of packages that `engine` does not import
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
     "drawn": "corpora.synthetic.mouth_opening.MouthReader",
     "landmarks": "engine.metrics.lips.LipOpening",
@@ -92,7 +92,7 @@ def evaluate_splits(config: DictConfig) -> int:
         summary = evaluate(config, split, output / split if len(splits) > 1 else output)
         if len(splits) > 1:
             print(f"--- {split} ---")
-        tell(summary)
+        print_summary(summary)
         codes.append(1 if any(row["where"] == "file" for row in summary["left_out"]["files"]) else 0)
     return max(codes)
 
@@ -104,40 +104,25 @@ def main() -> int:
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
     """Generate missing outputs, measure, and write report and results of one set of clips to `output`."""
     set_limits(Limits(**config.limits))
-    figures = plain(config)["metrics"] or list(config.columns)
-    figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
+    columns = plain(config)["metrics"] or list(config.columns)
+    columns = [columns] if isinstance(columns, str) else [*dict.fromkeys(columns)]
     device = str(pick_device(config.device))
-    metrics = choose_metrics(config, figures, split, device)
+    metrics = choose_metrics(config, columns, split, device)
     systems = systems_of(config)
     devices = count_devices(config.devices, config.device, config.executor)
-    ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
     outputs = output_folders(config, systems)
+    reference_rows = read_reference_rows(config, split)
+    paper_tables = read_paper_tables(plain(config)["paper_tables"])
     references = Path(config.references) if config.references else None
-    rows = other_rows(config, split)
-    papers = read_paper_tables(plain(config)["paper_tables"])
     if references and not config.manifest and output.resolve().is_relative_to(references.resolve()):
         raise UserError(f"output={output} is within references=, where all files are clips: use another folder")
-
-    def read() -> list[Clip]:
-        if config.corpus:
-            return read_corpus(Path(config.corpus), split, outputs, config.clips)
-        return read_clips(Path(config.manifest) if config.manifest else None, references, outputs, config.clips)
-
-    clips = read()
+    clips = read_all_clips(config, split, outputs)
     cache = Path(config.cache) if config.cache else output / "cache"
     with writable(output), writable(cache, "cache"):
-        for name, (model, settings) in systems.items():
-            folder = output / "outputs" / (name if config.systems else "")
-            write = partial(generate, model, clips, folder, settings)
-            generate_on_devices(write, config.device, devices, ray)
-            outputs = {**outputs, name: folder}
         if systems:
-            clips = read()
-        if config.video == "output":  # the frames of the source would be compared with themselves
-            for i, clip in enumerate(clips):
-                clips[i] = replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
-        if config.exchanged:
-            clips = with_exchanged(clips)
+            outputs = {**outputs, **generate_outputs(config, systems, clips, output, devices)}
+            clips = read_all_clips(config, split, outputs)
+        clips = with_controls(config, clips)
         workers = config.workers or usable_cores()
         names = ", ".join(clips[0].takes) or "ground-truth speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
@@ -145,14 +130,18 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         metrics = with_free_words(metrics, results)
         summary = summarise(clips, results, metrics, config.resamples, config.compare)
         if not summary["figures"]:
-            tell_left_out(summary)
+            print_left_out(summary)
             raise UserError("no metric of the table could be computed, for the reasons above")
-        summary["notes"] += protocol_notes(metrics, summary["figures"], rows, papers)
+        summary["notes"] += protocol_notes(metrics, summary["figures"], reference_rows, paper_tables)
         settings = plain(config)
         summary |= {
             "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
-            "paper": {n: row for n, row in rows.items() if any(row.get(f) is not None for f in summary["figures"])},
-            "paper_tables": [asdict(table) for table in papers],
+            "paper": {
+                name: row
+                for name, row in reference_rows.items()
+                if any(row.get(figure) is not None for figure in summary["figures"])
+            },
+            "paper_tables": [asdict(table) for table in paper_tables],
             "count": len(clips),
             "speakers": {clip.id: clip.speaker for clip in clips},
             "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
@@ -163,10 +152,46 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         write_json(output / "results.json", portable(summary))
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
-        place = Path(f"{config.record}-{split}" if split else config.record)
-        what = {"settings": summary["settings"]}
-        write_record(place.parent, place.name, summary["title"], headline(summary), device, **what)
+        record = Path(f"{config.record}-{split}" if split else config.record)
+        details = {"settings": summary["settings"]}
+        write_record(record.parent, record.name, summary["title"], headline(summary), device, **details)
     return summary
+
+
+def read_all_clips(config: DictConfig, split: str | None, outputs: Mapping[str, Path]) -> list[Clip]:
+    """Read the clips of a split of the corpus, or those of the manifest or the reference folder."""
+    if config.corpus:
+        return read_corpus(Path(config.corpus), split, outputs, config.clips)
+    manifest = Path(config.manifest) if config.manifest else None
+    references = Path(config.references) if config.references else None
+    return read_clips(manifest, references, outputs, config.clips)
+
+
+def generate_outputs(
+    config: DictConfig,
+    systems: Mapping[str, tuple[str, dict[str, Any]]],
+    clips: Sequence[Clip],
+    output: Path,
+    devices: int,
+) -> dict[str, Path]:
+    """Generate the missing outputs of each system on `devices` devices. Return the folder of each system."""
+    ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
+    folders = {}
+    for name, (model, settings) in systems.items():
+        folders[name] = output / "outputs" / (name if config.systems else "")
+        write = partial(generate, model, clips, folders[name], settings)
+        generate_on_devices(write, config.device, devices, ray)
+    return folders
+
+
+def with_controls(config: DictConfig, clips: list[Clip]) -> list[Clip]:
+    """Remove the source videos with `video=output`, and add control systems with `exchanged=true`."""
+    if config.video == "output":  # the frames of the source would be compared with themselves
+        clips = [
+            replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
+            for clip in clips
+        ]
+    return with_exchanged(clips) if config.exchanged else clips
 
 
 def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -175,7 +200,7 @@ def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
     known = (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
-    if config.model in CODECS:  # of a table of several codecs
+    if config.model in CODECS:  # from a table with systems of several codecs, those of this one
         systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
     for name in wanted["only"] or ():
         require_choice("only", name, systems)
@@ -199,7 +224,7 @@ def generate(
     device: str,
     chosen: slice = ALL_BATCHES,
 ) -> None:
-    """Write the missing outputs of a model for clips to `folder`. chosen: slice of the batches to write."""
+    """Write the missing outputs of a model for clips to `folder`. `chosen` selects the batches to write."""
     if model in MODELS:
         import_module(MODELS[model]).write_outputs(clips, folder, device, chosen=chosen, **settings)
         return
@@ -208,18 +233,18 @@ def generate(
     write_resynthesis(codec, clips, folder, settings.get("weights"), settings.get("levels"), chosen)
 
 
-def tell(summary: Mapping[str, Any]) -> None:
+def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the table and the comparison of systems, and the skipped items on standard error."""
     papers = [PaperTable(**table) for table in summary["paper_tables"]]
     print(*table_lines(summary), *paper_lines(papers, summary["figures"]), *comparison_lines(summary), sep="\n")
     for note in summary["notes"]:
         print(printable(f"note: {note}"))
-    tell_left_out(summary)
+    print_left_out(summary)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
     print("written: " + ", ".join(str(Path(summary["output"]) / name) for name in ("report.html", "results.json")))
 
 
-def tell_left_out(summary: Mapping[str, Any]) -> None:
+def print_left_out(summary: Mapping[str, Any]) -> None:
     """Print the omitted figures and the first twenty skipped files or measurements, with the reasons."""
     for figure, why in summary["left_out"]["figures"].items():
         print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
@@ -240,8 +265,8 @@ def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str
     return {figure: metrics.get(figure, metrics["wer"]) for figure in figures}
 
 
-def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
-    """Return target values and paper rows by name, with values by figure."""
+def read_reference_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
+    """Return the rows of target values and of the paper's values by name. A row maps figures to values."""
     rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
     true = [name for name in rows if "true speech" in name]
     if config.true_speech is not None:
@@ -275,7 +300,7 @@ def protocol_notes(
 
 
 def choose_metrics(config: DictConfig, figures: list[str], split: str | None, device: str) -> dict[str, Metric]:
-    """Return by figure the metric that measures it, with the protocol of the settings."""
+    """Return the metric of each figure, with the protocol of the settings."""
     chosen = {}
     given = plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
@@ -294,7 +319,7 @@ def choose_metrics(config: DictConfig, figures: list[str], split: str | None, de
 
 
 def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:
-    """Return the folder of each system whose outputs are there."""
+    """Return the folder of each system in `outputs=`, whose outputs exist already."""
     outputs = config.outputs
     if outputs is None:
         return {}
