@@ -261,7 +261,7 @@ def two_cards(machine: Machine) -> Iterator[Line]:
 
 
 def collectives(machine: Machine) -> Iterator[Line]:
-    """Bus bandwidth of all cards that take part, over NCCL."""
+    """Measure the bus bandwidth of NCCL collectives over all GPUs."""
     if machine.cards < 2:
         return
     for name, value in machine.bandwidths().items():
@@ -311,7 +311,7 @@ def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
 
 @torch.inference_mode()
 def posteriors(machine: Machine) -> Iterator[Line]:
-    """KL divergence of the bundled HiCoDiT's log posteriors in bfloat16 from those in float32."""
+    """Measure the KL divergence of the bundled HiCoDiT's log posteriors in bfloat16 from those in float32."""
     model, conditions, pipeline = _bundled(machine)
     half = convert_matrices(HiCoDiTSystem.from_pretrained(HICODIT).model, torch.bfloat16, FLOAT32)
     half.to(machine.device).eval()
@@ -354,7 +354,7 @@ def hicodit(machine: Machine) -> Iterator[Line]:
 
 @torch.inference_mode()
 def talker(machine: Machine) -> Iterator[Line]:
-    """Talker-T2AV with random weights: t2av after a prompt of 40 tokens, one row, graphs on CUDA."""
+    """Measure Talker-T2AV with random weights: t2av after a prompt of 40 tokens, one row, graphs on CUDA."""
     model = build_talker(machine.size).to_precision(torch.bfloat16)
     fuse_layers(model)
     machine.forget_peak()
@@ -375,11 +375,11 @@ PAPER_SPEED = {"t2av": 24.0, "a2v": 30.0}
 
 @torch.inference_mode()
 def clip(machine: Machine) -> Iterator[Line]:
-    """The paper's speed protocol: frames per second of one clip of 5 s, T2AV and A2V, without and with the codecs.
+    """Measure frames per second as in the paper: one clip of 5 s, T2AV and A2V, without and with the codecs.
 
-    The paper does not say whether codecs count. Without them, patches are generated from a prompt and, in A2V, given
-    latents. With them, A2V also encodes the given audio; both modes encode the portrait and draw every frame, and T2AV
-    decodes the speech. Weights are random; 32 patches of 4 frames make the clip (at the tiny size, 3).
+    The paper does not state whether the codecs are included. Without them, patches are generated from a prompt and, in
+    A2V, given latents. With them, A2V also encodes the given audio, both modes encode the portrait and render every
+    frame, and T2AV decodes the speech. Weights are random. A clip has 32 patches of 4 frames (at the tiny size, 3).
     """
     patches = 32 if machine.size == "base" else 3
     model = build_talker(machine.size).to_precision(torch.bfloat16)
@@ -466,7 +466,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
 
 
 def service(machine: Machine) -> Iterator[Line]:
-    """Requests per second of the web service with the bundled models, each for half a second of speech."""
+    """Measure requests per second of the web service with the bundled models, each for half a second of speech."""
     requests = 48 if machine.size == "base" else 4
     parser = argparse.ArgumentParser()
     serving.add_arguments(parser)

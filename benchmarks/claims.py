@@ -161,7 +161,7 @@ def train(
     folder: Path,
     shards: Path,
 ) -> Path:
-    """Train a variant, or derive it from another one, where that is missing; return its release."""
+    """Train a variant, or derive it from another one, if it does not exist. Return its release."""
     source = variant.get("derive")
     settings = [*claim.get("train", ()), f"data.corpus={args.corpus}"]
     settings += [f"data.root={shards}", f"trainer.seed={seed}", *args.train, *variant.get("train", ())]

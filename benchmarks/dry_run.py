@@ -172,7 +172,7 @@ def local_bytes(tensors: Any) -> int:
 
 
 def report(found: dict[str, Any]) -> str:
-    """Say what `dry_run` found, in lines for a person."""
+    """Return the results of `dry_run` as lines of text."""
     total = sum(found["memory"].values())
     lines = [f"{found['recipe']}, {found['parallel']}, {found['ranks']} ranks: {found['batch']} samples per step"]
     lines += [f"memory per rank: {total / 2**30:.2f} GiB"]

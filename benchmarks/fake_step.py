@@ -128,7 +128,7 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
 
 
 def _reserve(p: nn.Parameter, seen: Operators) -> None:
-    """Make room for a gradient, which counts as reserved until the gradient comes."""
+    """Reserve the memory of a gradient until it is computed."""
     room = torch.empty_like(p)
     seen.reserved += nbytes([room])
 
@@ -151,7 +151,7 @@ def measure_fake(
     make_batch: Callable[[Task], dict[str, Any]],
     half: bool = False,
 ) -> Measured:
-    """`measure` with fake weights.
+    """Run `measure` with fake weights.
 
     Args:
         make_task: called where `empty` gives fake tensors, so that a model of any size can be made.

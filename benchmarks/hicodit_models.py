@@ -64,8 +64,9 @@ def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) ->
 def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dict[str, tuple[float, float]]]:
     """Measure `LOSSES` of `clips` clips of prepared shards, or of all: figure -> clip -> (a, b).
 
-    Score entropy in nats per token of levels 1-2 and of the others, at `TIMES`, with conditions from video alone;
-    and by how much it grows with another clip's expressions, and with its face. Every model meets the same masks.
+    These are the score entropies in nats per token of levels 1-2 and of the other levels, at `TIMES`, with conditions
+    from video alone, and their increase with the expressions, or the face, of another clip. All models have the same
+    masks.
     """
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
     codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)

@@ -209,7 +209,7 @@ def build_talker(size: str) -> TalkerT2AV:
 
 
 def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
-    """Return a t2av request of 40 prompt tokens that ends after exactly so many patches."""
+    """Return a t2av request of 40 prompt tokens that ends after exactly `patches` patches."""
     c = model.config
     g = torch.Generator().manual_seed(seed)
     return Request(

@@ -24,7 +24,7 @@ from talker_t2av.request import T2AV, Request, Sampling
 
 @torch.no_grad()
 def official_t2av(model: TalkerT2AV, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Speech (F, Ds) and motion (F, Dm) of a T2AV request without prefix, for a model without delay."""
+    """Return the speech (F, Ds) and motion (F, Dm) of a T2AV request without prefix, for a model without delay."""
     assert model.config.delay == 0 and request.prefix == 0
     size = model.config.patch_size
     context = model.config.context
@@ -63,7 +63,7 @@ def official_t2av(model: TalkerT2AV, request: Request, sampling: Sampling) -> tu
 def _sample(
     net: DiffusionHead, mu: Tensor, cond: Tensor, global_cond: Tensor, noise: Tensor, sampling: Sampling
 ) -> Tensor:
-    """A patch (1, C, P): one call of the whole head at each time, for both branches."""
+    """Sample a patch (1, C, P), with one call of the whole head per solver step for both branches."""
     times = solver_times(sampling.steps).to(mu.device)
     x = sampling.temperature * noise
     mu = torch.cat([mu, torch.zeros_like(mu)])
@@ -81,12 +81,12 @@ def _sample(
 
 
 def _encode(encoder: Transformer, frames: Tensor) -> Tensor:
-    """Projected frames (1, P, D) -> token (1, D)."""
+    """Encode projected frames (1, P, D) to a token (1, D)."""
     return _run(encoder, torch.cat([encoder.cls_token[0], encoder.input_proj(frames)], 1))[:, 0]
 
 
 def _run(transformer: Transformer, x: Tensor) -> Tensor:
-    """Every position through every block."""
+    """Run every block on all positions."""
     for block in transformer.blocks:
         x = block(x, transformer.rope.factors(x.shape[1]))
     return transformer.norm(x)

@@ -110,9 +110,12 @@ class Plan:
 
 
 def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) -> float:
-    """Time of a step's collectives in rings: each rank sends (n - 1) / n of what it gathers or scatters, twice that of
-    what it reduces to all. Rings over whole machines cross a machine's border once and share the adapters of all its
-    GPUs. `hybrid` shards within a machine, and reduces between machines in as many rings at once as one has GPUs."""
+    """Return the time of a step's collectives, which run in rings.
+
+    Each rank sends (n - 1) / n of the bytes that it gathers or scatters, and twice that for an all-reduce. A ring over
+    several machines crosses the border of each machine once and shares the adapters of all its GPUs. `hybrid` shards
+    within a machine, and reduces between machines in as many concurrent rings as a machine has GPUs.
+    """
     seconds = 0.0
     for kind, size in measured.sent.items():
         if parallel == "hybrid" and kind == "allreduce":

@@ -43,7 +43,9 @@ class HiCoDiTSystem(Pretrained):
         widths = {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim, "expressions": len(EXPRESSIONS)}
         for name, width in widths.items():
             if getattr(model, name) != width:
-                raise UserError(f"model.{name}={getattr(model, name)}, but the encoders give {width}: set it to that")
+                raise UserError(
+                    f"model.{name}={getattr(model, name)}, but the encoders have {width}: set it to {width}"
+                )
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
 

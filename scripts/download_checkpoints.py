@@ -46,7 +46,7 @@ def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="mod
 
 
 def describe(file: RemoteFile, folder: Path) -> str:
-    """Say whether `folder` has the file, how large it is and where it comes from. A known digest is compared."""
+    """Describe a file: whether it is present in `folder`, its size and its URL. A known digest is verified."""
     presence = "missing"
     if (folder / file.path).is_file():
         try:
@@ -61,7 +61,7 @@ def describe(file: RemoteFile, folder: Path) -> str:
 
 
 def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_delay: float = 1.0) -> None:
-    """List or download all files; after one that fails, the others are still tried."""
+    """List or download all files. A failed download does not stop the others."""
     failed = []
     for checkpoint in checkpoints:
         print("{what}\n    licence: {licence}\n    published at {origin}".format(**checkpoint), flush=True)

@@ -24,7 +24,7 @@ from talker_t2av.system import BUNDLED
 
 
 def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
-    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
+    """Run the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
     summary = run_jobs(partial(TalkRunner, c), jobs, c.batch_size, c)
     return summary.report("jobs", Path(c.output))
 

@@ -32,7 +32,11 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: dtype of the result, without gradients. Default: that of x."""
+        """Normalise x (..., D).
+
+        Args:
+            dtype: dtype of the result, without gradients. Default: that of x.
+        """
         if dtype is None or dtype == x.dtype:
             return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
         return torch.mul(F.rms_norm(x, self.scale.shape, None, 1e-6), self.scale, out=torch.empty_like(x, dtype=dtype))
@@ -97,7 +101,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor] | None, keep: slice | None = None) -> Tensor:
-        """x (B, L, D) -> (B, Q, D). factors: of `Rotary`."""
+        """Map x (B, L, D) -> (B, Q, D). `factors` are those of `Rotary`."""
         queries_keys, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], 2)
         if factors is not None:
             queries_keys = rotate(queries_keys, *factors)
@@ -131,7 +135,7 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor] | None, keep: slice | None = None) -> Tensor:
-        """x (B, L, D) -> (B, Q, D), Q = L without `keep`. factors: of `Rotary`."""
+        """Map x (B, L, D) -> (B, Q, D), with Q = L without `keep`. `factors` are those of `Rotary`."""
         dtype = product_type(x.device)
         x = self.attn(self.norm1(x, dtype), factors, keep) + (x if keep is None else x[:, keep])
         return x + self.mlp(self.norm2(x, dtype))

@@ -102,7 +102,7 @@ class LiaX(PortraitCodec):
         self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Training pass with absolute motion: sources and targets (B, 3, S, S) show the same faces.
+        """Run the training pass with absolute motion: sources and targets (B, 3, S, S) show the same faces.
 
         Returns:
             Reconstructed targets (B, 3, S, S) and the targets' motion codes (B, M).

@@ -30,7 +30,8 @@ def blur(x: Tensor, pad: tuple[int, int], gain: float = 1.0, stride: int = 1) ->
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Twice the size by zero insertion and low-pass (gain 4, pad (2, 1)). (B, C, H, W) -> (B, C, 2H, 2W).
+    """Double the resolution, (B, C, H, W) -> (B, C, 2H, 2W), by zero insertion and low-pass filtering (gain 4, pad
+    (2, 1)).
 
     Even outputs are (x[i-1] + 3 x[i]) / 4 and odd ones (3 x[i] + x[i+1]) / 4 on each axis, with zeros outside: bilinear
     interpolation between pixel centres of the zero-padded map.
@@ -130,7 +131,7 @@ class ModulatedConv2d(nn.Module):
         return x if norm is None else x * norm
 
     def convolve(self, x: Tensor, style: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, but the factor (B, O, 1, 1) that demodulates is still to be applied; None if there is none."""
+        """Convolve without demodulation. Return the result and the demodulation factor (B, O, 1, 1), None if unused."""
         gain = self.modulation(style) * self.scale
         if self.weight.shape[2] == 1 and not self.up:  # a small matrix: scaling it is less than scaling the map
             weight = self.weight[:, :, 0, 0] * gain[:, None]  # (B, O, C)
@@ -222,7 +223,12 @@ class ToFlow(nn.Module):
     def forward(
         self, x: Tensor, style: Tensor, source: Tensor, skip: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Square maps x and source (B, C, S, S), style (B, D), skip (B, 3, S/2, S/2): logits of the level below.
+        """Warp the source by the flow predicted from x.
+
+        Args:
+            x, source: (B, C, S, S) feature maps.
+            style: (B, D).
+            skip: (B, 3, S/2, S/2) logits of the level below.
 
         Returns:
             The masked warp (B, C, S, S), the blend (B, C, S, S), and the raw logits (B, 3, S, S): displacement along
@@ -256,6 +262,6 @@ class MotionBasis(nn.Module):
             return torch.linalg.qr(self.weight.float() + 1e-8).Q
 
     def forward(self, motion: Tensor) -> Tensor:
-        """Motion codes (B, motion) -> displacements in style space (B, D), float32."""
+        """Map motion codes (B, motion) -> displacements in style space (B, D), float32."""
         with torch.autocast(motion.device.type, enabled=False):
             return motion.float() @ self.directions().T

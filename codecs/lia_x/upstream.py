@@ -82,7 +82,7 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official `state` under our names, in float32. Kernels may be absent; an unknown name stays."""
+    """Rename the keys of an official state dict, and convert it to float32. Unknown keys are kept."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     weights = {}
     for key, value in state.items():

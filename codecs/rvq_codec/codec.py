@@ -59,9 +59,11 @@ class RVQCodec(Codec):
         return self.encoder.frames(samples)
 
     def forward(self, wave: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Quantized | None]:
-        """Training pass: (B, 1, N) -> waveform (B, 1, hop * frames(N)), latent (B, C, L), output of the quantiser.
+        """Run the training pass on waveforms (B, 1, N).
 
-        Without `quantize`, the decoder receives the unquantised latent, and the last output is None.
+        Returns:
+            The waveform (B, 1, hop * frames(N)), the latent (B, C, L), and the output of the quantiser. Without
+            `quantize`, the decoder receives the unquantised latent, and the last output is None.
         """
         z = self.encoder(wave)
         quantized = self.quantizer(z) if quantize else None

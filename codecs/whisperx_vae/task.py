@@ -35,8 +35,10 @@ INITIAL_SCALE = -1.5  # softplus of it is 0.2: the initial posterior is narrower
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """mean^2 + std^2 - log std^2 - 1, summed over channels, averaged over batch and time: twice the KL divergence of
-    N(mean, std) from N(0, 1). Both (B, Z, T)."""
+    """Return mean^2 + std^2 - log std^2 - 1, summed over channels and averaged over batch and time, both (B, Z, T).
+
+    This is twice the KL divergence of N(mean, std) from N(0, 1).
+    """
     return (mean.square() + std.square() - 2 * std.log() - 1).sum(1).mean()
 
 

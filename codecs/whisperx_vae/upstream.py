@@ -68,7 +68,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
         return None
     if len(files) > 1:
         raise UserError(
-            f"{path} holds {len(files)} checkpoints ({', '.join(p.name for p in files)}): give the path of one"
+            f"{path} contains {len(files)} checkpoints ({', '.join(p.name for p in files)}): give the path of one"
         )
     state = rename_all(read_state(files[0], "state_dict"), RULES)
     return config_of(state), state

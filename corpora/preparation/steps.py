@@ -153,7 +153,7 @@ def input_digest(clip: SourceClip) -> str:
 
 
 def without_device(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without devices: where a network runs does not decide what it makes."""
+    """Return settings without devices, which do not affect the results."""
     return {
         name: without_device(value) if isinstance(value, Mapping) else value
         for name, value in config.items()

@@ -145,7 +145,8 @@ def at_most(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
 
 
 class YuNetDetector:
-    """YuNet (Wu et al. 2023) by OpenCV. It finds smaller, rotated and darker faces than the cascade, and their points.
+    """YuNet (Wu et al. 2023), run by OpenCV. It detects smaller, rotated and darker faces than the cascade, with five
+    landmarks.
 
     Weights: `face_detection_yunet_2023mar.onnx` of the OpenCV Zoo (https://github.com/opencv/opencv_zoo), MIT.
     """

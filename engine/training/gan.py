@@ -84,7 +84,7 @@ class GANTask(Task):
         return results
 
     def adversarial(self) -> bool:
-        """Whether adversarial training is active in this step."""
+        """Return whether adversarial training is active in this step."""
         return self.gan_start is not None and self.step >= self.gan_start
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:

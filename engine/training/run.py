@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(config: DictConfig, command: str) -> int:
-    """Train as specified by the config and return the exit code, which is `REQUEUE` if the run was asked to stop.
+    """Train as specified by the config and return the exit code, which is `REQUEUE` if the run was stopped by a signal.
 
     Args:
         command: the command line, which is recorded.

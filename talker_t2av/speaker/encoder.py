@@ -96,7 +96,7 @@ class Res2Conv(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Every channel times a gate in (0, 1) that is computed from all channels' means over time."""
+    """Scales each channel by a gate in (0, 1), which is computed from the means of all channels over time."""
 
     def __init__(self, channels: int, bottleneck: int):
         super().__init__()
@@ -321,7 +321,7 @@ class VoiceEncoderConfig(Group):
 
 
 def level_mel(wave: Tensor, bands: int) -> Tensor:
-    """Turn a wave (..., N) at 16 kHz into log-mel (..., M, T) with its largest value at 1: loudness drops out."""
+    """Return the log-mel spectrogram (..., M, T) of a waveform (..., N) at 16 kHz, independent of its loudness."""
     mel = log_mel(wave, bands)
     return mel - mel.amax((-2, -1), keepdim=True) + 1
 

@@ -91,7 +91,7 @@ def assert_equal_runs(one, two, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "each", "machines", "1_2_1", "changing"])
-def test_every_way_gives_the_run_of_one_process(runs, name):
+def test_every_kind_of_parallelism_equals_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
 
 

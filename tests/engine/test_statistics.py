@@ -59,7 +59,7 @@ def test_p_values_of_the_permutation_test_are_uniform_under_the_null_hypothesis(
     assert permutation_test(same, different, statistic=correlation)[1] < 0.01
 
 
-def test_the_interval_of_a_difference_knows_that_clips_are_the_same():
+def test_the_interval_of_a_difference_is_paired_by_clip():
     rng = np.random.default_rng(1)
     clips = rng.normal(0, 5, 300)  # easy and hard ones, for both systems
     one = clips + rng.normal(1, 1, 300)

@@ -83,7 +83,7 @@ def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys):
         assert (tmp_path / "many" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
 
 
-def test_an_output_that_is_there_survives_a_failed_run(release, clip, tmp_path, monkeypatch):
+def test_an_existing_output_survives_a_failed_run(release, clip, tmp_path, monkeypatch):
     for name in ("head.wav", "head_face.png"):
         (tmp_path / name).write_text("keep me")
 

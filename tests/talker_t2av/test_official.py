@@ -14,7 +14,7 @@ MOTION = 40
 
 
 @pytest.mark.parametrize(("prefix", "reference", "limit"), [(0, 41, 11 + 25), (9, 41, 11 - 3 + 25), (8, 8, 0 + 25)])
-def test_speech_may_exceed_its_reference_by_25_patches(prefix, reference, limit):
+def test_speech_may_be_25_patches_longer_than_its_reference(prefix, reference, limit):
     request = official.library_method(
         tiny_model().config, [1, 2], torch.zeros(256), torch.zeros(prefix, SPEECH), reference
     )

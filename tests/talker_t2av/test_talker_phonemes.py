@@ -83,7 +83,7 @@ def test_frames_are_aligned_with_the_tokens_that_they_say():
     assert set(path[0, : len(said)].tolist()) >= set(range(len(ids) - 1)) - {1, 2}
 
 
-def test_guidance_is_the_attention_that_misses_the_tokens_of_the_next_patch():
+def test_guidance_masks_the_tokens_of_the_next_patch():
     model = tiny_model()
     torch.manual_seed(0)
     batch = {
