@@ -230,12 +230,12 @@ def _number(value: Any) -> float:
 
 
 def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | None]:
-    """Return id, start, end and the place of the face of a row, if it makes sense."""
+    """Return id, start, end and face position of a row. Raise UserError if they are invalid."""
     start = _number(row["start"])
     end = _number(row["end"])
     face = None
     if not 0 <= start < end < 1e6:
-        raise UserError(f"start={row['start']} and end={row['end']} are not two times in seconds, one after the other")
+        raise UserError(f"start={row['start']} and end={row['end']} must be times in seconds, in this order")
     if row.get("x") not in (None, "") and row.get("y") not in (None, ""):
         face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):

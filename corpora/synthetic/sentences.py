@@ -185,11 +185,11 @@ def grammar() -> str:
 
 
 def language_model(count: int = 20_000, closed: bool = False) -> str:
-    """Return a bigram model of free training sentences in ARPA format, for a recogniser without a grammar: after each
-    word every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
+    """Return a bigram model of free training sentences in ARPA format, for a recogniser without a grammar: any word
+    may follow any other (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
 
     Args:
-        closed: every second sentence is of the closed vocabulary, for a recogniser that does not know the kind.
+        closed: include sentences of the closed vocabulary, every second one, for a recogniser of both kinds.
     """
     rng = np.random.default_rng(0)
     pairs: Counter[tuple[str, str]] = Counter()

@@ -245,7 +245,7 @@ def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
     assert "1 clips are skipped, as" in said and "2 clips are skipped, as their rows are invalid" in said
-    assert "the first: clip 3: start=5 and end=4 are not two times" in said
+    assert "the first: clip 3: start=5 and end=4 must be times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
     one, two = parts(tmp_path, "mine.csv")
     assert (one.text, one.face, two.text) == ("hello", None, None)

@@ -97,7 +97,7 @@ def test_filters_that_are_warped_see_a_frequency_elsewhere():
     assert up[40].argmax() == plain[50].argmax()
 
 
-def test_a_longer_spectrum_says_the_same_later():
+def test_a_stretched_spectrum_has_the_same_content():
     mel = torch.arange(40.0).expand(2, 3, 40)
     longer = stretch(mel, torch.tensor([1.0, 1.25]))
     assert longer.shape == (2, 3, 50)
