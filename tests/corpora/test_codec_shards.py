@@ -97,12 +97,7 @@ def test_clips_without_video_are_skipped_and_counted(footage, tmp_path, capsys):
     assert "1 of 2 samples are skipped, as they have no portraits" in capsys.readouterr().err
 
 
-def test_waves_of_another_rate_are_one_line(shards):
-    with pytest.raises(UserError, match="contains waveforms at 24000 Hz, 16000 Hz is required"):
-        SpeechCrops(shards, sample_rate=16_000)
-
-
-def test_recordings_that_cannot_be_read_are_left_out_and_counted(footage, tmp_path, capsys):
+def test_unreadable_recordings_are_skipped_and_counted(footage, tmp_path, capsys):
     (tmp_path / "train").mkdir()
     for name in ("a", "b", "c"):
         for suffix in ("wav", "mp4"):
@@ -121,7 +116,3 @@ def test_recordings_that_cannot_be_read_are_left_out_and_counted(footage, tmp_pa
     again = FramePairs(tmp_path, 32, tmp_path / "cache", frames=4)
     one, two = (data.__getitem__(1, torch.Generator().manual_seed(0))["frames"] for data in (pairs, again))
     assert len(again) == 2 and torch.equal(one, two) and one.any()
-    for name in "ac":
-        (tmp_path / "train" / f"{name}.wav").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
-        SpeechCrops(tmp_path, samples=4_800)[0]

@@ -224,12 +224,6 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
     assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **other) == names
 
 
-def test_several_processes_of_torchrun_are_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"single process: start it without torchrun"):
-        prepare(settings(corpus, tmp_path / "out"))
-
-
 def test_slurm_recipe_starts_ray_on_all_nodes(tmp_path):
     """With stand-ins for srun and scontrol, which print what they are given."""
     for name, does in (("srun", 'printf "%s|" "$@"'), ("scontrol", 'printf "n3\\nn4\\n"')):

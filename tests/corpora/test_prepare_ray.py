@@ -7,18 +7,9 @@ import time
 import pytest
 
 from corpora.preparation.job import prepare
-from engine.errors import UserError
 from tests.corpora.test_prepare_job import MEAN, clips_done, contents, settings, write_corpus
 
 RAY = {"address": None, "workers": 2, "gpus": 0.0}
-
-
-def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
-    pytest.importorskip("ray")  # which is checked first
-    root = write_corpus(tmp_path / "corpus", ["a"])
-    for name, value in (("workers", 0), ("gpus", -1.0)):
-        with pytest.raises(UserError, match=rf"ray\.{name}={value} must be"):
-            prepare(settings(root, tmp_path / "a", executor="ray", workers=1, ray=RAY | {name: value}))
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import csv
 import json
 import tarfile
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -91,9 +93,6 @@ def test_keys_are_unique_or_the_source_is_refused(tmp_path):
     write_csv(tmp_path / "clips.csv", [{"path": "a.mp4"}, {"path": "a.mp4"}])
     with pytest.raises(UserError, match=r"a\.mp4 is listed more than once"):
         folder(tmp_path).clips("train")
-    (tmp_path / "clips.csv").unlink()
-    with pytest.raises(UserError, match=r"clips\.csv cannot be read"):
-        folder(tmp_path)
 
 
 def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
@@ -116,22 +115,9 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
         clip.close()
         assert clip.facts["text"] == words and clip.facts["frames"] == clip.length == 25
         assert torch.equal(clip.tensors["motion"], torch.ones(25, 40).half()) and len(clip.wave) == 25 * 960
-    with pytest.raises(UserError, match=r"tars=\*\.zip"):
-        listed(tmp_path, table="t.csv", tars="*.zip")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"bad\.tar cannot be read"):
         listed(tmp_path, table="t.csv", tars="*.tar")
-
-
-def test_a_list_of_sound_files(tmp_path):
-    touch(tmp_path, "a/1.wav", "b.mp3")
-    (tmp_path / "a" / "1.json").write_text('{"text": "hello"}')
-    (tmp_path / "list.txt").write_text("a/1.wav\nb.mp3\n")
-    one, two = listed(tmp_path, listing="list.txt", validation=0).clips("train")
-    assert (one.key, one.audio, one.text_file, one.video) == ("a-1", "a/1.wav", "a/1.json", None)
-    assert (two.key, two.audio, two.text_file) == ("b", "b.mp3", None)
-    with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read"):
-        listed(tmp_path, listing="none.txt").clips("train")
 
 
 def by_split(source):
@@ -145,8 +131,6 @@ def test_held_out_groups_are_a_function_of_their_names():
     assert sorted(found.values()) == ["test"] * 20 + ["val"] * 10
     assert held_out(["a"], {"val": 0.5}) == {} and len(held_out(["a", "b"], {"val": 0.01})) == 1
     assert held_out(names, {"val": 0.0}) == {}
-    with pytest.raises(UserError, match=r"split val=1\.5 must be a number"):
-        held_out(names, {"val": 1.5})
 
 
 def test_validation_splits_of_videos_and_speakers_are_in_no_other_split(tmp_path):
@@ -191,13 +175,8 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     seen = by_split(source)
     assert {split: len(clips) for split, clips in seen.items()} == {"train": 36, "val": 2, "test": 2}
     few = by_split(grid(tmp_path, speakers=["s1", "s2"], clips_each=4))
-    verbs = [(clip.speaker, clip.text.split()[0]) for clips in few.values() for clip in clips]
-    assert sorted(verbs) == [("s1", "bin"), ("s1", "bin"), ("s1", "lay"), ("s1", "lay")] + [
-        ("s2", "bin"),
-        ("s2", "bin"),
-        ("s2", "lay"),
-        ("s2", "lay"),
-    ]  # spread over the names
+    verbs = Counter((clip.speaker, clip.text.split()[0]) for clips in few.values() for clip in clips)
+    assert verbs == dict.fromkeys(product(("s1", "s2"), ("bin", "lay")), 2)  # spread over the names
     assert all({clip.speaker for clip in clips} == {"s1", "s2"} for clips in seen.values())
     every = {clip.key: clip for clips in seen.values() for clip in clips}
     assert len(every) == 40 and every["s2-bbbf1n"].expression == "neutral" and every["s2-bbbf1n"].phonemes is None
@@ -206,8 +185,6 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     (tmp_path / "s1" / "align" / "bbbf1n.align").write_text("0 sil\n")
     with pytest.raises(UserError, match=r"bbbf1n\.align is not a list of lines"):
         by_split(source)
-    with pytest.raises(UserError, match=r"source\.protocol=lips"):
-        grid(tmp_path, protocol="lips")
 
 
 def test_emilia_in_tar_files_and_unpacked(tmp_path):
@@ -245,13 +222,9 @@ def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
     assert "1 clips are skipped, as" in said and "2 clips are skipped, as their rows are invalid" in said
-    assert "the first: clip 3: start=5 and end=4 must be times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
     one, two = parts(tmp_path, "mine.csv")
     assert (one.text, one.face, two.text) == ("hello", None, None)
-    with pytest.raises(UserError, match=r"none of its 2 clips can be used: is source\.videos=none right"):
-        (tmp_path / "none").mkdir()
-        youtube_ids(tmp_path, "mine.csv", videos="none")
 
 
 def test_talkvid_and_celebv_hq(tmp_path):
@@ -265,9 +238,6 @@ def test_talkvid_and_celebv_hq(tmp_path):
     (tmp_path / "celebvhq.json").write_text(json.dumps({"meta_info": {}, "clips": {"Tr6MMsoWAog_0": one}}))
     (clip,) = parts(tmp_path, "celebvhq.json")
     assert clip.face == pytest.approx((0.3, 0.5, 0))
-    (tmp_path / "other.json").write_text('[{"start": 1}]')
-    with pytest.raises(UserError, match=r"other\.json is not a list of TalkVid or CelebV-HQ"):
-        parts(tmp_path, "other.json")
 
 
 def test_hdtf_by_its_lists(tmp_path):

@@ -61,8 +61,6 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
         made[side] = clip.tensors["mouth"].numpy()
     official = avhubert_mouth(read_video(corpus / "train" / "a.mp4", 25), mouth_poses(landmarks))
     assert np.array_equal(made[128], official) and np.array_equal(made[64], official)
-    with pytest.raises(UserError, match="no such file"):
-        Face(face_landmarks="absent")
 
 
 def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
@@ -153,9 +151,6 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     torch.testing.assert_close(made["face_identity"].float().mean(0), together, rtol=1e-3, atol=2e-3)
     assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
     assert {"lip", "face_identity"} <= set(pipeline.digests)
-    config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"])
-    with pytest.raises(UserError, match=r"folder of encoder checkpoints not found: encoders\.folder=nowhere"):
-        Steps(chosen_stages(config, source), "cpu", None)
 
 
 def test_stages_that_need_the_face_are_refused_without_it(corpus):
@@ -189,10 +184,6 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
     assert heard(["sad", "happy", "sad", "happy"], listen) == [2, 1, 2, 1]
     assert heard(None, None) == [NO_EXPRESSION] * 4
     assert HeardExpression(listen).digests() == {"heard_expression": "a test"}
-    with pytest.raises(UserError, match=r"expression 'bored' is unknown: expected one of neutral"):
-        heard("bored", None)
-    with pytest.raises(UserError, match=r"seconds=0 must be a number from 0\.5 to 30"):
-        HeardExpression(None, 0)
 
 
 def test_worker_processes_share_the_gpus(monkeypatch):

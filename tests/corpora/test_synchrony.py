@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.synchrony import LARGEST, features, predict
+from benchmarks.synchrony import LARGEST, predict
 
 
 def test_planted_lags_are_found():
@@ -16,11 +16,3 @@ def test_planted_lags_are_found():
     sounds = torch.stack([torch.roll(sound, int(lag), 0) for sound, lag in zip(sounds, lags)])
     _, agreement = predict(mouths, sounds)
     assert (agreement.argmax(1) - LARGEST).tolist() == lags.tolist()
-
-
-def test_features_are_of_the_frames_that_both_have():
-    mouth = torch.randint(0, 256, (10, 48, 48), dtype=torch.uint8)
-    wave = torch.randn(24_000 * 9 // 25)
-    picture, sound = features(mouth, wave, 24_000)
-    assert picture.shape == (9, 256) and sound.shape == (9, 20)
-    assert picture.mean(0).abs().max() < 1e-5 and sound.mean(0).abs().max() < 1e-5

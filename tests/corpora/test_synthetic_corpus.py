@@ -7,18 +7,14 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import cv2
-import imageio_ffmpeg
 import jiwer
 import numpy as np
 import pytest
@@ -27,13 +23,11 @@ import soundfile
 from benchmarks import speaking
 from corpora.preparation.sources import synthetic
 from corpora.synthetic import sentences
-from corpora.synthetic.corpus import FRAME, ClipMaker, resample, window_expressions
-from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
-from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
-from corpora.synthetic.speech import Synthesizer
-from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
-from corpora.synthetic.voices import Traits, load_voices, looks, voice_lines
+from corpora.synthetic.corpus import FRAME, ClipMaker, window_expressions
+from corpora.synthetic.expression import EXPRESSIONS, prosody
+from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
+from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
+from corpora.synthetic.voices import load_voices
 from engine.media.audio import read_audio
 from engine.media.video import read_video
 from engine.metrics.recogniser import Recogniser
@@ -91,21 +85,19 @@ def test_worker_count_changes_no_byte(corpora, tmp_path):
     assert len(one) == 20 * 2 + 5 + 3  # clips; manifests; grammars, corpus.json
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_an_interrupted_corpus_is_finished_the_same(version, corpora, tmp_path):
-    root = Path(shutil.copytree(corpora(version), tmp_path / "copy"))
+def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
+    root = Path(shutil.copytree(corpus, tmp_path / "copy"))
     for name in ("train/train_000001.json", "seen/seen_000000.wav", "train.jsonl"):  # .json is written last
         (root / name).unlink()
     (root / "seen" / ".seen_000000-part.mp4").write_bytes(b"half a file")
     kept = (root / "train" / "train_000003.wav").stat().st_mtime_ns
-    assert "there already, 2 to make" in make(root, *ARGUMENTS[version], "--workers", "1").stdout
-    assert digests(root) == digests(corpora(version))
+    make(root, *ARGUMENTS[2], "--workers", "1")
+    assert digests(root) == digests(corpus)
     assert (root / "train" / "train_000003.wav").stat().st_mtime_ns == kept
 
 
 def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
-    said = make(corpus, *ARGUMENTS[2], "--seed", "4", code=2).stderr
-    assert "seed 3" in said and len(said.strip().splitlines()) == 1
+    assert "seed 3" in make(corpus, *ARGUMENTS[2], "--seed", "4", code=2).stderr
     assert "version 2" in make(corpus, *ARGUMENTS[3], code=2).stderr and not (corpus / "plain").exists()
 
 
@@ -118,7 +110,6 @@ def test_more_voices_speak_in_training_clips_alone(corpus, tmp_path):
         (tmp_path / split).mkdir()
         assert json.loads(json.dumps(wide.make(split, 1))) == entries(corpus, split)[1]
     assert [wide.make("train", i)["voice"] for i in (399, 401, 402)] == [399, 461, 0]
-    assert "0 more voices" in make(corpus, *ARGUMENTS[2], "--more-voices", "2", code=2).stderr
 
 
 def test_an_interrupt_ends_all_processes_and_leaves_no_partial_files(tmp_path):
@@ -151,10 +142,6 @@ def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
     clip = source.clips("dev")[1]
     assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
     assert synthetic(corpus, all_symbols=True).symbols == SYMBOLS != synthetic(corpus).symbols
-    rng = np.random.default_rng(0)
-    texts = [draw_open_sentence(rng, "train") for _ in range(2000)]
-    lengths = [len(text.split()) for text in texts]
-    assert min(lengths) == 1 and max(lengths) == 20 and len({word for text in texts for word in text.split()}) > 5000
 
 
 def test_splits_are_disjoint(corpus):
@@ -176,20 +163,6 @@ def test_large_draws_stay_in_their_split(free):
     assert len(words) > 2000 if free else words == {word for slot in SLOTS for word in slot}
 
 
-def test_free_words_differ_on_the_lips():
-    words = sorted({word for slot in free_words().values() for word in slot})
-    assert len(words) > 2500
-    short = [word for word in words if len(word) < 5]  # they are alike if any are
-    synthesizer = Synthesizer()
-    shown = {}
-    for some in (short[i : i + 20] for i in range(0, len(short), 20)):
-        said = synthesizer.speak(". ".join(some), "pitch 100 150")
-        assert len(said.words) == len(some)
-        for word, first, last in zip(some, said.words, [*said.words[1:], None]):
-            shapes = "".join(shape for symbol, _, _ in said.phonemes[first:last] for shape in shapes_of(symbol))
-            assert shown.setdefault(shapes, word) == word
-
-
 def test_clip_files_agree(corpus):
     for split in SPLITS[2]:
         for entry in entries(corpus, split):
@@ -198,11 +171,8 @@ def test_clip_files_agree(corpus):
             sound = soundfile.info(stem.with_suffix(".wav"))
             assert (sound.channels, sound.subtype, sound.samplerate) == (1, "PCM_16", 24_000)
             assert sound.frames == entry["frames"] * 960
-            reader = imageio_ffmpeg.read_frames(str(stem.with_suffix(".mp4")))
-            about = next(reader)
-            assert about["size"] == (128, 128) and about["fps"] == FPS and about["codec"] == "h264"
-            assert sum(1 for _ in reader) == entry["frames"] == round(entry["seconds"] * FPS)
-            assert entry["expression"] in EXPRESSIONS
+            frames = read_video(stem.with_suffix(".mp4"), FPS)
+            assert frames.shape == (entry["frames"], 128, 128, 3) and entry["frames"] == round(entry["seconds"] * FPS)
             assert all(len(values) == entry["frames"] for values in [*entry["mouth"].values(), *entry["pose"].values()])
 
 
@@ -230,52 +200,11 @@ def test_closures_close_the_mouth(symbol):
         assert track[9:14, column].min() < 0.02
 
 
-def test_faces_are_found_and_show_expression_and_mouth():
-    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-    track = mouth_track([("m", 0.0, 0.2), ("A:", 0.2, 0.4)], 10)
-    still = draw_motion(np.random.default_rng(0), 10, np.zeros(10))
-    found = 0
-    voices = load_voices()[::10]
-    for voice in voices:
-        face = Face(voice.face)
-        neutral, angry = (face.render(track, pose(name, 1.0), still) for name in ("neutral", "angry"))
-        found += len(cascade.detectMultiScale(cv2.cvtColor(neutral[8], cv2.COLOR_RGB2GRAY), 1.1, 3)) == 1
-        assert np.abs(neutral[2, 36:60].astype(int) - angry[2, 36:60]).max() > 40  # brows
-        assert np.abs(neutral[2, 80:108, 44:84].astype(int) - neutral[8, 80:108, 44:84]).mean() > 8  # mouth
-    assert found >= 0.97 * len(voices)
-
-
-def test_expressions_drive_prosody():
-    neutral = prosody("neutral", 1.0)
-    assert prosody("angry", 0.0) == neutral
-    assert prosody("sad", 1.0).span < neutral.span < prosody("surprised", 1.0).span
-    assert prosody("sad", 1.0).gain < neutral.gain < prosody("angry", 1.0).gain
-
-
 def test_voices_have_numbers_and_looks_of_their_own():
     voices = load_voices()
     assert Counter(v.group for v in voices) == {"train": 400, "dev": 20, "unseen": 40}
     assert [v.number for v in voices] == list(range(len(voices)))
     assert len({v.lines for v in voices}) == len({v.face.detail_seed for v in voices}) == len(voices)
-
-
-@pytest.mark.parametrize(
-    ("trait", "heard", "seen"),
-    [
-        ("depth", r"pitch (\d+)", "jaw"),
-        ("tract", r"formant 0 (\d+)", "half_width"),
-        ("front", r"formant 2 (\d+)", "eye_gap"),
-        ("bright", r"tone 600 (\d+)", "hair"),
-        ("age", r"formant 0 \d+ 100 (\d+)", "hairline"),
-    ],
-)
-def test_a_trait_is_heard_and_seen_monotonically(trait, heard, seen):
-    middle = Traits(*[0.5] * 5)
-    steps = [replace(middle, **{trait: float(value)}) for value in np.linspace(0, 1, 6)]
-    sounds = np.diff([int(re.search(heard, voice_lines(traits))[1]) for traits in steps])
-    faces = np.diff([np.mean(getattr(looks(traits, 7), seen)) for traits in steps])
-    assert (sounds != 0).all() and len({*np.sign(sounds)}) == 1
-    assert (faces != 0).all() and len({*np.sign(faces)}) == 1
 
 
 def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
@@ -328,15 +257,6 @@ def test_free_sentences_are_understood_without_a_grammar(corpus):
     texts = [entry["text"] for entry in rows]
     heard = [recogniser.transcribe(wave, 24_000) for wave in waves]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
-
-
-def test_resample_keeps_a_tone():
-    def tone(rate):
-        t = np.arange(rate) / rate
-        return np.sin(2 * np.pi * 440 * t) * np.interp(t, np.arange(22050) / 22050, np.hanning(22050))
-
-    got = resample(tone(22050).astype(np.float32), 22050, 24000)
-    assert len(got) == 24000 and np.abs(got - tone(24000)).max() < 1e-3
 
 
 def test_the_speaking_face_of_two_is_selected(corpus):

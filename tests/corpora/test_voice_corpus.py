@@ -2,18 +2,15 @@
 
 import gzip
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 from corpora.preparation.speech_corpus import RATE, Recording
 from corpora.preparation.voice_corpus import (
-    FLITE_VOICES,
     MARGIN,
     Copies,
     cut,
-    flite_sentences,
     grid_sentences,
     label,
     prompt_sentences,
@@ -105,11 +102,3 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
     expected = wave[first * RATE // FPS :][: len(sound)]
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
-
-
-def test_voices_of_flite_speak_sentences(tmp_path):
-    if shutil.which("flite") is None:
-        pytest.skip("requires the package flite")
-    rows = flite_sentences(tmp_path, 1, seed=0)
-    assert [row.speaker for row in rows] == [f"flite-{voice}" for voice in FLITE_VOICES]
-    assert all(len(read_audio(row.path, RATE)) > RATE // 4 and row.text for row in rows)

@@ -1,9 +1,6 @@
 """A CUDA device that is not there: programs run on fake tensors, which have shapes, types and a device but no data.
 
-Inside `fake_cuda`, reading a value on the host (`.item()`, `.tolist()`, `if tensor`) raises
-DataDependentOutputException, a shape that depends on data (`nonzero`, a mask as index) raises
-DynamicOutputShapeException, and an operation on tensors of two devices raises too. Copies to the
-host are refused here. Without a driver PyTorch runs no backward pass of CUDA tensors: tests/gpu/test_cards.py does.
+Without a driver PyTorch runs no backward pass of CUDA tensors: tests/gpu/test_cards.py does.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
@@ -33,56 +30,10 @@ SEEMS = {  # what makes CUDA seem to be there
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 
-class Operators(TorchDispatchMode):
-    """Counts operators by name (`counts`) and by the type of what they give (`types`); refuses copies to the host."""
+class Audit(FakeTensorMode):
+    """A fake device: host reads give zeros, and are noted by file and function.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.types: Counter[tuple[str, torch.dtype]] = Counter()
-        self.sent = self.waiting = 0  # copies to the device, and those of them for which the host waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        self.counts[name] += 1
-        results = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
-        for result in results:
-            self.types[name, result.dtype] += 1
-        given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor) and x.ndim]
-        kinds = {x.device.type for x in given}
-        if any(result.device.type == "cuda" for result in results) and "cpu" in kinds:
-            if "cuda" in kinds:  # PyTorch would copy such indices, and the host would wait
-                raise AssertionError(f"{name} takes tensors of the host and of the device")
-            self.sent += 1
-            self.waiting += not (kwargs or {}).get("non_blocking")
-        read = [x for x in args if isinstance(x, Tensor) and x.device.type == "cuda"]
-        if read and any(result.device.type == "cpu" for result in results):
-            raise AssertionError(f"{name} copies a tensor from the device to the host")
-        return out
-
-
-class FakeDevice(FakeTensorMode):
-    """Tensors of the device are fake, those of the host are real: what it computes of lengths has values."""
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = torch.device(kwargs.get("device") or "cpu").type == "cuda"
-        if made or any(isinstance(x, FakeTensor) for x in tensors):
-            args, kwargs = tree_map(self._fake, (args, kwargs))
-            return super().dispatch(func, types, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _fake(self, x: Any) -> Any:
-        return self.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
-
-
-class Audit(FakeDevice):
-    """A fake device on which whole pipelines run: host reads give zeros, and are noted by file and function.
+    Tensors of the device are fake. Those of the host are real, so that what it computes of lengths has values.
 
     Attributes:
         answers: what a place reads in place of zero.
@@ -91,7 +42,7 @@ class Audit(FakeDevice):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(allow_non_fake_inputs=True)
         self.answers: dict[str, int] = {}
         self.reads: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -102,8 +53,11 @@ class Audit(FakeDevice):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         target = torch.device(kwargs.get("device") or "cpu").type
         if not any(isinstance(x, FakeTensor) for x in tensors):
-            if tensors and target == "cuda" and not kwargs.get("non_blocking"):
+            if target != "cuda":
+                return func(*args, **kwargs)
+            if tensors and not kwargs.get("non_blocking"):
                 self.waits[_place()] += 1
+            args, kwargs = tree_map(self._fake, (args, kwargs))
             return super().dispatch(func, types, args, kwargs)
         if func is aten._local_scalar_dense.default:
             self.reads[_place()] += 1
@@ -118,7 +72,11 @@ class Audit(FakeDevice):
             return args[0]
         host = [x for x in tensors if not isinstance(x, FakeTensor) and x.ndim]
         assert not host, f"{func} takes tensors of the host and of the device, at {_place()}"
+        args, kwargs = tree_map(self._fake, (args, kwargs))
         return super().dispatch(func, types, args, kwargs)
+
+    def _fake(self, x: Any) -> Any:
+        return self.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
 
 
 def _place() -> str:
@@ -160,26 +118,8 @@ def audited() -> Iterator[Audit]:
         yield audit
 
 
-@contextmanager
-def fake_cuda(host: bool = False) -> Iterator[Operators]:
-    """Within the block tensors are fake, and CUDA seems to be there; gives the operators that ran in it.
-
-    Args:
-        host: tensors of the host are real.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its grid_sample knows no fake tensors
-        stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
-        stack.enter_context(
-            FakeDevice() if host else FakeTensorMode()
-        )  # first: where there is no driver it puts an idle one in its place
-        for name, answer in SEEMS.items():
-            stack.enter_context(mock.patch(name, answer))
-        yield stack.enter_context(Operators())
-
-
 def faked(value: Any) -> Any:
-    """Copy a module or tensors, in dicts, lists, tuples, dataclasses, to the fake device; inside `fake_cuda`."""
+    """Copy a module or tensors, in dicts, lists, tuples, dataclasses, to the fake device; inside `audited`."""
     if isinstance(value, nn.Module):
         memo = {id(t): faked(t) for t in [*value.parameters(), *value.buffers()]}
         with _disable_current_modes():  # other tensors of it stay on the host, and real

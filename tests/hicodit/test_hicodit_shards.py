@@ -60,7 +60,7 @@ def train(data, codec, run, shards=None, **changes):
     return fit(task, dataset(data, codec, **(shards or {})), run, **changes)
 
 
-def test_clips_come_out_as_they_are_stored(data, codec):
+def test_clips_are_read_as_they_are_stored(data, codec):
     clips = dataset(data, codec)
     stored = ShardSplit(data / "train")
     assert len(clips) == 9
@@ -84,19 +84,13 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(data, codec, 
     assert losses == same_losses and same(state, resumed)
 
 
-def test_what_does_not_fit_is_one_line(data, codec, digests, tmp_path):
+def test_shards_that_do_not_fit_the_model_are_refused_in_one_line(data, codec, digests, tmp_path):
     with pytest.raises(UserError, match=r"prepared with rvq .*, but rvq \w+ is in use"):
         HiCoDiTDataset(data / "train", "assets/rvq_tiny")
-    sample = ({"key": "a", "frames": 5}, {"mouth": torch.zeros(5, 48, 48, dtype=torch.uint8)})
-    write_split(tmp_path / "train", [sample], 1, digests=digests)
     write_split(tmp_path / "spoken", [ShardSplit(data / "train")[0]], 1, digests=digests, symbols=["a"] * 8)
     HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=9)
     with pytest.raises(UserError, match=r"has 9 phonemes with silence: set task\.encoders\.phonemes=9 or more"):
         HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=8)
-    with pytest.raises(UserError, match="has no samples with mouth, faces, tokens, ge2e, expression: prepare that too"):
-        HiCoDiTDataset(tmp_path / "train", codec).read(0)
-    with pytest.raises(UserError, match=r"window=0 must be a whole number from 1"):
-        dataset(data, codec, window=0)
     (data / "train" / "000003.tar").rename(data / "hidden.tar")
     try:
         with pytest.raises(UserError, match=r"^shard .*000003.tar is missing") as caught:
@@ -119,13 +113,11 @@ def longer(data, digests, tmp_path):
     return write_split(tmp_path / "longer", samples, 2, digests=digests)
 
 
-def test_too_short_clips_are_left_out_and_counted(longer, codec, capsys):
+def test_clips_that_are_too_short_are_skipped_and_counted(longer, codec, capsys):
     clips = HiCoDiTDataset(longer, codec, shards={"window": 1})
     assert "1 of 6 samples are skipped, shorter than 5 frames" in capsys.readouterr().err
     assert [clips.read(i)[0]["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
     assert clips.blocks.sizes == [2, 1, 2]
-    with pytest.raises(UserError, match="has no samples of 100 frames or more"):
-        ShardSplit(longer, least_frames=100)
 
 
 def test_a_clip_without_video_is_skipped_and_counted(data, codec, digests, tmp_path, capsys):
@@ -142,12 +134,9 @@ def test_a_clip_without_video_is_skipped_and_counted(data, codec, digests, tmp_p
     assert HiCoDiTDataset(tmp_path / "train", codec, shards={"window": 1}).blocks.sizes == [1, 2, 0]
     _, losses = train(tmp_path, codec, tmp_path / "run", {"window": 2}, steps=4)
     assert len(losses) == 4
-    write_split(tmp_path / "none", samples[4:], 2, digests=digests)
-    with pytest.raises(UserError, match=r"has no samples with mouth, faces, .*: prepare that too"):
-        HiCoDiTDataset(tmp_path / "none", codec)
 
 
-def test_longer_clips_are_cropped_at_whole_seconds(data, longer, codec):
+def test_longer_clips_are_cropped_at_whole_seconds(longer, codec):
     clips = HiCoDiTDataset(longer, codec, seconds=1, augment=False)
     starts = set()
     for seed in range(20):
@@ -160,11 +149,9 @@ def test_longer_clips_are_cropped_at_whole_seconds(data, longer, codec):
     assert starts == {0, 25}
     assert clips.lengths.tolist() == [24 * n for n in (*FRAMES[:3], 25, 5)]
     assert len(clips.__getitem__(0, torch.Generator())["mouth"]) == FRAMES[0]
-    with pytest.raises(UserError, match="seconds=0 must be 1 or more"):
-        HiCoDiTDataset(data / "train", codec, seconds=0)
 
 
-def test_a_short_span_of_mouth_crops_is_masked():
+def test_a_short_span_of_mouth_crops_is_masked(data, codec):
     for frames in (3, 40):
         mouth = torch.rand(frames, 8, 8)
         for seed in range(20):
@@ -173,12 +160,6 @@ def test_a_short_span_of_mouth_crops_is_masked():
             assert 2 <= len(changed) <= min(MAX_HIDDEN, frames)
             assert changed[-1] - changed[0] == len(changed) - 1
             torch.testing.assert_close(shown[changed], mouth.mean(0).expand(len(changed), 8, 8))
-
-
-def test_a_fraction_of_the_clips_is_masked(data, codec):
-    with pytest.raises(UserError, match=r"data.train.hide=2 must be between 0 and 1"):
-        HiCoDiTDataset(data / "train", codec, hide=2)
-    shown, hidden = (HiCoDiTDataset(data / "train", codec, hide=hide) for hide in (0.0, 1.0))
-    g = torch.Generator().manual_seed(3)
-    before = shown.__getitem__(0, g)["mouth"]
-    assert not torch.equal(before, hidden.__getitem__(0, g.manual_seed(3))["mouth"])
+    never, always = (HiCoDiTDataset(data / "train", codec, hide=hide) for hide in (0.0, 1.0))
+    one, other = (clips.__getitem__(0, torch.Generator().manual_seed(3))["mouth"] for clips in (never, always))
+    assert not torch.equal(one, other)

@@ -1,6 +1,5 @@
 """From clip to speech with a random tiny release: shapes, seeds, windows, batches."""
 
-import shutil
 from collections import defaultdict
 from dataclasses import replace
 from unittest import mock
@@ -9,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from drawn_faces import talking_head
-from torch import nn
 
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
-from engine.precision import Int8Linear, PackedLinear, can_int8, can_pack
+from engine.precision import Int8Linear, can_int8
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
-from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
 from hicodit.pipeline import HiCoDiTPipeline
@@ -42,13 +39,6 @@ def test_equal_seeds_give_equal_speech_at_each_precision(release, clip, precisio
     assert not np.array_equal(one.tokens, first.run(crops, [4])[0].tokens)
 
 
-@pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
-def test_weights_are_packed_unless_steps_are_compiled(release):
-    for compiled, kind in ((False, PackedLinear), (True, nn.Linear)):
-        model = HiCoDiTPipeline.from_pretrained(release, precision="fp32", compile=compiled).system.model
-        assert {type(stage.fuse_tokens) for stage in model.stages} == {kind}
-
-
 @pytest.mark.parametrize("lower", ["bf16", vnni])
 @torch.inference_mode()
 def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lower):
@@ -66,7 +56,7 @@ def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lo
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["euler", "confidence"])
-def test_whole_steps_are_one_graph(release, clip, method, precision):
+def test_a_sampling_step_compiles_to_a_full_graph(release, clip, method, precision):
     """Without a compiler behind it: what is tested is that a step can be captured whole, and in a few graphs."""
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision=precision)
     crops, graphs = pipeline.crops(clip), []
@@ -93,7 +83,7 @@ def test_a_clip_in_a_batch_is_the_clip_alone(pipeline):
     assert np.array_equal(together[1].tokens, pipeline.run([short], [1])[0].tokens)
 
 
-def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
+def test_later_windows_keep_the_tokens_of_earlier_ones(pipeline):
     """A long clip begins as its first window does alone: later windows start from kept tokens."""
     frames = WINDOW + 60
     crops = pipeline.crops(talking_head(frames))
@@ -108,11 +98,9 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     kept = 2 * (WINDOW - REDO)
     assert torch.equal(whole[:, :kept], alone[:, :kept])
     assert not torch.equal(whole[:, kept : kept + 2], alone[:, kept : kept + 2])  # from here on they are drawn again
-    assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
-    assert pipeline.sampler.window == 3
-    lengths = (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)
-    assert [len(windows(n, pipeline.sampler)) for n in lengths] == [1, 1, 2, 2, 3]
+    assert windows(WINDOW, pipeline.sampler) == [(0, WINDOW)]
     assert windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP, WINDOW + 1)]
+    assert len(windows(2 * WINDOW, pipeline.sampler)) == 3
 
 
 @pytest.mark.parametrize(
@@ -187,7 +175,7 @@ def test_crops_do_not_depend_on_the_blocks_of_frames(pipeline):
     whole = pipeline.crops(head)
     parts = pipeline.crop_track([head[:7], head[7:20], head[20:]], whole.track)
     assert np.array_equal(parts.mouth, whole.mouth) and np.array_equal(parts.voice_faces, whole.voice_faces)
-    assert torch.equal(parts.expression, whole.expression) and len(whole.expression) == windows_of(40)
+    assert torch.equal(parts.expression, whole.expression)
 
 
 def test_a_long_clip_sounds_as_it_does_decoded_at_once(pipeline, clip, monkeypatch):
@@ -199,73 +187,17 @@ def test_a_long_clip_sounds_as_it_does_decoded_at_once(pipeline, clip, monkeypat
         np.testing.assert_allclose(before.wave, after.wave, atol=1e-5)
 
 
-@torch.no_grad()
-def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
-    encoder, mouth = TinyLipEncoder(TinyEncoderConfig()).eval(), torch.rand(3, 130, 48, 48)
-    frames = torch.tensor([95, 130, 120])
-    together = encoder(mouth, frames)
-    for i, n in enumerate(frames.tolist()):
-        alone = encoder(mouth[i : i + 1, :n], frames[i : i + 1])
-        assert torch.allclose(together[i, :n], alone[0], atol=1e-4), i
-    calls = []
-    monkeypatch.setattr(encoder, "_encode", lambda mouth, frames: calls.append(len(mouth)))
-    encoder.train()(mouth, frames)
-    assert calls == [3]  # in training every process runs the blocks once
-
-
 @pytest.mark.parametrize(
     ("read", "frames", "message"),
     [
         ("crops", talking_head(4), r"0\.16 s"),
-        ("crops", np.zeros((30, 64, 64), np.uint8), "RGB"),
         ("stream", np.zeros((30, 64, 64, 3), np.uint8), "no face found"),
-        ("stream", [np.zeros((64, 64, 3), np.uint8), np.zeros((50, 64, 3), np.uint8)], "one size"),
         ("stream", [np.zeros((64, 64, 3))], "uint8"),
     ],
 )
 def test_bad_frames_are_one_line(pipeline, read, frames, message):
     with pytest.raises(UserError, match=message):
         list(getattr(pipeline, read)(frames))
-
-
-def test_a_release_may_state_removed_settings_that_had_no_effect(release, tmp_path):
-    config = (release / "config.yaml").read_text()
-    old = shutil.copytree(release, tmp_path / "old")
-    stated = config.replace("model:\n", "model:\n  guidance_limit: null\n")
-    stated = stated.replace("sampler:\n", "sampler:\n  level_delay: 5.0\n  shift: 0.1\n  entropy: 4.0\n")
-    (old / "config.yaml").write_text(f"{stated}guidance: {{all: 2.0, late: 1.0, reading: A}}\n")
-    pipeline = HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
-    assert pipeline.guidance == GuidanceScales(2.0, guidance_form="literal")
-    assert pipeline.sampler == SamplerConfig("euler", 3)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("model:\n", "model:\n  guidance_limit: 3.0\n", "config.yaml: model.guidance_limit=3.0 has been removed"),
-        (
-            "method: euler",
-            "method: ordered",
-            "config.yaml: sampler.method=ordered is unknown; choose euler, confidence",
-        ),
-    ],
-)
-def test_a_release_that_needs_what_was_removed_is_refused(release, tmp_path, old, new, message):
-    folder = shutil.copytree(release, tmp_path / "old")
-    config = (release / "config.yaml").read_text()
-    assert old in config
-    (folder / "config.yaml").write_text(config.replace(old, new))
-    with pytest.raises(UserError, match=message):
-        HiCoDiTPipeline.from_pretrained(folder, codec=release.parent / "codec")
-
-
-def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
-    from rvq_codec import RVQCodec
-
-    other = RVQCodec(replace(pipeline.codec.config, codebook_size=8))
-    other.save(tmp_path / "other", "a test")
-    with pytest.raises(UserError, match="levels of 8 codes"):
-        HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
 
 
 def test_a_list_of_clips_is_a_batch_with_a_seed_each(pipeline, clip):
@@ -275,10 +207,6 @@ def test_a_list_of_clips_is_a_batch_with_a_seed_each(pipeline, clip):
     assert np.array_equal(other.tokens, pipeline(frames, seed=4, steps=2).tokens)
     same = pipeline([frames, frames], seed=3, steps=2)
     assert np.array_equal(same[0].tokens, same[1].tokens)
-    with pytest.raises(UserError, match="3 seeds for 2 clips: expected one for all, or one per clip"):
-        pipeline([clip, clip], seed=[1, 2, 3])
-    with pytest.raises(UserError, match="seed=-1"):
-        pipeline([clip], seed=[-1])
 
 
 def test_frames_may_be_tensors_and_of_another_rate(pipeline):
@@ -289,18 +217,3 @@ def test_frames_may_be_tensors_and_of_another_rate(pipeline):
         assert np.array_equal(pipeline(given, steps=2).tokens, expected)
     assert np.array_equal(pipeline(frames.repeat(2, 0), fps=50, steps=2).tokens, expected)
     assert pipeline(frames, fps=12.5, steps=2).tokens.shape[1] == 80  # 1.6 s
-    with pytest.raises(UserError, match=r"frames of shape \(20, 128, 128, 3\) and type float32"):
-        pipeline(tensor.float())
-    with pytest.raises(UserError, match=r"fps=0 must be a number from 1\.0 to 1,000\.0"):
-        pipeline(frames, fps=0)
-    with pytest.raises(UserError, match=r"fps=30 only applies to frames: clip\.mp4 states its frame rate"):
-        pipeline("clip.mp4", fps=30)
-
-
-def test_errors_name_the_arguments_of_the_call(pipeline):
-    with pytest.raises(UserError, match=r"^unknown argument 'stepz'; did you mean steps"):
-        pipeline(talking_head(20), stepz=2)
-    with pytest.raises(UserError, match=r"^steps=0 must be a whole number"):
-        pipeline(talking_head(20), steps=0)
-    with pytest.raises(UserError, match=r"^unknown argument 'look_ahead'; did you mean lookahead"):
-        next(pipeline.stream(talking_head(20), look_ahead=1.0))

@@ -1,4 +1,4 @@
-"""POSTER V2: the order of classes, pictures of any size, positions of its attention."""
+"""POSTER V2: the order of classes, positions of its attention."""
 
 import torch
 

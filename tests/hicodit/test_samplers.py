@@ -54,7 +54,7 @@ def test_all_valid_tokens_are_revealed_and_padding_is_not(method):
     assert (x[0] < N).all() and (x[1, :, :4] < N).all() and (x[1, :, 4:] == N).all()
 
 
-def test_frequencies_follow_the_posterior():
+def test_sampled_frequencies_follow_the_posterior():
     log_q = torch.tensor([[2.0, 1, 0, -1, 0], [0, 0, 3, 0, 0], [0.5, 0, 0, 0, 1]]).log_softmax(-1)
     x = run("euler", [4000], log_q, steps=8).tokens
     seen = torch.stack([torch.bincount(row, minlength=N) / 4000 for row in x[0]])
@@ -100,7 +100,7 @@ def test_noise_of_the_ranking_is_annealed_with_time():
     assert 2000 - late[2] > 2.3 * (2000 - late[0])  # 1.7 times without annealing
 
 
-def test_a_step_requests_no_more_frames_than_the_largest_needs():
+def test_no_step_requests_more_frames_than_the_largest_reveals():
     shapes = run("euler", [300], steps=30).shapes
     assert len(set(shapes)) == 1 and shapes[0][2] < 40
 
@@ -110,7 +110,7 @@ def test_unnormalised_posterior_of_too_high_a_rate_reveals_everything_at_once():
     assert [sum(row) for (row,) in counts] == [0, 90, 90, 90, 90]
 
 
-def test_inversion_never_leaves_the_codes():
+def test_inverse_transform_sampling_only_returns_valid_codes():
     """Rounding may make the largest uniform reach the end of the distribution function, 0 lies before it begins."""
     u = torch.tensor([0.0, 1 - 2**-24])
     for seed in range(50):
@@ -138,7 +138,7 @@ def test_known_tokens_are_kept(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_time_starts_at_the_share_that_is_masked(method):
+def test_time_starts_at_the_masked_fraction(method):
     """A later window of a long clip has known tokens: here a quarter of one clip, none of the other."""
     known = torch.full((2, K, 8), N)
     known[0, :, :2] = 1

@@ -66,14 +66,12 @@ def test_every_parameter_learns_and_the_loss_falls(corpus, release, batch, chang
     assert silent == untrained and bool(untrained) == (changes == {"identity_weight": 0.0})
 
 
-def test_a_frozen_encoder_does_not_learn(corpus, release, batch):
+def test_a_frozen_encoder_has_no_gradients(corpus, release, batch):
     task = make_task(corpus, release, frozen=["lip"])
     task(batch, "model")["loss"].backward()
     learning = {name for name, p in task.named_parameters() if p.grad is not None}
     assert any("encoders.identity." in name for name in learning)
     assert not any("encoders.lip." in name for name in learning)
-    with pytest.raises(UserError, match="frozen=lips is unknown"):
-        make_task(corpus, release, frozen=["lips"])
 
 
 @pytest.mark.parametrize("encoders", [ENCODERS, RESIDUAL], ids=["strided", "residual"])
@@ -111,14 +109,6 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
     )
 
 
-def test_what_is_frozen_must_leave_something_to_train(corpus, release):
-    rest = ["model", "identity", "expression"]
-    with pytest.raises(UserError, match="leaves the lip encoder, whose loss needs"):
-        make_task(corpus, release, frozen=rest, encoders=ENCODERS | {"phonemes": 0})
-    with pytest.raises(UserError, match="leaves nothing to train"):
-        make_task(corpus, release, frozen=[*rest, "lip"])
-
-
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
     corpus, release, batch, low_rank_updates_end_up_in_the_weights
 ):
@@ -130,7 +120,7 @@ def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
     assert learns and all("lora_" in name and name.startswith("system.model.") for name in learns)
 
 
-def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
+def test_init_from_a_release_with_another_tokenizer_is_refused(corpus, release, tmp_path):
     shutil.copytree(release, tmp_path / "other")
     config = (tmp_path / "other" / "config.yaml").read_text()
     (tmp_path / "other" / "config.yaml").write_text(config + "token_digest: abcd1234\n")
@@ -148,7 +138,7 @@ def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
     ],
     ids=["another tokenizer", "other phonemes", "another input", "another reader of mouths"],
 )
-def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, new):
+def test_init_loads_all_weights_except_new_modules(corpus, release, tmp_path, changes, new):
     other = make_task(corpus, release).system
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
@@ -160,15 +150,6 @@ def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, n
     for key in own:
         assert key not in theirs or not torch.equal(ours[key].half(), theirs[key].half())
         assert "fuse_expression" not in key or not ours[key].any()  # adds nothing at first
-
-
-def test_expressions_change_within_a_clip(data):
-    """Each half second has its own class; that of the face crop is the class of its half second."""
-    items = [data.__getitem__(4, torch.Generator().manual_seed(seed)) for seed in range(20)]
-    assert items[0]["expression"].tolist() == [4, 5, 6]
-    assert {int(item["face_expression"]) for item in items} == {4, 5}  # pictures of frames 6, 12, 17 and 23
-    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in (0, 1)])
-    assert batch["expression"].tolist() == [[0, 0], [1, 2]]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +171,7 @@ def test_the_heard_expression_is_the_condition_and_the_seen_one_the_target(data,
     items = [clips.__getitem__(4, torch.Generator().manual_seed(0)) for clips in (data, heard)]
     assert items[0]["expression"].tolist() == [4, 5, 6] and items[1]["expression"].tolist() == [0, 1, NO_EXPRESSION]
     assert items[0]["face_expression"] == items[1]["face_expression"]
+    seen = {int(data.__getitem__(4, torch.Generator().manual_seed(seed))["face_expression"]) for seed in range(20)}
+    assert seen == {4, 5}  # the class of the half second of the face crop: frames 6, 12, 17 and 23
     with pytest.raises(UserError, match=r"no heard expressions: add them .* or set data.expression=seen"):
         HiCoDiTDataset(corpus / "train", codec, expression="heard")
-    with pytest.raises(UserError, match="must be heard or seen"):
-        HiCoDiTDataset(corpus / "train", codec, expression="both")

@@ -6,12 +6,11 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors import safe_open
+from safetensors.torch import load_file
 from shard_files import write_split
 from torch import nn
 
@@ -43,7 +42,7 @@ def small_hubert():
     return AVHubert(AVHubertConfig(**SMALL)).eval()
 
 
-@pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace", "namespace within"])
+@pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace"])
 def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
     """Heads and the place of the norms come from the configuration, which is pickled in several ways."""
     state = official("conditions/avhubert_small")
@@ -54,20 +53,10 @@ def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
         content = {"model": state, "cfg": OmegaConf.create({"model": {"w2v_args": {"model": said}, "heads": 9}})}
     elif wrapped == "namespace":
         content = {"model": state, "args": Namespace(**said), "cfg": None}
-    elif wrapped == "namespace within":
-        content = {"model": state, "args": None, "cfg": {"model": Namespace(**said), "task": None}}
     torch.save(content, tmp_path / "a.pt")
     model = AVHubert.from_pretrained(tmp_path / "a.pt")
     assert (model.config.heads, model.config.norm_first, model.config.layers) == (4, False, 3)
     assert model(torch.rand(1, 3, 96, 96), torch.tensor([3])).shape == (1, 3, 48)
-
-
-@torch.no_grad()
-def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
-    mouth = torch.rand(2, 9, 96, 96)
-    together = small_hubert(mouth, torch.tensor([9, 5]))
-    alone = small_hubert(mouth[1:, :5], torch.tensor([5]))
-    assert torch.allclose(together[1, :5], alone[0], atol=1e-5)
 
 
 @torch.no_grad()
@@ -118,7 +107,7 @@ def system():
     return system.eval()
 
 
-def test_a_clip_speaks_through_released_encoders(system, release, clip, tmp_path):
+def test_upstream_encoders_condition_the_pipeline(system, release, clip, tmp_path):
     codec = RVQCodec.from_pretrained(release.parent / "codec")
     pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(steps=2), GuidanceScales())
     shown = []
@@ -133,21 +122,9 @@ def test_a_clip_speaks_through_released_encoders(system, release, clip, tmp_path
     assert set(speech.expression.tolist()) <= set(shown)
 
 
-def test_released_weights_are_not_part_of_a_release(system, tmp_path):
-    system.save(tmp_path / "release", "a test", {})
-    with safe_open(tmp_path / "release" / "model.safetensors", "pt") as file:
-        assert all(key.startswith("model.") for key in file.keys())  # noqa: SIM118
-    again = HiCoDiTSystem.from_pretrained(tmp_path / "release")
-    config = again.release
-    assert config["encoders"]["kind"] == "upstream" and again.encoders.config.lip_dim == 16
-    moved = HiCoDiTSystem.from_pretrained(tmp_path / "release", encoders=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"encoders\.folder=.*nowhere"):
-        moved.encoders.identity(torch.rand(1, 1, 3, 112, 112))
-
-
 @pytest.fixture(scope="module")
 def shards(system, release, tmp_path_factory):
-    """Folders of one split: `both` pictures and features of three clips, and `pictures` alone."""
+    """A folder with the split `both`: pictures and features of three clips."""
     root = tmp_path_factory.mktemp("shards")
     digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
     g = torch.Generator().manual_seed(0)
@@ -165,8 +142,6 @@ def shards(system, release, tmp_path_factory):
         samples.append(({"key": f"clip{i}", "frames": n, "text": "a text"}, tensors))
     features = {"lip": "1", "face_identity": "2"}
     write_split(root / "both", samples, 2, digests={"rvq": digest} | features)
-    pictures = [(info, {k: v for k, v in tensors.items() if k not in features}) for info, tensors in samples]
-    write_split(root / "pictures", pictures, 2, digests={"rvq": digest})
     return root
 
 
@@ -226,12 +201,6 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
     assert features.expression[2].tolist() == HiCoDiTDataset(shards / "both", codec).read(2)[1]["expression"].tolist()
 
 
-def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(release, shards):
-    assert len(HiCoDiTDataset(shards / "pictures", release.parent / "codec")) == 3
-    with pytest.raises(UserError, match=r"pictures does not contain the features .*{lip,face_identity}\.use=true"):
-        HiCoDiTDataset(shards / "pictures", release.parent / "codec", "upstream")
-
-
 def released_task(system, release, shards, **more):
     codec = str(release.parent / "codec")
     return HiCoDiTTask(asdict(system.model.config), asdict(system.encoders.config), codec, str(shards), None, **more)
@@ -261,6 +230,8 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
     made = json.loads(index.read_text())["digests"]
     assert task.release_info().config["features"] == {"lip": made["lip"], "face_identity": made["face_identity"]}
     write_release(task, tmp_path / "release")
+    weights = load_file(tmp_path / "release" / "model.safetensors")
+    assert all(name.startswith("model.") for name in weights)  # not those of the upstream encoders
     other = tmp_path / "index.json"
     other.write_text(json.dumps({"digests": made | {"lip": "0000abcd"}}))
     with pytest.raises(UserError, match=f"was trained on lip features {made['lip']}, the shards contain 0000abcd"):
@@ -293,12 +264,11 @@ def test_a_release_finds_faces_as_the_shards_of_its_training_did(system, release
         HiCoDiTPipeline.from_pretrained(folder, codec=codec)
     chosen = HiCoDiTPipeline.from_pretrained(folder, codec=codec, face_source=FaceSource())
     assert chosen.face_source.name == "cascade"
-    fake = SimpleNamespace(get_frontal_face_detector=lambda: None, shape_predictor=lambda path: None, rectangle=None)
-    monkeypatch.setitem(sys.modules, "dlib", fake)
-    package = SimpleNamespace(submodule_search_locations=["x"])
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: package if name == "face_recognition_models" else find_spec(name)
-    )
-    found = HiCoDiTPipeline.from_pretrained(folder, codec=codec).face_source
-    assert found.name == "cascade+dlib68" and callable(found.landmarks)
+
+
+@torch.no_grad()
+def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
+    mouth = torch.rand(2, 9, 96, 96)
+    together = small_hubert(mouth, torch.tensor([9, 5]))
+    alone = small_hubert(mouth[1:, :5], torch.tensor([5]))
+    assert torch.allclose(together[1, :5], alone[0], atol=1e-5)

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from engine.metrics.picture import psnr
-from engine.precision import pick_dtype
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.system import load_motion
 
@@ -26,9 +24,5 @@ def test_the_bundled_codec_draws_nearly_the_same_faces():
     assert psnr(half.clamp(-1, 1), plain.clamp(-1, 1)) > 45
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", pick_dtype("auto", "cpu"))],
-)
-def test_the_pipeline_draws_in_the_models_precision(precision, dtype):
-    assert TalkerPipeline.from_pretrained(precision=precision).system.motion.dtype == dtype
+def test_the_pipeline_draws_in_the_models_precision():
+    assert TalkerPipeline.from_pretrained(precision="bf16").system.motion.dtype == torch.bfloat16

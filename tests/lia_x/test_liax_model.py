@@ -21,13 +21,6 @@ def video():
     return torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize(("size", "base", "levels"), [(512, 4, 7), (128, 4, 5), (96, 3, 5), (64, 4, 4)])
-def test_sizes(size, base, levels):
-    config = LiaXConfig(size=size, scale=1)
-    assert (config.base, len(config.widths)) == (base, levels)
-    assert config.widths[-1] == 64
-
-
 def test_chunks_do_not_change_the_result(model, video):
     codes = model.encode(video, chunk=5)
     torch.testing.assert_close(model.encode(video, chunk=2), codes)
@@ -46,9 +39,3 @@ def test_images_to_and_from_bytes():
     assert identity_to_tensor(frames[0], 24).shape == (3, 24, 24)
     flat = np.full((60, 40, 3), 255, np.uint8)
     assert torch.equal(identity_to_tensor(flat, 24), torch.ones(3, 24, 24))
-
-
-def test_a_release_names_the_codec_whose_codes_it_keeps(model, tmp_path):
-    model.save(tmp_path / "kept", "", {"keeps": "0123abcd"})
-    again = LiaX.from_pretrained(tmp_path / "kept")
-    assert again.release["keeps"] == "0123abcd" and again.config == TINY

@@ -11,7 +11,7 @@ from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
 from engine.metrics.picture import Reconstruction, reconstruction, ssim
 from lia_x.augment import Augment, replace_wall
-from lia_x.data import FramePairs, RealAndDrawn, held_out_frames, relative_change, sample_frames
+from lia_x.data import FramePairs, RealAndDrawn, held_out_frames, sample_frames
 from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural, unexplained
 from lia_x.task import LiaXTask
 from tests.releases import write_release
@@ -65,8 +65,6 @@ def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tm
     other = data.__getitem__(0, torch.Generator().manual_seed(5))["frames"]
     assert not torch.equal(draw[0], other)
     assert data.collate([data[0], data[1]])["frames"].shape == (2, 2, 32, 32, 3)
-    with pytest.raises(UserError, match="2 or more"):
-        FramePairs(corpus, 32, tmp_path, frames=1)
 
 
 def test_tracks_belong_to_the_frames(corpus, tmp_path):
@@ -86,26 +84,22 @@ def test_sampled_frames_spread_over_the_clip_and_repeat_in_short_ones(corpus):
     assert np.abs(frames.astype(int) - truth).mean() < 8
     short = sample_frames(corpus / "train" / "c1.mp4", 5, 16, shift=0.0)
     assert short.shape == (5, 16, 16, 3) and np.array_equal(short[0], short[1])
-    with pytest.raises(UserError, match="cannot read any frames"):
-        sample_frames(corpus / "train.jsonl", 5, 32)
 
 
 def test_movement_is_compared_without_the_texture_of_the_source():
     task = make_task(weights=WEIGHTS | {"movement": 1.0})
     pairs = batch()
-    loss = task(pairs, "generator")["movement"]
-    real, fake, still, _ = pairs["_run"]
+    task(pairs, "generator")
+    real, _, still, _ = pairs["_run"]
     frames = real[[1, 0, 3, 2]]
     with torch.no_grad():
         expected, _ = task.codec(frames, frames)
     torch.testing.assert_close(still.detach(), expected, rtol=1e-3, atol=1e-4)
-    assert loss == pytest.approx(unexplained(fake - still, real - frames, task.region).item())
-    made = torch.zeros_like(real)
-    assert unexplained(made, real - frames, task.region) == pytest.approx(1, abs=0.05)
+    assert unexplained(torch.zeros_like(real), real - frames, task.region) == pytest.approx(1, abs=0.05)
     assert unexplained(real - frames, real - frames, task.region) == 0
 
 
-def test_small_pictures_and_taught_codes_come_first():
+def test_training_begins_at_low_resolution_and_with_guided_codes():
     weights = WEIGHTS | {"adversarial": 0.0}
     task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
@@ -120,8 +114,6 @@ def test_small_pictures_and_taught_codes_come_first():
     third = batch()
     task(third, "generator")
     assert third["_run"][1].shape == (4, 3, 32, 32)
-    with pytest.raises(UserError, match="growth"):
-        make_task(growth={"levels": 1, "until": 2})
 
 
 def test_a_start_from_a_release_keeps_all_levels(tmp_path):
@@ -134,7 +126,7 @@ def test_a_start_from_a_release_keeps_all_levels(tmp_path):
     assert both["_run"][1].shape == (4, 3, 32, 32)
 
 
-def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
+def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_goes_on_from_a_release):
     sizes = LIA_X | {"depth": 2}
     picture = torch.rand(1, 3, 32, 32)
     the_decoder_alone_goes_on_from_a_release(make_task, batch(), picture, sizes, "depth=1")
@@ -150,7 +142,7 @@ def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_sa
     assert figures_of([make_task().measure(tmp_path, ALONE)]) == {}
 
 
-def test_measures_of_known_clips():
+def test_reconstruction_metrics_of_known_clips():
     true = moving_square(10)
     same = reconstruction(true, true.copy())
     assert same["psnr"] == float("inf") and same["ssim"] == pytest.approx(1) and same["mouth_movement"] == 1
@@ -169,7 +161,7 @@ def test_ssim_matches_scikit_image():
     assert ssim(*(torch.from_numpy(x)[None, None] for x in (a, b))) == pytest.approx(expected, abs=1e-6)
 
 
-def test_regions_count_more():
+def test_regions_have_a_larger_weight_in_the_losses():
     weights = region_weights(32, [BOX | {"weight": 5.0}])
     assert weights.mean() == pytest.approx(1) and weights[0, 0, 20, 16] == pytest.approx(5 * weights[0, 0, 0, 0].item())
     real = torch.zeros(1, 3, 32, 32)
@@ -181,8 +173,6 @@ def test_regions_count_more():
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert structural(noise, noise, weights) == pytest.approx(0, abs=1e-5)
     assert structural(noise, noise.flip(-1), weights) > 0.5
-    with pytest.raises(UserError, match="is not a box"):
-        region_weights(32, [BOX | {"weight": 0.0}])
 
 
 def test_perceptual_loss_takes_torchvision_weights(tmp_path):
@@ -199,11 +189,9 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     value.backward()
     assert value > 0 and x.grad.abs().sum() > 0
     assert loss(x, x.detach(), levels=2) == 0
-    with pytest.raises(UserError, match="no such checkpoint"):
-        Perceptual(tmp_path / "missing.pth")
 
 
-def test_kept_codes_of_drawn_faces_pull_and_are_decoded(tmp_path):
+def test_codes_of_an_earlier_release_are_a_target_and_are_decoded(tmp_path):
     weights = WEIGHTS | {"adversarial": 0.0}
     write_release(make_task(weights=weights), tmp_path / "release")
     release = str(tmp_path / "release")
@@ -252,11 +240,6 @@ def test_people_with_few_clips_repeat_as_often_as_those_with_many(corpus, tmp_pa
     monkeypatch.setattr(people, "speakers", lambda: ["a", "a", "a", "b"])
     kept = RealAndDrawn(pairs, people, 32).items
     assert sorted(index for source, index in kept if source is people) == [0, 1, 2, 3, 3, 3]
-
-
-def test_what_moves_counts_more():
-    change = relative_change(moving_square(10)[[0, 9]])
-    assert change[6, 16] > 3 and change[26, 4] < 0.3
 
 
 def test_a_blue_wall_is_replaced_and_a_face_is_not():

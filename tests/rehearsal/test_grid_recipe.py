@@ -37,16 +37,6 @@ def grid(folder: Path, *steps: str, **variables: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
 
 
-def test_a_missing_folder_or_step_is_one_line(tmp_path):
-    done = grid(tmp_path)
-    assert (
-        done.returncode == 2 and "is not a folder with files: set GRID" in done.stderr and done.stderr.count("\n") == 1
-    )
-    (tmp_path / "grid" / "s1").mkdir(parents=True)
-    done = grid(tmp_path, "learn")
-    assert done.returncode == 2 and done.stderr.startswith("error: learn is not a step")
-
-
 def test_grid_from_its_files_to_a_report(tmp_path):
     for name in ("resemblyzer", "pystoi", "pesq"):
         pytest.importorskip(name)

@@ -8,17 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks import claims
 from benchmarks.claims import CLAIMS
 from benchmarks.hicodit_models import LOSSES
-from benchmarks.inference import random_request
-from benchmarks.official_talker import official_t2av
 from engine.config import compose
 from engine.errors import UserError
 from engine.metrics.registry import METRICS
 from scripts import benchmark
-from talker_t2av.request import Sampling
-from tests.talker_t2av.talker_fixtures import tiny_model
 
 
 @pytest.mark.parametrize("name", benchmark.NAMES)
@@ -81,24 +76,3 @@ def test_what_was_measured_before_an_error_is_recorded(tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     assert path.name.endswith("-faces-cpu-stopped.json")
     assert json.loads(path.read_text())["results"] == [{"batch": 1}]
-
-
-def test_the_baseline_of_generation_computes_on_the_device_of_the_model(monkeypatch):
-    monkeypatch.setattr("talker_t2av.layers.product_type", lambda device: None)  # autocast knows no meta device
-    model = tiny_model().to("meta")
-    request = random_request(model, patches=2, seed=0)
-    speech, motion = official_t2av(model, request, Sampling(steps=2))
-    frames = 2 * model.config.patch_size
-    assert speech.device.type == motion.device.type == "meta"
-    assert (len(speech), len(motion)) == (frames, frames)
-
-
-def test_variants_made_of_a_model_are_measured_anew_when_it_is_trained_anew(tmp_path, monkeypatch):
-    claim = {"variants": {"full": {}, "other": {}, "longer": {"weights": "full"}, "derived": {"derive": "full"}}}
-    for name in claim["variants"]:
-        (tmp_path / f"{name}-0" / "evaluation").mkdir(parents=True)
-    monkeypatch.setattr(claims, "run_program", lambda *words: None)
-    args = SimpleNamespace(corpus=tmp_path, train=[], threads=1)
-    claims.train(args, claim, claim["variants"]["full"], 0, tmp_path / "full-0", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full-0", "other-0"]
-    assert [path.name for path in (tmp_path / "full-0").iterdir()] == ["trained.json"]

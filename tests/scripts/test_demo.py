@@ -41,7 +41,7 @@ def page_of(tmp_path_factory):
         yield demo_page
 
 
-def test_a_clip_speaks(demo):
+def test_a_clip_gets_speech(demo):
     seen = []
     with showing(lambda *step: seen.append(step)):
         made = demo.speak(CLIP, None, 2, 0.7, 2.5, 1)
@@ -53,30 +53,29 @@ def test_a_clip_speaks(demo):
     assert again.sound != made.sound and (waves[0] == waves[1]).all() and (waves[0] != waves[2]).any()
 
 
-@pytest.mark.parametrize("face", [CLIP, PICTURE])
-def test_a_text_becomes_a_talking_face(demo, face):
-    made = demo.talk("t2av", SENTENCE, VOICE, face, 2, 0.3, 2.0, 0)
-    assert count_frames_and_secs(made.video)[1] == pytest.approx(soundfile.info(made.sound).duration, abs=0.1) != 0
-
-
-def test_each_mode_generates_its_streams(demo):
-    settings = 2, 0.3, 2.0, None
-    made = demo.talk("tts", "hello four", VOICE, None, *settings)
-    assert made.video is None and soundfile.info(made.sound).duration > 0.3
-    made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
-    assert made.sound is None and count_frames_and_secs(made.video)[0] > 40
-    made = demo.talk("v2a", SENTENCE, VOICE, CLIP, *settings)
-    assert made.sound and count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
+@pytest.mark.parametrize(
+    ("mode", "text", "voice", "face", "kinds"),
+    [
+        ("t2av", SENTENCE, VOICE, PICTURE, "sound and video"),
+        ("tts", "hello four", VOICE, None, "sound"),
+        ("a2v", "", VOICE, PICTURE, "video"),
+        ("v2a", SENTENCE, VOICE, CLIP, "sound and video"),
+    ],
+)
+def test_each_mode_writes_sound_video_or_both(demo, mode, text, voice, face, kinds):
+    made = demo.talk(mode, text, voice, face, 2, 0.3, 2.0, 0)
+    assert ("sound" in kinds, "video" in kinds) == (made.sound is not None, made.video is not None)
+    seconds = [count_frames_and_secs(made.video)[1]] if made.video else []
+    seconds += [soundfile.info(made.sound).duration] if made.sound else []
+    assert min(seconds) > 0.3 and max(seconds) - min(seconds) < 0.1
 
 
 @pytest.mark.parametrize(
     ("mode", "text", "voice", "face", "shown"),
     [
-        ("speak", "", None, None, "Upload a clip of a talking face."),
         ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
         ("t2av", " ", VOICE, CLIP, "Enter a text."),
         ("a2v", "", "long.wav", CLIP, "The sound is longer than 30 s: use a part of it."),
-        ("tts", SENTENCE * 500, VOICE, None, "at most 16,384 are supported"),
     ],
 )
 def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice, face, shown):
@@ -98,7 +97,7 @@ def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice,
     ("message", "field"),
     [
         ("/tmp/up/x.mp4: no face found", "the clip"),
-        ("the text has 2,100 bytes, at most 2,000 are supported", "the text"),
+        ("the text has 2,100 bytes", "the text"),
         ("seed=-1 must be a whole number", ""),
     ],
 )
@@ -107,9 +106,8 @@ def test_errors_belong_to_a_field(message, field):
     assert actions.faulty_field(actions.FieldError("the face", message), {}) == "the face"
 
 
-@pytest.mark.parametrize("suffix", [".mpg", ".avi", ".mkv"])
-def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_path, suffix):
-    clip = tmp_path / f"mine{suffix}"
+def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_path):
+    clip = tmp_path / "mine.mpg"
     subprocess.run(command("-v", "error", "-i", CLIP, str(clip)), check=True)
     copy = demo.preview(str(clip))
     assert Path(copy).suffix == ".mp4" and probe(copy).video == "h264"
@@ -117,18 +115,6 @@ def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_pa
     assert demo.preview(CLIP) == demo.original(CLIP) == CLIP
     clip.write_bytes(b"no video")
     assert demo.preview(str(clip)) == str(clip)
-
-
-def test_progress_never_decreases_and_does_not_jump_if_the_length_is_unknown(page_of):
-    progress = page_of.RunProgress()
-    stages = ["reading and encoding the files", "a.mp4 (2.3 s): finding the face", "conditions"]
-    stages += ["sampling at most 8.0 s"] * 16 + ["decoding", "writing the files"]
-    steps = [progress.at(step, 50 if "sampling" in what else None, what) for step, what in enumerate(stages, -2)]
-    done = [fraction for fraction, _ in steps]
-    assert done == sorted(done) and max(np.diff(done)) < 0.2 and 0.9 < done[-1] < 1
-    assert steps[12][1] == "Generating: 1.6 s of at most 8.0 s"
-    assert steps[2][1] == "Encoding the face" and steps[-1][1] == "Writing the files"
-    assert page_of.RunProgress().at(5, 10, "sampling 2.3 s of speech")[1] == "Sampling 2.3 s of speech"
 
 
 class SlowDemo:
@@ -206,40 +192,14 @@ def test_stop_ends_a_run_and_the_queue_continues(served):
     assert "It worked." in client_of(url).predict(*SPEAK, api_name="/speak")[0]
 
 
-def test_an_error_of_the_program_shows_no_paths(served):
-    result = client_of(served[1]).predict("tts", "x", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
-    assert "Internal error" in result[0] and "secret" not in str(result)
-
-
-def test_an_error_is_shown_at_its_field(served):
-    result = client_of(served[1]).predict("tts", "", None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
-    assert 'class="status error"' in result[0] and "Invalid input: see the text, marked in red." in result[0]
-    text, voice, face = (line["value"] for line in result[1:4])
-    assert 'role="alert">Enter a text.<' in text and voice == face == ""
-
-
-def test_enter_in_the_text_starts(served):
-    config = httpx.get(f"{served[1]}config").json()
-    text = next(part["id"] for part in config["components"] if part["type"] == "textbox")
-    starts = [d for d in config["dependencies"] if [text, "submit"] in d["targets"]]
-    assert len(starts) == 2  # one resets the page, one scrolls to the result
-
-
-def test_a_changed_input_removes_the_result_unless_a_run_goes_on(served):
-    url = served[1]
-    config = httpx.get(f"{url}config").json()
-    clip = next(part["id"] for part in config["components"] if part["type"] == "video")
-    button = next(part["id"] for part in config["components"] if part["props"].get("value") == "Speak")
-
-    def press(part, event, *values):
-        index = next(d["id"] for d in config["dependencies"] if [part, event] in d["targets"] and d["backend_fn"])
-        given = {"data": values, "fn_index": index, "session_hash": "visitor"}
-        return httpx.post(f"{url}gradio_api/run/predict", json=given).json()["data"]
-
-    status, *_, video, sound, figure = press(clip, "change", None)
-    assert "Press Speak." in status and video is sound is figure is None
-    press(button, "click")
-    assert all(value.keys() <= {"__type__", "props"} for value in press(clip, "change", None))  # nothing is replaced
+@pytest.mark.parametrize(
+    ("text", "shown"), [("x", "Internal error"), ("", "Invalid input: see the text")], ids=["a bug", "no text"]
+)
+def test_errors_are_shown_without_paths_and_mistakes_at_their_field(served, text, shown):
+    result = client_of(served[1]).predict("tts", text, None, "Clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
+    assert shown in result[0] and "secret" not in str(result)
+    fields = [line["value"] for line in result[1:4]]
+    assert bool(fields[0]) == (text == "") and not any(fields[1:])
 
 
 def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path):

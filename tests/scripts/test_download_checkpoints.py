@@ -51,20 +51,19 @@ def test_truncated_download_is_resumed(server, tmp_path, known, monkeypatch):
 
 
 LEFTOVERS = {
-    "a good beginning": (DATA[:1234], True, []),
-    "a good beginning, but no ranges": (DATA[:1234], True, ["ignore_range"]),
-    "too long": (b"x" * 500_000, True, []),
-    "too long, and the size is unknown": (b"x" * 500_000, False, []),
+    "a good beginning": (DATA[:1234], []),
+    "a good beginning, but no ranges": (DATA[:1234], ["ignore_range"]),
+    "too long": (b"x" * 500_000, []),
 }
 
 
-@pytest.mark.parametrize(("leftover", "known", "faults"), LEFTOVERS.values(), ids=LEFTOVERS.keys())
-def test_leftover_of_a_stopped_download_is_resumed_or_replaced(server, tmp_path, leftover, known, faults):
+@pytest.mark.parametrize(("leftover", "faults"), LEFTOVERS.values(), ids=LEFTOVERS.keys())
+def test_leftover_of_a_stopped_download_is_resumed_or_replaced(server, tmp_path, leftover, faults):
     part = tmp_path / ".partial" / "sub-weights.bin.part"
     part.parent.mkdir()
     part.write_bytes(leftover)
     server.faults["/w"] += faults
-    assert bring(remote(server, 300_000 if known else None), tmp_path) == DATA
+    assert bring(remote(server), tmp_path) == DATA
     assert len(leftover) != 1234 or server.requests[0][1] == "bytes=1234-"
 
 
@@ -80,22 +79,11 @@ def test_damaged_file_is_replaced_only_by_a_good_one(server, tmp_path):
     assert bring(file, tmp_path) == DATA
 
 
-REFUSALS = {  # faults, path of the URL, path of the file, message
-    "absent": ([], "/absent", "a", "returned status 404"),
-    "a web page": ([], "/page", "a.pth", "web page"),
-    "always busy": (["503"] * 9, "/w", "a", "returned status 503"),
-    "no folder": ([], "/w", "file/x", "cannot write"),
-}
-
-
-@pytest.mark.parametrize(("faults", "url", "path", "line"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_refusal_is_one_line(server, tmp_path, faults, url, path, line):
-    server.faults[url] += faults
+@pytest.mark.parametrize(("url", "line"), [("/absent", "404"), ("/page", "web page")])
+def test_missing_files_and_sign_in_pages_are_refused(server, tmp_path, url, line):
     server.files["/page"] = b"\n<!DOCTYPE html><html>Sign in</html>"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=line) as error:
-        fetch(remote(server, None, None, path, url), tmp_path, retry_delay=0.001)
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=line):
+        fetch(remote(server, None, None, "a.pth", url), tmp_path, retry_delay=0.001)
 
 
 def test_missing_network_is_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys):
@@ -131,14 +119,10 @@ def test_listing_states_presence_size_and_source(checkpoints, server, tmp_path, 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/weights.bin").write_bytes(DATA)
     (tmp_path / "c.bin").write_bytes(DATA[:-1])
-    rounded = {"files": [RemoteFile("d", "https://h/c", about=170_000_000)]}
-    process([*checkpoints, checkpoints[0] | rounded], tmp_path, True)
+    process(checkpoints, tmp_path, True)
     text = capsys.readouterr().out
-    assert re.search(r"present +sub/weights.bin \(0.3 MB, SHA-256 known\)", text)
-    assert re.search(r"missing +b \(size unknown, no SHA-256 known\)", text)
-    assert re.search(r"damaged +c.bin", text) and "d (about 170 MB, no SHA-256 known)" in text
-    assert "licence: MIT" in text and f"from {server.address}/absent" in text
-    assert not server.requests
+    assert all(re.search(row, text) for row in (r"present +sub/weights.bin", r"missing +b", r"damaged +c.bin"))
+    assert "licence: MIT" in text and not server.requests
 
 
 def test_catalogue_has_unique_paths_licences_digests_and_commits():

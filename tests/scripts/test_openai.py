@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import resource
 import socket
 import subprocess
 import threading
@@ -38,7 +37,6 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")  # its own service ends, the client stays
 TEXT = "Hi."
-TALK = {"model": "talker-t2av", "prompt": TEXT}
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +120,11 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
         ({"input": " "}, "the text is empty"),
         ({"voice": ["anna"]}, "voice=['anna'] must be a text"),
         ({"reference_audio": "***"}, "reference_audio must be a file encoded as base64"),
-        ({"reference_video": "/etc/passwd"}, "reference_video is not supported: omit it"),
-        ({"seed": 10**30}, "seed"),
+        ({"reference_video": "/etc/passwd"}, "reference_video is not supported"),
         ({"speed": 9}, "speed=9 must be at most 4.0"),
-        ({"timestamp_granularities": ["word"], "stream_format": "audio"}, "omit stream_format"),
-        ({"voice": "otto"}, "voice 'otto' is unknown; there are: anna"),
-        ({"model": "hicodit"}, "model=hicodit does not support text to speech: use talker-t2av"),
+        ({"voice": "otto"}, "voice 'otto' is unknown"),
+        ({"model": "hicodit"}, "model=hicodit does not support text to speech"),
         ({"input": "x" * 51}, "51 characters"),
-        ({"response_format": "exe"}, "response_format=exe is unknown; choose mp3, opus,"),
     ],
 )
 def test_wrong_speech_requests_get_one_sentence(client, fields, message):
@@ -171,21 +166,6 @@ def test_words_come_with_their_times(client, service, monkeypatch):
     assert [text for text, _ in calls] == [TEXT]
 
 
-def test_a_full_disk_is_reported_in_one_sentence(client, models, service):
-    """No file may grow beyond a kilobyte, which the system reports as it does a full disk."""
-    voice = base64.b64encode(models[2].read_bytes()).decode()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert models[2].stat().st_size > 1024
-    body = {"model": "talker-t2av", "input": TEXT, "reference_audio": voice}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        answer = client._client.post(f"{client.base_url}audio/speech", json=body)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert answer.status_code == 507 and "cannot write files" in answer.json()["error"]["message"], answer.text
-    assert "/tmp" not in answer.text and not service.inside["requests"]
-
-
 def finished(client, video):
     wait_until(lambda: client.videos.retrieve(video.id).status not in ("queued", "in_progress"))
     return client.videos.retrieve(video.id)
@@ -224,8 +204,6 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     assert client.videos.delete(dubbed.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(dubbed.id)
-    with pytest.raises(openai.BadRequestError, match="seconds"):
-        client.videos.create(model="hicodit", prompt="", seconds="4", input_reference=tmp_path / "head.mp4")
     assert not service.inside["requests"]
 
 
@@ -243,10 +221,11 @@ def test_a_face_is_a_picture_and_its_voice_a_recording_of_the_request(client, mo
 def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
     write_video(tmp_path / "two.mp4", scene(25, [lambda i: (5, 5, 112), lambda i: (180, 20, 90)]), 25)
 
-    def dub(face, **fields):
-        fields = {"model": "hicodit", "prompt": "", "input_reference": tmp_path / "two.mp4"} | fields
-        extra = {"seed": 3, "face": face} | fields.pop("extra_body", {})
-        return finished(client, client.videos.create(**fields, extra_body=extra))
+    def dub(face):
+        clip = tmp_path / "two.mp4"
+        extra = {"seed": 3, "face": face}
+        video = client.videos.create(model="hicodit", prompt="", input_reference=clip, extra_body=extra)
+        return finished(client, video)
 
     def heard(video, face=1):
         content = client.videos.download_content(video.id, extra_query={"face": face}).content
@@ -258,23 +237,17 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
     first, second, alone = heard(both, 1), heard(both, 2), heard(right)
     np.testing.assert_allclose(second, alone, atol=5e-3)  # of another batch
     assert np.abs(first - second).max() > 0.01
-    for face, error in ((3, openai.NotFoundError), (0, openai.NotFoundError), ("x", openai.BadRequestError)):
-        with pytest.raises(error, match="face"):
-            heard(both, face)
+    with pytest.raises(openai.NotFoundError, match="face"):
+        heard(both, 3)
     failed = dub("3")
     assert failed.status == "failed" and "face=3" in failed.error.message
-    talk = TALK | {"extra_body": {"voice": "anna"}}
-    for face, fields in (("nose", {}), ("9" * 5000, {}), ("../1", {}), ("left", talk)):
-        with pytest.raises(openai.BadRequestError, match=r"face=.{1,40} is (unknown|for hicodit)"):
-            dub(face, **fields)
-    with pytest.raises(openai.BadRequestError, match="min_seconds, voice only applies to model talker-t2av"):
-        dub("1", extra_body={"voice": "anna", "min_seconds": 1})
+    with pytest.raises(openai.BadRequestError, match=r"face=\.\./1 is unknown"):
+        dub("../1")
 
 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("audio/speech", {"content": b"x" * (2**25 + 1)}),
         ("audio/speech", {"content": [b"x" * 2**20] * 33}),  # in chunks, without a Content-Length
         ("videos", {"data": {"model": "hicodit"}, "files": {"input_reference": b"x" * 2**25}}),
     ],
@@ -290,14 +263,7 @@ def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
     voices = Voices(models[1], None, models[2])
     path = voices.find("default")
     assert models[1](Job("tts", TEXT, str(path), max_seconds=0.16)).wave.any()
-    damaged = tmp_path / "other.safetensors"
-    for content, message in [
-        (path.read_bytes().replace(models[1].system.speaker.digest().encode(), b"00000000"), "another speaker encoder"),
-        (b"x" * 100, "is not a saved voice"),
-        (b"x" * 2**21, "too many"),
-    ]:
-        damaged.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            models[1](Job("tts", TEXT, str(damaged)))
-    with pytest.raises(UserError, match="prefixes need the recording"):
-        Job("tts", TEXT, str(path), prefix_seconds=0.32)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(path.read_bytes().replace(models[1].system.speaker.digest().encode(), b"00000000"))
+    with pytest.raises(UserError, match="another speaker encoder"):
+        models[1](Job("tts", TEXT, str(other)))

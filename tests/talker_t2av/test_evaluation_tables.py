@@ -22,7 +22,7 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.video import write_video
 from engine.metrics.speech import _reader
 from hicodit.evaluate import exchange
-from scripts import benchmark, evaluate
+from scripts import evaluate
 from talker_t2av.evaluate import write_outputs
 from talker_t2av.pipeline import TalkerPipeline
 
@@ -152,9 +152,6 @@ def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):
     assert not (driven / f"{clips[1].id}.wav").exists()  # the other system has no output of that clip
     facts = json.loads((driven / "system.json").read_text())
     assert (facts["driving"], facts["given"]) == ("spoken", "audio")
-    for settings, message in (({"mode": "t2av"}, "only used by a2v"), ({"mode": "a2v"}, "nowhere is not a folder")):
-        with pytest.raises(UserError, match=message):
-            write_outputs(clips, driven, "cpu", release, driving="nowhere", **settings)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +197,3 @@ def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypa
 def test_expressions_before_and_after_a_change_are_exchanged():
     assert exchange(np.array([3, 3, 5, 1])).tolist() == [1, 1, 5, 3]
     assert exchange(np.array([3, 3])).tolist() == [3, 3]
-
-
-def test_a_claim_compares_systems(corpus, tmp_path, monkeypatch):
-    pytest.importorskip("pocketsphinx")
-    more = ["clips=2", "split=[seen]", "workers=1", f"generate.weights={save_talker(tmp_path)}"]
-    words = ["claims", "solver_steps", "--variants", "steps_4", "steps_2", "--corpus", str(corpus), "--evaluate", *more]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
-    benchmark.main()
-    (path,) = tmp_path.glob("*-claims-solver_steps-*.json")
-    first, second, true, chart = json.loads(path.read_text())["results"]
-    assert "synchrony_minus_steps_4" in second and "wer" in first and true["variant"] == "true speech"
-    assert (tmp_path / chart["chart"]).is_file()

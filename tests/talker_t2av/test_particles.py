@@ -1,4 +1,4 @@
-"""Drafts of V2A: they are weighed as training predicts motion, those that fit continue, and a batch changes nothing.
+"""Particles of V2A: weights from the motion loss, resampling, and independence of the batch.
 
 Axes: R requests, n drafts, S steps, F frames, P frames of a patch, C channels.
 """
@@ -12,7 +12,6 @@ import pytest
 import torch
 from talker_fixtures import face_file, request, save_talker, tiny_model, utterance, voice_file
 
-from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av import particles
 from talker_t2av.losses import training_forward
@@ -41,7 +40,7 @@ def all_drafts(loop):
 
 
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
-def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, delay, context, prefix):
+def test_particles_are_weighted_by_the_motion_loss_of_the_training_forward(monkeypatch, delay, context, prefix):
     """The error of each step is that of the training forward on the finished draft, at the same times and noise."""
     model = tiny_model(delay, context)
     patches = 5
@@ -98,7 +97,7 @@ def test_the_most_likely_particle_is_the_result(monkeypatch):
     torch.testing.assert_close(result.speech, all_drafts(loop)[2], atol=0, rtol=0)
 
 
-def test_a_request_in_a_batch_is_the_request_alone():
+def test_a_request_in_a_batch_equals_the_request_alone():
     """Motions of different lengths: a request that has ended keeps its weights."""
     model = tiny_model(context=2)
     asked = [request(3 + seed, seed, motion=P * (2 + 2 * seed)) for seed in range(3)]
@@ -109,12 +108,7 @@ def test_a_request_in_a_batch_is_the_request_alone():
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
 
 
-def test_a_model_that_cannot_weight_particles_is_rejected():
-    with pytest.raises(UserError, match=r"sampling.particles=4: the model cannot weight candidates \(model.order=av"):
-        Particles(tiny_model(order="av"), V2A, SAMPLING)
-
-
-def test_the_pipeline_draws_drafts_and_streams_a_single_one(tmp_path):
+def test_the_pipeline_samples_particles_and_streams_a_single_one(tmp_path):
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path), precision="fp32")
     voice = str(voice_file(tmp_path / "v.wav"))
     face = str(face_file(tmp_path / "f.mp4"))
@@ -130,7 +124,7 @@ def test_the_pipeline_draws_drafts_and_streams_a_single_one(tmp_path):
 
 
 @pytest.mark.parametrize(("order", "expected"), [("add", 4), ("av", 1)])
-def test_a_release_that_cannot_weigh_drafts_has_one(order, expected):
+def test_a_release_that_cannot_weight_particles_uses_one(order, expected):
     config = tiny_model(order=order, motion_dim=40).config  # 40: the released statistics
     task = TalkerTask(asdict(config), {}, sampling={"particles": 4}, stats=None)
     assert task.sampling.particles == expected

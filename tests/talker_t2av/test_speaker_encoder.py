@@ -37,8 +37,6 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
     again = WavLMEncoder.from_released(state | loss, settings)
     wave = torch.randn(4000)
     assert torch.equal(again.embed(wave), encoder.embed(wave))
-    with pytest.raises(UserError, match="unexpected tensor"):
-        WavLMEncoder.from_released({**state, "linear.wieght": torch.zeros(3)}, settings)
     del state["bn.weight"]
     with pytest.raises(UserError, match=r"head\.bn\.weight"):
         WavLMEncoder.from_released(state, settings)
@@ -107,5 +105,3 @@ def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
     assert one["mel"].shape == (16, 200)
     assert torch.equal(one["mel"], same["mel"]) and not torch.equal(one["mel"], other["mel"])
     assert int(one["voice"]) == 0 and clips.voices[3] == 7  # classes count from 0
-    with pytest.raises(UserError, match="prepare_data"):
-        VoiceClips(corpus, corpus / "shards", split="absent")

@@ -67,22 +67,11 @@ def test_without_a_face_the_centre_is_used_and_reported(tmp_path):
     assert find_square(tmp_path / "grey.mp4", 1, crop="centre").remark == ""
 
 
-def test_the_user_sets_the_position_of_the_face(wide):
+def test_a_face_box_names_the_face(wide):
     square = find_square(wide, 1, face_box="20,60,80,80")
     assert abs(square.left + square.side / 2 - 71) < 2 and square.side == round(1.78 * 80)
-    with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the frame of 480 x 240"):
+    with pytest.raises(UserError, match="outside the frame of 480 x 240"):
         find_square(wide, 1, face_box="900,60,80,80")
-    with pytest.raises(UserError, match="expected x,y,w,h"):
-        find_square(wide, 1, face_box="there")
-
-
-def test_pictures(tmp_path):
-    picture = np.full((300, 500, 3), (150, 160, 170), np.uint8)
-    picture[100:228, 40:168] = draw_face(0.3)
-    cv2.imwrite(str(tmp_path / "face.png"), picture[..., ::-1])
-    square = find_square(tmp_path / "face.png", 1)
-    assert abs(square.left + square.side / 2 - 104) < 14
-    assert frames_of(tmp_path / "face.png", square).shape[0] == 1
 
 
 def portrait(side=128, width=360, height=300):

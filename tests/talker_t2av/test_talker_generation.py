@@ -37,7 +37,7 @@ KINDS = [({}, 0), ({}, 3), ({"delay": 2}, 3), ({"order": "av"}, 0), ({"order": "
 
 @pytest.mark.parametrize(("kind", "prefix"), KINDS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_patches_are_drawn_from_the_states_of_training(mode, kind, prefix, monkeypatch):
+def test_patches_are_sampled_from_the_hidden_states_of_the_training_forward(mode, kind, prefix, monkeypatch):
     """What the heads see equals the training forward on the finished utterance."""
     model = tiny_model(**kind)
     size = 4
@@ -96,7 +96,7 @@ def test_eight_rows_in_five_slots_equal_eight_single_rows(mode, delay):
     ],
     ids=str,
 )
-def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_the_model_is_made_for_it(kind, mode, known):
+def test_interleaved_models_condition_a_patch_on_the_given_patch_of_the_same_time(kind, mode, known):
     model = tiny_model(**kind)
     size = 4
     given, drawn = ("speech", "motion") if mode == "a2v" else ("motion", "speech")
@@ -123,7 +123,7 @@ class Verdicts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("delay", [0, 2])
-def test_the_first_hit_ends_a_row_and_what_lags_is_trimmed(delay):
+def test_the_first_stop_prediction_ends_a_request_and_delayed_motion_is_trimmed(delay):
     model = tiny_model(delay)
     model.head_stop = Verdicts("x" * (1 + delay) + "...x")
     result = generate(model, [request(min_patches=2, max_patches=30)], MODES["t2av"], SAMPLING)[0]
@@ -132,7 +132,7 @@ def test_the_first_hit_ends_a_row_and_what_lags_is_trimmed(delay):
 
 
 @pytest.mark.parametrize("check_every", [1, 2, 4, 9])
-def test_a_stop_between_two_reads_is_not_lost_at_the_limit_nor_late_in_a_stream(check_every):
+def test_a_stop_between_two_checks_counts_at_the_limit_and_at_once_in_a_stream(check_every):
     model = tiny_model()
     model.head_stop = Verdicts("....x..")
     rows = [request(max_patches=7), request(max_patches=3)]
@@ -143,24 +143,15 @@ def test_a_stop_between_two_reads_is_not_lost_at_the_limit_nor_late_in_a_stream(
     assert len(list(BatchedDecoder(model, MODES["tts"], SAMPLING, check_every=check_every).stream(rows[0]))) == 5
 
 
-def test_limits():
+def test_an_utterance_ends_at_its_limit_and_seeds_differ():
     model = tiny_model()
     model.head_stop = Verdicts("." * 99)
-    result = generate(model, [request(max_patches=5)], MODES["tts"], SAMPLING)[0]
-    assert not result.stopped and len(result.speech) == 20 and result.motion is None
-    with pytest.raises(UserError, match="nothing to generate"):
-        generate(model, [request(max_patches=0)], MODES["tts"], SAMPLING)
+    first = request(max_patches=5)
+    one, other = generate(model, [first, replace(first, seed=5)], MODES["tts"], SAMPLING)
+    assert not one.stopped and len(one.speech) == 20 and one.motion is None
+    assert not torch.allclose(one.speech, other.speech, atol=1e-2)
     with pytest.raises(UserError, match="use a shorter text"):
         generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
-    with pytest.raises(UserError, match="official routines do not support"):
-        generate(tiny_model(order="av"), [request(task_first=False)], MODES["t2av"], SAMPLING)
-
-
-def test_another_seed_is_another_utterance():
-    model = tiny_model()
-    first = request(max_patches=3, min_patches=3)
-    one, other = (generate(model, [x], MODES["t2av"], SAMPLING)[0] for x in (first, replace(first, seed=5)))
-    assert not torch.allclose(one.speech, other.speech, atol=1e-2)
 
 
 def test_half_precision_is_close_and_repeats_itself():

@@ -33,7 +33,7 @@ def batch_of(rows: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch
 ROWS = [(5, 14, 12), (7, 9, 0), (4, 21, 20)]
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_result():
     model = tiny_model()
     batch = batch_of(ROWS)
     wider = batch | {
@@ -49,7 +49,7 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(one["loss"], two["loss"])
 
 
-def test_the_task_follows_the_motion():
+def test_the_task_embedding_depends_on_whether_motion_is_given():
     model = tiny_model()
     batch = batch_of(ROWS)
     assert torch.equal(training_forward(model, batch).embeds[:, 0], model.task_embedding.weight[[1, 0, 1]])

@@ -57,16 +57,6 @@ def test_a_released_state_loads_with_and_without_its_optional_keys():
         TalkerT2AV.from_released(lean, model.config)
 
 
-def test_sizes_are_read_from_the_shapes():
-    model = tiny_model(context=2)
-    config = TalkerT2AV.from_released(released_state(model)).config
-    wanted = model.config
-    assert config.llm == {k: v for k, v in wanted.llm.items() if k != "max_position_embeddings"}
-    for name in ("speech_dim", "motion_dim", "encoder_layers", "encoder_heads", "head_layers", "head_heads"):
-        assert getattr(config, name) == getattr(wanted, name), name
-    assert config.max_positions == wanted.max_positions
-
-
 def test_a_stored_rotary_table_is_used_as_it_is():
     model = tiny_model()
     state = released_state(model)
@@ -92,14 +82,9 @@ def test_shards_are_merged_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="does not contain the shard model-00001-of-00002"):
         read_safetensors(tmp_path)
-    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="damaged"):
-        read_safetensors(tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"no \*\.safetensors"):
-        read_safetensors(tmp_path / "nowhere")
 
 
-def test_a_release_of_ours_comes_back(tmp_path):
+def test_a_saved_release_loads_with_the_same_outputs(tmp_path):
     model = tiny_model()
     model.save(tmp_path / "out", "card", {"sampling": {"steps": 3}})
     loaded = TalkerT2AV.from_pretrained(tmp_path / "out")
@@ -130,20 +115,6 @@ def test_a_speech_only_checkpoint_warms_the_speech_head(tmp_path):
         assert (key in names) == (not kept and key != LM_HEAD)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tensor", "message"),
-    [
-        ("tts", "speech_cfm.x", "speech head beside the motion head"),
-        ("projector", "x", "has no tensor in common"),
-        ("other", "x", "'other' is unknown"),
-    ],
-)
-def test_a_warm_start_that_cannot_be_meant_is_refused(tmp_path, kind, tensor, message):
-    save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        warm_start(tiny_model(), tmp_path, kind)
-
-
 def test_a_projector_checkpoint_renames(tmp_path):
     model = tiny_model()
     bias = torch.full_like(model.motion_cfm.estimator.global_cond_proj.bias, 7.0)
@@ -154,11 +125,14 @@ def test_a_projector_checkpoint_renames(tmp_path):
         "speech_patch_encoder.norm.scale",
     ]
     assert torch.equal(model.speech_patch_encoder.norm.scale, bias)
+    save_file({"x": bias}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no tensor in common"):
+        warm_start(model, tmp_path, "projector")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_fused_layers_change_nothing(bias):
+def test_fused_layers_give_the_same_outputs(bias):
     """A prompt without a cache and a row of two; then tokens that see a cache, one and three at a time."""
     torch.manual_seed(0)
     config = tiny_model().config
@@ -183,11 +157,3 @@ def test_fused_layers_change_nothing(bias):
     assert {FusedMLP, FusedAttention} <= kinds and not kinds & {MLP, Qwen3MLP, Qwen3Attention}
     for a, b in zip(before, answers()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_a_release_may_state_a_removed_setting_that_had_no_effect():
-    stated = tiny_model().arguments()
-    old = {"model": stated["model"] | {"guidance_limit": None}}
-    assert TalkerT2AV.from_arguments(old).arguments() == stated
-    with pytest.raises(UserError, match=r"model.guidance_limit=2.0 has been removed"):
-        TalkerT2AV.from_arguments({"model": stated["model"] | {"guidance_limit": 2.0}})

@@ -12,7 +12,7 @@ from engine.errors import UserError
 from talker_t2av.alignment import Alignment, align, token_classes
 from talker_t2av.losses import training_forward
 from talker_t2av.phonemes import SYMBOLS, phonemizer
-from talker_t2av.text import TalkerTokenizer, load_tokenizer, phoneme_tokenizer
+from talker_t2av.text import TalkerTokenizer, phoneme_tokenizer
 
 WORDS = phoneme_tokenizer("en-us")
 
@@ -34,8 +34,7 @@ def test_a_text_has_one_token_per_phoneme_and_pause(text, phonemes):
     ("text", "error"),
     [
         ("say 你好", "the text contains the letter '你': this model supports en-us, in Latin letters"),
-        (" ?! ", "the text '\\?!' contains nothing to speak"),
-        ("one <|end|> two", "control token"),
+        (" ?! ", "contains nothing to speak"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(text, error):
@@ -60,14 +59,9 @@ def test_a_release_says_that_its_tokens_are_phonemes(tmp_path):
     WORDS.save(tmp_path)
     (tmp_path / "config.yaml").write_text("text: {kind: phonemes, language: en-us}\n")
     assert TalkerTokenizer.from_pretrained(tmp_path).prompt("Hello there.") == WORDS.prompt("Hello there.")
-    (tmp_path / "config.yaml").write_text("text: {kind: phonemes, language: tlh}\n")
-    with pytest.raises(UserError, match=r"text=.*tlh.* is unknown; use {kind: phonemes, language: en-us}"):
-        TalkerTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"text=.*runes.* is unknown"):
-        load_tokenizer({"kind": "runes", "language": "en-us"})
 
 
-def test_frames_are_aligned_with_the_tokens_that_they_say():
+def test_frames_are_aligned_with_the_phonemes_spoken_in_them():
     ids = WORDS.prompt("my map, my map")  # repeated words: only the order tells them apart
     classes = token_classes(WORDS, SYMBOLS)
     said = [0, 0] + [c for token in ids[1:-1] for c in [classes[token]] * 3] + [0]
@@ -83,7 +77,7 @@ def test_frames_are_aligned_with_the_tokens_that_they_say():
     assert set(path[0, : len(said)].tolist()) >= set(range(len(ids) - 1)) - {1, 2}
 
 
-def test_guidance_masks_the_tokens_of_the_next_patch():
+def test_the_alignment_loss_is_the_log_attention_on_the_phonemes_of_the_next_patch():
     model = tiny_model()
     torch.manual_seed(0)
     batch = {

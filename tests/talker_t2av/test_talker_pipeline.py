@@ -10,12 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from talker_fixtures import DM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
-from engine.precision import PackedLinear, can_pack
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.jobs import encode_motion, prepare_job
@@ -42,13 +41,6 @@ def pipeline(request, tmp_path_factory) -> TalkerPipeline:
     return pipeline
 
 
-@pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
-def test_weights_are_packed(pipeline):
-    model = pipeline.system.model
-    layers = model.llm.model.layers[0].mlp.both, model.speech_cfm.estimator.in_proj, model.projector_motion.linear1
-    assert {type(layer) for layer in layers} == {PackedLinear}
-
-
 def jobs_of(pipeline: TalkerPipeline) -> dict[str, Job]:
     files, more = pipeline.files, {"prefix_seconds": pipeline.prefix}
     voice, face = files["voice"], files["face"]
@@ -60,7 +52,7 @@ def jobs_of(pipeline: TalkerPipeline) -> dict[str, Job]:
     }
 
 
-def test_four_jobs_at_once(pipeline):
+def test_a_batch_of_all_four_modes_equals_each_job_alone(pipeline):
     jobs = list(jobs_of(pipeline).values())
     t2av, tts, a2v, v2a = pipeline.run(jobs)
     assert t2av.frames.shape[1:] == (32, 32, 3) and len(t2av.wave) == 960 * len(t2av.frames)
@@ -91,7 +83,7 @@ def assert_streamed(pipeline: TalkerPipeline, job: Job, whole: Talk) -> None:
 
 
 @pytest.mark.parametrize("mode", ["t2av", "tts", "a2v", "v2a"])
-def test_a_stream_adds_up_to_the_whole(pipeline, mode):
+def test_streamed_chunks_add_up_to_the_offline_result(pipeline, mode):
     job = jobs_of(pipeline)[mode]
     assert_streamed(pipeline, job, pipeline(job))
 
@@ -107,7 +99,7 @@ def test_a_job_may_run_while_a_stream_waits(pipeline):
 
 
 @pytest.mark.parametrize("mode", ["t2av", "tts"])
-def test_a_long_text_is_spoken_in_parts(pipeline, mode):
+def test_a_long_text_is_generated_in_parts(pipeline, mode):
     """Each part as if it were alone, but with its own seed, and 0.2 s of silence in which the face moves on."""
     job = replace(jobs_of(pipeline)[mode], text="set red now. lay it, so it be", max_seconds=0.8)
     assert len(pipeline(job).wave) <= 0.8 * 24_000  # it is not long
@@ -130,7 +122,7 @@ def test_a_long_text_is_spoken_in_parts(pipeline, mode):
         torch.testing.assert_close(pause, pause[:1].expand(6, -1), atol=1e-4, rtol=1e-3)
 
 
-def test_a_stream_speaks_before_it_knows_the_end(pipeline):
+def test_a_stream_returns_audio_before_generation_ends(pipeline):
     """The first audio comes when the decoder has heard its look-ahead, not at the end."""
     job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
     with mock.patch.object(BatchedDecoder, "step", autospec=True, side_effect=BatchedDecoder.step) as step:
@@ -139,7 +131,7 @@ def test_a_stream_speaks_before_it_knows_the_end(pipeline):
     assert len(first.wave) and step.call_count == reach // 4 + 1 < 19
 
 
-def test_official_switches_keep_the_prefix(pipeline):
+def test_official_compatibility_keeps_the_prefix(pipeline):
     files = pipeline.files
     job = Job("t2av", TEXT, files["voice"], files["face"], compat="official", prefix_seconds=0.33)
     talk = pipeline(job)
@@ -151,7 +143,7 @@ def test_official_switches_keep_the_prefix(pipeline):
     assert len(tts.wave) == 960 * (len(tts.speech) + 10)  # not cut to whole patches
 
 
-def test_the_video_may_bring_the_voice_and_a_file_the_motion(pipeline, tmp_path):
+def test_the_voice_may_come_from_the_video_and_the_motion_from_a_file(pipeline, tmp_path):
     files, saved = pipeline.files, tmp_path / "motion.pt"
     job = Job("t2av", TEXT, reference_video=files["talking"], max_seconds=0.64, min_seconds=0.64)
     one = pipeline(job)
@@ -159,34 +151,19 @@ def test_the_video_may_bring_the_voice_and_a_file_the_motion(pipeline, tmp_path)
     torch.save(encode_motion(pipeline.system, read_square(files["talking"], square, 10)), saved)
     two = pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
     np.testing.assert_allclose(one.wave, two.wave, atol=1e-4)
-    torch.save(torch.zeros(3, DM + 1), saved)
-    with pytest.raises(UserError, match="must contain a tensor"):
-        pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
 
 
-def test_files_are_checked(pipeline, tmp_path):
+def test_unsuitable_input_files_are_refused(pipeline, tmp_path):
     files = pipeline.files
     long = str(voice_file(tmp_path / "long.wav", 30.5))
     for job, message in (
-        (Job("tts", TEXT, "nowhere.wav"), "nowhere.wav"),
         (Job("t2av", TEXT, files["voice"], files["voice"]), "no video"),
         (Job("t2av", TEXT, reference_video=files["face"]), "has no audio"),
         (Job("a2v", TEXT, reference_video=files["face"], audio=long), "longer than 30 s"),
-        (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "shorter than one patch"),
         (Job("tts", "<|end|>", files["voice"]), "control token"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline(job)
-
-
-def test_folders_are_checked(tmp_path):
-    released = tmp_path / "released"
-    (released / "acoustic_codec").mkdir(parents=True)
-    save_file({"encoder.weight": torch.zeros(1)}, released / "acoustic_codec" / "model.safetensors")
-    (released / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"does not contain the Talker-T2AV model.*download_checkpoints") as error:
-        TalkerSystem(released)
-    assert "\n" not in str(error.value)
 
 
 def test_a_codec_that_keeps_the_codes_serves_the_model(tmp_path):
@@ -232,33 +209,9 @@ def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
     torch.testing.assert_close(cut.request.speaker, exact.request.speaker, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["t2av", "tts"])
-def test_the_library_routines_use_the_prefix_alone(pipeline, mode):
-    files = pipeline.files
-    video = {"reference_video": files["face"]} if mode == "t2av" else {}
-    talk = pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.42, **video))
-    prefix = 8 if mode == "t2av" else 10  # only with motion it is cut to whole patches
-    assert len(talk.wave) == 960 * (len(talk.speech) + prefix)
-    assert talk.frames is None or len(talk.frames) == len(talk.motion) + prefix
-    with pytest.raises(UserError, match="reference voice"):  # 0.24 s of audio are too short for the speaker encoder
-        pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.24, **video))
-
-
-def test_a_list_of_jobs_is_a_batch_and_results_are_shown_without_their_arrays(pipeline):
-    voice, face = Path(pipeline.files["voice"]), Path(pipeline.files["face"])
-    lengths = {"min_seconds": 0.48, "max_seconds": 0.48}
-    jobs = [Job("tts", TEXT, str(voice), seed=seed, **lengths) for seed in (1, 2)]
-    for job, talk in zip(jobs, pipeline(jobs)):
-        np.testing.assert_allclose(talk.wave, pipeline(job).wave, atol=2e-4)
-    talk = pipeline.t2av(TEXT, reference_audio=voice, reference_video=face, **lengths)
-    assert len(repr(talk)) < 400
-
-
 def test_errors_name_the_arguments_of_the_call(pipeline):
     voice = pipeline.files["voice"]
     with pytest.raises(UserError, match=r"^unknown argument 'max_second'; did you mean max_seconds"):
         pipeline.tts(TEXT, voice, max_second=1)
-    with pytest.raises(UserError, match=r"requires text$"):
-        pipeline.tts(" ", voice)
     with pytest.raises(UserError, match=r"requires reference_audio, a recording of the voice$"):
         pipeline.tts(TEXT, None)

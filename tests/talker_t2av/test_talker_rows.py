@@ -30,8 +30,10 @@ def come_and_go(decoder, asked):
     return [decoder.result(row) for row in joined]
 
 
+@pytest.mark.parametrize("backend", [None, DyingOutputs()], ids=["eager", "graphs"])
 @pytest.mark.parametrize(("mode", "delay", "order"), [("t2av", 2, "add"), ("tts", 0, "add"), ("t2av", 0, "va")])
-def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order):
+def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order, backend):
+    """A step of three rows computes a fourth that no request has."""
     model = tiny_model(delay, order=order)
     # The cache grows for the long prompt, which joins late.
     rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
@@ -39,7 +41,7 @@ def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order):
         request(length, seed, max_patches=3 + 2 * seed, rules=own)
         for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))
     ]
-    for one, result in zip(asked, come_and_go(BatchedDecoder(model, MODES[mode], SAMPLING, 5), asked)):
+    for one, result in zip(asked, come_and_go(BatchedDecoder(model, MODES[mode], SAMPLING, 5, backend=backend), asked)):
         assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
@@ -90,7 +92,7 @@ def test_a_cancelled_row_changes_nothing_and_memory_does_not_grow():
     assert decoder.cache is cache and decoder.length == BUCKET
 
 
-class TestOutputsThatDie:
+class TestGraphOutputsAreReadBeforeTheNextReplay:
     """A graph's outputs are destroyed by the next replay: nothing may read them after that."""
 
     @pytest.mark.parametrize("order", ["add", "av"])
@@ -115,14 +117,6 @@ class TestOutputsThatDie:
         for a, b in zip(*ways):
             assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
-    def test_rows_that_join_and_finish(self):
-        """Of four places, so that a step of three rows computes a fourth that nobody has."""
-        model = tiny_model(1)
-        asked = [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
-        results = come_and_go(BatchedDecoder(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs()), asked)
-        for one, result in zip(asked, results):
-            assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
-
     def test_particles(self):
         model = tiny_model()
         sampling = Sampling(steps=3, guidance=1.5, particles=4)
@@ -135,25 +129,7 @@ class TestOutputsThatDie:
             assert_close(a, b)
 
 
-def test_a_graph_serves_steps_and_utterances_of_a_bucket():
-    """Its inputs, the cache among them, keep their addresses and shapes; another bucket has a graph of its own."""
-    backend = DyingOutputs()
-    decoder = BatchedDecoder(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend)
-    seen = []
-    step = decoder.run_step.step
-    decoder.run_step.step = lambda *values: (
-        seen.append([(x.data_ptr(), x.shape) for x in tensors_of(values)]) or step(*values)
-    )
-    for length, patches in ((6, 5), (20, 9), (3, 12)):
-        decoder.generate([request(length, max_patches=patches), request(length + 4, 1, max_patches=patches)])
-    pairs = [shapes for shapes in seen if shapes[-1][1][0] == 2]
-    assert backend.captures == 2  # two rows, and one where the other has ended
-    assert len(pairs) > 6 and all(shapes == pairs[0] for shapes in pairs)
-    decoder.generate([request(80, max_patches=3)])
-    assert backend.captures == 3 and decoder.length == 2 * BUCKET
-
-
-def test_a_whole_step_can_be_compiled():
+def test_a_step_compiles_to_a_full_graph():
     """Without a compiler behind it: what is tested is that a step can be traced whole, and twice at most."""
     model = tiny_model()
     asked = [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)]
@@ -168,7 +144,7 @@ def test_a_whole_step_can_be_compiled():
     assert 1 <= len(graphs) <= 2
 
 
-def test_graphs_that_are_captured_at_the_start_serve_all_later_rows():
+def test_graphs_captured_by_warm_up_serve_all_later_requests():
     """Thirty requests of several lengths, of which up to four run side by side."""
     model = tiny_model(1)
     backend = DyingOutputs()

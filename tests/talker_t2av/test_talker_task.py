@@ -1,7 +1,5 @@
 """Training of Talker-T2AV on prepared latents and on recordings, validation and release."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -91,7 +89,7 @@ def test_a_release_holds_all_that_inference_needs(root, tmp_path):
     assert "wer_seen | 0.5" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_frozen_embeddings_leave_the_losses(root):
+def test_frozen_embeddings_do_not_change_the_losses(root):
     batch = a_batch(root)
     found = []
     for changes, frozen in (({}, []), ({"freeze_embeddings": True}, [EMBEDDINGS])):
@@ -114,7 +112,7 @@ def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(
     assert adapted >= {"llm", "speech_cfm", "motion_cfm", "speech_patch_encoder", "motion_patch_encoder"}
 
 
-def test_phonemes_are_learned_when_they_sound(root, tmp_path):
+def test_the_phoneme_head_learns_phonemes_of_the_frames(root, tmp_path):
     text = {"kind": "phonemes", "language": "en-us"}
     latents = {"speech": torch.randn(17, DS).half(), "speaker": torch.randn(256).half()}
     latents["phoneme"] = torch.arange(17, dtype=torch.uint8) // 3
@@ -133,8 +131,6 @@ def test_phonemes_are_learned_when_they_sound(root, tmp_path):
     )
     losses["loss"].backward()
     assert task.model.head_phoneme.weight.grad.any()
-    with pytest.raises(UserError, match=r"task.guided_layers=\[2\]: layers must be from 0 to 1"):
-        make_task(root, model=model, tokenizer=text, guided_layers=[2])
     with pytest.raises(UserError, match=r"has 68 phonemes with silence: set task\.model.phonemes=68"):
         TalkerPairs(**few, phonemes=9)
 
@@ -148,15 +144,6 @@ def test_phonemes_are_learned_when_they_sound(root, tmp_path):
         write_release(later, start)
 
 
-def test_a_start_with_other_words_is_refused(root, tmp_path):
-    write_release(make_task(root), tmp_path / "old")
-    data = json.loads((tmp_path / "old" / "tokenizer.json").read_text())
-    data["added_tokens"][-1]["content"] = "<other>"
-    (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="has another vocabulary than"):
-        make_task(root, init=str(tmp_path / "old"))
-
-
 def qwen_folder(folder, **changes):
     """Qwen3 of the tests' size as transformers writes it."""
     torch.manual_seed(5)
@@ -166,30 +153,15 @@ def qwen_folder(folder, **changes):
     return model.state_dict()
 
 
-def test_training_starts_from_qwen(root, tmp_path):
+def test_training_starts_from_qwen_weights(root, tmp_path):
     state = qwen_folder(tmp_path / "qwen")
     model = make_task(root, warm_start={"qwen": str(tmp_path / "qwen")}).model
     for name, value in model.llm.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"intermediate_size": 32}, r"mlp.*is of \[32, 32\], task.model.llm requires \[48, 32\]"),
-        ({"rope_theta": 1e4}, "has rope_theta=10000"),
-        (None, "is not a Qwen3 in the Hugging Face format: it has no tensor model.embed_tokens"),
-    ],
-)
-def test_another_language_model_is_one_line(root, tmp_path, changes, message):
-    if changes is None:
-        (tmp_path / "qwen").mkdir()
-        save_file({"bert.weight": torch.zeros(2)}, tmp_path / "qwen" / "model.safetensors")
-    else:
-        qwen_folder(tmp_path / "qwen", **changes)
-    with pytest.raises(UserError, match=message):
-        make_task(root, warm_start={"qwen": str(tmp_path / "qwen")})
+    qwen_folder(tmp_path / "other", intermediate_size=32)
+    with pytest.raises(UserError, match=r"mlp.*is of \[32, 32\], task.model.llm requires"):
+        make_task(root, warm_start={"qwen": str(tmp_path / "other")})
 
 
 def test_training_starts_from_the_released_files(root, tmp_path):
@@ -222,7 +194,7 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     assert "motion" not in task.release_info().config["codecs"]
 
 
-def test_codes_that_came_with_the_data_are_taken(root, tmp_path, capsys):
+def test_motion_codes_without_a_codec_digest_are_accepted(root, tmp_path, capsys):
     """Talker-T2AV-Data has motion codes and no pictures: no codec of ours made them."""
     split = ShardSplit(root / "shards" / "train")
     known = releases(root / "releases", "speech", "speaker")

@@ -37,5 +37,3 @@ def test_a_word_that_is_longer_than_a_part_is_named():
         split_text("so xxxxxxxxxx", 8)
     with pytest.raises(UserError, match="the text has 2,001 bytes, at most 2,000 are supported: split it"):
         Job("t2av", "x" * 2001, "voice.wav", "face.mp4")
-    with pytest.raises(UserError, match="the text has 16,385 bytes, at most 16,384 are supported"):
-        Job("tts", "x" * 16_385, "voice.wav")
