@@ -130,14 +130,20 @@ def evaluate_clips(
     folder: Path,
     metrics: Sequence[str],
     share: Share = ALONE,
+    corpus: Path | None = None,
 ) -> dict[str, ByClip]:
-    """Measure a share of `clips` prepared clips, with speech generated only from their crops or features.
+    """Measure a share of `clips` prepared clips, with speech generated only from their video.
 
     Four waveforms are written to `folder`, and two videos of the mouth crops if the shards contain them.
 
     Args:
         recogniser: recogniser for WER, see `words_by`.
         metrics: names of `engine.metrics.registry`. The ground truth is decoded from the ground-truth tokens.
+        corpus: folder of the original recordings, whose files are then processed as in inference. None: speech is
+            generated from the crops or features in the shards.
+
+    Raises:
+        UserError: If a recording is not in `corpus`, or no face is found in it.
     """
     chosen = spread(len(data), clips)
     own = share.range(len(chosen))
@@ -150,7 +156,10 @@ def evaluate_clips(
     model = pipeline.system.model
     for start in range(0, len(order), 16):
         group = order[start : start + 16]
-        conditions = stored_conditions(pipeline, [stored[i] for i in group])
+        if corpus is None:
+            conditions = stored_conditions(pipeline, [stored[i] for i in group])
+        else:
+            conditions = pipeline.conditions([pipeline.crops(corpus / infos[i]["source"]) for i in group])
         seeds = [own.start + i for i in group]
         tokens = generate(model, conditions, pipeline.sampler, pipeline.guidance, seeds, graphs=pipeline.graphs)
         spoken |= zip(group, pipeline.decode(tokens))

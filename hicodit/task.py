@@ -20,6 +20,7 @@ from engine.codec import load_codec
 from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, spread
+from engine.faces.source import CASCADE, FaceSource
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
@@ -64,6 +65,8 @@ class HiCoDiTTask(Task):
         validate_clips: number of clips per held-out split to synthesise.
         validate_splits: the held-out splits. An empty list disables validation.
         validate_metrics: figures of `engine.metrics.registry`. Those whose package or network is missing are skipped.
+        validate_corpus: folder of the original recordings. Speech is then generated from their video files, as in
+            inference, including face detection. None: from the crops or features in the shards.
         init: initial release with the same sizes and tokens.
         index: path or URL of the training shards' index.json. Its digests of features, which inference and fine-tuning
             verify, and its face detector are stored in the release. None: not recorded.
@@ -88,6 +91,7 @@ class HiCoDiTTask(Task):
         validate_clips: int = 24,
         validate_splits: Sequence[str] = ("seen", "unseen"),
         validate_metrics: Sequence[str] = ("wer", "wer_free"),
+        validate_corpus: str | None = None,
         recipe: str = "",
         init: str | None = None,
         new_tokens: bool = False,
@@ -123,9 +127,26 @@ class HiCoDiTTask(Task):
             )
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURES, FACE_DETECTOR) if name in made}
+        self.validate_corpus = Path(validate_corpus) if validate_corpus else None
+        self.face_source = None
+        if self.validate_corpus:
+            self.face_source = FaceSource.from_name(self.features.get(FACE_DETECTOR, CASCADE), shards)
+            self._check_corpus()
         if init:
             self._start_from(init, new_tokens)
         self._freeze(frozen)
+
+    def _check_corpus(self) -> None:
+        """Raise UserError if the recording of a validation clip is missing."""
+        for split in self.validate_splits:
+            data = HiCoDiTDataset(join(self.shards, split), self.codec, self.system.encoders.config.kind)
+            for index in spread(len(data), self.validate_clips):
+                path = self.validate_corpus / data.read(index)[0]["source"]
+                if not path.is_file():
+                    raise UserError(
+                        f"task.validate_corpus={self.validate_corpus} has no {path.name} (split {split}): set "
+                        "data.corpus to the folder from which the shards were prepared, or to null"
+                    )
 
     def _freeze(self, frozen: Sequence[str]) -> None:
         """Freeze parts of the system, and find out whether the lip encoder alone remains."""
@@ -287,12 +308,13 @@ class HiCoDiTTask(Task):
         kind = self.system.encoders.config.kind
         device = self.system.model.null_lip.device
         sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
-        pipeline = HiCoDiTPipeline(self.system, load_codec(self.codec, CODECS), sampler, self.guidance, device)
+        codec = load_codec(self.codec, CODECS)
+        pipeline = HiCoDiTPipeline(self.system, codec, sampler, self.guidance, device, self.face_source)
         for split in self.validate_splits:
             if share.first:
                 results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
             data = HiCoDiTDataset(join(self.shards, split), self.codec, kind)
-            how = self.grammar, self.validate_clips, folder / split, self.validate_metrics, share
+            how = self.grammar, self.validate_clips, folder / split, self.validate_metrics, share, self.validate_corpus
             scores = evaluate_clips(pipeline, data, *how)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results

@@ -59,12 +59,12 @@ train() {
     local start=()
     if [ "$SIZE" = cpu ]; then # the lip encoder alone first: it takes most of the steps and a third of a step's time
         if [ ! -d "$RUN-lips/release" ]; then
-            $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "task.codec=$TOKENIZER/release" \
+            $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "data.corpus=$GRID" "task.codec=$TOKENIZER/release" \
                 "run=$RUN-lips" "task.frozen=[model,identity,expression]" trainer.steps=1600 trainer.lr=1.2e-3 ${TRAIN:-}
         fi
         start=("init=$RUN-lips/release")
     fi
-    $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "task.codec=$TOKENIZER/release" "run=$RUN" \
+    $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "data.corpus=$GRID" "task.codec=$TOKENIZER/release" "run=$RUN" \
         "${start[@]}" ${TRAIN:-}
 }
 

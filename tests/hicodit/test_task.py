@@ -4,18 +4,23 @@ import re
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+from drawn_faces import talking_head
 from shard_files import write_split
 
 from engine.errors import UserError
 from engine.evaluation.validation import Share
+from engine.media.video import write_video
 from engine.shards.reader import ShardSplit
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
+from rvq_codec.codec import RVQCodec
 from tests.tiny import ENCODERS, HICODIT, batch_of
 
 RESIDUAL = ENCODERS | {"lip_front": "residual"}
@@ -107,6 +112,32 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
         figures.keys() == {"phoneme_error_seen", "phoneme_error_unseen"}
         and 0 <= min(figures.values()) <= max(figures.values()) <= 100
     )
+
+
+def test_validation_speaks_from_the_video_files(release, tmp_path):
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    write_video(recordings / "head.mp4", talking_head(20), 25)
+    info = {"key": "head", "frames": 20, "text": "bin blue at alpha one now", "source": "head.mp4"}
+    blank = {  # crops that show nothing
+        "mouth": torch.zeros(20, 48, 48, dtype=torch.uint8),
+        "faces": torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        "ge2e": torch.ones(256) / 16,
+        "expression": torch.zeros(2, dtype=torch.uint8),
+        "phoneme": torch.zeros(20, dtype=torch.uint8),
+        "tokens": torch.zeros(40, 12, dtype=torch.int16),
+    }
+    codec = RVQCodec.from_pretrained(release.parent / "codec")
+    write_split(tmp_path / "seen", [(info, blank)], 1, digests={"rvq": codec.digest()})
+    settings = {"validate_splits": ["seen"], "validate_metrics": [], "validate_corpus": str(recordings)}
+    task = make_task(tmp_path, release, sampler={"steps": 2}, **settings).eval()
+    task.measure(tmp_path / "out", Share(0, 1))
+    spoken, _ = soundfile.read(tmp_path / "out" / "seen" / "head.wav")
+    expected = HiCoDiTPipeline(task.system, codec, task.sampler, task.guidance)(recordings / "head.mp4", seed=0).wave
+    np.testing.assert_allclose(spoken, expected, atol=1e-4)
+    (recordings / "head.mp4").unlink()
+    with pytest.raises(UserError, match=r"has no head\.mp4"):
+        make_task(tmp_path, release, **settings)
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
