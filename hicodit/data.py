@@ -198,8 +198,9 @@ class HiCoDiTDataset:
             if self.augment:
                 face = (face * (0.85 + 0.3 * torch.rand(1, generator=generator))).clamp(0, 1)
             item |= {"mouth": mouth, "face": face}
-        at = 2 * picture_frames(len(whole["phoneme"]), count)[picture] // 25
-        return item | {"face_expression": whole["expression"][at]}
+        frame = picture_frames(len(whole["phoneme"]), count)[picture]
+        window = 2 * frame // SECOND  # two expression windows per second
+        return item | {"face_expression": whole["expression"][window]}
 
     def _crop(self, clip: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return a random crop of a long clip. Its face crops may be from anywhere in the clip.

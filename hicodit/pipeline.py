@@ -213,41 +213,49 @@ class HiCoDiTPipeline:
         Raises:
             UserError: If the video is not readable or shorter than 0.2 s, or no face is found.
         """
-        array = not isinstance(video, str | Path)
-        name = "the clip" if array else str(video)
-        if array:
-            video = as_frames(video)
-
-        frames = ArrayFrames(video) if array else ClipFrames(video, FPS)
-        stated = len(video) if array else round(probe(video).seconds * FPS)
-        label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
+        if isinstance(video, str | Path):
+            name = str(video)
+            frames = ClipFrames(video, FPS)
+            length = round(probe(video).seconds * FPS)
+        else:
+            name = "the clip"
+            array = as_frames(video)
+            frames = ArrayFrames(array)
+            length = len(array)
+        label = f"{Path(name).name} ({length / FPS:.1f} s)" if length else Path(name).name
         try:
-            with stage(f"{label}: finding the face", stated or None, "frames"):
-                source = self.face_source
-                if isinstance(source.landmarks, Path):
-                    if face_box is not None:
-                        raise UserError(
-                            "face_box and a landmark file both set the position of the face: use only one of them"
-                        )
-                    tracks = [place_landmarks(frames, *read_landmarks(source.landmarks, Path(name).name), FPS)]
-                elif face_box is None:
-                    tracks = find_faces(frames, FPS, face, source.detector)
-                else:
-                    tracks = [place_face(frames, face_box, FPS)]
-                if (count := len(tracks[0])) < MIN_FRAMES:
-                    raise FaceError(f"{count / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+            with stage(f"{label}: finding the face", length or None, "frames"):
+                tracks = self._find_tracks(frames, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
         for path, track in zip(strips or repeat(None), tracks):
             with stage(f"{label}: cutting out the face", len(track), "frames"):
                 clip, track = frames.sharper(track)
-                if callable(source.landmarks):
-                    track = add_landmarks(clip, track, source.landmarks)
+                if callable(self.face_source.landmarks):
+                    track = add_landmarks(clip, track, self.face_source.landmarks)
                 crops = self.crop_track(clip, track, path)
             if path is not None:
                 track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
             yield crops
+
+    def _find_tracks(
+        self, frames: ArrayFrames | ClipFrames, name: str, face: str | int, face_box: Any
+    ) -> list[FaceTrack]:
+        """Return the tracks of the selected faces: from a landmark file, from `face_box`, or by the detector."""
+        landmarks = self.face_source.landmarks
+        if isinstance(landmarks, Path):
+            if face_box is not None:
+                raise UserError("face_box and a landmark file both set the position of the face: use only one of them")
+            tracks = [place_landmarks(frames, *read_landmarks(landmarks, Path(name).name), FPS)]
+        elif face_box is not None:
+            tracks = [place_face(frames, face_box, FPS)]
+        else:
+            tracks = find_faces(frames, FPS, face, self.face_source.detector)
+        count = len(tracks[0])
+        if count < MIN_FRAMES:
+            raise FaceError(f"{count / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+        return tracks
 
     @torch.inference_mode()
     def crop_track(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:

@@ -53,7 +53,7 @@ def grid(
             speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out 5
             % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it for
             speakers 1, 2, 4 and 29. The selection of these sentences is ours.
-        validation: fraction of the other speakers of "lipnet" that validate.
+        validation: fraction of the other speakers of "lipnet" that are used for validation.
         speakers: speakers to use. None: all.
         expression: label of all clips; None: none.
         clips_each: maximum number of clips per speaker, evenly spaced by name. None: all.

@@ -44,7 +44,7 @@ class VoiceClips:
     Args:
         corpus: folder of the recordings.
         shards: folder of its prepared splits, with GE2E embeddings.
-        split: which is read.
+        split: name of the split.
         bands: number of bands of the log-mel spectrogram.
         seconds: length of a crop; a shorter clip is repeated.
     """

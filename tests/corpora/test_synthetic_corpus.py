@@ -96,7 +96,7 @@ def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
     assert (root / "train" / "train_000003.wav").stat().st_mtime_ns == kept
 
 
-def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
+def test_another_seed_requires_another_folder(corpus):
     assert "seed 3" in make(corpus, *ARGUMENTS[2], "--seed", "4", code=2).stderr
     assert "version 2" in make(corpus, *ARGUMENTS[3], code=2).stderr and not (corpus / "plain").exists()
 

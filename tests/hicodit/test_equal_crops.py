@@ -93,7 +93,7 @@ def test_crops_of_drawn_faces_are_equal(release, tmp_path, monkeypatch):
     check(drawn_clip(tmp_path / "head.mp4", talking_head(FRAMES)), release, tmp_path, monkeypatch)
 
 
-def test_crops_of_a_small_face_in_a_large_picture_are_equal(release, tmp_path, monkeypatch):
+def test_crops_of_a_small_face_in_a_large_frame_are_equal(release, tmp_path, monkeypatch):
     """The face is tracked in frames of 640 pixels and cut from larger ones, beyond preparation's `max_side`."""
     frames = scene(16, [lambda i: (600 + 2 * i, 200, 200)], (900, 1600))
     prepared = check(drawn_clip(tmp_path / "far.mp4", frames), release, tmp_path, monkeypatch)
