@@ -76,7 +76,7 @@ def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
 
 
 def best_step(run: Path, rule: str) -> int:
-    """Return the step of the checkpoint with the best figure of the validation at that step."""
+    """Return the step of the checkpoint whose validation has the best value of a metric."""
     if not re.fullmatch(r"(min|max) \S+", rule):
         raise UserError(f"--best {rule} is not 'min NAME' or 'max NAME', as in 'min wer_seen'")
     step = checkpoint.best(run / "checkpoints", rule)

@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
-            raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
+            raise UserError(f"{option} {path} cannot be written: choose a file in an existing folder")
     card = CARDS[args.device]
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
     whole = total / trainer.steps

@@ -44,7 +44,7 @@ class AVHubertConfig(Group, prefix="encoders.lip."):
 
 def prepare_mouth(mouth: Tensor) -> Tensor:
     """Crop the centre (..., 88, 88) of mouth crops (..., H, W) in [0, 1] and normalise by the fixed mean and
-    deviation.
+    standard deviation.
     """
     height, width = mouth.shape[-2:]
     assert min(height, width) >= VIEW, mouth.shape

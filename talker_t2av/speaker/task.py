@@ -150,7 +150,7 @@ class VoiceEncoderTask(Task):
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
         """Compute the mean cosine with GE2E of whole clips of each split, in one process.
 
-        Of `train`, the first clips count, eight times as many as there are voices.
+        The split `train` is measured on its first clips, eight times as many as there are voices.
         """
         results = {}
         for split in ("train", "seen", "unseen") if share.first else ():

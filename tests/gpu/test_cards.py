@@ -52,7 +52,7 @@ def train(name, folder, run, **changes):
 
 @one_card
 @pytest.mark.parametrize("name", RUNS)
-def test_training_steps_of_every_task_do_not_synchronise(name, tmp_path, monkeypatch):
+def test_steps_of_every_task_do_not_synchronise(name, tmp_path, monkeypatch):
     """From the fourth step on PyTorch raises an error where the host waits for the GPU; restarts of RVQ's code books,
     discriminators and all stages have begun by then."""
     plain = Trainer._train_step

@@ -34,7 +34,7 @@ def on_fake_card(pipeline):
 
 
 @pytest.mark.parametrize(("method", "form"), [*((method, "normalised") for method in METHODS), ("euler", "literal")])
-def test_sampling_steps_read_nothing(pipeline, method, form):
+def test_steps_of_every_sampler_do_not_synchronise(pipeline, method, form):
     """With the literal form of guidance, which positions are revealed depends on the posterior."""
     crops = [pipeline.crops(talking_head(length)) for length in (40, 30)]
     reads = []

@@ -44,7 +44,7 @@ def test_chunks_of_any_size_decode_to_the_same_wave(pipeline, after):
 
 
 @pytest.mark.parametrize("lookahead", [0.2, 0.4])
-def test_audio_depends_on_the_lookahead_and_on_no_later_frame(pipeline, lookahead):
+def test_audio_waits_only_for_the_lookahead(pipeline, lookahead):
     changed = HEAD.copy()
     changed[50:] = changed[50:, :, ::-1]
     one, other = (list(pipeline.stream(frames, seed=1, lookahead=lookahead, **FAST)) for frames in (HEAD, changed))

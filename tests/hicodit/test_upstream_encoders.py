@@ -182,7 +182,7 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
     assert all(p.grad is None for network in system.encoders._networks.values() for p in network.parameters())
 
 
-def test_validation_from_features_sees_what_the_pictures_show(system, release, shards, calls, tmp_path):
+def test_validation_from_features_equals_that_from_images(system, release, shards, calls, tmp_path):
     codec = release.parent / "codec"
     pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
     data = HiCoDiTDataset(shards / "both", codec, "upstream")
