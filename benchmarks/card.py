@@ -68,7 +68,7 @@ DIFFERENCE = 0.02  # tolerance of flash-attn
 
 @dataclass(frozen=True)
 class Line:
-    """A result. low, high: range of a PASS; None: no bound on that side."""
+    """A result of a check. A value from `low` to `high` is a PASS; None is no bound on that side."""
 
     name: str
     verdict: str

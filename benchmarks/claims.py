@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def measure(
     args: argparse.Namespace, claim: dict[str, Any], name: str, seed: int
 ) -> tuple[Pairs, Pairs, dict[str, str]]:
-    """Train and measure a variant, where that is missing; return its pairs, those of ground-truth clips, and the
+    """Train and measure a variant, unless its results exist. Return its pairs, those of ground-truth clips, and the
     speakers."""
     variant = claim["variants"][name]
     folder = args.runs / args.claim / f"{name}-{seed}"

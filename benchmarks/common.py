@@ -192,7 +192,7 @@ def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
 
 
 def run_program(threads: int, program: str, *words: str, **environment: str) -> None:
-    """Run a program or shell script of the repository with words, and with more variables of the environment."""
+    """Run a program or shell script of the repository with arguments and additional environment variables."""
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
     call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
     if code := subprocess.run(call, env=os.environ | settings).returncode:

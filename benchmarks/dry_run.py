@@ -102,7 +102,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Let `ParallelTask` make shards without data, and copy a task without counting the copy."""
+    """Make `ParallelTask` create shards without data, and copy a task without counting the copy."""
 
     def copied(task: Task) -> Task:
         with _disable_current_modes():

@@ -1,9 +1,9 @@
 """Cost of a training step of one process, determined without a device.
 
-The program that trains is run: task, AdamW, average. Weights, gradients and activations are fake tensors (shapes
+The training program itself is run: task, AdamW, EMA. Weights, gradients and activations are fake tensors (shapes
 without data). What depends on a batch alone (lengths, masks) is computed for real, as shapes depend on it.
 
-Fake tensors are the processor's: PyTorch runs no backward pass of CUDA tensors without a driver. Sizes and operations
+Fake tensors are on the CPU: PyTorch runs no backward pass of CUDA tensors without a driver. Sizes and operations
 are those of a GPU except for what autocast keeps in float32, where the two differ in a few operators.
 """
 
@@ -154,7 +154,7 @@ def measure_fake(
     """Run `measure` with fake weights.
 
     Args:
-        make_task: called where `empty` gives fake tensors, so that a model of any size can be made.
+        make_task: creates the task from fake tensors, so that the model may have any size.
         make_batch: a real batch for the task, of a step's typical size.
         half: weights of blocks are in bfloat16, as FSDP gathers them: autocast then keeps no copies of them.
     """

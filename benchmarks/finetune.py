@@ -4,8 +4,7 @@ and a figure.
 The person is one of the corpus's voices that no bundled weights were trained on, the sentences are of a split that they
 were not trained on either. The steps are those of docs/one_card.md, the bundled weights stand in for the released ones,
 so their own recipe with low-rank updates stands in for experiment=talker_finetune, whose tokenizer is another. Rank,
-rate, batch and number of steps are those of that experiment. Choose others on `--split val`. What is finished is not
-done again.
+rate, batch and number of steps are those of that experiment. Choose others on `--split val`. Finished work is skipped.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def film(root: Path, args: argparse.Namespace) -> float:
-    """Create what is missing of the footage with its lists, of distinct sentences; return its seconds of training."""
+    """Create the missing footage and its lists, with distinct sentences. Return the seconds of training clips."""
     maker = ClipMaker(root, SEED, 2)
     counts = {"train": args.clips, "val": args.val_clips, "test": args.test_clips}
     splits = iter([split for split, count in counts.items() for _ in range(count)])

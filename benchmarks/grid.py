@@ -3,7 +3,7 @@
 The stand-in has GRID's folders, names, frames, audio and alignments, with cartoon faces and synthetic voices that no
 bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is spoken as its
 code word ("foxtrot"), because letters that look alike on drawn lips could not be distinguished. scripts/recipes/grid.sh
-prepares, trains at the size of the bundled model and evaluates. What is finished is not done again.
+prepares, trains at the size of the bundled model and evaluates. Finished work is skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HiCoDiT models of a claim: with which weights they start, what is derived from them, and their losses by clip.
+"""HiCoDiT models of a claim: initial weights, derived releases, and losses by clip.
 
 Axes: K levels, L token frames.
 """

@@ -1,8 +1,7 @@
 """Speed and memory of inference: one table for both models, the reference loops and streaming.
 
-Weights are random unless said otherwise. Each precision and a reference loop in float32 take turns in one process, so
-that other programs disturb both alike. Times are processor time on a CPU, of all threads, or wall-clock time
-(`--wall`).
+Weights are random unless said otherwise. Each precision and a reference loop in float32 alternate in one process, so
+that other programs affect both equally. Times are CPU time on a CPU, of all threads, or wall-clock time (`--wall`).
 
 HiCoDiT: steps of the first window are timed; the time of a clip follows from its windows and steps. Encoders and codec
 are left out. The reference loop follows the paper literally: it runs the guidance branches one by one, prepares their
@@ -10,8 +9,8 @@ conditions in every step and computes all heads at all positions.
 Talker-T2AV: patches of t2av after a prompt of 40 tokens. The reference loop is shaped as the official program's.
 Streams run the bundled HiCoDiT from frames to audio.
 
-step_ms: a step (HiCoDiT), a patch (Talker-T2AV) or a hop (stream). rtf: computing seconds for a second of speech.
-first_s: computing seconds before the first audio. of_rate: share of the machine's measured rate of matrix products.
+step_ms: a step (HiCoDiT), a patch (Talker-T2AV) or a hop (stream). rtf: real-time factor.
+first_s: computing seconds before the first audio. of_rate: fraction of the machine's measured rate of matrix products.
 speed_up: against the reference loop in float32. That of Talker-T2AV takes 10 solver steps, whatever `--sampling` is.
 Operators and host reads are those of a step or patch.
 
@@ -304,7 +303,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def take_turns(rounds: int, *ways: Callable[[], list[float]]) -> np.ndarray:
-    """Return the durations (ways, rounds, steps) of ways that take turns; a round before the others warms up."""
+    """Return the durations (variants, rounds, steps) of variants that run alternately, after a warm-up round."""
     return np.array([[way() for way in ways] for _ in range(rounds + 1)][1:]).swapaxes(0, 1)
 
 

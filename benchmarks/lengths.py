@@ -36,7 +36,7 @@ class MadeUpClips:
 def padding_efficiency(batches: MicroBatches, ranks: int, steps: int = 200) -> float:
     """Return the mean over the maximum of the ranks' padded tokens, averaged over micro-batches of the ranks.
 
-    It is the part of the time in which ranks do not wait for the one with the longest batch.
+    It is the fraction of time in which ranks do not wait for the one with the longest batch.
     """
     lengths = batches.dataset.lengths
     factors = []

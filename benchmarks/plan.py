@@ -38,10 +38,10 @@ class Card:
         peak: dense bf16, TFLOP/s.
         single: float32 without tensor cores, TFLOP/s.
         memory: bytes.
-        bandwidth: of the memory, bytes/s.
+        bandwidth: memory bandwidth, bytes/s.
         link: bytes/s that a GPU sends to the others of its machine.
-        network: to other machines, through an adapter of its own.
-        machine: GPUs in one.
+        network: bytes/s to other machines, through the network adapter of the GPU.
+        machine: number of GPUs per machine.
     """
 
     peak: float
@@ -85,7 +85,7 @@ EFFICIENCY = {  # assumptions, not measurements
 
 @dataclass(frozen=True)
 class Plan:
-    """What one way of spreading a recipe costs. Bytes and seconds of a process and step.
+    """Cost of a recipe with one kind of parallelism, in bytes and seconds per process and step.
 
     Attributes:
         padding: see `padding_efficiency`; compute_s and memory_s are of the process with the longest batch.
@@ -133,8 +133,10 @@ def plan(
     one: Measured, two: Measured, parallel: str, gpus: int, card: Card, samples: int, total: float, half: bool = False,
     padding: float = 1.0,
 ) -> Plan:  # fmt: skip
-    """Predict what steps of `samples` a process cost, from measurements of one process with one sample and with two:
-    activations and operations grow with the batch, what is exchanged does not.
+    """Predict the cost of steps with `samples` samples per process.
+
+    The prediction is based on measurements of one process with one sample and with two: activations and operations grow
+    with the batch, communication does not.
 
     Args:
         total: samples of the whole run.
@@ -166,7 +168,7 @@ def plan(
 
 
 def padding_of(trainer: TrainerConfig, gpus: int, samples: int) -> float:
-    """Return the padding efficiency of a recipe on `gpus`, with `samples` of each, for made-up lengths of clips."""
+    """Return the padding efficiency of a recipe on `gpus`, with `samples` of each, for synthetic clip lengths."""
     if gpus == 1:
         return 1.0
     batches = MicroBatches(MadeUpClips(), samples, trainer.seed, trainer.by_length, step=samples * gpus)
@@ -178,10 +180,10 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
 
     DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a shard of the first dimension of each
     parameter. It gathers a block for its forward and again for its backward pass, the rest once, and scatters each
-    group's gradients; what it leaves whole is reduced. Two gathered blocks are counted at its peak, and not the rest:
-    in one process, large gradients of the rest take as much. Both recipes of the papers are so within 7 % of a step in
-    a fake group of processes.
-    `hybrid` does this in each machine, and reduces the shards of gradients over machines.
+    group's gradients; parameters that are not sharded are all-reduced. Two gathered blocks are counted at its peak, and
+    not the rest: in one process, large gradients of the rest take as much. For both recipes of the papers, this is
+    within 7 % of a step in a fake process group. `hybrid` does this in each machine, and reduces the shards of
+    gradients over machines.
     """
     if gpus == 1:
         return one
@@ -193,7 +195,7 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
     shards = gpus if parallel == "fsdp" else min(gpus, machine)
 
     def numbers(sizes: list[Size], count: int, trained: bool) -> int:
-        """Count the numbers of a shard, of `count`."""
+        """Return the number of elements of a shard of `count` elements."""
         return sum(-(-first // count) * rest for first, rest, learns in sizes if learns or not trained)
 
     every = [size for sizes in (*one.groups, one.whole) for size in sizes]
@@ -244,10 +246,10 @@ def measure_samples(
     model: str, sizes: dict[str, Any], trainer: TrainerConfig, rows: int, seconds: float, most: int,
     shards: bool = False,
 ) -> tuple[Measured, Measured]:  # fmt: skip
-    """Measure a step with one sample a process, and one with two on the line to a step with `most`.
+    """Measure a step with one sample per process, and interpolate one with two samples from a step with `most`.
 
     Args:
-        shards: also for FSDP.
+        shards: whether to measure FSDP, too.
     """
     lora = sizes.get("lora", {"rank": 0})
     sizes = {key: value for key, value in sizes.items() if key != "lora"}

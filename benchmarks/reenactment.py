@@ -1,14 +1,14 @@
-"""How well a portrait codec rebuilds real people, and carries the movement of one to the face of another.
+"""Quality of a portrait codec on real people: self-reenactment and cross-reenactment.
 
-Each clip's face is cut as inference cuts it. In self-reenactment, the clip is rebuilt from its first frame and its
+Faces are cropped as in inference. In self-reenactment, the clip is reconstructed from its first frame and its
 motion codes; in cross-reenactment, the motion codes of one person's clip move the first frame of another's. The opening
 of the mouth is read from dlib's landmarks of the inner lips, in units of the distance of the eyes; `identity` is the
 cosine of embeddings of dlib's face recognition network, on which nothing here was trained (extra `landmarks`). For the
 cosine's scale, `same_person` compares two clips of one person, `other_people` clips of two. The codec `copy` repeats
 the first frame.
 
-With --drawn, it also rebuilds held-out cartoon faces of a synthetic corpus, and once more from the motion codes of the
-codec named by --codes, as a model of those codes would have them rebuilt.
+With --drawn, held-out cartoon faces of a synthetic corpus are reconstructed, too: from their own motion codes and from
+those of the codec named by --codes, as for a model that generates those codes.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _cosine(people: dict[str, list[Seen]], person: int, clip: int) -> float:
-    """Return the mean cosine of each person's first clip and clip number `clip` of the person `person` places on."""
+    """Return the mean cosine between the first clip of each person and clip `clip` of the person `person` positions
+    later.
+    """
     clips = list(people.values())
     pairs = [(own[0], clips[(k + person) % len(clips)][clip]) for k, own in enumerate(clips)]
     return float(np.mean([(a.faces @ b.faces.T).mean() for a, b in pairs]))

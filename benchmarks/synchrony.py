@@ -2,8 +2,8 @@
 
 For each speaker, least squares predict a coarse log-mel spectrogram from the mouth's main components in seven
 neighbouring frames; the speaker's clips are divided in ten parts, each predicted from the other nine. A clip's lag is
-the shift of its audio at which the prediction agrees best with it. Clips with a lag of more than a frame are not
-learned from in two further rounds. A constant lag of all clips of a speaker cannot be seen in this way. The method is
+the shift of its audio at which the prediction agrees best with it. Clips with a lag of more than a frame are excluded
+from the fit in two further rounds. A constant lag of all clips of a speaker cannot be seen in this way. The method is
 tried on the same clips with known shifts.
 
 Axes: n clips, T frames (25 per second), C components of a mouth, M = 20 mel bands.
@@ -94,7 +94,7 @@ def features(mouth: Tensor, wave: Tensor, rate: int) -> tuple[Tensor, Tensor]:
 
 
 def predict(mouths: Tensor, sounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return predicted spectrograms (n, T, M) of mouths (n, T, P), and their agreement (n, lags) with the sounds."""
+    """Return predicted spectrograms (n, T, M) of mouths (n, T, P), and their agreement (n, lags) with the audio."""
     count = len(mouths)
     inputs = neighbours(components(mouths))
     parts = torch.arange(count) % PARTS

@@ -1,6 +1,6 @@
 """Training steps of both models: time and memory by part, tokens/s and MFU, for several batch sizes.
 
-    python scripts/benchmark.py training --batches 1           # a step of both base models on the processor
+    python scripts/benchmark.py training --batches 1           # a step of both base models on the CPU
     python scripts/benchmark.py training --batches 1 2 4 8 16 --compile both --checkpointing both --precision bf16
 
 Weights and data are random, as speed depends on neither. On CUDA, a batch size that does not fit is reported, and
@@ -135,7 +135,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     durations: list[np.ndarray] = []
 
     def step() -> int:
-        """Take a step, note the seconds of its `PARTS`, and return its tokens."""
+        """Run a training step, record the seconds of its `PARTS`, and return the number of tokens."""
         times = [now(device)]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = parallel.losses(batch, part)["loss"]

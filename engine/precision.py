@@ -1,7 +1,7 @@
 """Numerical precision of networks in inference: `precision=auto|fp32|bf16|int8`.
 
 With bfloat16, the operands of matrix products are in half precision, which halves the memory and is up to three times
-as fast on processors with native support. Residual streams, log posteriors, sampling and codecs stay in float32.
+as fast on CPUs with native support. Residual streams, log posteriors, sampling and codecs stay in float32.
 
 On x86 CPUs, weights are prepacked for inference into the memory layout of oneDNN (`PackedLinear`). Without it, PyTorch
 uses MKL for float32, which is half as fast on AMD CPUs, and repacks bfloat16 weights in each call.

@@ -59,7 +59,7 @@ class Work(Generic[Item, Result]):
 
 @dataclass(frozen=True)
 class Lost:
-    """Result of an item whose process died or timed out. reason: human-readable reason."""
+    """Result of an item whose process died or timed out, with the reason."""
 
     reason: str
 

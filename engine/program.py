@@ -1,8 +1,8 @@
 """Runs a `@hydra.main` program: one-line error messages, `--help` with descriptions, and numbered sweeps.
 
 @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
-def train(config: DictConfig) -> None:
-    use_output_dir(config, "run")
+@runs(output="run")
+def train(config: DictConfig) -> int:
     ...
 
 def main() -> int:

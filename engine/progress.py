@@ -30,8 +30,12 @@ Report = Callable[[int, int | None, str], object]  # arguments: finished steps, 
 
 @dataclass
 class Progress:
-    """Progress display of a command. prefix: prefix of stage labels. bar: the open bar. report: callback in place of
-    bars.
+    """Progress display of a command.
+
+    Attributes:
+        prefix: prefix of stage labels.
+        bar: the open bar.
+        report: callback that is called instead of showing bars.
     """
 
     prefix: str = ""

@@ -84,8 +84,8 @@ def picture_frames(length: int, count: int) -> np.ndarray:
 
 
 class HiCoDiTDataset:
-    """Clips of one split of prepared shards, for `engine.training.trainer`. Clips that are too short or lack a required
-    tensor are skipped.
+    """Clips of one split of prepared shards, for `engine.training.trainer`. Clips that are too short, or without a
+    required tensor, are skipped.
 
     Args:
         source: folder or URL of the split.
@@ -152,7 +152,7 @@ class HiCoDiTDataset:
         Returns:
             tokens (2 T, K) int64; ge2e (256,); phoneme (T,) int64, 0 for silence or unknown; expression (J,) int64,
             from the face; heard_expression (J,) int64, from the voice, if it is the condition, `NO_EXPRESSION` where
-            unknown. Pictures: mouth (T, S, S) uint8 grey, and faces (F, S', S', 3) uint8 RGB of the frames
+            unknown. Images: mouth (T, S, S) uint8 grey, and faces (F, S', S', 3) uint8 RGB of the frames
             `picture_frames`; or their features: lip (T, E) and face_identity (F, 512) float16.
         """
         info, tensors = self.shards.read(index, (*self.required, "phoneme"))

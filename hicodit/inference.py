@@ -42,7 +42,8 @@ def run(c: InferConfig, clips: list[Path]) -> int:
 class ClipRunner(JobRunner):
     """Detects the faces in clips, generates speech and writes the output files.
 
-    index: GPU index, if several processes share the clips.
+    Args:
+        index: GPU index, if several processes share the clips.
     """
 
     def __init__(self, c: InferConfig, index: int | None = None) -> None:

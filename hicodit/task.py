@@ -275,7 +275,7 @@ class HiCoDiTTask(Task):
         Masks are drawn on the host, as shapes depend on the number of masked tokens.
 
         Returns:
-            times, tokens, and the masked positions of each level (see `hicodit.model.positions_of`).
+            Times, tokens, and the masked positions of each level (see `hicodit.model.positions_of`).
         """
         t = stratified_times(len(tokens), MIN_TIME)
         masked = masked_at(self.noise.sigma(t), torch.rand(tokens.shape))

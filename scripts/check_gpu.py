@@ -6,7 +6,7 @@
 
 Prints a line per result. PASS: the value is within its range. WARN: within a factor of two of it, or something is not
 installed or unknown. FAIL: outside of it, or the check raised an error. Writes OUT/DATE-check-gpu-CARD.json. Exit code
-1 if a line is FAIL, 2 without a card. What is checked is in benchmarks/card.py; weights are random or bundled.
+1 if a line is FAIL, 2 without a GPU. What is checked is in benchmarks/card.py; weights are random or bundled.
 """
 
 from __future__ import annotations

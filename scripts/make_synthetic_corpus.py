@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(root: Path, seed: int, version: int, more: int) -> None:
-    """Create the folders, or refuse a folder that holds another corpus."""
+    """Create the folders, or refuse a folder that contains another corpus."""
     about = root / "corpus.json"
     if about.is_file():
         old = json.loads(about.read_text())
@@ -96,7 +96,7 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
 
 
 def remove_parts(root: Path) -> None:
-    """Delete what processes that were killed began to write."""
+    """Delete partial files of killed processes."""
     for part in root.glob("*/.*_*-*.*"):
         part.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
 A training step of one process runs on tensors without data (benchmarks/fake_step.py). What several exchange and share
-follows from the sizes of parameters (benchmarks/plan.py); rates of the cards and their efficiency are stated there.
+follows from the sizes of parameters (benchmarks/plan.py); rates of the GPUs and their efficiency are stated there.
 
 One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. Clips of a corpus differ in length, and a step
 takes as long as the longest batch of a rank: times are divided by the padding efficiency of log-normal lengths (median

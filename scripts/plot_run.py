@@ -122,7 +122,7 @@ def panel(name: str) -> tuple[str, str]:
 
 
 def smoothed(values: np.ndarray, points: int) -> np.ndarray:
-    """Average the `points` values round each one; fewer at the ends, as many before as after."""
+    """Average the `points` values around each one, symmetrically; fewer at the ends."""
     if points < 2 or len(values) < 3:
         return values
     index = np.arange(len(values))

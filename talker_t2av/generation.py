@@ -96,10 +96,11 @@ class Row:
 
 @dataclass(frozen=True)
 class State:
-    """State that a step replaces. hidden: (B, D) after the last token. context: (B, p P, C) frames before the next
-    patch.
+    """State of all rows, which each step replaces.
 
     Attributes:
+        hidden: (B, D) hidden state after the last token.
+        context: (B, p P, C) frames before the next patch, by stream.
         index: (B,) number of steps.
         length: (B,) number of cached tokens.
         hits: (B,) consecutive positive stop predictions.

@@ -70,7 +70,7 @@ class TalkerTask(Task):
         sampling: fields of `Sampling`, the defaults stored in the release; `particles` only if the model supports them.
         validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `metrics`: figures of
             `engine.metrics.registry`; `grammar`: recogniser, see `words_by`; `corpus`: folder of the recordings, whose
-            faces are then drawn, or None. None turns it off.
+            faces are then rendered, or None. None disables validation.
         recipe: description of the recipe for the model card.
     """
 

@@ -182,7 +182,7 @@ def phoneme_tokenizer(language: str) -> TalkerTokenizer:
 def byte_tokenizer() -> TalkerTokenizer:
     """Create a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
-    Texts are put in lower case, and white space at both ends is removed.
+    Texts are converted to lower case, and white space at both ends is removed.
     """
     alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))

@@ -1,6 +1,6 @@
 """LIA-X: a portrait video as one identity image and a short motion code per frame (Wang et al., 2025).
 
-Axes: B images, T frames, S side of the square image, C channels, D style, M motion. Pictures are RGB in [-1, 1], (3, S,
+Axes: B images, T frames, S side of the square image, C channels, D style, M motion. Images are RGB in [-1, 1], (3, S,
 S); videos (T, 3, S, S); motion codes (T, M).
 """
 

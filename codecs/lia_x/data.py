@@ -281,7 +281,9 @@ def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) 
 
 
 def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np.ndarray, frames: int) -> None:
-    """Write the frames of all clips as one array (N, K, S, S, 3), and which can be read: their frames come first."""
+    """Write the frames of all clips as one array (N, K, S, S, 3), and the list of readable clips, whose frames come
+    first.
+    """
     kept = []
     leave = leaving_out(out.parent, len(paths))
     with atomic_output(out) as partial:

@@ -1,6 +1,6 @@
 """Image losses and the networks that they use.
 
-Axes: B images, C channels, S side, H height, W width. Pictures are (B, 3, S, S) in [-1, 1].
+Axes: B images, C channels, S side, H height, W width. Images are (B, 3, S, S) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
     """Return loss weights per pixel, (1, 1, S, S), with mean 1.
 
     Args:
-        regions: boxes `left`, `top`, `right`, `bottom` in fractions of the side, that count `weight` times as much as
-            what no box covers; of overlapping boxes the last one counts.
+        regions: boxes `left`, `top`, `right`, `bottom` in fractions of the side, with a loss weight of `weight`
+            relative to the rest of the image; of overlapping boxes the last one applies.
     """
     weights = torch.ones(size, size)
     for box in regions:

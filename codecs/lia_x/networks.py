@@ -77,7 +77,7 @@ class Level(nn.Module):
             refined: the source's warped features after refinement, (B, C, S, S).
             flow: raw flow and mask logits, (B, 3, S, S).
             picture: (B, 3, S, S), not clamped.
-            source: the source picture's feature map of this level, (B, C, S, S).
+            source: the feature map of the source image of this level, (B, C, S, S).
         """
         hidden = self.grow(hidden, style)
         for block in self.flow_blocks:

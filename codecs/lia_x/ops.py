@@ -4,7 +4,7 @@ Axes: B images, C channels, O output channels, H height, W width, S side of a sq
 Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
 ("equalised"), so that every weight learns at the same pace.
 
-Gains, biases and sums are folded into weights or into one pass over a map where they can be: a map of 512 x 512 pixels
+Gains, biases and sums are folded into weights or into one pass over a map where possible: a map of 512 x 512 pixels
 and 128 channels is 134 MB, and each pass costs about a sixth of a convolution on a CPU.
 """
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 def blur(x: Tensor, pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Tensor:
     """Zero-pad both axes by `pad` = (before, after), low-pass with a sum of `gain`, keep every `stride`-th value.
 
-    The kernel is the outer product of (1, 3, 3, 1) / 8, exact in any precision. It is computed where `x` is: for a copy
-    from the host the host would wait. (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride + 1.
+    The kernel is the outer product of (1, 3, 3, 1) / 8, exact in any precision. It is created on the device of `x`, as
+    a copy from the host would synchronise. (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride
+    + 1.
     """
     channels = x.shape[1]
     taps = 0.5 - (torch.arange(4, dtype=x.dtype, device=x.device) - 1.5).abs() / 4
@@ -105,7 +106,7 @@ class ModulatedConv2d(nn.Module):
     """Convolution whose input channels are scaled by a style, then normalised per output channel ("demodulated").
 
     Scaling the *maps* by the style, and the result by the norm that the scaled weight would have, equals scaling the
-    weight of each picture (Karras et al., 2020, equations 1 and 3), and lets a batch share one convolution.
+    weight of each image (Karras et al., 2020, equations 1 and 3), and lets a batch share one convolution.
     """
 
     def __init__(

@@ -47,8 +47,10 @@ RULES = (
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return (fields of `LiaXConfig`, state dict under our names) of the official file that `path` is, or that the
-    folder `path` holds; None: neither.
+    """Return the fields of `LiaXConfig` and the state dict with renamed keys of an upstream checkpoint.
+
+    Args:
+        path: the checkpoint, or a folder that contains it. Returns None if there is none.
     """
     path = path / FILE if (path / FILE).is_file() else path
     if not path.is_file():
@@ -63,7 +65,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
 def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `LiaXConfig` that match the shapes of an upstream state dict with renamed keys.
 
-    Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
+    Shapes only determine the product of a width and `scale`; published networks have `WIDTH` before scaling.
     """
     with sizes_of("a LIA-X checkpoint"):
         style_dim, motion_dim = state["decoder.directions.weight"].shape

@@ -40,8 +40,10 @@ def warm_start(
     first_levels: int = 0,
     first_channels: int = 0,
 ) -> None:
-    """Initialise every level from latents (M, C): projections are the first D principal axes of what the levels before
-    left over, the code book is their k-means.
+    """Initialise every level from latents (M, C).
+
+    Projections are the first D principal axes of the residual of the previous levels, and the codebook is computed from
+    the projected residual by k-means.
 
     All code vectors are scaled by one number that gives those of the first level unit variance, so that the losses of
     the quantiser have the same weight whatever the latents' scale.

@@ -19,8 +19,10 @@ RULES = ((r"^model\.head\.istft\.window$", None), (r"^block\.", "encoder.block."
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return (fields of `RVQCodecConfig`, state dict under our names) of the published files in `path` or its subfolder
-    `acoustic_codec`; None: neither has them.
+    """Return the fields of `RVQCodecConfig` and the state dict with renamed keys of the published files.
+
+    Args:
+        path: a folder that contains them, or whose subfolder `acoustic_codec` does. Returns None if neither does.
     """
     folder = next((place for place in (path / "acoustic_codec", path) if (place / FILES[1]).is_file()), None)
     if folder is None:

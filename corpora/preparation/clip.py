@@ -104,18 +104,18 @@ class WorkItem:
         work: work folder of its shard.
         shard, places: an earlier shard with its sample; offset and size of KEY.json and KEY.safetensors.
         unchanged: steps whose results are copied from that shard.
-        frames: (T, H, W, 3) uint8 RGB, None without pictures.
+        frames: (T, H, W, 3) uint8 RGB, None without video.
         wave: (N,) float32, N = T * 960.
         wave16: (N16,), T * 640.
         all_frames: (T', H, W, 3) with those after the end of the audio.
-        scaled_down: they are smaller than the video.
+        scaled_down: whether these are smaller than the frames of the video.
         track: face track of `frames`.
         face_frames, face_track: frames from which mouth and face are cropped, and the track in their pixels, as in
             inference.
         transcripts: transcripts by recogniser.
-        facts: for KEY.json.
-        earlier_facts: those copied.
-        tensors: for KEY.safetensors.
+        facts: entries of KEY.json.
+        earlier_facts: entries copied from an earlier shard.
+        tensors: entries of KEY.safetensors.
         length: T.
         seconds: as in `Outcome`.
     """

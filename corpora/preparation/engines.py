@@ -73,7 +73,7 @@ def whisper(name: str = "openai/whisper-large-v3", device: str = "auto") -> Whis
 
 
 class Wav2Vec2:
-    """English letters by wav2vec 2.0 with CTC (Baevski et al. 2020, arXiv:2006.11477) through transformers.
+    """Recogniser of English letters: wav2vec 2.0 with CTC (Baevski et al. 2020, arXiv:2006.11477) through transformers.
 
     It has no language model and therefore does not hallucinate words like Whisper, which makes it a suitable second
     recogniser. Weights: facebook/wav2vec2-large-960h-lv60-self (Apache-2.0).

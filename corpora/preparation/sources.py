@@ -88,7 +88,8 @@ def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
 
 
 def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
-    """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the audio of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
+    """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the audio of ROOT/{dev,test}/aac/... (.m4a) if that tree
+    exists.
 
     Args:
         validation: fraction of dev's speakers in the split `val`. The official test speakers are unchanged.
@@ -167,7 +168,7 @@ def folder(root: str | Path, table: str = "clips.csv") -> Source:
 
     Args:
         root: folder of the relative paths.
-        table: the CSV file; a relative path stands under `root`.
+        table: the CSV file; a relative path is relative to `root`.
     """
     root = existing(root)
     clips: dict[str, list[SourceClip]] = {}
@@ -203,7 +204,7 @@ def divided(
 
 
 def _with_text(folder: str, name: str) -> SourceClip:
-    """Describe VIDEO/CLIP of LRS; the folder, a video, stands for the speaker, who is not named."""
+    """Describe VIDEO/CLIP of LRS. VIDEO is used as the speaker, as speakers are not named."""
     path = f"{folder}/{name}"
     return SourceClip(
         make_key(name), f"{path}.mp4", text_file=f"{path}.txt", speaker=name.partition("/")[0], language="en"

@@ -190,7 +190,9 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _hdtf(folder: Path) -> Iterator[Row]:
-    """Read NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named so."""
+    """Read NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset. NAME is the name of the
+    video.
+    """
     lists = sorted(folder.glob("*_annotion_time.txt"))
     if not lists:
         raise UserError(f"{folder} contains no *_annotion_time.txt: set the folder HDTF_dataset of HDTF")

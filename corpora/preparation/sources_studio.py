@@ -29,7 +29,7 @@ ADVERBS = {"a": "again", "n": "now", "p": "please", "s": "soon"}
 
 
 def find_files(root: Path, *suffixes: str) -> list[Path]:
-    """Return files with one of the suffixes, wherever archives were unpacked below `root`; in order, relative to it."""
+    """Return the files with one of the suffixes in any folder below `root`, sorted, as relative paths."""
     walk = ((Path(folder) / name for name in names) for folder, _, names in os.walk(root))
     files = (path.relative_to(root) for paths in walk for path in paths if path.name.lower().endswith(suffixes))
     return sorted(files, key=Path.as_posix)
@@ -45,13 +45,13 @@ def grid(
 ) -> Source:
     """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as in the archives s1.zip to s34.zip. The name encodes the sentence.
 
-    The audio is the video's: the files of audio_25k.zip are shorter, without the silence at both ends. Files
+    The audio of the video is used: the files of audio_25k.zip are shorter, without the silence at both ends. Files
     s1/**/bbaf2n.align, as alignments.zip unpacks, contain the times of the words, which are the `symbols`.
 
     Args:
         protocol: the splits. "lipnet" tests on speakers 1, 2, 20 and 22 (arXiv 1611.01599). "unseen" trains on 16
             speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out 5
-            % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it for
+            % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as in VCA-GAN for
             speakers 1, 2, 4 and 29. The selection of these sentences is ours.
         validation: fraction of the other speakers of "lipnet" that are used for validation.
         speakers: speakers to use. None: all.

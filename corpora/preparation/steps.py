@@ -115,7 +115,7 @@ class Steps(Work[WorkItem, Outcome]):
         return Outcome(seconds=clip.seconds, frames=clip.length)
 
     def _copy_unchanged(self, clip: WorkItem) -> None:
-        """Copy the tensors of an earlier shard; nothing is unchanged if the source describes the clip otherwise now."""
+        """Copy unchanged tensors of an earlier shard. If the description of the clip has changed, nothing is copied."""
         with _timed("reuse", clip), clip.shard.open("rb", buffering=0) as file:
             steps = [self.steps[name] for name in clip.unchanged]
             facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})

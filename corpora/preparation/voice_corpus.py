@@ -62,9 +62,9 @@ def grid_sentences(root: Path, speakers: list[str]) -> dict[str, list[Recording]
 
 
 def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
-    """Find the prompts of one language below `sounds` that `transcripts` has a line for, `path/name: What is said.`
+    """Find the prompts of one language below `sounds` that have a line in `transcripts`, `path/name: What is said.`
 
-    What stands in brackets is no speech; such prompts are left out.
+    Prompts with text in brackets, which is not speech, are skipped.
     """
     opened = gzip.open if transcripts.suffix == ".gz" else open
     rows = []
@@ -83,7 +83,7 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
     """Let each voice of flite speak `clips` sentences of the synthetic corpus's version 3 into `folder`.
 
     flite's voices are built from recordings of people: one joins their diphones, three are statistical models of them
-    (Black & Lenzo, 2001; Black, 2006). They say any sentence, which the recordings at hand do not.
+    (Black & Lenzo, 2001; Black, 2006). They can speak any sentence, unlike the other recordings.
 
     Raises:
         UserError: If flite is not installed.
@@ -143,7 +143,7 @@ def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
     """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`.
 
     Returns:
-        what is left, and the second at which it starts, which is the start of a video frame.
+        The trimmed recording, and its start in seconds, which is the start of a video frame.
     """
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
@@ -164,10 +164,10 @@ def label(
     """Align a trimmed recording (N,) with `text`.
 
     Args:
-        voices: lines of espeak-ng's voice files; the one that comes nearest counts.
+        voices: lines of espeak-ng's voice files, of which the one that sounds most similar is used.
 
     Returns:
-        that voice, and the phonemes (symbol, start s, end s); None: the recording is of another text.
+        The voice, and the phonemes (symbol, start s, end s). None if the recording has another text.
     """
     best: tuple[float, str, list] = (np.inf, "", [])
     heard = cepstra(wave)
@@ -192,7 +192,7 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
     """Trim a recording (N,) to its phonemes and `MARGIN` seconds on both sides, as noise may mask silent ends.
 
     Returns:
-        what is left, its phonemes, and the second at which it starts, which is the start of a video frame.
+        The trimmed recording, its phonemes, and its start in seconds, which is the start of a video frame.
     """
     first = int(max(0.0, phonemes[0][1] - MARGIN) * FPS) / FPS
     speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
@@ -201,11 +201,11 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
 
 @dataclass(frozen=True)
 class Copies:
-    """What is written of each recording.
+    """Copies to write of each recording.
 
     Args:
-        others: further copies of training recordings at other speeds: pitch and formants move along, which makes more
-            voices than there are.
+        others: additional copies of training recordings at other speeds, which also change pitch and formants, and
+            thus yield more voices.
         pictures: whether to include the video frames of the face, as in version 2 of the synthetic corpus.
         seed: random seed of the speeds.
     """
@@ -267,10 +267,10 @@ def write_voices(
     """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
 
     Args:
-        facts: for corpus.json.
+        facts: additional entries of corpus.json.
 
     Returns:
-        how many clips each split has.
+        The number of clips of each split.
     """
     counts = {}
     for split, recordings in people.items():

@@ -1,5 +1,5 @@
-"""Clips of the corpus: each is a function of (version, seed, split, index) alone, whatever process makes it, in any
-order.
+"""Clips of the corpus: each is a function of (version, seed, split, index), independent of the process and
+the order.
 
 Version 2 has a rule from face to voice, expressions that change within half of the clips, and free sentences beside
 those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without video, by the same

@@ -72,7 +72,7 @@ def draw_change(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def blend(first, second, share: float):
-    """Mix two prosodies or two poses: `share` of the second."""
+    """Mix two prosodies or two poses, with weight `share` of the second."""
     return type(first)(*(a + (b - a) * share for a, b in zip(vars(first).values(), vars(second).values())))
 
 

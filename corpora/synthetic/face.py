@@ -1,7 +1,7 @@
 """The moving face: eyes, brows and mouth drawn over the still portrait, frame by frame.
 
 Lengths are in pixels of the 128-pixel frame; drawing is at twice that size. Eyes, brows and mouth are drawn in
-coordinates of the head; a function `place` maps such points (N, 2) to the picture, where the head has moved.
+coordinates of the head; a function `place` maps such points (N, 2) to the frame, according to the head motion.
 
 Axes: T frames, P mouth parameters, N points."""
 

@@ -1,4 +1,4 @@
-"""Who a face is: identity parameters tied to the voice, and the still parts of the portrait.
+"""Identity of a face: parameters tied to the voice, and the still parts of the portrait.
 
 Lengths are in pixels of the 128-pixel frame; drawing is at `SCALE` times that. Colours are RGB.
 

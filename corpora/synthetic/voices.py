@@ -1,11 +1,11 @@
 """Voices of the synthetic corpus and their faces.
 
-`voices_v2.json` keeps seeds alone, from which five traits follow that change voice and face. Each lies between 0 and 1
+`voices_v2.json` contains only seeds, which determine five traits of voice and face. Each lies between 0 and 1
 and moves what is heard and what is seen monotonically, so that a model can learn from a few hundred voices how an
 unknown face sounds. Attributes that are independent of the voice (skin, hair style, glasses, freckles, shirt,
 background) are drawn separately. The seeds are the first whose voice a recogniser understands in the three hardest
 prosodies (6 % word errors at most) and whose face OpenCV's cascade finds with every expression. The voices of the
-splits unseen and dev are those that GE2E tells apart best (farthest points).
+splits unseen and dev are those that GE2E distinguishes best (farthest points).
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Voice:
         group: "train", "unseen" (used only in that test split), "dev" (only in that split) or "more"
             (further voices for training).
         lines: contents of the espeak-ng voice file.
-        face: what the voice looks like.
-        traits: what voice and face share.
+        face: appearance of the face.
+        traits: traits that affect both.
     """
 
     number: int

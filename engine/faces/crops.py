@@ -25,13 +25,13 @@ CROPPED = 0.85  # fraction of a square image above which the face fills it, so t
 
 
 def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Cut grey mouth crops (T, size, size) uint8 from frames (T, H, W, 3), upright also if the head is tilted."""
+    """Crop the mouth, grey (T, size, size) uint8, from frames (T, H, W, 3), upright also if the head is tilted."""
     grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames)
     return _crop(grey, track, MOUTH_CENTRE, MOUTH_SIDE, size)
 
 
 def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Cut face crops (T, size, size, 3) uint8 RGB from frames (T, H, W, 3), upright also if the head is tilted."""
+    """Crop the face, (T, size, size, 3) uint8 RGB, from frames (T, H, W, 3), upright also if the head is tilted."""
     return _crop(frames, track, (0.5, 0.5), FACE_SIDE, size)
 
 

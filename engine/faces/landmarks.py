@@ -1,7 +1,7 @@
 """Landmarks of a tracked face in every frame: dlib's 68, the five of a detector, or those of a file.
 
-Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks are (x, y) in pixels: 68 numbered as iBUG
-300-W does (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engine.faces.detectors`.
+Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks are (x, y) in pixels: 68 numbered as in
+iBUG 300-W (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engine.faces.detectors`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
         paths = [(path / clip).with_suffix(suffix) for suffix in SUFFIXES]
         path = next((p for p in paths if p.is_file()), None)
         if path is None:
-            raise FaceError(f"no landmarks of it: looked for {paths[0]} (or {', '.join(SUFFIXES[1:])})")
+            raise FaceError(f"no landmarks: looked for {paths[0]} (or {', '.join(SUFFIXES[1:])})")
     try:
         size = path.stat().st_size
         if path.suffix == ".npz":

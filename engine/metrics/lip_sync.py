@@ -6,7 +6,7 @@ the weights). 25 frames per second, 31 shifts. The face is cropped as in SyncNet
 the tracked box, but detected by OpenCV's cascade instead of S3FD, so scores may differ from those of that program.
 
 Axes: B batch, T video frames (25 per second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 per
-second), S = 31 shifts, D = 1024 embedding. Pictures are (T, height, width, 3).
+second), S = 31 shifts, D = 1024 embedding. Images are (T, height, width, 3).
 """
 
 from __future__ import annotations

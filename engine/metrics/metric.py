@@ -144,7 +144,7 @@ class Metric:
 
         Args:
             rows: measurements of a system by clip.
-            true: of the ground-truth clips.
+            true: measurements of the ground-truth clips.
             truths: the ground-truth clips themselves.
         """
         return rows

@@ -1,12 +1,12 @@
 """Speech quality and intelligibility: DNSMOS, UTMOS, PESQ, STOI.
 
 - DNSMOS, predicted mean opinion score (MOS) of quality, 1 to 5, without a reference: `p808`, Reddy et al. 2021,
-  arXiv:2010.15258 (HiCoDiT's, as its ground-truth rows say); `p835`, the overall score of Reddy et al. 2022,
+  arXiv:2010.15258 (HiCoDiT's, as its ground-truth rows suggest); `p835`, the overall score of Reddy et al. 2022,
   arXiv:2110.01763. Both networks are included in the package speechmos (MIT). As in the official implementation, clips
   under 9 s are repeated, and longer ones are averaged over windows.
 - UTMOS, predicted MOS of naturalness, 1 to 5, without a reference (Saeki et al. 2022, arXiv:2204.02152): the strong
-  learner of utmos22, by the package utmos-pytorch (MIT), which states that it equals the original; weights MIT. One
-  clip at a time: padding moves the score.
+  learner of utmos22, by the package utmos-pytorch (MIT), which states that it equals the original; weights MIT. Clips
+  are processed one by one, as padding would change the score.
 - PESQ, quality against the ground truth: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2), by
   the package pesq (MIT), which wraps the ITU's program.
 - STOI (Taal et al. 2011) and ESTOI (Jensen & Taal 2016), intelligibility against the ground truth, by the

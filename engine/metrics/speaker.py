@@ -1,12 +1,12 @@
 """Speaker similarity and speaker identification by speaker embeddings.
 
 SpkSim is the cosine similarity between speaker embeddings of output and ground truth:
-- `ecapa` (HiCoDiT's is an ECAPA-TDNN, taken to be this one): Desplanques et al. 2020, arXiv:2005.07143, trained on
+- `ecapa` (HiCoDiT's is an ECAPA-TDNN, assumed to be this one): Desplanques et al. 2020, arXiv:2005.07143, trained on
   VoxCeleb; network and filters of the package speechbrain, weights `spkrec-ecapa-voxceleb` (both Apache-2.0).
 - `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
   measures it.
-- `ge2e`: Wan et al. 2018, arXiv:1710.10467, by the package Resemblyzer (Apache-2.0), which carries its weights; as
-  V2SFlow and SLD-L2S measure it.
+- `ge2e`: Wan et al. 2018, arXiv:1710.10467, by the package Resemblyzer (Apache-2.0), which includes its weights; as
+V2SFlow and SLD-L2S measure it.
 
 Speaker identification compares a GE2E embedding with the mean embedding of each of many voices:
 - `clips`: the voices of the ground-truth clips. A clip is excluded from the mean of its own voice, and is skipped if no

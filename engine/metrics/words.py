@@ -3,7 +3,8 @@
 Errors are summed over all clips and divided by the total number of words (micro average), by jiwer (Apache-2.0). A clip
 without recognised words counts as all deletions. Recognisers:
 
-- `whisper-medium` (HiCoDiT's, as its ground-truth rows say), `whisper-large-v3`: Radford et al. 2022, arXiv:2212.04356,
+- `whisper-medium` (HiCoDiT's, as its ground-truth rows suggest), `whisper-large-v3`: Radford et al. 2022,
+arXiv:2212.04356,
   weights MIT, by transformers; greedy decoding with the given language. A colon and a folder select another Whisper
   model.
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.

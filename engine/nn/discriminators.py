@@ -48,7 +48,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """One `PeriodDiscriminator` a period; `sizes` are its channels, growth and max_channels."""
+    """One `PeriodDiscriminator` per period; `sizes` are its channels, growth and max_channels."""
 
     def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), **sizes: int):
         super().__init__()
@@ -107,7 +107,7 @@ class SpectrogramDiscriminator(nn.Module):
 
 
 class MultiResolutionDiscriminator(nn.Module):
-    """One `SpectrogramDiscriminator` a resolution; `sizes` are its channels, max_channels, kernels and strides.
+    """One `SpectrogramDiscriminator` per resolution; `sizes` are its channels, max_channels, kernels and strides.
 
     `win_lengths` defaults to `fft_sizes`, `hop_sizes` to half of each window.
     """

@@ -137,7 +137,7 @@ class ShardSplit:
     __getitem__ = read
 
     def require(self, *names: str) -> None:
-        """Skip samples that lack one of these tensors, such as clips without video, and print their number."""
+        """Skip samples without one of these tensors, such as clips without video, and print their number."""
         without = np.array([not holds.issuperset(names) for holds in self._holds])
         held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
         lacking = ", ".join(name for name in names if name not in held)

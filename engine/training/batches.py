@@ -34,9 +34,9 @@ class TrainingSet(Protocol):
     """Dataset for the trainer. All randomness of an item (crops, augmentation) must be drawn from the generator.
 
     Optional members:
-        lengths: (n,) number of tokens of each item, for batching by length. blocks: `Blocks`, or None if items can be
-        read in any order equally fast. prefetch(spans): called with the spans [first, last) of the next items, if there
-        are blocks.
+        lengths: (n,) number of tokens of each item, for batching by length.
+        blocks: `Blocks`, or None if items can be read in any order equally fast.
+        prefetch(spans): called with the spans [first, last) of the next items, if there are blocks.
     """
 
     def __len__(self) -> int: ...

@@ -3,7 +3,7 @@
 Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S image side. Points are (x, y) in pixels; a
 matrix (2, 3) maps source points to points of the aligned image.
 
-68 landmarks are numbered as iBUG 300-W does. Five are left eye, right eye, nose, left mouth corner, right mouth corner,
+68 landmarks are numbered as in iBUG 300-W. Five are left eye, right eye, nose, left mouth corner, right mouth corner,
 as seen in the image (the order of ArcFace and YuNet).
 """
 

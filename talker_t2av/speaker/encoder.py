@@ -1,4 +1,4 @@
-"""Speaker encoders: a voice to the 256 numbers that both diffusion heads are conditioned on.
+"""Speaker encoders, which map a voice to the embedding (256,) that conditions both diffusion heads.
 
 `WavLMEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) under an ECAPA-TDNN head
 (Desplanques et al. 2020, arXiv:2005.07143). Its weights are `wavlm_large_finetune.pth` of microsoft/UniSpeech,
@@ -75,8 +75,9 @@ class ConvReluNorm(nn.Module):
 
 
 class Res2Conv(nn.Module):
-    """Eight parts of the channels; all except the last pass a convolution that also sees its left neighbour's
-    result."""
+    """Splits the channels into eight groups. Each group except for the last is convolved together with the result of
+    the previous one.
+    """
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
@@ -108,7 +109,7 @@ class SqueezeExcite(nn.Module):
 
 
 class SERes2Block(nn.Module):
-    """Pointwise, Res2 and pointwise convolutions, squeeze-excite, and the block's input: (B, C, T) -> (B, C, T)."""
+    """Pointwise, Res2 and pointwise convolutions, squeeze-excite, and a residual connection: (B, C, T) -> (B, C, T)."""
 
     def __init__(self, channels: int, dilation: int, bottleneck: int):
         super().__init__()
@@ -122,7 +123,7 @@ class SERes2Block(nn.Module):
 
 
 class AttentiveStatistics(nn.Module):
-    """Mean and standard deviation over time under an attention of each channel: (B, C, T) -> (B, 2 C)."""
+    """Mean and standard deviation over time, weighted by per-channel attention: (B, C, T) -> (B, 2 C)."""
 
     def __init__(self, channels: int, bottleneck: int):
         super().__init__()
@@ -182,7 +183,7 @@ def standardise(features: Tensor) -> Tensor:
 
 
 class WavLMEncoder(nn.Module):
-    """Wave to speaker embedding: WavLM's mixed hidden states through ECAPA-TDNN.
+    """Maps waveforms to speaker embeddings: mixed hidden states of WavLM, followed by ECAPA-TDNN.
 
     Args:
         config: configuration of WavLM.
@@ -202,14 +203,14 @@ class WavLMEncoder(nn.Module):
         return weights_digest(self)
 
     def normalise(self, wave: Tensor) -> Tensor:
-        """Scale (..., N) to zero mean, unit variance over N; a model trained without returns the wave itself."""
+        """Scale (..., N) to zero mean and unit variance over N, if the model was trained on such waveforms."""
         return F.layer_norm(wave, wave.shape[-1:]) if self.normalize else wave
 
     def hidden_states(self, waves: Sequence[Tensor]) -> Tensor:
         """Map waves (N_i,) of any lengths to (K, B, T, C): each layer's input, then the normalised output.
 
         Shorter waves are padded with zeros after their normalisation, and their padded frames are masked; the rows of
-        masked frames have no meaning.
+        masked frames are undefined.
         """
         lengths = [len(wave) for wave in waves]
         batch = nn.utils.rnn.pad_sequence([self.normalise(wave) for wave in waves], batch_first=True)
@@ -256,7 +257,7 @@ class WavLMEncoder(nn.Module):
 
         Args:
             settings: fields of `WavLMConfig`; None: those of `LARGE`, unless shapes imply others.
-            source: where the state is from, for messages.
+            source: origin of the state, for error messages.
         """
         state = rename_all(state, RULES)
         config = WavLMConfig(**(LARGE | wavlm_sizes(state) if settings is None else settings))
@@ -327,7 +328,7 @@ def level_mel(wave: Tensor, bands: int) -> Tensor:
 
 
 class VoiceEncoder(Pretrained):
-    """Wave to speaker embedding, small: ECAPA-TDNN on log-mel bands."""
+    """Small speaker encoder of waveforms: ECAPA-TDNN on log-mel bands."""
 
     kind = "voice_encoder"
     Config = VoiceEncoderConfig
