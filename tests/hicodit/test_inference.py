@@ -55,34 +55,6 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     assert (guidance.guidance_form, guidance.all) == ("normalised", 2.0)
 
 
-def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, capsys):
-    clips = tmp_path / "in"
-    clips.mkdir()
-    shutil.copy(clip, clips / "a.mp4")
-    (clips / "b.mp4").write_bytes(b"this is not a video")
-    shutil.copy(clip, clips / "c.mp4")
-    assert run(config(release, clips, tmp_path / "out", figure=False, batch_size=2)) == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.mp4", "a.wav", "c.mp4", "c.wav"]
-    assert "b.mp4" in capsys.readouterr().err
-
-
-def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys):
-    source = tmp_path / "clips"
-    names = [f"clip{i}" for i in range(4)]
-    source.mkdir()
-    for name in names:
-        shutil.copyfile(clip, source / f"{name}.mp4")
-    changes = {"batch_size": 1, "device": "cpu", "figure": False}
-    assert run(config(release, source, tmp_path / "one", **changes)) == 0
-    capsys.readouterr()
-    assert run(config(release, source, tmp_path / "many", devices="2", **changes)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.partition(",")[0] for line in lines[:-1]) == [str(source / f"{name}.mp4") for name in names]
-    assert lines[-1].startswith("4 of 4 clips") and lines[-1].endswith("on 2 processes, cpu")
-    for name in names:
-        assert (tmp_path / "many" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
-
-
 def test_an_existing_output_survives_a_failed_run(release, clip, tmp_path, monkeypatch):
     for name in ("head.wav", "head_face.png"):
         (tmp_path / name).write_text("keep me")

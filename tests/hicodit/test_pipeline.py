@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.precision import Int8Linear, can_int8
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
-from hicodit.conditions.types import Conditions, windows_of
-from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
+from hicodit.conditions.types import windows_of
+from hicodit.generation import OVERLAP, REDO, generate, windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
 from tests.gpu.dying_graphs import DyingOutputs
@@ -37,21 +37,6 @@ def test_equal_seeds_give_equal_speech_at_each_precision(release, clip, precisio
     one, other = first.run(crops, [3])[0], again.run(crops, [3])[0]
     assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.wave, other.wave)
     assert not np.array_equal(one.tokens, first.run(crops, [4])[0].tokens)
-
-
-@pytest.mark.parametrize("lower", ["bf16", vnni])
-@torch.inference_mode()
-def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lower):
-    frames = torch.tensor([20, 20])
-    conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 2], [3, 4]]), frames)
-    tokens, log_q = torch.randint(0, 17, (2, 12, 40)), {}
-    for precision in ("fp32", lower):
-        model = HiCoDiTPipeline.from_pretrained(release, precision=precision).system.model
-        posterior = guided_posterior(model, conditions, GuidanceScales(2.5, 1.25))
-        log_q[precision] = posterior(tokens, torch.full((2,), 0.5), None)
-    assert log_q[lower].dtype == torch.float32 and not torch.equal(log_q["fp32"], log_q[lower])
-    divergence = (log_q["fp32"].exp() * (log_q["fp32"] - log_q[lower])).sum(-1).mean()
-    assert 0 < divergence < 0.05  # random weights of large scale; the bundled model has less
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
