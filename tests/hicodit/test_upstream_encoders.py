@@ -217,7 +217,9 @@ def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shar
     assert results.keys() == {"loss_both", "dse_both"}
 
 
-def test_validation_gives_the_same_figures_for_any_number_of_processes(system, release, shards, shares_give_the_same_figures):
+def test_validation_gives_the_same_figures_for_any_number_of_processes(
+    system, release, shards, shares_give_the_same_figures
+):
     pytest.importorskip("pystoi")
     quick = {"sampler": {"steps": 1}, "validate_splits": ["both", "both"], "validate_clips": 3}
     shares_give_the_same_figures(released_task(system, release, shards, validate_metrics=["stoi"], **quick).eval())
