@@ -147,7 +147,7 @@ def measure(
 
 
 def prepared_clips(corpus: Path, claim: Mapping[str, Any]) -> Path:
-    """Return where the shards of a claim lie by default."""
+    """Return the default folder of the shards of a claim."""
     if "table=grid" in claim["evaluate"]:
         return Path("data/shards/hicodit_grid_cpu")
     return corpus / "shards" / ("talker" if "table=synthetic_talker" in claim["evaluate"] else "hicodit_tiny")

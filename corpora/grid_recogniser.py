@@ -111,7 +111,7 @@ class GridSentences:
 
 
 def spectra(waves: Tensor) -> Tensor:
-    """Return power spectra (B, F, T) as `engine.nn.mel` has them."""
+    """Return power spectra (B, F, T) as in `engine.nn.mel`."""
     window = torch.hann_window(N_FFT)
     return torch.stft(waves, N_FFT, HOP, window=window, return_complex=True)[..., :-1].abs().square()
 
@@ -243,7 +243,7 @@ class GridRecogniserTask(Task):
         return batch["labels"].numel()
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Return losses; batch: see `GridSentences`."""
+        """Return the losses of a batch of `GridSentences`."""
         with torch.autocast("cpu", enabled=False):
             mel, lengths = change(batch["wave"], self.recogniser.config.bands)
         scores = self.recogniser(mel)

@@ -132,7 +132,7 @@ def smoothed(values: np.ndarray, points: int) -> np.ndarray:
 
 
 def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None, path: Path) -> None:
-    """Write the figure: a panel per name, a colour a run."""
+    """Write the figure: a panel per name, a colour per run."""
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     colours = dict(zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(runs)))

@@ -123,7 +123,7 @@ class TalkerExamples:
         stats: JSON file or URL with the motion statistics, such as index.json of the training split. None: those of the
             released model.
         reading: settings of reading shards.
-        tokenizer: as `load_tokenizer` takes it.
+        tokenizer: see `load_tokenizer`.
         patch_size, delay, order, phonemes: see the model.
     """
 

@@ -58,7 +58,7 @@ class TalkerTask(Task):
             for TTS. The release stores their names; validation decodes with the first.
         stats: path or URL of the training shards' index.json, with the motion statistics. None: those of the released
             model.
-        tokenizer: as `load_tokenizer` takes it.
+        tokenizer: see `load_tokenizer`.
         init: initial model with the same sizes and tokenizer: a release folder, or a folder with the upstream files.
         guided_layers: layers of the backbone with a head that is trained to attend to the current text position; see
             `alignment`. Requires data.train.phonemes.

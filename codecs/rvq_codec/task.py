@@ -169,7 +169,7 @@ class RVQCodecTask(GANTask):
         return [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock, ConvNeXtBlock))]
 
     def unsharded_modules(self) -> list[nn.Module]:
-        """Return the quantiser, whose code books are initialised and restarted in place."""
+        """Return the quantiser, whose codebooks are initialised and restarted in place."""
         return [self.codec.quantizer]
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:

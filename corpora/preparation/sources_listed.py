@@ -212,18 +212,18 @@ def _hdtf(folder: Path) -> Iterator[Row]:
 
 
 def _by_name(path: Path) -> dict[str, list[str]]:
-    """Return lines of words by their first word; {} where the file is not."""
+    """Return lines of words by their first word; {} if the file does not exist."""
     return {line.split()[0]: line.split()[1:] for line in read_lines(path)} if path.is_file() else {}
 
 
 def _clock(text: str) -> float:
-    """Return the seconds of 1:05 or 01:02:05; -1 for something else."""
+    """Return the seconds of a time such as 1:05 or 01:02:05; -1 if it is invalid."""
     parts = [_number(part) for part in text.split(":")]
     return sum(60**i * part for i, part in enumerate(reversed(parts))) if min(parts) >= 0 else -1.0
 
 
 def _number(value: Any) -> float:
-    """Return the finite number that a text is; -1 for something else."""
+    """Parse a finite number. Return -1 if the text is not one."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -85,7 +85,7 @@ def split_of(text: str) -> str:
 
 
 def plain_sentences() -> list[str]:
-    """Return the sentences of version 3's split `plain`, such as people say; they are in no split."""
+    """Return the everyday sentences of version 3's split `plain`, which are in no other split."""
     return PLAIN.read_text().splitlines()
 
 

@@ -228,7 +228,7 @@ class WavLMEncoder(nn.Module):
         return torch.stack([*out.hidden_states[:-1], out.last_hidden_state])
 
     def _samples_of(self, frames: int) -> int:
-        """Return the fewest samples that give `frames` frames."""
+        """Return the minimum number of samples that yield `frames` frames."""
         config = self.wavlm.config
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride)):
             frames = (frames - 1) * stride + kernel
@@ -241,7 +241,7 @@ class WavLMEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:
-        """Map a wave (N,) at 16 kHz -> (256,); raw values, not of unit length."""
+        """Map a waveform (N,) at 16 kHz to an embedding (256,), not normalised."""
         return self(_checked(wave)[None])[0]
 
     @classmethod
@@ -343,7 +343,7 @@ class VoiceEncoder(Pretrained):
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:
-        """Map a wave (N,) at 16 kHz -> (256,); raw values, not of unit length."""
+        """Map a waveform (N,) at 16 kHz to an embedding (256,), not normalised."""
         return self(level_mel(_checked(wave)[None], self.config.bands))[0]
 
 

@@ -136,7 +136,7 @@ class VoiceEncoderTask(Task):
         return batch["mel"].shape[0] * batch["mel"].shape[-1]
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Return losses; batch: see `VoiceClips`."""
+        """Return the losses of a batch of `VoiceClips`."""
         mel = batch["mel"]
         embedding = self.encoder(mel + self.noise * torch.randn_like(mel))
         distance = (embedding / embedding.shape[-1] ** 0.5 - batch["ge2e"]).square().sum(-1).mean()
