@@ -1,4 +1,4 @@
-"""Rows of media, releases and jobs: files that are damaged, huge, silent, not finite, or not what their names say."""
+"""Media files, releases and job lists that are damaged, too large, silent, not finite, or not what their name says."""
 
 from __future__ import annotations
 
@@ -15,259 +15,245 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from engine.config import load
 from engine.media.audio import read_audio, read_voice, write_wav
 from engine.media.video import read_video
 from engine.settings import LIMITS, Limits, set_limits
 from engine.torch_files import read_checkpoint, read_matrix
 from engine.training.export import Release, write
-from engine.training.settings import TrainerConfig
-from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
-from talker_t2av.jobs import Job
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import Sampling
 from talker_t2av.settings import InferConfig, read_jobs
-from talker_t2av.system import MotionStats, TalkerSystem
+from talker_t2av.system import TalkerSystem
 from talker_t2av.text import TalkerTokenizer
-from tests.engine.toy_task import CONFIG
 from tests.hostile.rows_files import file
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-CLIP, VOICE = ASSETS / "demo" / "silent.mp4", ASSETS / "demo" / "voice.wav"
+CLIP = ASSETS / "demo" / "silent.mp4"
+VOICE = ASSETS / "demo" / "voice.wav"
+NAN = float("nan")
 
 
 def ffmpeg(*arguments: object) -> None:
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
 
 
-def video(folder: Path, suffix: str, *filters: object) -> None:
-    path = folder / f"clip{suffix}"
+def read_filtered(folder: Path, filters: str) -> None:
+    """Read 40 frames of a clip after an ffmpeg filter."""
     encode = ("-fps_mode", "passthrough", "-c:v", "libx264", "-preset", "ultrafast")
-    ffmpeg("-i", CLIP, "-frames:v", 40, "-vf", *filters, *encode, path)
-    read_video(path)
+    ffmpeg("-i", CLIP, "-frames:v", 40, "-vf", filters, *encode, folder / "clip.mp4")
+    read_video(folder / "clip.mp4")
 
 
-def limited(folder: Path, limits: dict, call) -> None:
+def read_limited(_: Path, limits: dict, read, path: Path) -> None:
     before = Limits(**vars(LIMITS))
     set_limits(Limits(**limits))
     try:
-        call(folder)
+        read(path)
     finally:
         set_limits(before)
 
 
-def cut(folder: Path, source: Path, share: float, read, tail: bytes = b"") -> None:
+def read_sound(path: Path) -> None:
+    read_audio(path, 16_000)
+
+
+def read_half(folder: Path, source: Path, read) -> None:
     data = source.read_bytes()
-    path = folder / source.name
-    path.write_bytes(data[: int(len(data) * share)] + tail)
+    path = folder / f"half{source.suffix}"
+    path.write_bytes(data[: len(data) // 2])
     read(path)
 
 
-def cut_fast(folder: Path, read) -> None:
-    ffmpeg("-i", CLIP, "-i", VOICE, "-c:v", "libx264", "-c:a", "aac", "-movflags", "+faststart", folder / "fast.mp4")
-    (folder / "cut").mkdir()
-    cut(folder / "cut", folder / "fast.mp4", 0.5, read)
+def read_half_as(folder: Path, suffix: str, read, options: tuple[str, ...]) -> None:
+    """Read half of a file of another format, whose header states the size of the whole."""
+    whole = folder / f"whole{suffix}"
+    ffmpeg("-stream_loop", 3, "-i", CLIP, "-stream_loop", 3, "-i", VOICE, "-shortest", *options, whole)
+    read_half(folder, whole, read)
 
 
-def cut_as(folder: Path, suffix: str, read, tail: bytes = b"") -> None:
-    """Half of a file whose header states its size, and another tail."""
-    ffmpeg("-stream_loop", 3, "-i", CLIP, "-stream_loop", 3, "-i", VOICE, "-shortest", folder / f"whole{suffix}")
-    (folder / "cut").mkdir()
-    cut(folder / "cut", folder / f"whole{suffix}", 0.5, read, tail)
-
-
-def sound(folder: Path, samples, read=read_audio) -> None:
+def read_samples(folder: Path, samples: list[float]) -> None:
     soundfile.write(folder / "a.wav", np.asarray(samples, np.float32), 16_000, subtype="FLOAT")
-    read(folder / "a.wav", 24_000)
+    read_voice(folder / "a.wav", 24_000)
 
 
-def loop(folder: Path, name: str, read) -> None:
-    (folder / name).symlink_to(folder / name)
+def read_link_to_itself(folder: Path) -> None:
+    (folder / "a.mp4").symlink_to(folder / "a.mp4")
+    read_video(folder / "a.mp4")
+
+
+def read_huge_picture(folder: Path) -> None:
+    cv2.imwrite(str(folder / "a.png"), np.zeros((16_000, 16_000), np.uint8))
+    read_picture(folder / "a.png")
+
+
+def read_motion(path: Path) -> None:
+    read_matrix(path, 4)
+
+
+def read_job_list(path: Path) -> None:
+    read_jobs(InferConfig(jobs=str(path), mode="tts", reference_audio="v.wav"))
+
+
+def read_changed_release(folder: Path, release, change) -> None:
+    """Read a copy of a bundled release after `change(copy)`."""
+    name, read = release
+    shutil.copytree(ASSETS / name, folder / name)
+    change(folder / name)
     read(folder / name)
 
 
-def release(folder: Path, name: str, change, load_it) -> None:
-    """A copy of a bundled release, changed."""
-    shutil.copytree(ASSETS / name, folder / name)
-    change(folder / name)
-    load_it(folder / name)
-
-
-def setting(key: str, value, folder: Path) -> None:
+def set_in_config(folder: Path, key: str, value) -> None:
     config = OmegaConf.load(folder / "config.yaml")
     OmegaConf.update(config, key, value, force_add=True)
     OmegaConf.save(config, folder / "config.yaml")
 
 
-def weights(change, folder: Path) -> None:
+def add_scale(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
-    change(state)
+    save_file(state | {"x::scale": torch.ones(3)}, folder / "model.safetensors")
+
+
+def spoil_weight(folder: Path, value: float) -> None:
+    state = load_file(folder / "model.safetensors")
+    state[next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1)].fill_(value)
     save_file(state, folder / "model.safetensors")
 
 
-def spoil(value: float, state: dict) -> None:
-    state[next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1)].fill_(value)
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:999])
 
 
-def template(text: str, folder: Path) -> None:
+def write_template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def motion_of(path: Path) -> None:
-    read_matrix(path, 4)
-
-
-def jobs_of(path: Path) -> None:
-    read_jobs(InferConfig(jobs=str(path), mode="tts", reference_audio="v.wav"))
-
-
-def command(folder: Path, config: str, words: str) -> None:
-    load(config, words.split())
-
-
-def released(folder: Path) -> None:
+def write_beyond_float16(folder: Path) -> None:
     write(folder / "out", Release("toy", {}, "net", "T", "A.", "x"), {"net.w": torch.tensor([1.0, 7e4])}, "", None)
 
 
-HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
-    ("hicodit_tiny", HiCoDiTSystem.from_pretrained),
-    ("talker_t2av_tiny", TalkerT2AV.from_pretrained),
-    ("rvq_tiny", RVQCodec.from_pretrained),
-    ("talker_t2av_tiny", TalkerSystem),
-    ("talker_t2av_tiny", TalkerTokenizer.from_pretrained),
-)
-NAN, INF = float("nan"), float("inf")
-HUGE = {"state": torch.zeros(1).expand(10**6, 10**6)}  # of four bytes
-STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its audio"
+HICODIT = ("hicodit_tiny", HiCoDiTSystem.from_pretrained)
+TALKER = ("talker_t2av_tiny", TalkerT2AV.from_pretrained)
+RVQ = ("rvq_tiny", RVQCodec.from_pretrained)
+SYSTEM = ("talker_t2av_tiny", TalkerSystem)
+TOKENIZER = ("talker_t2av_tiny", TalkerTokenizer.from_pretrained)
 
+EXPANDED = {"state": torch.zeros(1).expand(10**6, 10**6)}  # a terabyte that is stored in four bytes
+STATED = "ends after .* of the .* bytes that it states"
+FIRST = "only the first .* of its audio"
 
-def sound_of(path: Path):
-    return read_audio(path, 16_000)
-
-
-MEDIA = {  # content of a file: what it is read with, and the line
-    "a text": (b"hello\n" * 99, read_video, "is not a video or audio file that ffmpeg can read$"),
-    "nothing": (b"", read_video, "is empty"),
-}
-SOUNDS = {  # samples, and the line
+SOUNDS = {  # name: (samples, pattern of the error)
     "a gap": ([0.0, NAN, 0.0], "samples that are not finite, or above 100"),
     "no samples": ([], "has no audio samples"),
     "silent": ([0.0] * 16_000, "is silent"),
 }
-LIMITED = {  # limits, what is read, and the line
-    "pixels": ({"pixels": 9999}, lambda _: read_video(CLIP), "more than 9,999 pixels"),
-    "video": ({"seconds": 1}, lambda _: read_video(CLIP), "more than 1 s of video"),
-    "sound": ({"seconds": 1}, lambda _: sound_of(VOICE), "more than 1 s of audio"),
+LIMITED = {  # name: (limits, reader, file, pattern of the error)
+    "pixels": ({"pixels": 9999}, read_video, CLIP, "more than 9,999 pixels"),
+    "video": ({"seconds": 1}, read_video, CLIP, "more than 1 s of video"),
+    "sound": ({"seconds": 1}, read_sound, VOICE, "more than 1 s of audio"),
 }
-MATRICES = {  # motion, and the line
+MOTION = {  # name: (content, pattern of the error)
     "not a number": (torch.full((3, 4), torch.nan), "of finite numbers"),
     "a dict": ({"a": 1}, "of finite numbers"),
     "a million times its data": (torch.zeros(1).expand(10**9, 4), "larger than its data"),
 }
-SETTINGS = [  # of a release's config.yaml: which release, key, value, and the line
-    (HICODIT, "model.low_blocks", 200, "has no tensor"),
+SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
+    (HICODIT, "model.low_blocks", 200, "lacks tensor"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
-    (HICODIT, "model.width", "wide", "config.yaml"),
     (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
     (TALKER, "motion.mean", [NAN], "must be a finite number"),
     (SYSTEM, "motion.mean", ["x"], "config.yaml has no valid entry"),
 ]
-WEIGHTS = {  # change of a release's tensors, and the line
-    "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not match"),
+RELEASES = {  # name: (release, change of its files, pattern of the error)
+    "scales without weights": (RVQ, add_scale, "x::scale does not match"),
+    "truncated weights": (RVQ, truncate_weights, "model.safetensors is damaged"),
+    "NaN weights": (HICODIT, partial(spoil_weight, value=NAN), "non-finite weights"),
+    "infinite weights": (TALKER, partial(spoil_weight, value=float("inf")), "non-finite weights"),
+    "a template that needs 100 GB": (
+        TOKENIZER,
+        partial(write_template, text="{{ 'x' * 99999999999 }}"),
+        "chat template cannot be used .MemoryError",
+    ),
+    "a template that reaches classes": (
+        TOKENIZER,
+        partial(write_template, text="{{ ''.__class__.__mro__ }}"),
+        "SecurityError",
+    ),
 }
-TEMPLATES = {
-    "{{ 'x' * 99999999999 }}": "chat template cannot be used .MemoryError",
-    "{{ ''.__class__.__mro__ }}": "SecurityError",
-}
-JOBS = {  # a line of a list of jobs, and what is said of it
+JOBS = {  # content of a job list: pattern of the error
     '{"text": "a", "name": "../a"}': "without folders",
     '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
     '{"text": " "}': "requires text",
-    '{"text": "a", "compat": "old"}': "compat=old",
     '{"text": "a", "max_seconds": 99}': "max_seconds=99",
-    '{"mode": "v2a"}': "mode=v2a",
     '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "compat": "official"}': "compat=official",
-    '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "reference_audio": null, "prefix_seconds": 1}': (
-        "needs both"
-    ),
     "[1]": "an object",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
     "": "no line",
 }
-COMMANDS = [  # configuration, words, and the line
-    ("infer_talker", "text=", "text= is empty: set a value, or omit it"),
-]
-VALUES = {  # what makes a value, and the line
-    "statistics: not a number": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
-    "job: min_seconds": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
-    "sampling: temperature": (lambda: Sampling(temperature=True), "temperature=True must be a number from 0.0 to 2.0"),
-    "trainer: betas": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, 0.1, 0.1)}), "betas=.* must be two numbers"),
-    "model: a switch of text": (lambda: ModelConfig(hierarchical="no"), "hierarchical=no must be true or false"),
-    "limits": (lambda: Limits(seconds=NAN), "limits.seconds=nan must be"),
-    "video: null byte": (lambda: read_video("a\0.mp4"), "no such file"),
-    "jobs: no end": (lambda: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")), "has more than 268,435,456 bytes"),
+HALVES = {  # name: (suffix, reader, options of ffmpeg, pattern of the error)
+    "mkv": (".mkv", read_video, (), "damaged: only the first"),
+    "mp4, index first": (".mp4", read_video, ("-movflags", "+faststart"), "only the first"),
+    "mp3": (".mp3", read_sound, (), STATED),
+    "avi": (".avi", read_sound, (), STATED),
+    "au": (".au", read_sound, (), STATED),
+    "flac": (".flac", read_sound, (), FIRST),
 }
-
-
-def jump(hours: int) -> str:
-    return f"setpts='PTS+gt(N,20)*{hours * 3600}/TB'"
-
-
-def changed(source, change) -> partial:
-    return partial(release, name=source[0], change=change, load_it=source[1])
-
-
-def bytes_of(data: bytes | int):
-    """Replace the weights of a release by bytes, or keep so many of them."""
-
-    def change(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:data] if isinstance(data, int) else data)
-
-    return changed(RVQ, change)
-
-
+FILTERS = {  # filter of ffmpeg: pattern of the error
+    "scale=7680:4320,trim=end_frame=2": "more than 16,777,216 pixels",
+    "setpts='PTS+gt(N,20)*3600/TB'": "damaged time stamps",
+}
 CASES = [
-    *((f"file: {k}", file("a.mp4", c, r), line) for k, (c, r, line) in MEDIA.items()),
-    *((f"sound: {k}", partial(sound, samples=v, read=read_voice), line) for k, (v, line) in SOUNDS.items()),
-    *((f"limit: {k}", partial(limited, limits=v, call=c), line) for k, (v, c, line) in LIMITED.items()),
-    *((f"motion: {k}", file("m.pt", v, motion_of), line) for k, (v, line) in MATRICES.items()),
-    *((f"release: {k}={v}", changed(of, partial(setting, k, v)), line) for of, k, v, line in SETTINGS),
-    *((f"release: {k}", changed(RVQ, partial(weights, change)), line) for k, (change, line) in WEIGHTS.items()),
-    *((f"template: {k}", changed(WORDS, partial(template, k)), line) for k, line in TEMPLATES.items()),
-    *((f"job: {k[:50]}", file("jobs.jsonl", k, jobs_of), line) for k, line in JOBS.items()),
-    *((f"command: {words}", partial(command, config=of, words=words), line) for of, words, line in COMMANDS),
-    *((k, lambda _, make=make: make(), line) for k, (make, line) in VALUES.items()),
+    *((f"sound: {k}", partial(read_samples, samples=v), line) for k, (v, line) in SOUNDS.items()),
     *(
-        (f"release: {of[0]} of {v}", changed(of, partial(weights, partial(spoil, v))), "non-finite weights")
-        for of, v in ((HICODIT, NAN), (TALKER, INF))
+        (f"limit: {k}", partial(read_limited, limits=limits, read=read, path=path), line)
+        for k, (limits, read, path, line) in LIMITED.items()
     ),
-    ("release: weights out of half precision", released, "non-finite weights .w."),
-    ("release: cut", bytes_of(999), "model.safetensors is damaged"),
-    ("checkpoint: larger than its data", file("c.pt", HUGE, read_checkpoint), "larger than its data"),
-    ("video: 8k", lambda f: video(f, ".mp4", "scale=7680:4320,trim=end_frame=2"), "more than 16,777,216 pixels"),
-    ("video: a jump of an hour", lambda f: video(f, ".mp4", jump(1)), "damaged time stamps"),
-    ("video: cut", lambda f: cut(f, CLIP, 0.5, read_video), "its index is missing|only the first"),
-    ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first"),
-    ("video: cut, .mkv", lambda f: cut_as(f, ".mkv", read_video), "damaged: only the first"),
-    ("video: a link to itself", lambda f: loop(f, "a.mp4", read_video), "no such file"),
-    ("video: a folder", lambda f: read_video(f), "is a folder"),
-    ("sound: cut", lambda f: cut(f, VOICE, 0.5, sound_of), FIRST),
+    *((f"motion: {k}", file("m.pt", v, read_motion), line) for k, (v, line) in MOTION.items()),
     *(
-        (f"sound: cut, {suffix}", partial(cut_as, suffix=suffix, read=sound_of), line)
-        for suffix, line in (*((s, STATED) for s in (".mp3", ".avi", ".au")), (".flac", FIRST))
+        (
+            f"release: {key}={value}",
+            partial(read_changed_release, release=release, change=partial(set_in_config, key=key, value=value)),
+            line,
+        )
+        for release, key, value, line in SETTINGS
     ),
-    ("write: not a number", lambda f: write_wav(f / "a.wav", np.array([NAN]), 16_000), "not finite"),
+    *(
+        (f"release: {k}", partial(read_changed_release, release=release, change=change), line)
+        for k, (release, change, line) in RELEASES.items()
+    ),
+    *((f"job: {k[:50]}", file("jobs.jsonl", k, read_job_list), line) for k, line in JOBS.items()),
+    *(
+        (
+            f"half: {k}",
+            lambda f, suffix=suffix, read=read, options=options: read_half_as(f, suffix, read, *options),
+            line,
+        )
+        for k, (suffix, read, options, line) in HALVES.items()
+    ),
+    ("half: mp4, index last", partial(read_half, source=CLIP, read=read_video), "its index is missing|only the first"),
+    ("half: wav", partial(read_half, source=VOICE, read=read_sound), FIRST),
+    ("release: a weight beyond float16", write_beyond_float16, "non-finite weights .w."),
+    ("checkpoint: larger than its data", file("c.pt", EXPANDED, read_checkpoint), "larger than its data"),
+    ("video: a text", file("a.mp4", b"hello\n" * 99, read_video), "is not a video or audio file that ffmpeg can read$"),
+    ("video: an empty file", file("a.mp4", b"", read_video), "is empty"),
     (
-        "picture: 16k",
-        lambda f: (cv2.imwrite(str(f / "a.png"), np.zeros((16_000, 16_000), np.uint8)), read_picture(f / "a.png")),
-        "more than 67,108,864",
+        "video: 8k",
+        partial(read_filtered, filters="scale=7680:4320,trim=end_frame=2"),
+        "more than 16,777,216 pixels",
     ),
+    (
+        "video: a jump of an hour",
+        partial(read_filtered, filters="setpts='PTS+gt(N,20)*3600/TB'"),
+        "damaged time stamps",
+    ),
+    ("video: a link to itself", read_link_to_itself, "no such file"),
+    ("video: a folder", read_video, "is a folder"),
+    ("write: not a number", lambda folder: write_wav(folder / "a.wav", np.array([NAN]), 16_000), "not finite"),
+    ("picture: 16k", read_huge_picture, "more than 67,108,864"),
 ]

@@ -1,7 +1,7 @@
-"""What a hostile or careless person can hand in: each row is one such thing, and must end as one line and exit code 2.
+"""Damaged and malicious inputs: each ends the program with a one-line error and exit code 2.
 
-`CASES` of each module `rows_*` are tuples (name, call, line): `call(folder)` does it in an empty folder, `line` is a
-pattern of what the person reads. No row may write outside its folder, run its payload, or take the machine down.
+`CASES` of each module `rows_*` are tuples (name, call, line): `call(folder)` uses the input in an empty folder, `line`
+is a pattern of the error. No case may write outside its folder, run its payload, or use 2 GiB of memory.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
-from tests.hostile import rows_codecs, rows_files, rows_media, rows_released, rows_service
+from tests.hostile import rows_files, rows_media, rows_upstream, rows_values
 
-ROWS = rows_codecs, rows_files, rows_media, rows_released, rows_service
-CASES = [row for rows in ROWS for row in rows.CASES]
+CASES = [*rows_files.CASES, *rows_media.CASES, *rows_upstream.CASES, *rows_values.CASES]
 ROOT = Path(__file__).resolve().parents[2]
-MEMORY = 2 * 2**30  # bytes by which one row may grow the process
+MEMORY = 2 * 2**30  # bytes by which one case may grow the process
 
 
 @pytest.mark.parametrize("call, line", [pytest.param(*case[1:], id=case[0]) for case in CASES])
-def test_one_line_and_nothing_else(call, line, tmp_path, capsys):
+def test_a_hostile_input_ends_in_one_line_and_leaves_nothing(call, line, tmp_path, capsys):
     folder = tmp_path / "a" / "b" / "c"  # room for `../../..`
     folder.mkdir(parents=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -48,14 +47,14 @@ def test_one_line_and_nothing_else(call, line, tmp_path, capsys):
     assert outside == [folder]
 
 
-def test_references_in_the_config_of_a_release_stay_text(tmp_path, monkeypatch):
+def test_interpolations_in_the_config_of_a_release_are_not_resolved(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     save_release(tmp_path / "release", "toy", {"width": 3}, {"w": torch.ones(2)}, "")
     (tmp_path / "release" / "config.yaml").write_text("kind: toy\nx: ${oc.env:SECRET}\n")
     assert read_release(tmp_path / "release", "toy")[0] == {"x": "${oc.env:SECRET}"}
 
 
-def test_a_run_does_not_write_through_links(tmp_path):
+def test_a_run_does_not_write_through_a_symbolic_link(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "profile").write_text("")
     (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "profile")
@@ -64,7 +63,7 @@ def test_a_run_does_not_write_through_links(tmp_path):
     assert (tmp_path / "profile").read_text() == ""
 
 
-def test_a_download_that_never_ends_is_aborted(tmp_path):
+def test_a_download_larger_than_expected_is_stopped(tmp_path):
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -89,13 +88,13 @@ def test_a_download_that_never_ends_is_aborted(tmp_path):
     [("infer.py model=talker_t2av --help", 141), ("train.py experiment=hicodit_minute --info defaults", 0)],
     ids=["help", "info, which Hydra logs"],
 )
-def test_a_reader_that_ends_early_is_no_error(words, code):
+def test_a_closed_pipe_on_standard_output_is_not_an_error(words, code):
     command = f"{sys.executable} {words} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"{code}\n", "")
 
 
-def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
+def test_control_characters_of_file_names_are_not_printed(capsys):
     names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
 
     class Names(JobRunner):
@@ -116,6 +115,6 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
     summary = Summary(len(names))
     for batch in batched([(name, name) for name in names], 2):
         summary.add(Names().run(batch))
-    said = capsys.readouterr()
-    assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
-    assert said.err == "failed: line break: no such file: line break\n"
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
+    assert printed.err == "failed: line break: no such file: line break\n"

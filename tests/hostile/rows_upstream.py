@@ -1,4 +1,4 @@
-"""Rows of files of others: what stands in place of a released checkpoint, or of one of its tensors, and is none."""
+"""Checkpoints of other projects: files that are damaged, are not the expected model, or lack a tensor."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from talker_t2av.system import TalkerSystem
 from tests.hostile.rows_files import file
 from whisperx_vae import WhisperXVAE
 
-A = {"a": torch.zeros(1)}
-FILES = [  # what reads a file, its name, its content, and the line; None: there is no file
-    (
-        AVHubert.from_pretrained,
-        "a.pt",
-        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off",
-        "not .*: create or download it",
-    ),
+TENSOR = {"a": torch.zeros(1)}
+TRUNCATED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off"
+FILES = [  # reader, file name, content (None: the file is missing), pattern of the error
+    (AVHubert.from_pretrained, "a.pt", TRUNCATED, "not .*: create or download it"),
     (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "ArcFace"),
     (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
-    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": A}, "has no tensor"),
+    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": TENSOR}, "lacks tensor"),
     (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
-    (WavLMEncoder.from_pretrained, "a.pth", {"model": A}, "not a WavLM-ECAPA speaker encoder"),
+    (WavLMEncoder.from_pretrained, "a.pth", {"model": TENSOR}, "not a WavLM-ECAPA speaker encoder"),
     (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),
     (LiaX.from_pretrained, "lia-x.pt", {"dec.rgb2.up.kernel": torch.zeros(4, 4)}, "low-pass"),
     (WhisperXVAE.from_pretrained, "a.ckpt", [1, 2], "a list"),
-    (WhisperXVAE.from_pretrained, "a.ckpt", {"state_dict": A}, "not a WhisperX-VAE"),
     (TalkerSystem, "absent", None, "weights folder not found"),
+]
+STATES = [  # state_dict for a layer with a weight of shape (1, 2), pattern of the error
+    (TENSOR | {"weight": torch.zeros(1, 2)}, "unexpected tensor 'a'"),
+    ({"weight": torch.zeros(3, 2)}, r"shape \(3, 2\), .* \(1, 2\)"),
 ]
 
 
@@ -52,25 +51,16 @@ def two_files(folder: Path) -> None:
     WhisperXVAE.from_pretrained(folder)
 
 
-def of_a_line(folder: Path, state: dict[str, torch.Tensor]) -> None:
+def load_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
     load_strict(torch.nn.Linear(2, 1, bias=False), state, "a.pt")
 
 
 CASES = [
     *(
-        (f"released: {name or 'folder'}, {number}", file(name, content, read), line)
+        (f"upstream: {name or 'folder'}, {number}", file(name, content, read), line)
         for number, (read, name, content, line) in enumerate(FILES)
     ),
-    (
-        "released: a tensor too many",
-        partial(of_a_line, state=A | {"weight": torch.zeros(1, 2)}),
-        "unexpected tensor 'a'",
-    ),
-    (
-        "released: another shape",
-        partial(of_a_line, state={"weight": torch.zeros(3, 2)}),
-        r"shape \(3, 2\), .* \(1, 2\)",
-    ),
-    ("released: TorchScript", torch_script, "TorchScript"),
-    ("released: two checkpoints", two_files, "holds 2 checkpoints"),
+    *((f"upstream: {line}", partial(load_state, state=state), line) for state, line in STATES),
+    ("upstream: TorchScript", torch_script, "TorchScript"),
+    ("upstream: two checkpoints", two_files, "holds 2 checkpoints"),
 ]
