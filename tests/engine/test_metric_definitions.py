@@ -51,7 +51,7 @@ def figures(name: str, made: Take, truth: Take, protocol: str | None = None, wei
 # --- words ---
 
 
-def test_errors_of_words_and_characters():
+def test_word_and_character_errors():
     assert count_errors("set blue by hotel", "set glue hotel now") == {"wer": (3, 4), "cer": (8, 17)}
     assert count_errors("set blue", "")["wer"] == (2, 2)  # nothing heard is no reason to leave a clip out
     assert count_errors("set", "set set set")["wer"] == (2, 1)  # the reference's words divide
@@ -60,7 +60,7 @@ def test_errors_of_words_and_characters():
         count_errors(" ", "a")
 
 
-def test_texts_are_brought_to_one_form_as_whisper_does(tmp_path):
+def test_texts_are_normalised_as_by_whisper(tmp_path):
     (tmp_path / "whisper-medium").mkdir()
     (tmp_path / "whisper-medium" / "normalizer.json").write_text('{"colour": "color"}')
     metric = metric_of("wer")("auto-avsr", tmp_path)
@@ -73,21 +73,18 @@ def test_texts_are_brought_to_one_form_as_whisper_does(tmp_path):
     with pytest.raises(UserError, match="no transcript"):
         metric.measure(Take(), Take(text="a"))
     lips = figures("wer_lips", Take(heard="set glue"), Take(text="Set blue now."), weights=tmp_path)
-    assert lips["wer_lips"] == (2, 3) and "wer" not in lips and lips["words"] == "set glue"
+    assert lips["wer_lips"] == (2, 3) and "wer" not in lips
 
 
-def test_the_recogniser_with_a_grammar(voice, tmp_path):
+def test_the_recogniser_with_a_grammar_and_its_dictionary(voice, tmp_path):
     pytest.importorskip("pocketsphinx")
-    (tmp_path / "g.jsgf").write_text(
-        "#JSGF V1.0;\ngrammar g;\npublic <s> = set (green | red) at (mike | alpha) four again;"
-    )
-    row = figures("wer", take(voice), take(voice), f"grammar:{tmp_path / 'g.jsgf'}")
-    assert row["wer"] == (0, 6) and row["heard"] == TEXT
-    (tmp_path / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = (set | put) (g | r) at m four again;")
-    words = {"set": "S EH T", "put": "P UH T", "g": "G R IY N", "r": "R EH D", "at": "AE T", "m": "M AY K"}
-    (tmp_path / "g.dict").write_text("".join(f"{a} {b}\n" for a, b in words.items()) + "four F AO R\nagain AH G EH N\n")
-    said = Take(text="set g at m four again")
-    assert figures("wer", take(voice), said, f"grammar:{tmp_path / 'g.jsgf'}")["wer"] == (0, 6)
+    grammar = tmp_path / "g.jsgf"
+    grammar.write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set (g | r) at (m | alpha) four again;")
+    words = {"g": "G R IY N", "r": "R EH D", "m": "M AY K", "set": "S EH T", "at": "AE T", "alpha": "AE L F AH"}
+    words |= {"four": "F AO R", "again": "AH G EH N"}
+    (tmp_path / "g.dict").write_text("".join(f"{word} {phones}\n" for word, phones in words.items()))
+    row = figures("wer", take(voice), Take(text="set g at m four again"), f"grammar:{grammar}")
+    assert row["wer"] == (0, 6) and row["heard"] == "set g at m four again"
     with pytest.raises(UserError, match=f"grammar={tmp_path}: no such file"):
         metric_of("wer")(f"grammar:{tmp_path}").check()
 
@@ -119,7 +116,7 @@ class Qwen3ASR:
         ("zh", "你好，世界。", "你好 四界！", {"cer": (1, 4)}),
     ],
 )
-def test_words_by_qwen3_asr(voice, monkeypatch, language, text, heard, found):
+def test_errors_by_qwen3_asr(voice, monkeypatch, language, text, heard, found):
     """Punctuation and spaces do not count; Chinese has a character error rate alone."""
     stand_in = Qwen3ASR(heard)
     monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (stand_in, stand_in))
@@ -155,7 +152,7 @@ def test_emotion_accuracy_and_similarity(voice, noisy, monkeypatch):
 
 
 @pytest.mark.parametrize(("protocol", "clean", "rough"), [("p808", 3.016985, 2.554678), ("p835", 2.476792, 2.086557)])
-def test_dnsmos_is_that_of_speechmos(voice, noisy, protocol, clean, rough):
+def test_dnsmos_equals_speechmos(voice, noisy, protocol, clean, rough):
     """speechmos 0.0.1.1, `dnsmos.run(wave, 16000)`: p808_mos and ovrl_mos."""
     pytest.importorskip("speechmos")
     pytest.importorskip("onnxruntime")
@@ -172,14 +169,9 @@ def test_pesq_has_the_bounds_of_its_recommendations(voice, noisy):
     assert best["pesq_wide"][0] == pytest.approx(map_wide, abs=1e-3)
     assert best["pesq_narrow"][0] == pytest.approx(map_narrow, abs=1e-3)
     assert (rough["pesq_wide"][0], rough["pesq_narrow"][0]) == pytest.approx((1.82726, 3.14587), abs=1e-3)
-    silence = voice * 0
-    for wave, truth, message in (
-        (silence, silence, "PESQ cannot"),
-        (silence, voice, "a signal is silent"),
-        (silence + 1e-30, voice, "PESQ cannot be computed"),
-    ):
+    for wave, message in ((voice * 0, "a signal is silent"), (voice * 0 + 1e-30, "PESQ cannot be computed")):
         with pytest.raises(UserError, match=message):
-            figures("pesq_wide", take(wave), take(truth))
+            figures("pesq_wide", take(wave), take(voice))
 
 
 def test_stoi(voice, noisy):
@@ -193,7 +185,7 @@ def test_stoi(voice, noisy):
 
 
 @pytest.mark.parametrize(("mode", "value"), [("plain", 5.401065706), ("dtw", 6.368744917), ("dtw_sl", 7.956420704)])
-def test_mcd_is_that_of_pymcd(voice, noisy, tmp_path, mode, value):
+def test_mcd_equals_pymcd(voice, noisy, tmp_path, mode, value):
     """pymcd 0.2.1 with the noisy wave cut to four fifths, both resampled by librosa, as that program does."""
     pytest.importorskip("pyworld")
     pytest.importorskip("fastdtw")
@@ -207,7 +199,7 @@ def test_mcd_is_that_of_pymcd(voice, noisy, tmp_path, mode, value):
     assert distortion(*pair, mode) == pytest.approx(value, abs=1e-6)
 
 
-def test_utmos_is_that_of_its_package_and_refuses_missing_tensors(voice, tmp_path):
+def test_utmos_equals_its_package(voice, tmp_path):
     package = pytest.importorskip("utmos_pytorch.utmos_torch")
     torch.manual_seed(0)
     state = package.UTMOSModel().state_dict()
@@ -215,10 +207,6 @@ def test_utmos_is_that_of_its_package_and_refuses_missing_tensors(voice, tmp_pat
     scorer = package.UTMOSScoreTorch(str(tmp_path / "utmos_state_dict.pt"))
     expected = float(scorer.score(torch.from_numpy(voice)[None]).reshape(-1)[0])
     assert figures("utmos", take(voice), take(voice), weights=tmp_path)["utmos"][0] == pytest.approx(expected, abs=1e-6)
-    state.pop(next(iter(state)))
-    torch.save(state, tmp_path / "utmos_state_dict.pt")
-    with pytest.raises(UserError, match="has no tensor"):
-        figures("utmos", take(voice), take(voice), weights=tmp_path)
 
 
 # --- voices ---
@@ -248,7 +236,7 @@ modules:
 """
 
 
-def test_ecapa_is_that_of_speechbrains_own_loader(voice, noisy, tmp_path):
+def test_ecapa_equals_speechbrain(voice, noisy, tmp_path):
     pytest.importorskip("speechbrain")
     from speechbrain.inference.speaker import EncoderClassifier
 
@@ -273,7 +261,7 @@ def test_the_cosine_of_ge2e(voice, noisy):
 # --- time ---
 
 
-def test_lengths_of_phones(voice):
+def test_duration_distance_compares_phoneme_durations(voice):
     """Played a quarter slower, every phone is a quarter longer, up to the frames of 10 ms."""
     pytest.importorskip("pocketsphinx")
     assert figures("duration_distance", take(voice), take(voice))["duration_distance"] == (0, 1)
@@ -291,7 +279,7 @@ def test_lengths_of_phones(voice):
 # --- pictures ---
 
 
-def test_the_distance_of_two_normal_distributions():
+def test_the_frechet_distance_of_two_normal_distributions():
     """Independent axes: sum of (m1 - m2)^2 + (s1 - s2)^2; with a rotation, nothing changes."""
     rng = np.random.default_rng(0)
     base = rng.standard_normal((4000, 5))
@@ -302,9 +290,6 @@ def test_the_distance_of_two_normal_distributions():
     expected = float(np.square(shift).sum() + np.square(spread - 1).sum())
     assert frechet_distance(base, base * spread + shift) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(base @ turn, (base * spread + shift) @ turn) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(base, base) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="two rows"):
-        frechet_distance(base[:1], base)
 
 
 @pytest.fixture
@@ -318,7 +303,7 @@ def faces(monkeypatch):
     return squares
 
 
-def test_fid_features_are_those_of_torch_fidelity(faces, monkeypatch, tmp_path):
+def test_fid_features_equal_torch_fidelity(faces, monkeypatch, tmp_path):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
     network = module.FeatureExtractorInceptionV3
@@ -344,17 +329,14 @@ class Averages(torch.nn.Module):
         return x.mean((2, 3, 4))
 
 
-def test_fvd_takes_windows_of_16_frames(faces, tmp_path):
+def test_fvd_uses_windows_of_16_frames(faces, tmp_path):
     torch.jit.script(Averages()).save(str(tmp_path / "i3d_torchscript.pt"))
     row = figures("fvd", Take(video=Path("a")), Take(), weights=tmp_path)
     expected = faces("a")[:32].reshape(2, -1, 3).astype(float).mean(1)
     assert row["fvd"].shape == (2, 3) and np.abs(row["fvd"] - expected).max() < 1e-2
-    (tmp_path / "i3d_torchscript.pt").write_bytes(b"no network")
-    with pytest.raises(UserError, match="not a TorchScript file"):
-        figures("fvd", Take(video=Path("a")), Take(), weights=tmp_path)
 
 
-def test_faces_are_cut_as_syncnets_program_cuts_them():
+def test_face_crops_are_those_of_syncnets_program():
     """Rows y - s to y + 1.8 s, columns x - 1.4 s to x + 1.4 s; the half side s and the middle are medians of 13."""
     frames = np.zeros((20, 400, 400, 3), np.uint8)
     frames[:, 150:290, 130:270] = 255  # the square of a box with middle (200, 200) and s = 50
@@ -362,32 +344,21 @@ def test_faces_are_cut_as_syncnets_program_cuts_them():
     boxes[7] += 300  # one wrong box
     squares = lip_sync.face_squares(frames, boxes)
     assert squares.shape == (20, 224, 224, 3) and (squares[:, 3:-3, 3:-3] == 255).all()
-    frames[:] = 0
-    frames[:, 150:290, 130:270] = 255
     moved = lip_sync.face_squares(frames, boxes + [40, 0, 0, 0])
     assert (moved[:, :, -56:] == 0).all() and (moved[:, 3:-3, 3:150] == 255).all()
     assert (lip_sync.face_squares(frames, boxes - [150, 0, 0, 0])[:, :, :3] == 110).all()  # outside the picture
-    with pytest.raises(UserError, match="no video"):
-        lip_sync.face_video(None)
 
 
 @pytest.mark.parametrize("early", [-4, 0, 7])
-def test_offset_is_the_shift_of_the_sound(early):
+def test_the_lip_sync_offset_is_the_shift_of_the_audio(early):
     torch.manual_seed(0)
     lip = torch.randn(60, 16)
     score = lip_sync.sync_score(lip, torch.roll(lip, -early, 0))
     assert score.offset == early and score.confidence > 1
-    assert lip_sync.sync_score(lip, torch.roll(lip, -early, 0), shift=8).offset == early
     assert score.distances.shape == (60, 2 * lip_sync.SHIFT + 1)
 
 
-def test_silence_and_short_sounds_have_finite_mfcc():
-    assert np.isfinite(lip_sync.mfcc(np.zeros(1600))).all()
-    for samples, frames in ((100, 1), (560, 2), (561, 3)):
-        assert lip_sync.mfcc(np.ones(samples)).shape == (13, frames)
-
-
-def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
+def test_syncnet_gets_windows_of_five_bgr_frames():
     torch.manual_seed(0)
     model = lip_sync.SyncNet().eval()
     rng = np.random.default_rng(0)
@@ -401,17 +372,13 @@ def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
         model.embed(frames[:5], wave)
 
 
-# --- what is missing is said ---
+# --- missing files and packages ---
 
 
-@pytest.mark.parametrize("name", ["utmos", "lse_c", "wer"])
-def test_missing_files_are_named_with_the_command_that_gets_them(tmp_path, name):
-    metric = metric_of(name)
+def test_missing_files_and_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"missing: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
+        metric = metric_of("utmos")
         metric(metric.protocols[0], tmp_path).check()
-
-
-def test_missing_packages_are_named_with_the_command_that_gets_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "pystoi", None)
     with pytest.raises(UserError, match=r"not installed: pystoi \(bash scripts/setup.sh metrics\)"):
         metric_of("stoi")().check()

@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import ClassVar
 
 import jiwer
@@ -40,7 +39,7 @@ def spoken():
     return utterances[0].rate, [utterance.wave for utterance in utterances]
 
 
-def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
+def test_per_is_lowest_for_the_spoken_sentence(spoken):
     pytest.importorskip("pocketsphinx")
     rate, waves = spoken
     metric = PhonemeErrors()
@@ -54,13 +53,11 @@ def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
     first = metric.measure(Take(audio=Sound(waves[0], rate)), Take(text=SENTENCES[0]))["per"]
     assert first[0] / first[1] == rates[0, 0]  # whatever came before
     assert metric.reference("It's x-ray!") == ["IH", "T", "S", "EH", "K", "S", "R", "EY"]
-    for text in (Path(__file__).parents[2] / "assets" / "demo" / "sentences.txt").read_text().splitlines():
-        assert 15 < len(metric.reference(text)) < 60
     with pytest.raises(UserError, match="no phonemes are known for 'xyzzyx'"):
         metric.reference("say xyzzyx")
 
 
-def test_the_recogniser_does_not_depend_on_previous_clips(spoken, tmp_path):
+def test_the_recogniser_does_not_depend_on_earlier_clips(spoken, tmp_path):
     pytest.importorskip("pocketsphinx")
     rate, waves = spoken
     (tmp_path / "grammar.jsgf").write_text(GRAMMAR)
@@ -70,13 +67,10 @@ def test_the_recogniser_does_not_depend_on_previous_clips(spoken, tmp_path):
     assert jiwer.wer(SENTENCES, heard[1:] + heard[:1]) > 0.6  # the wrong clip's words do not fit
     backwards = [recogniser.transcribe(wave, rate) for wave in waves[::-1]]
     assert backwards[::-1] == heard
-    scores = []
-    for _ in range(2):
-        recogniser.transcribe(waves[0], rate)
-        scores.append(recogniser._decoder.hyp().score)
-        recogniser.transcribe(waves[1], rate)
-    assert scores[0] == scores[1]
     assert recogniser.transcribe(np.zeros(8000), rate) == recogniser.transcribe(np.zeros(0), rate) == ""
+    (tmp_path / "word.jsgf").write_text(GRAMMAR.replace("green", "grxxn"))
+    with pytest.raises(UserError, match=r"the recogniser cannot use .*word"):
+        Recogniser(tmp_path / "word.jsgf")
 
 
 def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spoken, tmp_path):
@@ -97,16 +91,7 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     assert jiwer.wer(SENTENCES[1:], heard[1:]) < 0.1
 
 
-def test_grammar_mistakes_are_one_line(tmp_path):
-    pytest.importorskip("pocketsphinx")
-    (tmp_path / "broken").write_text("#JSGF V1.0;\ngrammar (;")
-    (tmp_path / "word").write_text(GRAMMAR.replace("green", "grxxn"))
-    for name in ("none", "broken", "word"):
-        with pytest.raises(UserError, match=f"the recogniser cannot use .*{name}"):
-            Recogniser(tmp_path / name)
-
-
-def test_a_speaker_embedding_tells_voices_apart(spoken):
+def test_speaker_embeddings_differ_between_voices(spoken):
     pytest.importorskip("resemblyzer")
     rate, waves = spoken
     encoder = GE2EEncoder()
@@ -121,20 +106,16 @@ def test_a_speaker_embedding_tells_voices_apart(spoken):
             encoder.embed(nothing, rate)
 
 
-def test_pitch_follows_a_glide_and_is_zero_without_a_voice(spoken):
+def test_pitch_follows_a_glide_and_is_zero_where_unvoiced():
     pytest.importorskip("librosa")
     time = np.arange(RATE) / RATE
     glide = sum(np.sin(2 * np.pi * k * np.cumsum(100 + 100 * time) / RATE) for k in (1, 2, 3)) / 3
     f0 = pitch(np.concatenate([glide, np.zeros(RATE // 2)]), RATE)
     assert np.abs(f0[4:58] - (100 + 1.6 * np.arange(4, 58))).max() < 4
     assert not f0[68:].any()
-    rate, waves = spoken
-    f0 = pitch(waves[0], rate)
-    voiced = f0[f0 > 0]
-    assert 0.4 < len(voiced) / len(f0) < 0.95 and 70 < np.median(voiced) < 180
 
 
-def test_processes_that_start_together_leave_librosa_whole(tmp_path):
+def test_processes_that_start_together_do_not_corrupt_the_numba_cache(tmp_path):
     """Without a lock one compiles what another has half compiled, and the mixture ends every later process."""
     pytest.importorskip("librosa")
     call = "import time; time.sleep({}); import numpy; from engine.metrics.speech import pitch"
@@ -148,7 +129,7 @@ def test_processes_that_start_together_leave_librosa_whole(tmp_path):
         assert [(p.communicate()[0], p.returncode) for p in processes] == [(b"63\n", 0)] * len(delays)
 
 
-def test_a_figure_that_only_some_clips_have(monkeypatch):
+def test_a_validation_averages_a_figure_over_the_clips_that_have_it(monkeypatch):
     """Free sentences have an error rate of their own, and may come first."""
 
     class Words(Metric):
@@ -164,7 +145,7 @@ def test_a_figure_that_only_some_clips_have(monkeypatch):
     assert figures_of([found]) == {"wer": 0.25, "wer_free": 0.25}
 
 
-def test_a_validation_measures_what_an_evaluation_measures(tmp_path):
+def test_a_validation_equals_an_evaluation_of_the_same_clips(tmp_path):
     """The same clips as files of an evaluation and as waves of a validation: the same measurements."""
     pytest.importorskip("pystoi")
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A run that stops, or is killed, at a step that it validates makes up for that validation when it continues."""
+"""A run that stops at a step with a validation catches up on that validation when it resumes."""
 
 import pytest
 from test_trainer import records, trainer
@@ -25,7 +25,7 @@ def assert_same_records(whole, broken):
     assert one.read_text() == two.read_text()
 
 
-def test_a_run_that_stops_at_a_validation_makes_up_for_it(whole, tmp_path):
+def test_a_run_that_stops_before_a_validation_catches_up_on_it(whole, tmp_path):
     signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")  # with the first of 8 samples of this step
     assert trainer(tmp_path, signal, **SETTINGS).fit() is None
     assert records(tmp_path)[-1]["step"] == STEP and "lr" in records(tmp_path)[-1]
@@ -34,7 +34,7 @@ def test_a_run_that_stops_at_a_validation_makes_up_for_it(whole, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["measure", "write", "note"])
-def test_a_validation_in_which_a_run_was_killed_is_recorded_once(whole, tmp_path, monkeypatch, where):
+def test_a_killed_validation_is_recorded_once(whole, tmp_path, monkeypatch, where):
     run = trainer(tmp_path, **SETTINGS)
     owner = {"measure": run.task, "write": Tracker, "note": run.checkpoints}[where]
     original = getattr(owner, where)

@@ -1,4 +1,4 @@
-"""Weights of inference in oneDNN's layout give the same products; those in 8 bits are as defined, and near.
+"""Linear layers of inference: weights in the layout of oneDNN, and weights in 8 bits.
 
 Axes: N input features, M output features.
 """
@@ -31,8 +31,8 @@ half = pytest.param(
 
 @x86
 @pytest.mark.parametrize("dtype", [torch.float32, half])
-@pytest.mark.parametrize("shape", [(0, 48), (1, 48), (5, 48), (2, 3, 7, 48), (600, 48)])
-def test_a_packed_layer_returns_the_same_values(dtype, shape):
+@pytest.mark.parametrize("shape", [(0, 48), (2, 3, 7, 48), (600, 48)])
+def test_a_packed_layer_equals_nn_linear(dtype, shape):
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(48, 96, bias=bias).to(dtype)
@@ -50,7 +50,7 @@ def test_a_packed_layer_returns_the_same_values(dtype, shape):
 
 
 @x86
-def test_layers_keep_their_type_and_those_that_share_a_weight_stay_as_they_are():
+def test_packed_layers_keep_their_dtype_and_tied_layers_are_not_packed():
     table = nn.Embedding(8, 16)
     tied = nn.Linear(16, 8, bias=False)
     tied.weight = table.weight
@@ -59,16 +59,12 @@ def test_layers_keep_their_type_and_those_that_share_a_weight_stay_as_they_are()
     assert type(network["tied"]) is nn.Linear and network["tied"].weight is table.weight
     assert type(network["time"]) is type(network["out"]) is PackedLinear
     assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
-
-
-def test_nothing_is_packed_for_another_device():
-    network = nn.Sequential(nn.Linear(4, 4))
-    assert type(prepare_inference(network, device="cuda")[0]) is nn.Linear
+    assert type(prepare_inference(nn.Sequential(nn.Linear(4, 4)), device="cuda")[0]) is nn.Linear
 
 
 @vnni
-@pytest.mark.parametrize("shape", [(0, 48), (1, 48), (2, 3, 7, 48), (20, 2730)])
-def test_an_int8_layer_is_as_defined(shape):
+@pytest.mark.parametrize("shape", [(0, 48), (2, 3, 7, 48), (20, 2730)])
+def test_an_int8_layer_is_the_product_of_rounded_numbers(shape):
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(shape[-1], 96, bias=bias)
@@ -102,7 +98,7 @@ def test_a_row_in_int8_does_not_depend_on_its_batch():
 
 
 @vnni
-def test_layers_of_blocks_alone_are_put_into_int8():
+def test_only_layers_of_blocks_are_converted_to_int8():
     block = nn.ModuleDict({"qkv": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
     network = nn.ModuleDict({"input": nn.Linear(8, 8), "blocks": nn.ModuleList([block]), "head": nn.Linear(8, 8)})
     prepare_inference(network, int8=True)
@@ -110,7 +106,7 @@ def test_layers_of_blocks_alone_are_put_into_int8():
     assert type(network["input"]) is PackedLinear and type(network["head"]) is PackedLinear
 
 
-def test_int8_is_taken_where_it_can_be_and_refused_in_one_line(monkeypatch, capsys):
+def test_int8_falls_back_to_auto_on_older_processors(monkeypatch, capsys):
     if can_int8("cpu"):
         assert uses_int8("int8", "cpu") and pick_dtype("int8", "cpu") == torch.float32
         with pytest.raises(UserError, match="compile=true"):
@@ -118,19 +114,11 @@ def test_int8_is_taken_where_it_can_be_and_refused_in_one_line(monkeypatch, caps
     assert not uses_int8("fp32", "cpu") and not capsys.readouterr().err
     monkeypatch.setattr(engine.precision, "VNNI", ())  # as of an older processor
     assert not uses_int8("int8", "cpu") and pick_dtype("int8", "cpu") == pick_dtype("auto", "cpu")
-    assert (
-        capsys.readouterr().err == "precision=int8 needs an x86 processor with VNNI: continuing with precision=auto\n"
-    )
-
-
-@pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
-def test_int8_on_a_card_needs_torchao():
-    with pytest.raises(UserError, match=r"torchao.*setup\.sh int8"):
-        uses_int8("int8", "cuda")
+    assert "precision=int8 needs an x86 processor with VNNI" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
-def test_weights_of_blocks_are_in_int8_by_torchao():
+def test_torchao_converts_the_weights_of_blocks():
     torch.manual_seed(0)
     network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)]), "head": nn.Linear(64, 64)})
     x = torch.randn(3, 64)

@@ -1,4 +1,4 @@
-"""Several processes against one: the same toy run in every way of spreading it."""
+"""The same toy run with one process and with several, by DDP, FSDP and hybrid sharding."""
 
 import json
 
@@ -91,18 +91,18 @@ def assert_equal_runs(one, two, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "each", "machines", "1_2_1", "changing"])
-def test_every_kind_of_parallelism_equals_one_process(runs, name):
+def test_every_strategy_equals_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
 
 
-def test_frozen_levels_work_with_two_processes(runs):
+def test_levels_that_grow_later_train_in_two_processes(runs):
     logs = [read_lines(runs / name / "log.jsonl") for name in ("lia_x", "lia_x_fsdp")]
     copies, shards = ([line["loss"] for line in log if "lr" in line] for log in logs)
     assert len(copies) == 4 and copies == pytest.approx(shards, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_bf16", "machines", "1_2_1"])
-def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
+def test_one_process_exports_the_checkpoint_of_several(runs, tmp_path, name):
     export(runs / name, tmp_path / "out")
     state = read_release(tmp_path / "out", "toy")[1]
     whole = released(runs / name)
@@ -112,13 +112,13 @@ def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_losses_of_one(runs):
+def test_two_nodes_equal_one(runs):
     together(runs, 4, parallel_runs.worker, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
     assert_equal_runs(runs / "one", runs / "2x2")
 
 
 @pytest.mark.slow
-def test_three_processes_resume_bit_for_bit(tmp_path):
+def test_three_ranks_resume_bit_for_bit(tmp_path):
     """The order in which DDP adds up three gradients must not depend on how long a run has been going on."""
     jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
     jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "gan"} for run, steps in jobs]
@@ -158,12 +158,12 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
             torch.testing.assert_close(released(tmp_path / name)[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_half_precision_shards_as_copies_do(runs):
+def test_bfloat16_fsdp_equals_bfloat16_ddp(runs):
     assert_equal_runs(runs / "ddp_bf16", runs / "fsdp_bf16", tolerance=0.02)
     assert not torch.equal(losses(runs / "one"), losses(runs / "fsdp_bf16"))
 
 
-def test_shards_are_gathered_and_reduced_once_per_step(runs):
+def test_parameters_are_sharded_and_gradients_reduced_once_per_step(runs):
     facts = {name: json.loads((runs / name / "facts.json").read_text()) for name in ("ddp", "fsdp", "each", "machines")}
     whole = sum(p.numel() for p in ToyBlocks().parameters())
     assert facts["ddp"]["held"] == whole
@@ -175,28 +175,19 @@ def test_shards_are_gathered_and_reduced_once_per_step(runs):
 
 
 @pytest.mark.parametrize(("name", "writers"), [("ddp", {"0"}), ("machines", {"0"}), ("fsdp", {"0", "1"})])
-def test_what_processes_hold_alike_is_written_by_one(runs, name, writers):
+def test_replicated_tensors_are_written_by_one_rank(runs, name, writers):
     files = (runs / name / "checkpoints").glob("step-*/__*.distcp")
     assert {path.name.split("_")[2] for path in files if path.stat().st_size} == writers
 
 
-def test_no_average_is_kept_without_a_decay(tmp_path):
-    alone(tmp_path, ema_decay=0.0, steps=2)
-    torch.manual_seed(0)
-    again = Trainer(ToyBlocks(), ToySet(), CONFIG | job(tmp_path, 1, ema_decay=0.0, steps=2)["changes"], tmp_path)
-    again.fit()
-    assert again.ema.averages == {}
-    assert torch.equal(released(tmp_path)["generator.0.weight"], again.task.generator[0].weight)
-
-
 @pytest.mark.parametrize("setting", ["compile", "checkpointing"])
-def test_compiling_a_task_without_blocks_is_an_error(tmp_path, setting):
+def test_compile_and_checkpointing_need_blocks(tmp_path, setting):
     with pytest.raises(UserError, match=f"trainer.{setting}=true: ToyRegression has no blocks"):
         Trainer(ToyRegression(), ToySet(), CONFIG | {setting: True}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["measured", "measured_fsdp"])
-def test_processes_share_a_validation(runs, name):
+def test_ranks_divide_a_validation(runs, name):
     """The figures are those of one process, and no process measures what another one does."""
 
     def validations(name):
@@ -212,7 +203,7 @@ def test_processes_share_a_validation(runs, name):
         assert files == ["clip0-0.txt", "clip1-0.txt", "clip2-1.txt", "clip3-1.txt", "clip4-1.txt"]
 
 
-def test_a_failing_validation_ends_all_processes(tmp_path):
+def test_a_failing_validation_ends_all_ranks(tmp_path):
     jobs = [job(tmp_path, 2, validate_every=2) | {"task": "failing"}]
     said = together(tmp_path, 2, parallel_runs.worker, jobs, code=1)
     assert "UserError: training stopped after step 0: process 1 failed in validation: RuntimeError" in said[0]

@@ -1,4 +1,4 @@
-"""Work in processes that crash, hang, are killed, and cannot start again; a killed command leaves none behind."""
+"""Worker processes that crash, hang, are killed or cannot restart."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def squares(folder, items, count=2, timeout=60.0, work=Squares):
 
 
 @pytest.mark.parametrize("work", [Squares, Ahead])
-def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_doubled(tmp_path, work):
+def test_an_item_whose_process_dies_is_retried_once(tmp_path, work):
     items = [1, "die once", 2, "die", *range(3, 20)]
     results = squares(tmp_path, items, work=work)
     assert sorted(map(str, (item for item, _ in results))) == sorted(map(str, items))
@@ -84,18 +84,18 @@ def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_d
     assert all(result == item**2 for item, result in named.items())
 
 
-def test_an_item_that_hangs_is_aborted(tmp_path):
+def test_an_item_that_hangs_times_out(tmp_path):
     assert dict(squares(tmp_path, ["hang", 3], 1, 0.5)) == {"hang": Lost("it took longer than 0.5 s"), 3: 9}
 
 
-def test_an_item_of_a_lost_gpu_is_retried_once(tmp_path, capfd):
+def test_a_lost_gpu_is_dropped_and_its_item_is_retried(tmp_path, capfd):
     results = squares(tmp_path, ["lose a card", "lose a card", "wait", 5])
     assert sorted(result for _, result in results if isinstance(result, int)) == [25]
     assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3
     assert "card 1 is lost; 1 processes continue" in capfd.readouterr().err
 
 
-def test_work_that_cannot_start_or_go_on_is_an_error(tmp_path):
+def test_user_errors_of_workers_are_raised(tmp_path):
     with pytest.raises(UserError, match="the disk is full"):
         squares(tmp_path, [1, "refuse"])
     (tmp_path / "card").touch()
@@ -111,7 +111,7 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
-def test_workers_of_an_evaluation_end_when_it_is_killed(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "killed.py")]
     path = os.pathsep.join(sys.path)

@@ -1,4 +1,4 @@
-"""Long work says how far it is: in plain lines where standard error is not a terminal."""
+"""Progress in plain lines where standard error is not a terminal."""
 
 import re
 from time import sleep
@@ -9,15 +9,7 @@ from engine import progress
 from engine.progress import showing, stage, track, watched
 
 
-def test_nothing_is_printed_outside_of_a_command_with_progress(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)  # seconds: a line after each step
-    with stage("sampling", 3, "steps") as step:
-        step()
-    assert len(list(watched([np.zeros(2)]))) == 1
-    assert capsys.readouterr() == ("", "")
-
-
-def test_lines_have_rate_and_time_left_and_are_rare(capsys, monkeypatch):
+def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
     with showing() as shown:
         shown.prefix = "2/7 "
         for seconds in (-1.0, 10.0):

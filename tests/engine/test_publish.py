@@ -1,4 +1,4 @@
-"""Publishing on a stand-in of the hub: what was pushed loads by its name, and its card has the hub's metadata."""
+"""Publishing releases on a local replacement of the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.hub_stand_in import stand_in_hub, use_endpoint  # noqa: F401  (one is
 from tests.talker_t2av.talker_fixtures import save_talker, voice_file
 
 
-def test_a_pushed_hicodit_speaks_from_the_hub(release, stand_in_hub):  # noqa: F811
+def test_a_published_hicodit_generates_the_same_speech(release, stand_in_hub):  # noqa: F811
     pipeline = HiCoDiTPipeline.from_pretrained(release)
     with pytest.raises(UserError, match="states no licence: set license="):
         pipeline.push_to_hub("someone/lips")
@@ -36,7 +36,7 @@ def test_a_pushed_hicodit_speaks_from_the_hub(release, stand_in_hub):  # noqa: F
     np.testing.assert_array_equal(other(clip, seed=1).wave, pipeline(clip, seed=1).wave)
 
 
-def test_a_pushed_talker_speaks_from_the_hub(stand_in_hub, tmp_path):  # noqa: F811
+def test_a_published_talker_generates_the_same_speech(stand_in_hub, tmp_path):  # noqa: F811
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path))
     pipeline.push_to_hub("someone/talker", license="mit", private=True)
     other = TalkerPipeline.from_pretrained("someone/talker")
@@ -46,16 +46,14 @@ def test_a_pushed_talker_speaks_from_the_hub(stand_in_hub, tmp_path):  # noqa: F
     np.testing.assert_array_equal(other(job).wave, pipeline(job).wave)
 
 
-@pytest.mark.parametrize("name", ["toy", "a/b/c", "someone/toy@main", "../toy", ""])
-def test_a_wrong_name_is_refused_before_anything_is_sent(release, stand_in_hub, name):  # noqa: F811
+@pytest.mark.parametrize("name", ["toy", "someone/toy@main", "../toy"])
+def test_a_wrong_name_is_refused_before_anything_is_uploaded(release, stand_in_hub, name):  # noqa: F811
     with pytest.raises(UserError, match="expected OWNER/NAME"):
         publish(release, {}, name, "mit", False)
     assert not HfApi.create_repo.called
 
 
-def test_other_files_and_a_hub_that_is_away_are_one_line(release, monkeypatch):  # noqa: F811
-    with pytest.raises(UserError, match="only release folders can be published"):
-        publish(None, {}, "someone/toy", "mit", False)
+def test_an_unreachable_hub_is_a_one_line_error(release, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     with pytest.raises(UserError, match="someone/toy could not be published") as error:

@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_shards_are_plain_tar_files_and_the_sidecar_says_where_their_members_are(whole):
+def test_shards_are_tar_files_and_sidecars_list_the_offsets_of_their_members(whole):
     index = json.loads((whole / "index.json").read_text())
     assert [s["clips"] for s in index["shards"]] == [3, 2, 1] and index["clips"] == 6
     for shard in index["shards"]:
@@ -78,7 +78,7 @@ def test_shards_are_plain_tar_files_and_the_sidecar_says_where_their_members_are
                 assert data[offset : offset + size] == value
 
 
-def test_index_has_the_moments_of_all_frames_and_the_refusals(whole):
+def test_the_index_has_the_moments_of_all_frames_and_the_rejected_clips(whole):
     index = json.loads((whole / "index.json").read_text())
     motion = torch.cat([load(members(key)["safetensors"])["motion"] for key in KEYS if key != "clip_4"]).double()
     torch.testing.assert_close(torch.tensor(index["motion_mean"]), motion.mean(0), check_dtype=False)
@@ -89,7 +89,7 @@ def test_index_has_the_moments_of_all_frames_and_the_refusals(whole):
 
 
 @pytest.mark.parametrize("kept", [["clip_2"], KEYS[:3], KEYS[:5], KEYS])
-def test_work_broken_off_anywhere_ends_in_the_same_bytes(whole, tmp_path, kept):
+def test_interrupted_preparation_resumes_to_the_same_bytes(whole, tmp_path, kept):
     write(make(tmp_path), kept, stop_before_packing=True)
     writer = make(tmp_path)
     for name in ("clip_9.part", ".shard"):
@@ -100,6 +100,6 @@ def test_work_broken_off_anywhere_ends_in_the_same_bytes(whole, tmp_path, kept):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_folder_is_of_one_plan(whole):
+def test_a_folder_cannot_be_continued_with_other_settings(whole):
     with pytest.raises(UserError, match=r"begun with stages\.decode\.max_side=3, not 4"):
         make(whole, plan={"stages": {"decode": {"max_side": 4}}})

@@ -18,7 +18,7 @@ def test_the_first_signal_requests_a_stop_and_repeats_are_ignored(number):
     assert signal.getsignal(number) is before
 
 
-def test_later_second_ctrl_c_interrupts(monkeypatch):
+def test_a_second_ctrl_c_interrupts(monkeypatch):
     monkeypatch.setattr(signals, "ONE_PRESS", 0.0)
     with pytest.raises(KeyboardInterrupt), stop_requests() as stops:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What trackers show of a run: figures, and whatever media a validation writes."""
+"""TensorBoard and Weights & Biases get the metrics of a run and the media of its validations."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def train(run, steps=7, **changes):
     trainer.fit()
 
 
-def test_tensorboard_has_figures_sounds_spectrograms_and_videos(tmp_path):
+def test_tensorboard_has_metrics_audio_spectrograms_and_videos(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,7 +53,7 @@ def test_tensorboard_has_figures_sounds_spectrograms_and_videos(tmp_path):
     assert (tmp_path / "run" / "validation" / "step-00000007" / "notes.txt").is_file()
 
 
-def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
+def test_wandb_logs_metrics_and_media_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = wandb.sdk.wandb_run.Run
@@ -69,7 +69,7 @@ def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
     assert {path.suffix for path in (offline / "files" / "media").rglob("*.*")} == {".wav", ".png", ".mp4"}
 
 
-def test_a_spectrogram_shows_the_tone_where_it_is():
+def test_low_tones_are_at_the_bottom_of_a_spectrogram():
     rows = []
     for hertz in (300, 3000):
         picture = spectrogram(np.asarray(tone(hertz), np.float32), 24_000)
@@ -78,7 +78,7 @@ def test_a_spectrogram_shows_the_tone_where_it_is():
     assert rows[0] > rows[1] + 20  # low tones are low in the picture
 
 
-def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, monkeypatch):
+def test_a_run_without_trackers_draws_nothing_and_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.training.tracking.spectrogram", lambda *_: pytest.fail("nobody sees it"))
     train(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()

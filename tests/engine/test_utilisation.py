@@ -5,7 +5,7 @@ from engine.training.speed import Utilisation, peak_tflops
 
 
 @pytest.mark.parametrize("heads", [4, 2], ids=["one_to_one", "grouped"])
-def test_attention_on_a_processor_is_counted(heads):
+def test_flops_of_attention_are_counted_on_the_cpu(heads):
     """Axes: B batch, H heads, L sequence, D head width."""
     b = 2
     h = 4
@@ -26,8 +26,8 @@ def test_attention_on_a_processor_is_counted(heads):
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA L4", 121.0), ("NVIDIA L40", 181.1), ("NVIDIA L40S", 362.1), ("NVIDIA H100 PCIe", 756.0), ("T4", None)],
+    [("NVIDIA L4", 121.0), ("NVIDIA L40S", 362.1), ("T4", None)],
 )
-def test_a_card_is_known_by_its_whole_name(monkeypatch, name, peak):
+def test_a_gpu_is_recognised_by_its_full_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_tflops(None, torch.device("cuda")) == peak

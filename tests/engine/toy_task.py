@@ -1,4 +1,4 @@
-"""A two-part task and a dataset that show everything the trainer promises, in a few hundred parameters."""
+"""Tasks and datasets of a few hundred parameters that exercise the trainer."""
 
 from __future__ import annotations
 
@@ -31,17 +31,14 @@ class ToySet:
     """37 vectors, an odd number so that batches straddle epochs; the augmentation is noise.
 
     `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, or a
-    function that is called. `nan` lasts for `span` samples.
+    function that is called.
     """
 
-    def __init__(
-        self, size: int = 37, trouble_at: int | None = None, trouble: str | Callable[[], None] = "crash", span: int = 1
-    ):
+    def __init__(self, size: int = 37, trouble_at: int | None = None, trouble: str | Callable[[], None] = "crash"):
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
         self.calls = 0
         self.trouble_at = trouble_at
         self.trouble = trouble
-        self.span = span
 
     def __len__(self) -> int:
         return len(self.x)
@@ -49,7 +46,7 @@ class ToySet:
     def __getitem__(self, index: int, generator: torch.Generator) -> torch.Tensor:
         self.calls += 1
         sample = self.x[index] + 0.1 * torch.randn(4, generator=generator)
-        if self.trouble_at is not None and self.trouble_at <= self.calls < self.trouble_at + self.span:
+        if self.calls == self.trouble_at:
             if self.trouble == "crash":
                 raise RuntimeError("the machine died")
             if self.trouble in ("term", "usr1"):

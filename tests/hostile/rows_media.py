@@ -229,11 +229,7 @@ CASES = [
     ),
     *((f"job: {k[:50]}", file("jobs.jsonl", k, read_job_list), line) for k, line in JOBS.items()),
     *(
-        (
-            f"half: {k}",
-            lambda f, suffix=suffix, read=read, options=options: read_half_as(f, suffix, read, *options),
-            line,
-        )
+        (f"half: {k}", partial(read_half_as, suffix=suffix, read=read, options=options), line)
         for k, (suffix, read, options, line) in HALVES.items()
     ),
     ("half: mp4, index last", partial(read_half, source=CLIP, read=read_video), "its index is missing|only the first"),
