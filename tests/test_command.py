@@ -1,4 +1,4 @@
-"""`speaking-faces`, the console command, and what `infer.py` says before it loads a model."""
+"""`speaking-faces`, the console command, and the errors of `infer.py` before it imports torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_the_command_works_in_any_folder_and_states_its_seconds(tmp_path):
+def test_the_command_works_in_any_folder_and_prints_its_duration(tmp_path):
     done = command("sampler=fast", "sampler.steps=2", "codec=assets/rvq_tiny", "figure=false", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["silent.mp4", "silent.wav"]
@@ -37,17 +37,11 @@ def test_the_command_works_in_any_folder_and_states_its_seconds(tmp_path):
 
 MISTAKES = [
     ("input=nothing.mp4", "no such file or folder: input=nothing.mp4"),
-    ("input={voice}", "voice.wav has no video stream"),
-    ("weights=nowhere", "weights=nowhere: not found"),
     ("codec=nowhere", "codec=nowhere: not found"),
     ("output={text}", "cannot write to output="),
-    ("face=nose", "face=nose is unknown"),
     ("face_box=1,2", "face_box="),
     ("device=tpu", "device=tpu is unknown"),
-    ("sampler.steps=0", "sampler.steps=0 must be"),
-    ("model=talker_t2av mode=none", "mode=none is unknown"),
     ("model=talker_t2av codecs.speech=nowhere", "codecs.speech=nowhere: not found"),
-    ("model=talker_t2av reference_motion=nothing.pt", "no such file: nothing.pt"),
     ("model=talker_t2av mode=v2a video={clip} reference_video={clip}", "silent.mp4 has no audio: set reference_audio"),
     ("model=talker_t2av name=../x", "name="),
 ]
@@ -63,9 +57,9 @@ for words in json.load(sys.stdin):
 """
 
 
-def test_mistakes_are_found_before_torch_is_imported(tmp_path):
+def test_wrong_settings_are_reported_before_torch_is_imported(tmp_path):
     demo = ROOT / "assets" / "demo"
-    named = {"voice": demo / "voice.wav", "text": demo / "silent.txt", "clip": demo / "silent.mp4"}
+    named = {"text": demo / "silent.txt", "clip": demo / "silent.mp4"}
     words = [mistake.format(**named) for mistake, _ in MISTAKES]
     call = [sys.executable, "-c", CALL]
     done = subprocess.run(call, input=json.dumps(words), cwd=tmp_path, capture_output=True, text=True)
@@ -81,7 +75,7 @@ COMMANDS = [p for p in (*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")) if
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
-def test_outside_of_the_environment_one_line_says_what_to_do(script, tmp_path):
+def test_without_the_environment_an_error_says_how_to_install_it(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     call = [sys.executable, "-S", script, "--help"]  # -S: without installed packages
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)

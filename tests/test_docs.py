@@ -1,4 +1,4 @@
-"""Promises of README.md and docs/ that can be checked cheaply; tests/rehearsal runs their commands."""
+"""Files, values and code of README.md and docs/; tests/rehearsal runs their commands."""
 
 import json
 import math
@@ -22,14 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = "engine|hicodit|talker_t2av|corpora|configs|scripts|service|tests|benchmarks"
 
 
-def test_first_block_runs_the_main_job_and_the_second_the_tests():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    assert "infer.py" in blocks[0] and blocks[0].count("\n") == 1
-    assert "setup_and_test.sh" in blocks[1] and blocks[1].count("\n") == 1
-    assert "scripts/setup_and_test.sh" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
@@ -39,21 +32,16 @@ def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys
     made = probe("talk.mp4")
     assert made.video == "h264" and made.audio == "aac"
     assert sum(map(int, capsys.readouterr().out.split())) > 12_000
-
-    known["talk"].save("talk.wav")
-    assert soundfile.info("talk.wav").frames == len(known["talk"].wave)
-    for result, name, why in (
+    for result, name, message in (
         (known["speech"], "speech.mp3", r"must end in \.wav"),
-        (known["talk"], "talk.gif", r"must end in \.mp4"),
         (replace(known["talk"], frames=None), "tts.mp4", "no frames"),
     ):
-        with pytest.raises(UserError, match=why):
+        with pytest.raises(UserError, match=message):
             result.save(name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "speech.wav", "talk.mp4", "talk.wav"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_what_a_page_names_exists(page):
+def test_files_named_by_a_page_exist(page):
     text = page.read_text()
     lines = text.splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
@@ -105,7 +93,7 @@ README_VALUES = {  # in the order of the first bullets: as printed, the record, 
 }
 
 
-def test_every_measured_value_of_the_readme_is_that_of_a_record():
+def test_every_measured_value_of_the_readme_has_a_record():
     begin = README[: README.index("```bash")]
     printed = re.findall(r"(?:WER )?[\d.]+ %|RTF [\d.]+", begin)
     assert printed == [*README_VALUES]
@@ -121,7 +109,7 @@ def test_every_record_is_named_by_a_page():
     assert [path.name for path in RESULTS.iterdir() if not any(path.name.endswith(part) for part in parts)] == []
 
 
-def test_records_name_no_folder_of_the_machine_that_measured():
+def test_records_contain_no_paths_of_the_machine():
     for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
         assert record == portable(record), path

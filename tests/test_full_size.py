@@ -1,4 +1,4 @@
-"""Networks of the published sizes, on the meta device: names and shapes of their tensors are the released ones."""
+"""Networks of the published sizes, on the meta device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("lists", "ours", "read", "config", "network"), NETWORKS.values(), ids=NETWORKS)
-def test_the_released_network_has_the_released_names_and_shapes(lists, ours, read, config, network):
+def test_names_and_shapes_of_tensors_equal_the_published_checkpoint(lists, ours, read, config, network):
     shapes = {}
     for name in lists:
         shapes |= json.loads((GOLDEN / f"{name}.keys.json").read_text())
@@ -83,7 +83,7 @@ def test_the_released_network_has_the_released_names_and_shapes(lists, ours, rea
 @pytest.mark.parametrize(
     ("codec", "name"), [(RVQCodec, "rvq_maskgct"), (WhisperXVAE, "whisperx_vae_base"), (LiaX, "lia_x_base")]
 )
-def test_a_codec_is_no_larger_than_its_own_release(codec, name):
+def test_a_full_size_codec_passes_the_size_check_of_its_release(codec, name):
     arguments = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/codec" / f"{name}.yaml"))
     with torch.device("meta"):
         state = codec.from_arguments(arguments).stored()

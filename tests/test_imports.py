@@ -1,5 +1,4 @@
-"""Imports point one way and never in a circle; only `system.py` of a model imports codecs; the source root `codecs/`
-leaves Python's own module of that name alone."""
+"""Imports respect the layers and have no cycle; the source root `codecs/` does not shadow Python's `codecs`."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ def imported_units(file: Path) -> set[str]:
     return {name.split(".")[0] for name in imported_names(file)}
 
 
-def test_imports_follow_the_arrows():
+def test_imports_respect_the_layers():
     modules = product_modules()
     assert len(modules) > 200
     assert [
@@ -68,7 +67,7 @@ def test_imports_follow_the_arrows():
     ] == []
 
 
-def test_no_modules_import_each_other():
+def test_imports_have_no_cycle():
     modules = product_modules()
     imports = {}
     for module, file in modules.items():
@@ -93,7 +92,7 @@ def test_imported_names_exist():
     ] == []
 
 
-def test_models_know_codecs_by_their_table_alone():
+def test_models_import_codecs_in_system_py_only():
     users = {
         file.relative_to(ROOT).as_posix()
         for model in MODELS
@@ -103,7 +102,7 @@ def test_models_know_codecs_by_their_table_alone():
     assert users <= {f"{model}/system.py" for model in MODELS}
 
 
-def test_the_source_root_codecs_leaves_the_standard_module_alone(tmp_path):
+def test_the_folder_codecs_does_not_shadow_the_standard_module(tmp_path):
     script = (
         "import codecs, rvq_codec, whisperx_vae, lia_x, engine, hicodit, talker_t2av\n"
         "assert codecs.lookup('utf-8').name == 'utf-8' and not hasattr(codecs, '__path__')\n"

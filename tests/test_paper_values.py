@@ -1,4 +1,4 @@
-"""The recipes named after the papers have the values that the papers state; tests/paper_values.yaml lists them."""
+"""The recipes of the papers have the values of tests/paper_values.yaml, which the papers state."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from engine.config import load
+from talker_t2av.model import TalkerConfig
 
 TABLE = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper_values.yaml")))
 CASES = [
@@ -20,7 +21,15 @@ def composed():
 
 
 @pytest.mark.parametrize(("recipe", "row"), CASES)
-def test_a_recipe_has_what_its_paper_states(composed, recipe, row):
+def test_a_recipe_has_the_value_of_its_paper(composed, recipe, row):
     value = OmegaConf.select(composed[recipe], row["setting"], throw_on_missing=True)
     value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     assert value == row["value"], f"section {row['section']}: {row['states']}"
+
+
+@pytest.mark.parametrize("setting", ["delay=1", "order=av", "order=va"])
+def test_ablations_of_the_talker_reach_model_and_data(setting):
+    words = ["experiment=talker_paper", *TABLE["talker_paper"]["words"], f"task.model.{setting}"]
+    config = load("train", words)
+    model = TalkerConfig(**OmegaConf.to_container(config.task.model, resolve=True))
+    assert (config.data.train.delay, config.data.train.order) == (model.delay, model.order) != (0, "add")

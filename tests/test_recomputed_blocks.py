@@ -1,4 +1,4 @@
-"""Losses and gradients of a task stay the same when its blocks are recomputed, and one of each kind compiled."""
+"""Activation checkpointing and compilation of blocks change no loss and no gradient."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def losses_of(task: Task, batch: dict[str, Any], step: int) -> dict[str, torch.T
         ("lia_x", 2, False),
     ],
 )
-def test_recomputed_and_compiled_blocks_leave_losses_and_gradients(name, step, compiled, tmp_path, monkeypatch):
+def test_checkpointed_and_compiled_blocks_have_equal_losses_and_gradients(name, step, compiled, tmp_path, monkeypatch):
     """Compiled here means captured: the graphs are run by PyTorch, as a C++ compiler would take minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
