@@ -25,7 +25,7 @@ def test_a_rank_holds_its_shards_and_gathers_blocks_in_bfloat16():
     largest = max(size for dtype, size in gathered if dtype == "float32")
     assert memory["weights"] < largest < 32 * memory["weights"]  # what is in no block
     assert "padding efficiency" in dry_run.report(found)
-    with pytest.raises(UserError, match=r"trainer\.parallel=ddp is not walked"):
+    with pytest.raises(UserError, match=r"trainer\.parallel=ddp is not supported"):
         dry_run.dry_run("hicodit_paper", [], 32)
 
 

@@ -162,7 +162,7 @@ def test_track_follows_the_users_boxes(tmp_path):
         with pytest.raises(UserError, match=message):
             track_of_boxes(read_boxes(text), 10)
     frames = ArrayFrames(np.zeros((10, 80, 120, 3), np.uint8))
-    with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s lies outside the frame of 120 x 80 pixels"):
+    with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s is outside the frame of 120 x 80 pixels"):
         place_face(frames, [200, 10, 30, 30], 25.0)
 
 

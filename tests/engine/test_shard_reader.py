@@ -142,7 +142,7 @@ def test_a_remote_shard_with_another_checksum_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("{}/elsewhere", "could not be fetched.* answered 404"), ("http://127.0.0.1:9/train", "cannot be reached")],
+    [("{}/elsewhere", "could not be fetched.* returned status 404"), ("http://127.0.0.1:9/train", "cannot be reached")],
 )
 def test_missing_files_and_servers_are_named(server, tmp_path, url, message):
     with pytest.raises(UserError, match=message):

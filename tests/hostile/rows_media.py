@@ -160,7 +160,7 @@ MOTION = {  # name: (content, pattern of the error)
     "a million times its data": (torch.zeros(1).expand(10**9, 4), "larger than its data"),
 }
 SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
-    (HICODIT, "model.low_blocks", 200, "lacks tensor"),
+    (HICODIT, "model.low_blocks", 200, "has no tensor"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
     (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),

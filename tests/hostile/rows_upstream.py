@@ -24,7 +24,7 @@ FILES = [  # reader, file name, content (None: the file is missing), pattern of 
     (AVHubert.from_pretrained, "a.pt", TRUNCATED, "not .*: create or download it"),
     (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "ArcFace"),
     (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
-    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": TENSOR}, "lacks tensor"),
+    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": TENSOR}, "has no tensor"),
     (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
     (WavLMEncoder.from_pretrained, "a.pth", {"model": TENSOR}, "not a WavLM-ECAPA speaker encoder"),
     (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),
