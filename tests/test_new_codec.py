@@ -16,7 +16,6 @@ from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
 from hicodit.pipeline import Crops, HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
-from tests.talker_t2av.talker_fixtures import DS
 
 
 @dataclass(frozen=True)
@@ -24,51 +23,35 @@ class ToyConfig:
     hop: int = 480
 
 
-class Toy(Codec):
-    """Frames are linear projections of their samples."""
+class ToyCodec(Codec):
+    """Tokens are quantised linear projections of the samples of a frame."""
 
     Config = ToyConfig
+    kind = "toy"
     sample_rate = 24_000
+    levels = 3
+    codes = 16
     reach = (0, 0)
 
     def __init__(self, config):
         super().__init__(config)
         self.hop = config.hop
-        self.basis = torch.nn.Parameter(torch.randn(self.width, self.hop) / math.sqrt(self.hop))
+        self.basis = torch.nn.Parameter(torch.randn(self.levels, self.hop) / math.sqrt(self.hop))
 
     def encode(self, signal):
         frames = signal[:, 0, : signal.shape[-1] // self.hop * self.hop].unflatten(1, (-1, self.hop))
-        return frames @ self.basis.T
+        return (4 * frames @ self.basis.T).round().long().clamp(0, self.codes - 1).transpose(1, 2)
 
     def decode(self, code):
-        return (code @ self.basis).flatten(1)[:, None]
+        return (code.transpose(1, 2) / 4 @ self.basis).flatten(1)[:, None]
 
     def digest(self):
         return "00000toy"
 
 
-class ToyLatents(Toy):
-    kind = "toy_latents"
-    width = DS
-    channels = DS
-
-
-class ToyTokens(Toy):
-    kind = "toy_tokens"
-    width = 3
-    levels = 3
-    codes = 16
-
-    def encode(self, signal):
-        return (super().encode(signal) * 4).round().long().clamp(0, self.codes - 1).transpose(1, 2)
-
-    def decode(self, code):
-        return super().decode(code.transpose(1, 2) / 4)
-
-
 def test_hicodit_generates_speech_with_a_new_token_codec(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    ToyTokens(ToyConfig()).save(tmp_path / "toy", "card")
+    ToyCodec(ToyConfig()).save(tmp_path / "toy", "card")
     sizes = {"width": 12, "heads": 2, "low_blocks": 1, "high_blocks": 1, "cond_dim": 8, "lip_dim": 12, "face_dim": 8}
     model = ModelConfig(levels=3, low_levels=1, codes=16, **sizes)
     tiny = {"lip_dim": 12, "lip_heads": 2, "face_dim": 8, "face_width": 4, "mouth_size": 16, "face_size": 16}
@@ -76,7 +59,7 @@ def test_hicodit_generates_speech_with_a_new_token_codec(tmp_path, monkeypatch):
     system.save(tmp_path / "hicodit", "card", {"codec": "toy", "token_digest": "00000toy"})
     with pytest.raises(UserError, match="toy"):
         HiCoDiTPipeline.from_pretrained(tmp_path / "hicodit")
-    monkeypatch.setitem(hicodit.system.CODECS, ToyTokens.kind, ToyTokens)
+    monkeypatch.setitem(hicodit.system.CODECS, ToyCodec.kind, ToyCodec)
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "hicodit")
     random = np.random.default_rng(0)
     mouth, voices = (random.integers(0, 255, shape, np.uint8) for shape in ((10, 16, 16), (4, 16, 16, 3)))
@@ -86,16 +69,16 @@ def test_hicodit_generates_speech_with_a_new_token_codec(tmp_path, monkeypatch):
 
 
 def test_decoding_in_chunks_equals_decoding_at_once():
-    codec = ToyLatents(ToyConfig())
-    code = torch.randn(1, 9, DS)
-    for reach in ((0, 0), Codec.reach):  # a codec that says nothing of its reach is decoded at the end
+    codec = ToyCodec(ToyConfig())
+    code = torch.randint(codec.codes, (1, codec.levels, 9))
+    for reach in ((0, 0), Codec.reach):  # a codec without a stated receptive field is decoded at the end
         codec.reach = reach
-        pieces = list(codec.decode_stream(code.split([2, 0, 4, 3], 1)))
+        pieces = list(codec.decode_stream(code.split([2, 0, 4, 3], 2), 2))
         assert len(pieces) == (3 if reach == (0, 0) else 1)
         torch.testing.assert_close(torch.cat(pieces, -1), codec.decode(code))
 
 
 def test_a_codec_that_is_not_in_the_table_is_refused(tmp_path):
-    ToyLatents(ToyConfig()).save(tmp_path / "toy", "card")
-    with pytest.raises(UserError, match="of kind 'toy_latents', but toy_tokens is needed"):
-        load_codec(tmp_path / "toy", {"toy_tokens": ToyTokens})
+    ToyCodec(ToyConfig()).save(tmp_path / "toy", "card")
+    with pytest.raises(UserError, match="of kind 'toy', but rvq_codec is needed"):
+        load_codec(tmp_path / "toy", {"rvq_codec": ToyCodec})

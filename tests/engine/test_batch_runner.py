@@ -6,12 +6,10 @@ import time
 from functools import partial
 
 import pytest
-import torch
 
 from engine import batch_runner
 from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
 from engine.errors import UserError
-from engine.processes import usable_cores
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
 
@@ -142,32 +140,6 @@ def test_the_next_batch_is_prepared_while_this_one_is_generated(tmp_path, capsys
         else:
             lines = [part.lines for part in build(0).run_all(batches)]
             assert lines == [[f"{job}: {job}"] for job in range(6)]
-
-
-class Threads(JobRunner):
-    """Reports the index and the number of threads of its process."""
-
-    device = "cpu"
-
-    def __init__(self, index):
-        self.index = index
-
-    def prepare(self, job):
-        return job
-
-    def generate(self, batch):
-        return [(self.index, torch.get_num_threads())] * len(batch)
-
-    def write(self, name, job, result):
-        return f"{name}: {result[0]} {result[1]}", 0.0
-
-
-def test_processes_have_their_own_index_and_divide_the_cores(capsys):
-    run_in_processes(Threads, batched([(str(i), i) for i in range(6)], 1), 2)
-    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
-    threads = dict(lines)
-    assert len(lines) == 6 and set(threads) <= {"0", "1"}
-    assert all(int(count) == max(1, usable_cores() // 2) for count in threads.values())
 
 
 def test_a_ray_worker_without_a_gpu_must_run_on_the_cpu():

@@ -3,7 +3,6 @@ import os
 import pickle
 import shutil
 import threading
-import time
 
 import pytest
 import torch
@@ -130,22 +129,6 @@ def group(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def slow_disk(monkeypatch, seconds):
-    original = checkpoint.dcp.save
-    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: (time.sleep(seconds), original(*a, **k)))
-
-
-def test_a_slow_disk_delays_the_next_checkpoint(tmp_path, monkeypatch, group):
-    monkeypatch.setattr(checkpoint, "FAILING", 0.05)
-    slow_disk(monkeypatch, 0.4)
-    checkpoints = Checkpoints(tmp_path / "run", 3)
-    for step in (1, 2):
-        checkpoints.save(step, state(float(step)), {})
-    checkpoints.wait()
-    assert checkpoint.steps(tmp_path / "run") == [1, 2]
-    assert not list((tmp_path / "run").glob(".step-*")) and checkpoints.problem is None
 
 
 def test_a_failing_process_does_not_wait_for_a_stuck_checkpoint(tmp_path, monkeypatch, group):

@@ -1,4 +1,4 @@
-"""The planner: memory of a simulated step against a real one, padding, and the largest batch."""
+"""The planner: memory of a simulated step against a real one, and the largest batch."""
 
 import gc
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from toy_task import CONFIG
 
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, padding_of, plan
+from benchmarks.plan import CARDS, plan
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 
@@ -59,12 +59,6 @@ def test_a_simulated_step_has_the_memory_of_a_real_one():
     real = measure(Tower(), config(), batch())
     assert (found.memory, found.flops, found.groups) == (real.memory, real.flops, real.groups)
     assert sum(found.memory.values()) == pytest.approx(allocated(lambda: measure(Tower(), config(), batch())), rel=0.1)
-
-
-def test_batching_by_length_reduces_the_wait_for_the_longest_batch():
-    by_length, mixed = (TrainerConfig(**CONFIG | {"by_length": by_length}) for by_length in (True, False))
-    assert 0.9 < padding_of(by_length, 8, 4) < 1
-    assert padding_of(mixed, 8, 4) < padding_of(by_length, 8, 4) - 0.05
 
 
 SIZES = {"weights": 2**30, "gradients": 2**30, "activations": 2**28}

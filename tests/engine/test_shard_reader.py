@@ -71,14 +71,6 @@ def test_worker_processes_read_the_same_samples(folder):
     assert _sum(pickle.loads(pickle.dumps(split)), range(COUNT)) == expected  # as a spawned process gets it
 
 
-def test_few_files_stay_open(folder, monkeypatch):
-    monkeypatch.setattr("engine.shards.reader.OPEN_SHARDS", 2)
-    split = ShardSplit(folder)
-    check_all(split)
-    check_all(split)
-    assert len(split._handles) == 2
-
-
 def zeros(folder, name):
     (folder / name).write_bytes(bytes((folder / name).stat().st_size))
 

@@ -12,7 +12,6 @@ from engine.errors import UserError
 from engine.release import read_release
 from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
-from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
@@ -186,17 +185,6 @@ def train_arguments(run, **changes):
     words = [f"trainer.{k}={json.dumps(v)}" for k, v in settings.items()]
     target = "task={_target_: tests.engine.toy_task.ToyGAN}"
     return ["name=toy", f"run={run}", target, "data={train: {_target_: tests.engine.toy_task.ToySet}}", *words]
-
-
-def test_train_script_trains_exports_and_resumes(tmp_path):
-    done = forked.run("train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/release/model.safetensors").is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}  # no outputs/ or .hydra folders
-    info = json.loads((tmp_path / "run/checkpoints/step-00000006/info.json").read_text())
-    assert info["config"]["trainer"]["steps"] == 6
-    again = forked.run("train.py", *train_arguments(tmp_path / "run", steps=8), cwd=tmp_path)
-    assert "resumed from" in again.stdout and "step 8/8" in again.stdout
 
 
 class Watched(ToyGAN):

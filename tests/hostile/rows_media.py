@@ -189,9 +189,6 @@ JOBS = {  # content of a job list: pattern of the error
     '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
     '{"text": " "}': "requires text",
-    '{"text": "a", "max_seconds": 99}': "max_seconds=99",
-    '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "compat": "official"}': "compat=official",
-    "[1]": "an object",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
     "": "no line",
@@ -201,7 +198,6 @@ HALVES = {  # name: (suffix, reader, options of ffmpeg, pattern of the error)
     "mp4, index first": (".mp4", read_video, ("-movflags", "+faststart"), "only the first"),
     "mp3": (".mp3", read_sound, (), STATED),
     "avi": (".avi", read_sound, (), STATED),
-    "au": (".au", read_sound, (), STATED),
     "flac": (".flac", read_sound, (), FIRST),
 }
 FILTERS = {  # filter of ffmpeg: pattern of the error
