@@ -101,5 +101,5 @@ def test_interrupted_preparation_resumes_to_the_same_bytes(whole, tmp_path, kept
 
 
 def test_a_folder_cannot_be_continued_with_other_settings(whole):
-    with pytest.raises(UserError, match=r"begun with stages\.decode\.max_side=3, not 4"):
+    with pytest.raises(UserError, match=r"started with stages\.decode\.max_side=3, not 4"):
         make(whole, plan={"stages": {"decode": {"max_side": 4}}})
