@@ -192,8 +192,10 @@ def test_a_release_on_the_hub_is_downloaded_and_cached(server, monkeypatch):
             read_release("someone/other", "toy")
 
 
-def test_a_mistyped_path_is_not_a_name_on_the_hub(stand_in_hub, tmp_path):  # noqa: F811
+def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):  # noqa: F811
     (tmp_path / "assets").mkdir()
     for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
         with pytest.raises(UserError, match="weights folder not found"):
             read_release(place, "toy")
+    with pytest.raises(UserError, match="it could not be downloaded from the hub"):
+        read_release("someone/else", "toy")

@@ -62,5 +62,5 @@ CASES = [
     ),
     *((f"upstream: {line}", partial(load_state, state=state), line) for state, line in STATES),
     ("upstream: TorchScript", torch_script, "TorchScript"),
-    ("upstream: two checkpoints", two_files, "holds 2 checkpoints"),
+    ("upstream: two checkpoints", two_files, "contains 2 checkpoints"),
 ]
