@@ -182,7 +182,8 @@ def test_a_changed_file_of_the_recogniser_invalidates_cached_measurements(run, m
     again()
     for name in ("free.arpa", "free.dict", "g.dict"):
         (folders / name).write_text("of another corpus")
-        assert [again().results["found_in_cache"] for _ in range(2)] == [{"WordErrors": 0}, {"WordErrors": 6}]
+        assert again().results["found_in_cache"] == {"WordErrors": 0}
+    assert again().results["found_in_cache"] == {"WordErrors": 6}
 
 
 def test_measurements_are_cached_by_the_content_of_the_files(run, monkeypatch, folders):

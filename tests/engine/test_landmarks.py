@@ -164,6 +164,7 @@ class Payload:
         ("a.pkl", pickle.dumps([Payload()])),
         ("a.pkl", pickle.dumps({"a": 1})),
     ],
+    ids=["cut off", "numbers", "no landmarks", "four points", "code", "a dict"],
 )
 def test_a_file_without_landmarks_is_refused_and_runs_nothing(tmp_path, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
