@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import WavLMConfig
 
-from engine.config import CONFIGS
+from engine.config import compose, plain
 from engine.metrics.lip_sync import SyncNet
 from engine.official import rename_all
 from engine.release import _no_larger_than, load_strict
@@ -29,7 +28,7 @@ from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae import upstream as wxvae
 
 GOLDEN = Path(__file__).parent / "golden"
-BASE = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/model" / "talker_t2av_base.yaml"))
+BASE = plain(compose("train", ["experiment=talker_released"]).task.model)
 
 
 # Lists of the released tensors, how they become ours, the configuration read off them and the expected one, and what
@@ -81,10 +80,10 @@ def test_names_and_shapes_of_tensors_equal_the_published_checkpoint(lists, ours,
 
 
 @pytest.mark.parametrize(
-    ("codec", "name"), [(RVQCodec, "rvq_maskgct"), (WhisperXVAE, "whisperx_vae_base"), (LiaX, "lia_x_base")]
+    ("codec", "recipe"), [(RVQCodec, "rvq_paper"), (WhisperXVAE, "whisperx_vae_paper"), (LiaX, "lia_x_paper")]
 )
-def test_a_full_size_codec_passes_the_size_check_of_its_release(codec, name):
-    arguments = OmegaConf.to_container(OmegaConf.load(CONFIGS / "task/codec" / f"{name}.yaml"))
+def test_a_full_size_codec_passes_the_size_check_of_its_release(codec, recipe):
+    arguments = plain(compose("train", [f"experiment={recipe}"]).task.codec)
     with torch.device("meta"):
         state = codec.from_arguments(arguments).stored()
         with _no_larger_than(state, codec.max_extra_tensors, codec.max_extra_params):
