@@ -22,12 +22,11 @@ RECIPE = "experiment=hicodit_minute"
 
 
 def test_composition():
-    encoders = ["task/encoders=upstream", "task.encoders.folder=mine"]
-    words = ["trainer=gpu", "trainer.lr=1", "task.model.width=9", *encoders, "+task.new=3"]
+    words = ["trainer=gpu", "trainer.lr=1", "task.model.width=9", "task/model=hicodit_small", "+task.new=3"]
     config = load("train", [RECIPE, *words, "name=mine"])
     assert (config.name, config.run) == ("mine", "runs/mine") and "hydra" not in config
     assert (config.trainer.precision, config.trainer.lr, config.trainer.device) == ("bf16", 1.0, "cuda")
-    assert (config.task.model.width, config.task.encoders.kind, config.task.new) == (9, "upstream", 3)
+    assert (config.task.model.width, config.task.model.low_blocks, config.task.new) == (9, 6, 3)
     assert isinstance(OmegaConf.to_object(config).trainer, TrainerConfig)
     assert OmegaConf.to_object(load("train", [RECIPE])).trainer.betas == (0.9, 0.98)
     assert "make" not in compose("train", [RECIPE, "~data.make"]).data
