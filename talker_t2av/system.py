@@ -59,7 +59,8 @@ class MotionStats:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
 
     def restore(self, motion: Tensor) -> Tensor:
-        std, mean = (to_device(x, motion.device) for x in (self.std.clamp_min(1e-6), self.mean))
+        std = to_device(self.std.clamp_min(1e-6), motion.device)
+        mean = to_device(self.mean, motion.device)
         return motion * std + mean
 
     @classmethod
@@ -206,8 +207,9 @@ def load_model(folder: str | Path) -> tuple[TalkerT2AV, Path]:
     folder = release_folder(folder)
     if (folder / "config.yaml").is_file():
         return TalkerT2AV.from_pretrained(folder), folder
-    weights, words = (find_released(folder, part) for part in ("model", "tokenizer"))
-    return TalkerT2AV.from_released(weights), words.parent
+    weights = find_released(folder, "model")
+    tokenizer = find_released(folder, "tokenizer")
+    return TalkerT2AV.from_released(weights), tokenizer.parent
 
 
 def load_speech(folder: str | Path) -> Codec:

@@ -127,7 +127,9 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
     """
     config = info.get("config") or {}
     step = info.get("step", 0)
-    data, trainer, task = (config.get(name) or {} for name in ("data", "trainer", "task"))
+    data = config.get("data") or {}
+    trainer = config.get("trainer") or {}
+    task = config.get("task") or {}
     dataset = str(data.get("root") or "held-out clips of the run")
     parts = [front_matter(release.kind, release.title, results, dataset)]
     parts += [f"# {release.title}", release.about, f"```python\n{release.usage}\n```"]

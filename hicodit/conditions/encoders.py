@@ -44,7 +44,8 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
         return encoder(unit(mouth), frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
-        short, long = (to_device(clips.nonzero()[:, 0], mouth.device) for clips in (whole, ~whole))
+        short = to_device(whole.nonzero()[:, 0], mouth.device)
+        long = to_device((~whole).nonzero()[:, 0], mouth.device)
         encoded = encoder(unit(mouth[short, :most]), frames[whole])
         out = mouth.new_zeros(*mouth.shape[:2], encoded.shape[-1], dtype=encoded.dtype)
         out[short, :most] = encoded
