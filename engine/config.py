@@ -1,11 +1,12 @@
-"""Composition of configurations: Hydra merges the YAML files of configs/, the dataclasses of `engine.schema` and
-overrides.
+"""Composition of configurations: Hydra merges the YAML files of configs/, dataclasses and overrides.
 
-Programs are `@hydra.main` functions (see `engine.program`). `compose` does the same from Python.
+`configs/NAME.yaml` names its dataclass, an entry of `SCHEMAS`, as `NAME_schema` in its defaults list. Programs are
+`@hydra.main` functions (see `engine.program`). `compose` does the same from Python.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -21,11 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from engine.errors import UserError
-from engine.instantiate import check_targets
-from engine.schema import find_field, find_schema, register
-from engine.settings import KINDS, kind_of, nearest, require_choice
+from engine.instantiate import check_targets, target
+from engine.settings import KINDS, hints_of, kind_of, nearest, require_choice
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SCHEMAS = {  # dataclass of each program's settings, imported only by the program that needs it
+    "train": "engine.training.settings.TrainConfig",
+    "infer": "hicodit.settings.InferConfig",
+    "infer_talker": "talker_t2av.settings.InferConfig",
+    "prepare": "corpora.preparation.settings.PrepareConfig",
+    "evaluate": "engine.evaluation.settings.EvaluateConfig",
+}
 
 
 def compose(config_name: str, words: Sequence[str]) -> DictConfig:
@@ -166,6 +174,49 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
             return hydra.compose(config_name, overrides=overrides)
     finally:
         GlobalHydra.instance().hydra = running
+
+
+# --- dataclasses: types, defaults, bounds and descriptions of the settings ---
+
+
+def register(config_name: str) -> None:
+    """Store the dataclass of a program in Hydra's ConfigStore as `{config_name}_schema`."""
+    if config_name not in SCHEMAS:
+        return
+    schema = OmegaConf.structured(target(SCHEMAS[config_name]))
+    _allow_changes(schema)
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+
+
+def find_schema(config_name: str, key: str = "") -> type | None:
+    """Return the dataclass of the settings below a dotted key; "" is the whole configuration.
+
+    Return None for `task`, `data`, `source` and `stages`, whose settings are the arguments of their `_target_` classes.
+    """
+    schema = target(SCHEMAS[config_name]) if config_name in SCHEMAS else None
+    for name in key.split(".") if key else ():
+        groups = {field.name: field.metadata.get("group") for field in dataclasses.fields(schema)} if schema else {}
+        schema = groups.get(name)
+    return schema
+
+
+def find_field(config_name: str, key: str) -> tuple[dataclasses.Field, Any] | None:
+    """Return the dataclass field and type of a setting such as `trainer.lr`, or None if no dataclass has it."""
+    parent, _, name = key.rpartition(".")
+    schema = find_schema(config_name, parent)
+    for field in dataclasses.fields(schema) if schema else ():
+        if field.name == name:
+            return field, dict if "group" in field.metadata else hints_of(schema)[name]
+    return None
+
+
+def _allow_changes(node: DictConfig) -> None:
+    """Remove the read-only flags that OmegaConf sets for frozen dataclasses, so that overrides can change values."""
+    node._set_flag("readonly", None)
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+            _allow_changes(child)
 
 
 # --- mistakes in one line ---

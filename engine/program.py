@@ -32,9 +32,8 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine.config import CONFIGS, check, explained, options, prepared, walk
+from engine.config import CONFIGS, check, explained, find_field, options, prepared, register, walk
 from engine.errors import UserError
-from engine.schema import find_field, register
 
 
 class Failed(Exception):

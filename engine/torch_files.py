@@ -1,4 +1,4 @@
-"""Safe reading of files written by `torch.save`, without executing code that they name.
+"""Safe reading of files written by `torch.save` and of pickled arrays, without executing code that they name.
 
 Files are read by `torch.load(weights_only=True)`. Released checkpoints also contain objects of their training programs:
 settings (AV-HuBERT: argparse or OmegaConf), meters (POSTER V2), hyperparameters (WhisperX-VAE). Each class or function
@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -129,6 +130,41 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
     ):
         raise UserError(f"{path} must contain a tensor (frames, {columns or 'channels'}) of finite numbers")
     return value
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Unpickler that builds plain containers and inert placeholders; classes and functions named by the pickle are not
+    used.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        return stand_in(f"{module}.{name}")
+
+
+def read_pickled_arrays(path: Path) -> list[np.ndarray | None]:
+    """Read a pickled list of numeric arrays or None.
+
+    numpy does not take part in unpickling, because it trusts the types in a pickle. The bytes are parsed here.
+    """
+    try:
+        with path.open("rb") as file:
+            return [None if value is None else _array(value) for value in _InertUnpickler(file).load()]
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} cannot be read as a pickled list of arrays ({load_problem(error)})") from error
+
+
+def _array(value: StandIn) -> np.ndarray:
+    if len(value.arguments) == 4:  # protocol 5
+        data, kind, shape, order = value.arguments
+    else:
+        _, shape, kind, fortran, data = value.state
+        order = "F" if fortran else "C"
+    if isinstance(data, StandIn):  # bytes in protocols before 3
+        data = data.arguments[0].encode("latin1")
+    numbers = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1])
+    if numbers.kind not in "fiu":
+        raise ValueError(f"an array of {numbers}")
+    return np.frombuffer(data, numbers).reshape(shape, order=order)
 
 
 def load_problem(error: BaseException) -> str:

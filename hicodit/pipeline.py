@@ -22,7 +22,7 @@ from engine.cuda_graph import GraphedSteps
 from engine.device import to_device
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
-from engine.faces.landmarks import add_landmarks, read_landmarks, write_faces
+from engine.faces.landmarks import add_landmarks, read_landmarks
 from engine.faces.source import CASCADE, FaceSource
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
@@ -33,7 +33,6 @@ from engine.precision import convert_matrices, pick_dtype, prepare_inference, us
 from engine.progress import stage
 from engine.release import find_codec
 from engine.settings import check_seed, require_range, with_arguments
-from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import capture_graphs, generate, windows
@@ -235,6 +234,9 @@ class HiCoDiTPipeline:
                     track = add_landmarks(clip, track, self.face_source.landmarks)
                 crops = self.crop_track(clip, track, path)
             if path is not None:
+                from engine.faces.strip import write_faces
+                from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
+
                 track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
             yield crops

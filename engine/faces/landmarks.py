@@ -7,7 +7,6 @@ iBUG 300-W (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engi
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -20,8 +19,6 @@ import numpy as np
 from engine.errors import UserError, require
 from engine.faces.detectors import POINTS, FaceDetector
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, face_distance
-from engine.files import write_json
-from engine.torch_files import StandIn, load_problem, stand_in
 from engine.untrusted import read_json
 
 SIDE = 256  # size of the tracked box in pixels, within an image of twice the size that dlib processes
@@ -163,6 +160,8 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
                 (frames,) = (arrays[name] for name in arrays.files)
             frames = [points if np.isfinite(points).all() else None for points in frames]
         elif path.suffix == ".pkl":
+            from engine.torch_files import read_pickled_arrays  # imports PyTorch
+
             frames = read_pickled_arrays(path)
         else:
             frames = read_json(path)
@@ -179,50 +178,3 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged file or foreign contents can raise nearly anything
         raise UserError(f"{path} does not contain 68 or 5 landmarks (x, y) per frame ({error})") from error
     return landmarks, present
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Unpickler that builds plain containers and inert placeholders; classes and functions named by the pickle are not
-    used.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        return stand_in(f"{module}.{name}")
-
-
-def read_pickled_arrays(path: Path) -> list[np.ndarray | None]:
-    """Read a pickled list of numeric arrays or None.
-
-    numpy does not take part in unpickling, because it trusts the types in a pickle. The bytes are parsed here.
-    """
-    try:
-        with path.open("rb") as file:
-            return [None if value is None else _array(value) for value in _InertUnpickler(file).load()]
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} cannot be read as a pickled list of arrays ({load_problem(error)})") from error
-
-
-def _array(value: StandIn) -> np.ndarray:
-    if len(value.arguments) == 4:  # protocol 5
-        data, kind, shape, order = value.arguments
-    else:
-        _, shape, kind, fortran, data = value.state
-        order = "F" if fortran else "C"
-    if isinstance(data, StandIn):  # bytes in protocols before 3
-        data = data.arguments[0].encode("latin1")
-    numbers = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1])
-    if numbers.kind not in "fiu":
-        raise ValueError(f"an array of {numbers}")
-    return np.frombuffer(data, numbers).reshape(shape, order=order)
-
-
-def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:
-    """Write a track as JSON: box and landmarks of each frame, and `mouth` (T, 2, 3), the affine transforms from frames
-    to the mouth crop of `side` pixels.
-    """
-    columns = (values.round(4).tolist() for values in (track.boxes, track.best_points, mouth))
-    frames = [
-        {"box": box, "points": points, "seen": seen, "mouth": matrix}
-        for box, points, matrix, seen in zip(*columns, track.seen.tolist(), strict=True)
-    ]
-    write_json(path, {"fps": fps, "mouth_side": side, "frames": frames}, indent=None)

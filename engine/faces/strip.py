@@ -1,4 +1,4 @@
-"""Visualisation of a face track, for visual inspection.
+"""Debug files of a face track: an image for visual inspection, and the boxes and landmarks as JSON.
 
 Axes: T frames, H height, W width, S image side.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
-from engine.files import atomic_output
+from engine.files import atomic_output, write_json
 
 COLUMNS = 10  # number of frames that are shown
 SIDE = 192  # width of a frame in pixels
@@ -87,3 +87,15 @@ def _write(picture: np.ndarray, text: str, position: tuple[int, int]) -> None:
     """Draw white text with a black outline, which is readable on any background."""
     for colour, width in (((0, 0, 0), 3), (WHITE, 1)):
         cv2.putText(picture, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)
+
+
+def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:
+    """Write a track as JSON: box and landmarks of each frame, and `mouth` (T, 2, 3), the affine transforms from frames
+    to the mouth crop of `side` pixels.
+    """
+    columns = (values.round(4).tolist() for values in (track.boxes, track.best_points, mouth))
+    frames = [
+        {"box": box, "points": points, "seen": seen, "mouth": matrix}
+        for box, points, matrix, seen in zip(*columns, track.seen.tolist(), strict=True)
+    ]
+    write_json(path, {"fps": fps, "mouth_side": side, "frames": frames}, indent=None)

@@ -15,7 +15,8 @@ from drawn_faces import scene, talking_head
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
-from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks, write_faces
+from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks
+from engine.faces.strip import write_faces
 from engine.faces.track import track_of_boxes
 from engine.media.video import write_video
 from hicodit.conditions.align import mouth_poses
