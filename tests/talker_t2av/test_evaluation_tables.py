@@ -155,22 +155,17 @@ def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "asked"),
+    ("settings", "parts", "prefix"),
     [
-        ({"one_pass": True}, {"parts": 1, "max_patches": 188}),
-        ({}, {"parts": 5}),
-        (
-            {"compat": "official", "prefix_seconds": 0.5},
-            {"parts": 1, "prefix": 3, "stop_hits": 3, "first_test": 7, "begins_with_prefix": True},
-        ),
+        ({"one_pass": True, "sampling": {"temperature": 0.7}}, 1, 0),
+        ({"sampling": {"temperature": 0.7, "text_bytes": 15}}, 5, 0),
+        ({"sampling": {"temperature": 0.7}, "compat": "official", "prefix_seconds": 0.5}, 1, 3),
     ],
     ids=["paper", "in parts", "released program"],
 )
-def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypatch, settings, asked):
-    clips = [
-        replace(clip, truth=replace(clip.truth, text="say it again " * 5))
-        for clip in read_corpus(corpus, "train", {}, 1)
-    ]
+def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypatch, settings, parts, prefix):
+    (clip,) = read_corpus(corpus, "train", {}, 1)
+    clip = replace(clip, truth=replace(clip.truth, text="say it again " * 5))
     prepared = []
 
     def stop_here(self, jobs):
@@ -178,20 +173,12 @@ def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypa
         raise UserError("enough")
 
     monkeypatch.setattr(TalkerPipeline, "run", stop_here)
-    sampling = {"temperature": 0.7} | ({} if "one_pass" in settings else {"text_bytes": 15})
-    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), sampling=sampling, **settings)
+    write_outputs([clip], tmp_path / "out", "cpu", str(save_talker(tmp_path)), **settings)
     facts = json.loads((tmp_path / "out" / "system.json").read_text())
-    request, rules = prepared[0].request, prepared[0].request.rules
-    found = {
-        "parts": len(prepared[0].requests),
-        "max_patches": request.max_patches,
-        "prefix": request.prefix,
-        "stop_hits": rules.stop_hits,
-        "first_test": rules.first_test,
-        "begins_with_prefix": prepared[0].job.keeps_prefix,
-    }
-    assert found | asked == found and facts["sampling"]["temperature"] == 0.7
-    assert facts.get("compat") == settings.get("compat")
+    request = prepared[0].request
+    assert (len(prepared[0].requests), request.prefix) == (parts, prefix)
+    assert prepared[0].job.keeps_prefix == ("compat" in settings) == (request.rules.stop_hits == 3)
+    assert facts["sampling"]["temperature"] == 0.7 and facts.get("compat") == settings.get("compat")
 
 
 def test_expressions_before_and_after_a_change_are_exchanged():
