@@ -25,6 +25,7 @@ from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_choice
+from engine.shards.recordings import is_prepared
 from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
@@ -137,8 +138,10 @@ class HiCoDiTTask(Task):
         self._freeze(frozen)
 
     def _check_corpus(self) -> None:
-        """Raise UserError if the recording of a validation clip is missing."""
+        """Raise UserError if the recording of a validation clip is missing. Splits without shards are ignored."""
         for split in self.validate_splits:
+            if not is_prepared(self.shards, split):
+                continue
             data = HiCoDiTDataset(join(self.shards, split), self.codec, self.system.encoders.config.kind)
             for index in spread(len(data), self.validate_clips):
                 path = self.validate_corpus / data.read(index)[0]["source"]
