@@ -74,4 +74,4 @@ def test_only_unknown_speakers_get_a_warning(held_out):
         pytest.skip(f"{FILMED.name} has no people.json: python scripts/known_people.py SHARDS {FILMED}")
     assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voice_faces) for clip in held_out[:2]] == ["", ""]
     for name in ("s31", "s34"):
-        assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voices)
+        assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voice_faces)
