@@ -32,7 +32,9 @@ def require(module: str, package: str, extra: str = "eval") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this requires {package} ({error}): install it with  bash scripts/setup.sh {extra}") from error
+        raise UserError(
+            f"this requires {package} ({error}): install it with `bash scripts/setup.sh {extra}`"
+        ) from error
 
 
 def require_librosa() -> ModuleType:

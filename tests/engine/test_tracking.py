@@ -83,5 +83,5 @@ def test_a_run_without_trackers_draws_nothing_and_a_missing_package_is_named(tmp
     train(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"needs TensorBoard .*setup.sh tensorboard"):
+    with pytest.raises(UserError, match=r"requires TensorBoard .*setup.sh tensorboard"):
         check_trackers("off", True)
