@@ -133,7 +133,8 @@ def measure(
     split = config.split[0] if config.split else None
     summary = evaluate(config, split, folder / "evaluation")
     cells = summary["systems"]
-    pairs, true = ({f: c["pairs"] for f, c in cells.get(which, {}).items() if "pairs" in c} for which in (name, TRUTH))
+    pairs = {figure: cell["pairs"] for figure, cell in cells.get(name, {}).items() if "pairs" in cell}
+    true = {figure: cell["pairs"] for figure, cell in cells.get(TRUTH, {}).items() if "pairs" in cell}
     if "losses" in claim and "weights" not in variant:
         path = folder / "losses.json"
         if not path.is_file():

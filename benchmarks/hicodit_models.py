@@ -79,9 +79,10 @@ def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dic
         expression = torch.from_numpy(np.resize(conditions[other].expression.numpy(), own.expression.shape))
         versions = own, replace(own, expression=expression), replace(own, identity=conditions[other].identity)
         tokens = clip["tokens"].T[None]
-        (low, high), (_, other_expression), (other_face, _) = (
-            entropy(pipeline.system.model, version, tokens, info["key"]).double().tolist() for version in versions
-        )
+        values = [entropy(pipeline.system.model, each, tokens, info["key"]).double().tolist() for each in versions]
+        low, high = values[0]
+        other_expression = values[1][1]
+        other_face = values[2][0]
         for name, value in zip(LOSSES, (low, high, other_expression - high, other_face - low)):
             pairs[name][info["key"]] = value, 1.0
     return pairs

@@ -189,7 +189,9 @@ def hicodit(
     first = times[..., 0]  # it also prepares the conditions
     each = times[..., 1:]
     once = statistics.median(first[0] - np.median(each[0], 1))
-    count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(float, np.median(each, (1, 2)))
+    step = float(np.median(each[0]))
+    reference = float(np.median(each[1]))
+    count = len(windows(round(FPS * seconds), sampler))
     operators = _operators(lambda: first_window(model, 3))
     operators.subtract(_operators(lambda: first_window(model, 2)))
     window = max(0.0, once) + sampler.steps * step
@@ -252,7 +254,8 @@ def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: t
         return [(clock(device) - begin) / patches] * patches
 
     own, theirs = take_turns(args.rounds, lambda: loop(model), official)  # (rounds, patches)
-    took, reference = (float(np.median(times.mean(1))) for times in (own, theirs))
+    took = float(np.median(own.mean(1)))
+    reference = float(np.median(theirs.mean(1)))
     flops = _flops(lambda: loop(plain)) / patches
     operators = _operators(lambda: loop(model))
     return {

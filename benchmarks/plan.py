@@ -143,7 +143,8 @@ def plan(
         half: blocks are gathered in half precision.
         padding: efficiency, by which the operations of the longest batch exceed those of the mean.
     """
-    one, two = (spread(measured, parallel, gpus, card.machine, half) for measured in (one, two))
+    one = spread(one, parallel, gpus, card.machine, half)
+    two = spread(two, parallel, gpus, card.machine, half)
 
     def at(first: float, second: float) -> float:
         return first + (second - first) * (samples - 1)

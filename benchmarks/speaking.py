@@ -54,8 +54,11 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.clips):
             rng = np.random.default_rng([args.seed, number])
-            one, two = (rows[i] for i in rng.choice(len(rows), 2, replace=False))
-            speaker, other = (read_video(folder / f"{row['id']}.mp4", FPS) for row in (one, two))
+            first, second = rng.choice(len(rows), 2, replace=False)
+            one = rows[first]
+            two = rows[second]
+            speaker = read_video(folder / f"{one['id']}.mp4", FPS)
+            other = read_video(folder / f"{two['id']}.mp4", FPS)
             wave = read_audio(folder / f"{one['id']}.wav", RATE)
             length = len(speaker)
             looks = pose(str(rng.choice(EXPRESSIONS)), 0.9)

@@ -96,7 +96,8 @@ class GridSentences:
         part = wave[first : first + self.samples]
         labels = torch.full((self.samples // HOP,), 0 if spoken else UNKNOWN)
         for word, begin, stop in spoken:
-            at, after = (max(0, int(100 * time) - first // HOP) for time in (begin, stop))
+            at = max(0, int(100 * begin) - first // HOP)
+            after = max(0, int(100 * stop) - first // HOP)
             labels[at:after] = WORDS.index(word) + 1
         return {
             "wave": F.pad(part, (0, self.samples - len(part))),

@@ -185,10 +185,13 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
     """
     system = pipeline.system
     if "lip" in clips[0]:
-        parts = ([clip[name] for clip in clips] for name in ("lip", "face_identity", "expression"))
-        lip, faces, expression = (to_device(pad_sequence(part, True), pipeline.device) for part in parts)
-        identity = system.model.adapt_identity(faces.float().mean(1))
-        return Conditions(lip.float(), identity, expression, torch.tensor([len(clip["lip"]) for clip in clips]))
+
+        def padded(name: str) -> Tensor:
+            return to_device(pad_sequence([clip[name] for clip in clips], True), pipeline.device)
+
+        identity = system.model.adapt_identity(padded("face_identity").float().mean(1))
+        frames = torch.tensor([len(clip["lip"]) for clip in clips])
+        return Conditions(padded("lip").float(), identity, padded("expression"), frames)
     crops = []
     for clip in clips:
         frames = len(clip["mouth"])

@@ -136,7 +136,8 @@ def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tenso
 
 def rows_of(where: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return clip, level and frame (M,) of the rows that `HiCoDiT.forward` computes for these positions."""
-    clip, frame = (torch.cat(parts) for parts in zip(*where))
+    clip = torch.cat([clips for clips, _ in where])
+    frame = torch.cat([frames for _, frames in where])
     level = torch.cat([torch.full_like(clips, level) for level, (clips, _) in enumerate(where)])
     return clip, level, frame
 

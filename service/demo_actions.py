@@ -117,7 +117,9 @@ class Demo:
         stem = Path(clip).stem
         with stage("writing the files"):
             write_speech(Path(clip), speech, folder, stem, figure=True)
-        video, figure, sound = (str(folder / f"{stem}.{kind}") for kind in ("mp4", "png", "wav"))
+        video = str(folder / f"{stem}.mp4")
+        figure = str(folder / f"{stem}.png")
+        sound = str(folder / f"{stem}.wav")
         notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech", *speech.remarks]
         return Made(notes, video, sound, figure)
 

@@ -106,8 +106,10 @@ class Attention(nn.Module):
         if factors is not None:
             queries_keys = rotate(queries_keys, *factors)
         q, k = queries_keys.chunk(2, 2)
-        q, k, v = (part.transpose(1, 2) for part in (q if keep is None else q[:, keep], k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if keep is not None:
+            q = q[:, keep]
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

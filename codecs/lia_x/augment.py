@@ -82,7 +82,10 @@ class Augment(Group, prefix="data.train.augment."):
         angle = np.deg2rad(rng.uniform(-self.turn, self.turn))
         cos = np.cos(angle)
         sin = np.sin(angle)
-        x, y = (cos * x - sin * y) * zoom * aspect, (sin * x + cos * y) * zoom / aspect
+        turned_x = cos * x - sin * y
+        turned_y = sin * x + cos * y
+        x = turned_x * zoom * aspect
+        y = turned_y * zoom / aspect
         if rng.random() < self.flip:
             x = -x
         bend = rng.uniform(-self.bend, self.bend, (CONTROL, CONTROL, 2)).astype(np.float32)

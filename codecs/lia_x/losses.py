@@ -31,7 +31,10 @@ def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
     """
     weights = torch.ones(size, size)
     for box in regions:
-        left, top, right, bottom = (round(box[side] * size) for side in ("left", "top", "right", "bottom"))
+        left = round(box["left"] * size)
+        top = round(box["top"] * size)
+        right = round(box["right"] * size)
+        bottom = round(box["bottom"] * size)
         if not (0 <= left < right <= size and 0 <= top < bottom <= size and box["weight"] > 0):
             raise UserError(f"task.regions: {dict(box)} is not a box inside the image with a positive weight")
         weights[top:bottom, left:right] = box["weight"]
@@ -43,14 +46,17 @@ def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tens
     total = fake.new_zeros(())
     for level in range(levels):
         if level:
-            fake, real, weights = (F.avg_pool2d(x, 2) for x in (fake, real, weights))
+            fake = F.avg_pool2d(fake, 2)
+            real = F.avg_pool2d(real, 2)
+            weights = F.avg_pool2d(weights, 2)
         total = total + (weights * (fake - real).abs()).mean()
     return total / levels
 
 
 def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean of 1 - SSIM of the luminance."""
-    fake, real = (x.mean(1, keepdim=True) + 1 for x in (fake, real))  # SSIM requires positive means
+    fake = fake.mean(1, keepdim=True) + 1  # SSIM requires positive means
+    real = real.mean(1, keepdim=True) + 1
     similarity = ssim_map(fake, real, 2.0)
     crop = (weights.shape[-1] - similarity.shape[-1]) // 2
     return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
@@ -96,6 +102,10 @@ class Perceptual(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """Normalise images in [-1, 1] as the network expects."""
+        return ((pictures.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+
     def forward(self, fake: Tensor, real: Tensor, levels: int = 4) -> Tensor:
         """Return the L1 distance of features, summed over stages and over `levels` resolutions."""
         total = fake.new_zeros(())
@@ -103,7 +113,8 @@ class Perceptual(nn.Module):
             if level:
                 fake = F.avg_pool2d(fake, 2)
                 real = F.avg_pool2d(real, 2)
-            x, y = (((p.clamp(-1, 1) + 1) / 2 - self.mean) / self.std for p in (fake, real))
+            x = self.normalise(fake)
+            y = self.normalise(real)
             for stage in self.stages:
                 x = stage(x)
                 y = stage(y)

@@ -161,8 +161,8 @@ class LiaXTask(Task):
         real, fake, still, motion = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
-            pairs = ((-1, real), (1, fake.detach()))
-            of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in pairs)
+            of_real = F.softplus(-self.discriminator(real)).mean()
+            of_fake = F.softplus(self.discriminator(fake.detach())).mean()
             return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
         real = real.float()
         fake = fake.float()

@@ -190,7 +190,9 @@ class WhisperXVAETask(GANTask):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen_whisper or self.decoder_only)):
             states = codec.pooled_states(mel, frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            mean, scale = (x.float() for x in codec.project(wave, states))
+            mean, scale = codec.project(wave, states)
+            mean = mean.float()
+            scale = scale.float()
         std = F.softplus(scale) + 1e-4
         targets = self.targets(wave) if self.targets else None
         from_targets = self.step < self.targets_until

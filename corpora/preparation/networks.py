@@ -343,8 +343,9 @@ def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarra
     labels = np.zeros(frames, np.uint8)
     for symbol, start, end in phonemes:
         if symbol in symbols:
-            first, last = (int(np.ceil(t * FPS - 0.5)) for t in (start, end))
-            labels[max(first, 0) : max(last, 0)] = symbols.index(symbol) + 1
+            first = max(0, int(np.ceil(start * FPS - 0.5)))
+            last = max(0, int(np.ceil(end * FPS - 0.5)))
+            labels[first:last] = symbols.index(symbol) + 1
     return labels
 
 

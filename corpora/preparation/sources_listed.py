@@ -198,7 +198,8 @@ def _hdtf(folder: Path) -> Iterator[Row]:
         raise UserError(f"{folder} contains no *_annotion_time.txt: set the folder HDTF_dataset of HDTF")
     for path in lists:
         start = path.name.removesuffix("annotion_time.txt")
-        crops, heights = (_by_name(folder / f"{start}{name}.txt") for name in ("crop_wh", "resolution"))
+        crops = _by_name(folder / f"{start}crop_wh.txt")
+        heights = _by_name(folder / f"{start}resolution.txt")
         for name, times in _by_name(path).items():
             video = name.removesuffix(".mp4")
             for number, time in enumerate(times):

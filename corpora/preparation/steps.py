@@ -132,7 +132,8 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
 
     Return {} if there is no such shard, or it is damaged.
     """
-    tar, sidecar = (folder / f"{shard:06d}{suffix}" for suffix in (".tar", ".json"))
+    tar = folder / f"{shard:06d}.tar"
+    sidecar = folder / f"{shard:06d}.json"
     try:
         listing = parse_json(sidecar.read_bytes(), sidecar)
         if listing["version"] != VERSION or checksum(tar) != listing["crc32"]:

@@ -167,7 +167,8 @@ class ClipMaker:
         rng = np.random.default_rng([self._seed, SPLITS[version].index(split), index, version])
         voice = self._voices[split][index % len(self._voices[split])]
         stem = self._root / split / clip_id(split, index)
-        free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
+        free = version == 2 and bool(rng.random() < 0.5)
+        changing = version == 2 and bool(rng.random() < 0.5)
         text = None if version == 3 else draw_sentence(rng, split, free)
         expression, intensity = draw_expression(rng)
         if version == 3 and rng.random() >= 0.5:

@@ -23,7 +23,8 @@ Statistic = Callable[[np.ndarray, np.ndarray | float], np.ndarray]
 
 def ratio(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
     """Return sum(a) / sum(b) of pairs (..., N, 2) with weights (..., N); NaN where sum(b) is 0."""
-    a, b = (weights * pairs[..., column] for column in (0, 1))
+    a = weights * pairs[..., 0]
+    b = weights * pairs[..., 1]
     with np.errstate(invalid="ignore", divide="ignore"):
         return a.sum(-1) / b.sum(-1)
 

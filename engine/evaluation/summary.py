@@ -132,11 +132,13 @@ def _tests(
     for figure, metric in metrics.items():
         about = metric.figures[figure]
         for one, two in combinations(compared, 2):
-            first, second = (systems[name].get(figure, {}).get("pairs", {}) for name in (one, two))
+            first = systems[one].get(figure, {}).get("pairs", {})
+            second = systems[two].get(figure, {}).get("pairs", {})
             both = [clip for clip in first if clip in second]
             if len(both) < 2 or metric.outputs_only or not about.better:
                 continue
-            one_pairs, two_pairs = (np.array([pairs[clip] for clip in both]) for pairs in (first, second))
+            one_pairs = np.array([first[clip] for clip in both])
+            two_pairs = np.array([second[clip] for clip in both])
             difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=about.statistic)
             tests.append(
                 {

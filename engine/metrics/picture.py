@@ -52,7 +52,8 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """
     batch, channels, height, width = a.shape
     stacked = torch.cat([a, b, a * a, b * b, a * b])
-    rows, columns = (to_device(_gaussian(size).to(a.dtype), a.device) for size in (height, width))
+    rows = to_device(_gaussian(height).to(a.dtype), a.device)
+    columns = to_device(_gaussian(width).to(a.dtype), a.device)
     blurred = rows @ stacked @ columns.T
     mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
     c1 = (0.01 * span) ** 2
@@ -99,7 +100,8 @@ def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
     for name, box in REGIONS.items():
         left, top, right, bottom = (round(share * true.shape[1]) for share in box)
-        a, b = (frames[:, top:bottom, left:right].astype(np.float64) for frames in (true, rebuilt))
+        a = true[:, top:bottom, left:right].astype(np.float64)
+        b = rebuilt[:, top:bottom, left:right].astype(np.float64)
         found[f"{name}_psnr"] = psnr(torch.from_numpy(a), torch.from_numpy(b))
         variance = np.square(a - a.mean(0)).sum()
         if variance > 0:

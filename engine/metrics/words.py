@@ -157,7 +157,8 @@ class WordErrors(Metric):
         if self.kind == "grid" and not is_sentence(spoken):
             raise UserError(f"its text {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
-        text, words = (self.normalise(part, take.language) for part in (spoken, heard))
+        text = self.normalise(spoken, take.language)
+        words = self.normalise(heard, take.language)
         found = count_errors(text, words, take.language)
         if self.is_free(spoken):
             found["wer_free"] = found.pop("wer")
@@ -195,7 +196,8 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
         raise UserError("its text contains no words")
     found = {}
     if language in WITHOUT_SPACES:
-        reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
+        reference = "".join(reference.split())
+        hypothesis = "".join(hypothesis.split())
     else:
         words = jiwer.process_words(reference, hypothesis)
         found["wer"] = (words.substitutions + words.deletions + words.insertions, len(reference.split()))

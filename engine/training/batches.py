@@ -205,7 +205,9 @@ class Order:
         offset = first[order] - (sizes[order].cumsum(0) - sizes[order])
         items = torch.arange(len(ranks)) + offset[ranks]
         each = len(items) // blocks.streams
-        items, ranks = (x[: each * blocks.streams].view(blocks.streams, each) for x in (items, ranks))
+        count = each * blocks.streams
+        items = items[:count].view(blocks.streams, each)
+        ranks = ranks[:count].view(blocks.streams, each)
         windows = (ranks - ranks[:, :1]) // blocks.window
         mixed = (windows + torch.rand(windows.shape, generator=draw, dtype=torch.float64)).argsort(1)
         begin = ranks[:, 0].tolist()

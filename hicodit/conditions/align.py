@@ -74,8 +74,10 @@ def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray, unit: float = 
     Pixels outside count as 0.
     """
     number = sx.dtype.type
-    left, top = (max(0, int(s.min())) for s in (sx, sy))  # convert only the required region
-    right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
+    left = max(0, int(sx.min()))  # convert only the required region
+    top = max(0, int(sy.min()))
+    right = max(0, int(sx.max()) + 2)
+    bottom = max(0, int(sy.max()) + 2)
     picture = picture[top:bottom, left:right] / number(unit)
     sx = sx - number(left)
     sy = sy - number(top)

@@ -103,7 +103,10 @@ class _Layer(nn.Module):
         super().__init__()
         self.heads = c.heads
         self.norm_first = c.norm_first
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
+        self.q_proj = nn.Linear(c.width, c.width)
+        self.k_proj = nn.Linear(c.width, c.width)
+        self.v_proj = nn.Linear(c.width, c.width)
+        self.out_proj = nn.Linear(c.width, c.width)
         self.attention_norm = nn.LayerNorm(c.width)
         self.final_norm = nn.LayerNorm(c.width)
         self.fc1 = nn.Linear(c.width, c.hidden)

@@ -188,7 +188,8 @@ class _GatedMLP(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.gamma1, self.gamma2 = (nn.Parameter(torch.full((width,), 1e-5)) for _ in range(2))
+        self.gamma1 = nn.Parameter(torch.full((width,), 1e-5))
+        self.gamma2 = nn.Parameter(torch.full((width,), 1e-5))
         self.mlp = _mlp(width)
         self.norm = nn.LayerNorm(width)
 
