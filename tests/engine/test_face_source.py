@@ -38,7 +38,7 @@ def test_sources_that_are_not_available_are_refused(dlib, monkeypatch):
     with pytest.raises(UserError, match="face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"):
         FaceSource.from_settings(None, "dlib")
     monkeypatch.setitem(sys.modules, "dlib", None)
-    line = r"requires dlib.* bash scripts/setup\.sh landmarks"
+    line = r"requires dlib.*`bash scripts/setup\.sh landmarks"
     with pytest.raises(UserError, match=line):
         FaceSource.from_settings(face_landmarks="dlib68")
     with pytest.raises(UserError, match=rf"x was trained on faces found by .*{line}"):
