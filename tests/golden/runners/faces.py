@@ -15,6 +15,7 @@ from engine.official import rename
 from engine.release import load_strict
 from hicodit.conditions import align, arcface, avhubert
 from tests.golden.runners import Case, runner
+from tests.reference import mouth
 
 
 def _hubert(case: Case) -> avhubert.AVHubert:
@@ -90,9 +91,12 @@ def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
 
 @runner("mouth_align_autoavsr")
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
-    for name in case.outputs:
-        case.skip(name, "mouths are cut as AV-HuBERT cuts them")
-    return {}
+    i = {name: value.numpy() for name, value in case.inputs.items()}
+    landmarks = fill_landmarks(i["landmarks"], i["present"])
+    stable = case.meta.get("stable", mouth.AUTO_AVSR_STABLE)
+    window = case.meta.get("window", align.WINDOW)
+    crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable, window)
+    return {"matrix": matrix, "crop_grey": crop}
 
 
 @runner("arcface_align")
