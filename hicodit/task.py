@@ -25,7 +25,6 @@ from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_choice
-from engine.shards.recordings import is_prepared
 from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
@@ -130,26 +129,11 @@ class HiCoDiTTask(Task):
         self.features = {name: made[name] for name in (*FEATURES, FACE_DETECTOR) if name in made}
         self.validate_corpus = Path(validate_corpus) if validate_corpus else None
         self.face_source = None
-        if self.validate_corpus:
+        if validate_corpus:
             self.face_source = FaceSource.from_name(self.features.get(FACE_DETECTOR, CASCADE), shards)
-            self._check_corpus()
         if init:
             self._start_from(init, new_tokens)
         self._freeze(frozen)
-
-    def _check_corpus(self) -> None:
-        """Raise UserError if the recording of a validation clip is missing. Splits without shards are ignored."""
-        for split in self.validate_splits:
-            if not is_prepared(self.shards, split):
-                continue
-            data = HiCoDiTDataset(join(self.shards, split), self.codec, self.system.encoders.config.kind)
-            for index in spread(len(data), self.validate_clips):
-                path = self.validate_corpus / data.read(index)[0]["source"]
-                if not path.is_file():
-                    raise UserError(
-                        f"task.validate_corpus={self.validate_corpus} has no {path.name} (split {split}): set "
-                        "data.corpus to the folder from which the shards were prepared, or to null"
-                    )
 
     def _freeze(self, frozen: Sequence[str]) -> None:
         """Freeze parts of the system, and find out whether the lip encoder alone remains."""

@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.config import plain
 from engine.errors import UserError, require
+from engine.evaluation.validation import spread
 from engine.files import refuse_links, require_space
 from engine.hub import release_folder
 from engine.instantiate import build, target
 from engine.metrics.registry import metrics_of
 from engine.release import check_replaceable
 from engine.settings import Limits, make, require_range, set_limits
+from engine.shards.reader import ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join, read_index
 from engine.training import checkpoint, distributed
@@ -134,9 +136,10 @@ def try_to_build(config: DictConfig, trainer: TrainerConfig, make_task: Callable
 
 
 def check_validation(config: DictConfig) -> None:
-    """Check the requirements of the first validation: held-out splits and a grammar."""
+    """Check the requirements of the first validation: held-out splits, recordings and a grammar."""
     data = config.data
     root = data.get("root") or data.get("corpus")
+    corpus = config.task.get("validate_corpus")
     for split in (data.get("held_out") or ()) if root else ():
         try:
             if is_prepared(root, split) or data.get("shards"):
@@ -145,7 +148,21 @@ def check_validation(config: DictConfig) -> None:
                 read_manifest(root, split)
         except UserError as error:
             raise UserError(f"data.held_out has {split}: prepare it, or set data.held_out=[] ({error})") from error
+        if corpus:
+            require_recordings(join(root, split), Path(corpus), config.task.validate_clips)
     find_grammar(config)
+
+
+def require_recordings(shards: str, corpus: Path, clips: int) -> None:
+    """Raise UserError if `corpus` does not contain the recordings of the clips that a validation generates."""
+    split = ShardSplit(shards)
+    for index in spread(len(split), clips):
+        info, _ = split.read(index, ())
+        if not (corpus / info["source"]).is_file():
+            raise UserError(
+                f"task.validate_corpus={corpus} has no {info['source']} (in {shards}): set data.corpus to the folder "
+                "from which the shards were prepared, or to null"
+            )
 
 
 def find_grammar(config: DictConfig) -> None:

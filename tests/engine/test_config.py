@@ -152,6 +152,21 @@ def test_a_missing_validation_split_is_an_error_before_training(tmp_path):
         check(root=str(tmp_path), held_out=["val"], shards={"window": 1})
 
 
+def test_a_missing_validation_recording_is_an_error_before_training(tmp_path):
+    sample = {"key": "a", "frames": 9, "text": "", "source": "s1/head.mp4"}, {"x": torch.zeros(1)}
+    write_split(tmp_path / "seen", [sample], 1)
+    corpus = tmp_path / "recordings"
+    config = OmegaConf.create({
+        "task": {"validate_corpus": str(corpus), "validate_clips": 4},
+        "data": {"root": str(tmp_path), "held_out": ["seen"], "shards": {}},
+    })  # fmt: skip
+    with pytest.raises(UserError, match=r"has no s1/head\.mp4 .*set data\.corpus"):
+        run.check_validation(config)
+    (corpus / "s1").mkdir(parents=True)
+    (corpus / "s1" / "head.mp4").touch()
+    run.check_validation(config)
+
+
 def test_integer_bounds_do_not_make_a_float_setting_an_integer():
     check_value("ratio", 0.5, float, {"bounds": (0, 1)})
     with pytest.raises(UserError, match="ratio=2 must be a number"):

@@ -141,9 +141,6 @@ def test_validation_speaks_from_the_video_files(release, tmp_path, monkeypatch):
     task.measure(tmp_path / "out", Share(0, 1))
     expected = HiCoDiTPipeline(task.system, codec, task.sampler, task.guidance).crops(recordings / "head.mp4")
     assert len(used) == 1 and np.array_equal(used[0].mouth, expected.mouth) and expected.mouth.any()
-    (recordings / "head.mp4").unlink()
-    with pytest.raises(UserError, match=r"has no head\.mp4"):
-        make_task(tmp_path, release, **settings)
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
