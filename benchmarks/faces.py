@@ -24,15 +24,13 @@ from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
 from engine.media.ffmpeg import command, last_line
-from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions import ENCODERS, encoder_config
 from hicodit.conditions.types import FPS
-from hicodit.conditions.upstream import UpstreamEncoderConfig
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
-ENCODERS = {"tiny": TinyEncoderConfig, "upstream": UpstreamEncoderConfig}
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
 
@@ -68,7 +66,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
     """Return peak memory in MB and CPU seconds of one part; the decoder is a separate process."""
     pipeline = None
     if part in ENCODERS:  # with the bundled model's sizes and tokenizer, and random weights
-        encoders = ENCODERS[part]()
+        encoders = encoder_config({"kind": part})
         sizes = read_config("task/model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
         system = HiCoDiTSystem(ModelConfig(**sizes), encoders)
         codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import select
 import sys
@@ -35,6 +36,14 @@ def require(module: str, package: str, extra: str = "eval") -> ModuleType:
         raise UserError(
             f"this requires {package} ({error}): install it with `bash scripts/setup.sh {extra}`"
         ) from error
+
+
+def package_folder(module: str, package: str, extra: str) -> Path:
+    """Return the folder of an installed package of an optional extra, without importing it."""
+    found = importlib.util.find_spec(module)
+    if found is None:
+        raise UserError(f"this requires {package}: install it with `bash scripts/setup.sh {extra}`")
+    return Path(found.submodule_search_locations[0])
 
 
 def require_librosa() -> ModuleType:

@@ -86,9 +86,8 @@ class SpeechStream:
         self.faces: dict[int, np.ndarray] = {}  # faces detected in every fifth frame, by frame index
         self.first = self.received = 0  # `received`: total number of frames
         self.settled = 0  # number of video frames with final tokens
-        self.tokens = torch.zeros(
-            pipeline.codec.levels, 0, dtype=torch.long
-        )  # (K, L) final ones, from frame `first` on
+        # Final tokens (K, L), from frame `first` on.
+        self.tokens = torch.zeros(pipeline.codec.levels, 0, dtype=torch.long)
         self.track: FaceTrack | None = None
         self._moved = 0  # number of frames dropped since the face was last tracked
 

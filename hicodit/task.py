@@ -128,12 +128,15 @@ class HiCoDiTTask(Task):
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURES, FACE_DETECTOR) if name in made}
         self.validate_corpus = Path(validate_corpus) if validate_corpus else None
-        self.face_source = None
-        if validate_corpus:
-            self.face_source = FaceSource.from_name(self.features.get(FACE_DETECTOR, CASCADE), shards)
         if init:
             self._start_from(init, new_tokens)
         self._freeze(frozen)
+        if self.validate_corpus and not self.trains_lips_only:
+            self._face_source()  # fail early if its package is missing
+
+    def _face_source(self) -> FaceSource:
+        """Return the detector and landmarks of the shards. The task does not keep them, as tasks are copied."""
+        return FaceSource.from_name(self.features.get(FACE_DETECTOR, CASCADE), self.shards)
 
     def _freeze(self, frozen: Sequence[str]) -> None:
         """Freeze parts of the system, and find out whether the lip encoder alone remains."""
@@ -296,13 +299,24 @@ class HiCoDiTTask(Task):
         device = self.system.model.null_lip.device
         sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
         codec = load_codec(self.codec, CODECS)
-        pipeline = HiCoDiTPipeline(self.system, codec, sampler, self.guidance, device, self.face_source)
+        face_source = self._face_source() if self.validate_corpus else None
+        pipeline = HiCoDiTPipeline(self.system, codec, sampler, self.guidance, device, face_source)
+        if not self.system.encoders.learns:  # inference verifies the digests of their weights
+            self.system.encoders.expected = dict(self.features)
         for split in self.validate_splits:
             if share.first:
                 results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
             data = HiCoDiTDataset(join(self.shards, split), self.codec, kind)
-            how = self.grammar, self.validate_clips, folder / split, self.validate_metrics, share, self.validate_corpus
-            scores = evaluate_clips(pipeline, data, *how)
+            scores = evaluate_clips(
+                pipeline,
+                data,
+                self.grammar,
+                self.validate_clips,
+                folder / split,
+                self.validate_metrics,
+                share,
+                self.validate_corpus,
+            )
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

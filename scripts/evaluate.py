@@ -113,8 +113,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     outputs = output_folders(config, systems)
     reference_rows = read_reference_rows(config, split)
     paper_tables = read_paper_tables(plain(config)["paper_tables"])
-    references = Path(config.references) if config.references else None
-    if references and not config.manifest and output.resolve().is_relative_to(references.resolve()):
+    if config.references and not config.manifest and output.resolve().is_relative_to(Path(config.references).resolve()):
         raise UserError(f"output={output} is within references=, where all files are clips: use another folder")
     clips = read_all_clips(config, split, outputs)
     cache = Path(config.cache) if config.cache else output / "cache"
@@ -153,8 +152,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
         record = Path(f"{config.record}-{split}" if split else config.record)
-        details = {"settings": summary["settings"]}
-        write_record(record.parent, record.name, summary["title"], headline(summary), device, **details)
+        settings = summary["settings"]
+        write_record(record.parent, record.name, summary["title"], headline(summary), device, settings=settings)
     return summary
 
 

@@ -13,10 +13,8 @@ from engine.torch_files import read_state
 
 HEAD_SIZE = 64  # of every published Whisper
 RULES = (
-    (
-        r"^(?!CodecEnc\.|CodecDec\.|vae\.(?:in|out)_proj\.|semantic_model\.encoder\.)",
-        None,
-    ),  # tensors only used in training
+    # Tensors that are only used in training.
+    (r"^(?!CodecEnc\.|CodecDec\.|vae\.(?:in|out)_proj\.|semantic_model\.encoder\.)", None),
     (r"^CodecEnc\.", "encoder."),
     (r"^CodecDec\.", "decoder."),
     (r"^vae\.", ""),

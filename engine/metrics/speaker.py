@@ -6,7 +6,7 @@ SpkSim is the cosine similarity between speaker embeddings of output and ground 
 - `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
   measures it.
 - `ge2e`: Wan et al. 2018, arXiv:1710.10467, by the package Resemblyzer (Apache-2.0), which includes its weights; as
-V2SFlow and SLD-L2S measure it.
+  V2SFlow and SLD-L2S measure it.
 
 Speaker identification compares a GE2E embedding with the mean embedding of each of many voices:
 - `clips`: the voices of the ground-truth clips. A clip is excluded from the mean of its own voice, and is skipped if no

@@ -4,9 +4,8 @@ Errors are summed over all clips and divided by the total number of words (micro
 without recognised words counts as all deletions. Recognisers:
 
 - `whisper-medium` (HiCoDiT's, as its ground-truth rows suggest), `whisper-large-v3`: Radford et al. 2022,
-arXiv:2212.04356,
-  weights MIT, by transformers; greedy decoding with the given language. A colon and a folder select another Whisper
-  model.
+  arXiv:2212.04356, weights MIT, by transformers; greedy decoding with the given language. A colon and a folder select
+  another Whisper model.
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
 - `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised with the language
   model `free.arpa` next to it, and counted as `wer_free`.

@@ -154,7 +154,7 @@ def check_validation(config: DictConfig) -> None:
 
 
 def require_recordings(shards: str, corpus: Path, clips: int) -> None:
-    """Raise UserError if `corpus` does not contain the recordings of the clips that a validation generates."""
+    """Raise UserError if `corpus` does not contain the recordings of `clips` evenly spaced samples of `shards`."""
     split = ShardSplit(shards)
     for index in spread(len(split), clips):
         info, _ = split.read(index, ())

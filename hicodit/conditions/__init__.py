@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engine.instantiate import target
 from engine.settings import make, require_choice
-from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
 from hicodit.conditions.types import EXPRESSIONS, Conditions
 
 if TYPE_CHECKING:
+    from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
     from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 
 __all__ = [
@@ -41,11 +41,10 @@ ENCODERS = {
 RENAMED = {"released": "upstream"}  # in files from before 2026-11-25
 
 
-def _classes(kind: str) -> tuple[type, type]:
-    """Return the classes of the config and of the encoders of a kind."""
+def _class(kind: str, part: int) -> type:
+    """Return the class of the config (0) or of the encoders (1) of a kind."""
     require_choice("encoders.kind", kind, ENCODERS)
-    config, encoders = ENCODERS[kind]
-    return target(config), target(encoders)
+    return target(ENCODERS[kind][part])
 
 
 def encoders_learn(kind: str) -> bool:
@@ -53,19 +52,16 @@ def encoders_learn(kind: str) -> bool:
 
     Those of other kinds have fixed weights, so that prepared shards contain their features instead of the images.
     """
-    _, encoders = _classes(RENAMED.get(kind, kind))
-    return encoders.learns
+    return _class(RENAMED.get(kind, kind), 1).learns
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
     """Create the encoder config from the `values` of a YAML file. `kind` is a key of `ENCODERS`, by default "tiny"."""
     kind = values.get("kind", "tiny")
     kind = RENAMED.get(kind, kind)
-    config, _ = _classes(kind)
-    return make(config, {**values, "kind": kind}, "encoders.")
+    return make(_class(kind, 0), {**values, "kind": kind}, "encoders.")
 
 
 def make_encoders(config: EncoderConfig) -> ConditionEncoders | UpstreamEncoders:
     """Create the lip, identity and expression encoders, with random weights or with those of the files in `config`."""
-    _, encoders = _classes(config.kind)
-    return encoders(config)
+    return _class(config.kind, 1)(config)

@@ -3,9 +3,7 @@
 # Steps, in this order: prepare tokenizer tokens train evaluate; without any, all of them. Each continues where it stopped.
 # SIZE=card: the full recipe, for one GPU. SIZE=cpu: the bundled assets/hicodit_grid, in some hours of two cores.
 set -euo pipefail
-here="$(cd "$(dirname "$0")/../.." && pwd)"
-export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
-source "$here/scripts/recipes/steps.sh"
+source "$(dirname "$0")/steps.sh"
 
 SIZE="${SIZE:-card}"
 GRID="${GRID:-/data/grid}"                # s1.zip to s34.zip and alignments.zip of GRID, unpacked
@@ -27,7 +25,6 @@ PROMPTS="${PROMPTS:-/usr/share/asterisk/sounds}"   # SIZE=cpu: of apt-get instal
 REPORT="${REPORT:-outputs/grid}"          # reports of the evaluation: test, and new
 NEW_SPEAKERS="${NEW_SPEAKERS:-$new}"      # speakers that do not train, all of whose sentences are the report `new`; empty: none
 WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scripts/download_checkpoints.py metrics
-PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
 
 check_grid
@@ -56,16 +53,16 @@ tokens() { shards "stages.rvq.codec=$TOKENIZER/release"; }
 
 train() {
     if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi
+    local call=("$here/train.py" "experiment=$name" "data.root=$SHARDS" "data.corpus=$GRID" "task.codec=$TOKENIZER/release")
     local start=()
     if [ "$SIZE" = cpu ]; then # the lip encoder alone first: it takes most of the steps and a third of a step's time
         if [ ! -d "$RUN-lips/release" ]; then
-            $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "data.corpus=$GRID" "task.codec=$TOKENIZER/release" \
+            $PYTHON "${call[@]}" \
                 "run=$RUN-lips" "task.frozen=[model,identity,expression]" trainer.steps=1600 trainer.lr=1.2e-3 ${TRAIN:-}
         fi
         start=("init=$RUN-lips/release")
     fi
-    $PYTHON "$here/train.py" "experiment=$name" "data.root=$SHARDS" "data.corpus=$GRID" "task.codec=$TOKENIZER/release" "run=$RUN" \
-        "${start[@]}" ${TRAIN:-}
+    $PYTHON "${call[@]}" "run=$RUN" "${start[@]}" ${TRAIN:-}
 }
 
 # Write a manifest of the test split of the speakers $1, or of all their sentences if $2 is "all".

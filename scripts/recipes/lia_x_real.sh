@@ -2,9 +2,7 @@
 # LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
 # Steps, in this order: prepare drawn train measure; without any, all of them. Each continues where it stopped.
 set -euo pipefail
-here="$(cd "$(dirname "$0")/../.." && pwd)"
-export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
-source "$here/scripts/recipes/steps.sh"
+source "$(dirname "$0")/steps.sh"
 
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPEAKERS="${SPEAKERS:-[s1,s3,s5]}"          # who is trained on
@@ -12,7 +10,6 @@ HELD_OUT="${HELD_OUT:-s31 s32 s33 s34}"     # who is measured on
 SHARDS="${SHARDS:-data/shards/people}"      # pictures of the people, 30 MB
 DRAWN="${DRAWN:-data/synthetic_2}"          # drawn faces
 RUN="${RUN:-runs/lia_x_real}"
-PYTHON="${PYTHON:-python}"
 # Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
 
 check_grid

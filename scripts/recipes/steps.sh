@@ -1,5 +1,9 @@
 # For the recipes beside this file, which source it. They define a function for each of their steps.
 
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+PYTHON="${PYTHON:-python}"
+
 # check_grid: end the recipe unless GRID is a folder with files.
 check_grid() {
     if ! compgen -G "$GRID/*" >/dev/null; then
@@ -16,12 +20,7 @@ run_steps() {
     local step
     for step in "$@"; do
         if [[ "$known" != *" $step "* || "$step" == *" "* ]]; then
-            local names=($known)
-            local last="${names[-1]}"
-            unset "names[-1]"
-            local others
-            others="$(printf ", %s" "${names[@]}")"
-            echo "error: $step is not a step: give ${others:2} or $last" >&2
+            echo "error: $step is not a step: give one or more of:${known% }" >&2
             exit 2
         fi
         echo "--- $step"

@@ -2,9 +2,7 @@
 # Talker-T2AV for portraits and human voices: GRID=/data/grid bash scripts/recipes/talker_real.sh [STEP ...]
 # Steps, in this order: corpora shards speech both; without any, all of them. Each continues where it stopped.
 set -euo pipefail
-here="$(cd "$(dirname "$0")/../.." && pwd)"
-export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
-source "$here/scripts/recipes/steps.sh"
+source "$(dirname "$0")/steps.sh"
 
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPOKEN="${SPOKEN:-data/synthetic_3}"        # synthetic corpus, version 3: speech alone
@@ -13,7 +11,6 @@ VOICES="${VOICES:-data/voices}"             # speech of people, of flite's voice
 FACES="${FACES:-data/faces}"                # people and cartoon faces that speak, with the text
 SPEECH="${SPEECH:-runs/talker_real_speech}" # run of the first stage
 RUN="${RUN:-runs/talker_real}"
-PYTHON="${PYTHON:-python}"
 # Further settings of each step: SHARDS, TRAIN_SPEECH, TRAIN_BOTH, such as TRAIN_BOTH="trainer.steps=1000"
 
 check_grid
