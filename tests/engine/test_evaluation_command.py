@@ -173,6 +173,21 @@ def test_a_nan_result_is_skipped(run, monkeypatch):
     assert results["systems"]["good"]["stoi"]["value"] > 0.5
 
 
+def test_words_outside_the_grammar_have_their_own_column(run, monkeypatch, folders):
+    pytest.importorskip("pocketsphinx")
+    (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
+    monkeypatch.setattr(WordErrors, "load", lambda self: None)
+    texts = iter(["set blue", "set free", "set blue"] * 2)
+    measured = {"set blue": {"wer": (0, 2)}, "set free": {"wer_free": (1, 2)}}
+    words = dict.fromkeys(("heard", "text", "words"), "set blue")
+    monkeypatch.setattr(WordErrors, "measure", lambda *_: measured[next(texts)] | words)
+    code, results, out, *_ = run("protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
+    cells = results["systems"]["good"]
+    assert code == 0 and cells["wer"]["value"] == 0 and cells["wer_free"]["value"] > 0
+    assert "WER free %" in out and "2 clips" in out
+    assert "the paper's WER % by whisper-medium, those above by grammar" in out
+
+
 def test_a_changed_file_of_the_recogniser_invalidates_cached_measurements(run, monkeypatch, folders):
     pytest.importorskip("pocketsphinx")
     (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")

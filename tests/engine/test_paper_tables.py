@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from engine.config import compose, plain
 from engine.errors import UserError
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
+from engine.metrics.registry import METRICS
 
 
 def tables_of(table):
@@ -16,6 +17,8 @@ def test_values_are_in_the_units_of_our_figures():
     """The paper states the WER of Talker-T2AV as 0.055 in Table 1 and as 6.33 % in Table 4; we use per cent."""
     tables = tables_of("talker")
     joint, dubbing = (next(t for title, t in tables.items() if title.startswith(n)) for n in ("Table 1", "Table 4"))
+    assert METRICS["cer"].figures["cer"].scale == 100
+    assert METRICS["emotion_similarity"].figures["emotion_similarity"].scale == 1
     assert joint.rows["Talker-T2AV"][joint.columns.index("cer")] == 14.8
     assert dubbing.rows["Talker-T2AV"][dubbing.columns.index("emotion_similarity")] == 0.6826
     assert "duration_distance" not in dubbing.stated  # its DD has another definition

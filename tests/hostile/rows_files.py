@@ -29,6 +29,7 @@ from engine.training.export import export
 from engine.untrusted import MAX_NAME, parse_json, safe_name
 from tests.shard_files import random_split
 
+MEMORY = 2 * 2**30  # bytes by which reading one input may grow the process
 BAD_NAMES = {
     "up": "../../..",
     "up inside": "a/../../../b",

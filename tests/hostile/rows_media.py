@@ -200,9 +200,9 @@ HALVES = {  # name: (suffix, reader, options of ffmpeg, pattern of the error)
     "avi": (".avi", read_sound, (), STATED),
     "flac": (".flac", read_sound, (), FIRST),
 }
-FILTERS = {  # filter of ffmpeg: pattern of the error
-    "scale=7680:4320,trim=end_frame=2": "more than 16,777,216 pixels",
-    "setpts='PTS+gt(N,20)*3600/TB'": "damaged time stamps",
+FILTERS = {  # name: (filter of ffmpeg, pattern of the error)
+    "8k": ("scale=7680:4320,trim=end_frame=2", "more than 16,777,216 pixels"),
+    "a jump of an hour": ("setpts='PTS+gt(N,20)*3600/TB'", "damaged time stamps"),
 }
 CASES = [
     *((f"sound: {k}", partial(read_samples, samples=v), line) for k, (v, line) in SOUNDS.items()),
@@ -234,16 +234,7 @@ CASES = [
     ("checkpoint: larger than its data", file("c.pt", EXPANDED, read_checkpoint), "larger than its data"),
     ("video: a text", file("a.mp4", b"hello\n" * 99, read_video), "is not a video or audio file that ffmpeg can read$"),
     ("video: an empty file", file("a.mp4", b"", read_video), "is empty"),
-    (
-        "video: 8k",
-        partial(read_filtered, filters="scale=7680:4320,trim=end_frame=2"),
-        "more than 16,777,216 pixels",
-    ),
-    (
-        "video: a jump of an hour",
-        partial(read_filtered, filters="setpts='PTS+gt(N,20)*3600/TB'"),
-        "damaged time stamps",
-    ),
+    *((f"video: {k}", partial(read_filtered, filters=filters), line) for k, (filters, line) in FILTERS.items()),
     ("video: a link to itself", read_link_to_itself, "no such file"),
     ("video: a folder", read_video, "is a folder"),
     ("write: not a number", lambda folder: write_wav(folder / "a.wav", np.array([NAN]), 16_000), "not finite"),

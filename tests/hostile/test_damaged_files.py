@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine.torch_files import read_checkpoint, read_matrix
 from engine.training import checkpoint
 from rvq_codec import RVQCodec
 from talker_t2av.settings import InferConfig, read_jobs
-from tests.hostile.rows_files import a_run
+from tests.hostile.rows_files import MEMORY, a_run
 from tests.hostile.rows_media import ASSETS
 from tests.shard_files import random_split
 
@@ -86,7 +87,9 @@ def test_a_damaged_file_is_read_or_refused(valid, tmp_path, name):
         path = folder / Path(name).name
         path.write_bytes(damage((valid / name).read_bytes(), random.Random(seed)))
         before = sorted(tmp_path.rglob("*"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with suppress(UserError):
             READERS[name](path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak < MEMORY, f"damage {seed}"
         assert sorted(tmp_path.rglob("*")) == before, f"damage {seed} left a file"
         shutil.rmtree(folder)

@@ -25,10 +25,10 @@ from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 from tests.hostile import rows_files, rows_media, rows_upstream, rows_values
+from tests.hostile.rows_files import MEMORY
 
 CASES = [*rows_files.CASES, *rows_media.CASES, *rows_upstream.CASES, *rows_values.CASES]
 ROOT = Path(__file__).resolve().parents[2]
-MEMORY = 2 * 2**30  # bytes by which one case may grow the process
 
 
 @pytest.mark.parametrize("call, line", [pytest.param(*case[1:], id=case[0]) for case in CASES])
