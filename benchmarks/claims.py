@@ -208,7 +208,8 @@ def compare(
             if not all(figure in pairs for pairs in models):
                 continue
             about = None if figure in hicodit_models.LOSSES else metric_of(figure).figures[figure]
-            statistic, scale = (about.statistic, about.scale) if about else (ratio, 1.0)
+            statistic = about.statistic if about else ratio
+            scale = about.scale if about else 1.0
             own = table(system, figure)
             row[figure] = [round(scale * value, 4) for value in estimate(statistic, own, speakers)]
             if system not in (first, TRUTH) and figure in measured[first][0]:

@@ -37,7 +37,8 @@ from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
-CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))
+CLIP = ROOT / "assets" / "demo" / "silent.mp4"
+VOICE = ROOT / "assets" / "demo" / "voice.wav"
 SPEECH = {
     "model": "talker-t2av", "input": "set red", "response_format": "wav", "min_seconds": 0.48, "max_seconds": 0.48,
     "reference_audio": base64.b64encode(VOICE.read_bytes()).decode(),

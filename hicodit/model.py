@@ -239,7 +239,8 @@ class HiCoDiT(nn.Module):
         if not c.hierarchical:
             plan = [(0, c.levels, c.low_blocks + c.high_blocks, CONDITIONS)]
         else:
-            low, high = (("lip", "identity"), ("expression",)) if c.dual_scale else (CONDITIONS, CONDITIONS[1:])
+            low = ("lip", "identity") if c.dual_scale else CONDITIONS
+            high = ("expression",) if c.dual_scale else CONDITIONS[1:]
             plan = [(0, c.low_levels, c.low_blocks, low), (c.low_levels, c.levels, c.high_blocks, high)]
         self.stages = nn.ModuleList(Stage(c, *stage) for stage in plan)
 

@@ -126,7 +126,12 @@ class Transcription(Step):
         text = clip.facts.get("text")
         if text is None and self.second is None:
             raise MachineFault("it has no text to compare with: set stages.transcription.second, or disable the stage")
-        expected, other = (text, found) if text is not None else (found, transcribe(clip, self.second).text)
+        if text is None:
+            expected = found
+            other = transcribe(clip, self.second).text
+        else:
+            expected = text
+            other = found
         expected = normalise_text(expected)
         other = normalise_text(other)
         if not expected:

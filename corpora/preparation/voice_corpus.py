@@ -133,7 +133,10 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
     while i or j:
         steps = total[i, j], total[i, j + 1], total[i + 1, j]  # both, only `one`, only `other`
         best = int(np.argmin(steps))
-        i, j = (i - 1, j - 1) if best == 0 else (i - 1, j) if best == 1 else (i, j - 1)
+        if best != 2:
+            i -= 1
+        if best != 1:
+            j -= 1
         place[i] = max(place[i], j)
         length += 1
     return place, float(total[-1, -1] / length)

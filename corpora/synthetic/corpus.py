@@ -64,7 +64,8 @@ def speak(
     Args:
         lines: lines of the espeak-ng voice file.
     """
-    pitch, span, speed, gain, lead, tail = rng.normal(0, 1, 4).tolist() + rng.uniform(0.11, 0.19, 2).tolist()
+    pitch, span, speed, gain = rng.normal(0, 1, 4).tolist()
+    lead, tail = rng.uniform(0.11, 0.19, 2).tolist()  # seconds
     takes = []
     for style in styles:
         spoken = synthesizer.speak(
@@ -79,7 +80,12 @@ def speak(
         speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
         speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
         takes.append(replace(spoken, wave=speech, rate=RATE))
-    speech, phonemes, cut = (takes[0].wave, takes[0].phonemes, None) if len(takes) == 1 else splice(*takes, rng)
+    if len(takes) == 1:
+        speech = takes[0].wave
+        phonemes = takes[0].phonemes
+        cut = None
+    else:
+        speech, phonemes, cut = splice(*takes, rng)
     start = int(lead * RATE)
     frames = math.ceil((start + len(speech) + tail * RATE) / FRAME)
     wave = rng.normal(0, _ROOM_TONE, frames * FRAME).astype(np.float32)

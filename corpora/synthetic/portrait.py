@@ -103,8 +103,7 @@ def design(seed: int, pitch: float, formants: float) -> Identity:
 
 
 def _rgb(values) -> tuple[int, int, int]:
-    r, g, b = (round(min(255.0, max(0.0, float(v)))) for v in values)
-    return r, g, b
+    return tuple(round(min(255.0, max(0.0, float(value)))) for value in values)
 
 
 def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
@@ -277,7 +276,11 @@ def _hair_behind(who: Identity, paint, middle: float) -> None:
     dark = shade(who.hair, 0.72)
     w = who.half_width
     if who.hair_style in ("long", "bob"):
-        outer, inner, high, low = (9, 2, 112, 122) if who.hair_style == "long" else (8, 1, 92, 99)
+        long = who.hair_style == "long"
+        outer = 9 if long else 8
+        inner = 2 if long else 1
+        high = 112 if long else 92
+        low = 122 if long else 99
         crown = ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360)
         ends = [[64 + w + outer, high], [64 + w - inner, low], [64 - w + inner, low], [64 - w - outer, high]]
         paint(np.concatenate([crown, ends]), dark)

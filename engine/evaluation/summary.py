@@ -237,5 +237,6 @@ def _texts(cell: Mapping[str, Any] | None, about: Mapping[str, Any]) -> tuple[st
     """Return the formatted value and interval of a figure."""
     if cell is None:
         return "-", ""
-    value, *ends = (f"{number:.{about['digits']}f}" for number in (cell["value"], *(cell["interval"] or ())))
-    return value, f"[{', '.join(ends)}]" if ends else ""
+    digits = about["digits"]
+    ends = [f"{number:.{digits}f}" for number in cell["interval"] or ()]
+    return f"{cell['value']:.{digits}f}", f"[{', '.join(ends)}]" if ends else ""

@@ -77,11 +77,13 @@ class Dlib68:
     def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
         boxes = {i: box for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for box in self._look(picture)}
         index = list(boxes) or [0]
-        columns = np.array(list(boxes.values()) or [USUAL]).T
+        xs, ys, sides = np.array(list(boxes.values()) or [USUAL]).T
         count = 0
         for i, picture, matrix in _upright(blocks, track, 1):
             yield from [None] * (i - count)
-            x, y, side = (np.interp(i, index, column) for column in columns)
+            x = np.interp(i, index, xs)
+            y = np.interp(i, index, ys)
+            side = np.interp(i, index, sides)
             points = []
             for half in side / 2 * TRIES:
                 box = self.rectangle(*(round(value) for value in (x - half, y - half, x + half, y + half)))

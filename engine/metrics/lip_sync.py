@@ -96,7 +96,8 @@ def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
 
 
 def _conv(dims: int, inputs: int, outputs: int, kernel, stride=1, padding=0) -> list[nn.Module]:
-    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+    conv = nn.Conv2d if dims == 2 else nn.Conv3d
+    norm = nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d
     return [conv(inputs, outputs, kernel, stride, padding), norm(outputs), nn.ReLU()]
 
 

@@ -31,8 +31,9 @@ class ExponentialMovingAverage:
         """Update the averages after step `count` (from 0)."""
         decay = min(self.decay, (1 + count) / (10 + count))
         if self.averages:
-            averages, weights = (map(local, each.values()) for each in (self.averages, self.parameters))
-            torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+            averages = [local(average) for average in self.averages.values()]
+            weights = [local(parameter) for parameter in self.parameters.values()]
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

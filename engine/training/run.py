@@ -176,7 +176,8 @@ def find_grammar(config: DictConfig) -> None:
 def make_data(data: DictConfig) -> None:
     """Run the commands of `data.make` in order. Each of them skips finished work."""
     for command in filter(None, (data.get("make") or {}).values()):
-        script, *arguments = map(str, command)
+        script = str(command[0])
+        arguments = [str(word) for word in command[1:]]
         code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
         if code == 2:  # a user error, which the command has reported
             raise SystemExit(2)

@@ -169,7 +169,9 @@ def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
     mouths = []
     x = np.arange(MOUTH_SIDE, dtype=np.float64)
     for frame, matrix in zip(frames, poses, strict=True):
-        sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in cv2.invertAffineTransform(matrix))
+        to_x, to_y = cv2.invertAffineTransform(matrix)
+        sx = to_x[0] * x + to_x[1] * x[:, None] + to_x[2]
+        sy = to_y[0] * x + to_y[1] * x[:, None] + to_y[2]
         values = bilinear(frame, sx, sy, 255) * 255
         mouths.append(cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_RGB2GRAY))  # the original truncates
     return np.stack(mouths)
