@@ -116,7 +116,7 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
     )
 
 
-def test_validation_speaks_from_the_video_files(release, tmp_path, monkeypatch):
+def test_validation_generates_speech_from_the_video_files(release, tmp_path, monkeypatch):
     recordings = tmp_path / "recordings"
     recordings.mkdir()
     write_video(recordings / "head.mp4", talking_head(20), 25)
