@@ -14,8 +14,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import config_from_args, parse_args
-from torch.distributed.run import main as torchrun
+from torch.distributed.run import parse_args, run
 
 from engine.training.signals import REQUEUE
 
@@ -24,12 +23,7 @@ GRACE = 270  # seconds from a stop signal to SIGKILL; scripts/cluster/train.sbat
 
 
 def main() -> int:
-    words = ["--signals-to-handle", SIGNALS, *sys.argv[1:]]
-    try:
-        config_from_args(parse_args(words))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse_args(["--signals-to-handle", SIGNALS, *sys.argv[1:]])
     codes: list[int] = []
     close = PContext.close
 
@@ -41,7 +35,10 @@ def main() -> int:
 
     PContext.close = patient_close
     try:
-        torchrun(words)
+        run(args)
+    except ValueError as error:  # an invalid argument; a failed process raises ChildFailedError
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             return 130

@@ -46,20 +46,27 @@ def arguments(monkeypatch):
 def test_a_stop_has_time_to_save_and_says_whether_it_did(monkeypatch, number, codes, answer):
     processes = Processes(codes)
 
-    def torchrun(_):
+    def run(_):
         try:
             raise SignalException("told to stop", sigval=number)
         except SignalException as stop:  # as the agent does
             processes.close(stop.sigval)
             raise
 
-    monkeypatch.setattr(launch, "torchrun", torchrun)
+    monkeypatch.setattr(launch, "run", run)
     assert launch.main() == answer
     assert processes.timeouts == [launch.GRACE] and launch.GRACE > 200
 
 
 def test_processes_of_a_failed_run_are_not_waited_for(monkeypatch):
     processes = Processes([1])
-    monkeypatch.setattr(launch, "torchrun", lambda _: processes.close())
+    monkeypatch.setattr(launch, "run", lambda _: processes.close())
     launch.main()
     assert processes.timeouts == [30]
+
+
+@pytest.mark.parametrize("argument", ["--nproc_per_node=many", "--nnodes=few", "--rdzv_backend=post"])
+def test_an_invalid_argument_is_one_line(monkeypatch, capsys, argument):
+    monkeypatch.setattr("sys.argv", ["launch", argument, "train.py"])
+    assert launch.main() == 2
+    assert capsys.readouterr().err.startswith("error: ")
