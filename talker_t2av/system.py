@@ -30,7 +30,6 @@ from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_released
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_real"
-BUNDLED_CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
 CODECS: dict[str, dict[str, type[Codec]]] = {  # supported codecs of each stream, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
     "motion": {LiaX.kind: LiaX},
@@ -106,8 +105,8 @@ class TalkerSystem:
         model, words = load_model(self.folder)
         config = model.release
         if config:
-            self.part_names = BUNDLED_CODECS | (config.get("codecs") or {})
             try:
+                self.part_names = dict(config["codecs"])
                 self.stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
                 self.sampling = Sampling(**config.get("sampling", {}))
             # PyTorch raises RuntimeError for values that are not numbers.
@@ -143,6 +142,8 @@ class TalkerSystem:
             return self.codecs[part]
         if not self.part_names:
             return find_released(self.folder, part)
+        if part not in self.part_names:
+            raise UserError(f"{self.folder} was trained without {part} codec: set codecs.{part}=FOLDER")
         kinds = CODECS.get(part, (VoiceEncoder.kind,))
         return find_codec(self.folder, self.part_names[part], kinds, ASSETS)
 

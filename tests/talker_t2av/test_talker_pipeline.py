@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from talker_fixtures import DM, face_file, save_talker, voice_file
 
@@ -164,6 +165,17 @@ def test_unsuitable_input_files_are_refused(pipeline, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             pipeline(job)
+
+
+def test_a_model_that_was_trained_without_a_motion_codec_requires_one(tmp_path):
+    folder = save_talker(tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["codecs"]["motion"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    system = TalkerSystem(folder)
+    system.require("tts")
+    with pytest.raises(UserError, match="mode=t2av: .* set codecs.motion=FOLDER"):
+        system.require("t2av")
 
 
 def test_a_codec_that_keeps_the_codes_serves_the_model(tmp_path):
