@@ -71,6 +71,15 @@ def test_a_run_is_exported_with_averaged_weights_and_a_card(run, tmp_path, call)
         assert words in text
 
 
+def test_without_averages_the_last_weights_are_exported(tmp_path):
+    run = Trainer(ToyGAN(), ToySet(), CONFIG | {"steps": 5, "ema_decay": 0.0}, tmp_path / "run", RECORD)
+    run.fit()
+    export(run.run, tmp_path / "out")
+    state = read_release(tmp_path / "out", "toy")[1]
+    last = run.task.generator.state_dict()
+    assert not run.ema.averages and all(torch.equal(state[k], last[k].half().float()) for k in state)
+
+
 def test_an_older_step_is_exported_with_its_validation(run, tmp_path):
     export(run.run, tmp_path / "out", step=15)
     text = (tmp_path / "out" / "README.md").read_text()

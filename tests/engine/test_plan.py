@@ -8,7 +8,7 @@ import torch
 from toy_task import CONFIG
 
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, plan
+from benchmarks.plan import CARDS, padding_of, plan
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 
@@ -64,11 +64,11 @@ def test_a_simulated_step_has_the_memory_of_a_real_one():
 SIZES = {"weights": 2**30, "gradients": 2**30, "activations": 2**28}
 
 
-def plan_of(parallel="ddp", gpus=64, samples=3):
+def plan_of(parallel="ddp", gpus=64, samples=3, padding=1.0):
     """Plan a run of a model with one block, whose activations and operations are proportional to the samples."""
     one = Measured(SIZES, 10**12, 2**30, 7, 0, [[(2**28, 1, True)]], beside=2**28)
     more = {"memory": SIZES | {"activations": 2**29}, "flops": 2 * 10**12, "touched": 2**31, "beside": 2**29}
-    return plan(one, replace(one, **more), parallel, gpus, CARDS["h200"], samples, 1920)
+    return plan(one, replace(one, **more), parallel, gpus, CARDS["h200"], samples, 1920, padding=padding)
 
 
 def test_the_largest_batch_is_the_largest_that_fits():
@@ -80,3 +80,11 @@ def test_weights_are_divided_among_the_gpus_of_a_group_or_of_a_machine():
     memory = {parallel: plan_of(parallel).memory["weights"] for parallel in ("ddp", "fsdp", "hybrid")}
     assert memory == {"ddp": 2**30, "fsdp": 2**30 // 64, "hybrid": 2**30 // 8}
     assert plan_of(gpus=1).network_s == 0 < plan_of(gpus=64).network_s
+
+
+def test_a_rank_with_short_clips_waits_for_the_longest_batch():
+    trainer = TrainerConfig(**CONFIG)
+    mixed = padding_of(replace(trainer, by_length=False), 64, 3)
+    sorted_by_length = padding_of(replace(trainer, by_length=True), 64, 3)
+    assert mixed < sorted_by_length < padding_of(trainer, 1, 3) == 1
+    assert plan_of(padding=mixed).compute_s > plan_of().compute_s

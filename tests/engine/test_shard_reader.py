@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_samples_are_read_at_random(folder):
     assert info["text"] == "text 9" and list(tensors) == ["label"]
     with pytest.raises(IndexError):
         split[COUNT]
+
+
+def test_few_shards_are_open_at_once(copy, monkeypatch):
+    monkeypatch.setattr("engine.shards.reader.OPEN_SHARDS", 2)
+    split = ShardSplit(copy)
+    check_all(split)
+    opened = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert sorted(Path(file).name for file in opened if file.endswith(".tar")) == ["000003.tar", "000004.tar"]
+    check_all(split)
 
 
 def _sum(split, indices):

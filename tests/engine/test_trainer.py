@@ -152,6 +152,11 @@ def test_the_best_checkpoint_by_validation_is_kept(tmp_path):
     assert f"step-{best:08d}" in folders and "step-00000020" in folders and len(folders) <= 2
 
 
+def test_a_validation_without_the_metric_of_the_best_checkpoint_is_reported(tmp_path, capsys):
+    trainer(tmp_path, steps=4, best="min wer", validate_every=4).fit()
+    assert "trainer.best='min wer': no best checkpoint is kept, as the validation has weight" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("limit", "what"), [(20_000, "checkpoint .*step-00000015"), (2_000, "cannot write .*log.jsonl")]
 )
