@@ -174,7 +174,7 @@ def test_a_model_that_was_trained_without_a_motion_codec_requires_one(tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     system = TalkerSystem(folder)
     system.require("tts")
-    with pytest.raises(UserError, match="mode=t2av: .* set codecs.motion=FOLDER"):
+    with pytest.raises(UserError, match=r"mode=t2av: .* set codecs.motion=FOLDER"):
         system.require("t2av")
 
 
