@@ -68,7 +68,7 @@ DIFFERENCE = 0.02  # tolerance of flash-attn
 
 @dataclass(frozen=True)
 class Line:
-    """A result of a check. A value from `low` to `high` is a PASS; None is no bound on that side."""
+    """Result of a check. A value from `low` to `high` is a PASS; a bound of None is not checked."""
 
     name: str
     verdict: str
@@ -356,7 +356,7 @@ def hicodit(machine: Machine) -> Iterator[Line]:
 
 @torch.inference_mode()
 def talker(machine: Machine) -> Iterator[Line]:
-    """Measure Talker-T2AV with random weights: t2av after a prompt of 40 tokens, one row, graphs on CUDA."""
+    """Measure Talker-T2AV with random weights: T2AV after a prompt of 40 tokens, batch size 1, CUDA graphs on a GPU."""
     model = build_talker(machine.size).to_precision(torch.bfloat16)
     fuse_layers(model)
     machine.forget_peak()

@@ -74,7 +74,7 @@ class Operators(TorchDispatchMode):
     """Counts operators, FLOPs and memory in a block, for real and fake tensors.
 
     Args:
-        model: whose matrices count as `weights`.
+        model: the model whose matrices count as `weights`.
 
     Attributes:
         names: number of calls by operator.
@@ -150,9 +150,9 @@ class Operators(TorchDispatchMode):
 def matrix_rate(
     device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[torch.device], float] = now
 ) -> float:
-    """Measure the rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too.
+    """Measure the rate of matrix products of a dtype in FLOP/s. `clock` is also used to measure the models.
 
-    torch.int8 stands for an `Int8Linear`, with the rounding of its inputs.
+    torch.int8 measures an `Int8Linear`, including the rounding of its inputs.
     """
     n = 8192 if device.type == "cuda" else 2048
     eight = dtype == torch.int8
@@ -170,7 +170,7 @@ def matrix_rate(
 
 
 def copy_rate(device: torch.device) -> float:
-    """Measure the rate of copies within a device's memory, in bytes/s; a byte is read and written."""
+    """Measure the rate of copies within a device's memory in bytes/s, counting bytes read and written."""
     x = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     best = 0.0
@@ -196,10 +196,10 @@ def run_program(threads: int, program: str, *words: str, **environment: str) -> 
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
     call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
     if code := subprocess.run(call, env=os.environ | settings).returncode:
-        raise UserError(f"{program} exited with code {code}, see its output; the same command continues")
+        raise UserError(f"{program} exited with code {code}, see its output; run the command again to continue")
 
 
 def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:
-    """Return a row with the seconds since `begin`, by time.monotonic: almost none if the part was done earlier."""
+    """Return a row with the seconds since `begin` (time.monotonic), about 0 if an earlier call completed the part."""
     seconds = round(time.monotonic() - begin)
     return {"part": part, "seconds": seconds, **more}, f"{part}: {seconds} s"

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Return the words of each validation, with the time that the steps until then took."""
+    """Return the WER of each validation, with the training time until then."""
     seconds = 0.0
     last = 0
     for _, record in read_log(log):
@@ -112,7 +112,7 @@ def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
         if "validation/wer_val" in record:
             row = {"start": start, "step": record["step"], "seconds": round(seconds)}
             row["wer"] = round(100 * record["validation/wer_val"], 2)
-            yield row, f"{start}: step {row['step']}, {row['seconds']} s, words {row['wer']} % (validation)"
+            yield row, f"{start}: step {row['step']}, {row['seconds']} s, WER {row['wer']} % (validation)"
 
 
 def write_grammar(folder: Path) -> Path:
@@ -182,7 +182,7 @@ def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> b
 def write_clip(
     path: Path, align: Path, seed: int, text: str, synthesizer: Synthesizer, times: WordTimes, rng: np.random.Generator
 ) -> None:
-    """Speak and draw a sentence; write it as MPEG-1 of GRID's size, and its words in GRID's unit of time."""
+    """Synthesise a clip of a sentence: MPEG-1 with GRID's frame size, and an alignment in GRID's unit of time."""
     traits = draw_traits(seed)
     speech = speak(synthesizer, text, voice_lines(traits), [prosody("neutral", 0.0)], rng)
     length = len(speech.wave) // FRAME

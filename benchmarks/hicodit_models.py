@@ -62,7 +62,7 @@ def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) ->
 
 @torch.inference_mode()
 def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dict[str, tuple[float, float]]]:
-    """Measure `LOSSES` of `clips` clips of prepared shards, or of all: figure -> clip -> (a, b).
+    """Measure `LOSSES` on `clips` clips of prepared shards (None: all). Return (a, b) by figure and clip.
 
     These are the score entropies in nats per token of levels 1-2 and of the other levels, at `TIMES`, with conditions
     from video alone, and their increase with the expressions, or the face, of another clip. All models have the same

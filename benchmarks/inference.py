@@ -120,7 +120,10 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def paper_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Callable[..., Tensor]:
-    """Return HiCoDiT's reference: a forward for each branch, its conditions prepared in it, all heads everywhere."""
+    """Return the reference implementation of HiCoDiT's posterior.
+
+    Each branch is a separate forward pass, which also prepares the conditions and evaluates all heads at all positions.
+    """
 
     def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
         branches = []
@@ -160,7 +163,11 @@ def random_conditions(model: HiCoDiT, batch: int, seconds: float, device: torch.
 def hicodit(
     args: argparse.Namespace, size: str, batch: int, seconds: float, preset: str, rate: tuple[str, float]
 ) -> dict[str, Any]:
-    """Measure one setting of HiCoDiT. rate: a precision, and the machine's rate of matrix products in it."""
+    """Measure one setting of HiCoDiT.
+
+    Args:
+        rate: a precision, and the rate of matrix products in it (`matrix_rate`).
+    """
     device = args.device
     precision, peak = rate
     sampler, guidance = with_preset(preset, SamplerConfig(), GUIDANCE)
@@ -227,7 +234,7 @@ def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
 
 @torch.inference_mode()
 def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: tuple[str, float]) -> dict[str, Any]:
-    """Measure one setting of Talker-T2AV. The reference loop has one row alone. rate: as in `hicodit`."""
+    """Measure one setting of Talker-T2AV; see `hicodit`. The reference loop has a batch size of 1."""
     device = args.device
     patches = args.patches
     precision, peak = rate

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def find_clips(paths: list[Path], most: int) -> list[Path]:
-    """Return the clips among `paths`, and up to `most` of each folder, evenly spread."""
+    """Return the clips among `paths`, and up to `most` evenly spaced ones of each folder."""
     clips = []
     for path in paths:
         files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
@@ -92,7 +92,7 @@ def find_clips(paths: list[Path], most: int) -> list[Path]:
 
 
 def mouth_error(points: np.ndarray, true: np.ndarray) -> np.ndarray | None:
-    """Return the error (2,) of the mouth position, relative to the distance of eyes and mouth; None on another face."""
+    """Return the error (2,) of the mouth position, relative to that of eyes and mouth; None if it is another face."""
     scale = np.linalg.norm(true[3:].mean(0) - true[:2].mean(0))
     error = (points[3:].mean(0) - true[3:].mean(0)) / scale
     return error if np.linalg.norm(error) < ELSEWHERE else None

@@ -17,7 +17,7 @@ FPS = 25
 
 
 class MadeUpClips:
-    """A training set of clips that have lengths (n,) in frames, from a log-normal distribution, and nothing else."""
+    """A training set of clips without content, whose lengths (n,) in frames have a log-normal distribution."""
 
     def __init__(self) -> None:
         spread = torch.randn(CLIPS, generator=torch.Generator().manual_seed(0)) * SPREAD

@@ -141,7 +141,7 @@ def plan(
     Args:
         total: samples of the whole run.
         half: blocks are gathered in half precision.
-        padding: efficiency, by which the operations of the longest batch exceed those of the mean.
+        padding: padding efficiency; the longest batch has 1 / `padding` times the operations of the mean.
     """
     one = spread(one, parallel, gpus, card.machine, half)
     two = spread(two, parallel, gpus, card.machine, half)
@@ -169,7 +169,7 @@ def plan(
 
 
 def padding_of(trainer: TrainerConfig, gpus: int, samples: int) -> float:
-    """Return the padding efficiency of a recipe on `gpus`, with `samples` of each, for synthetic clip lengths."""
+    """Return the padding efficiency for synthetic clip lengths on `gpus` GPUs with `samples` samples each."""
     if gpus == 1:
         return 1.0
     batches = MicroBatches(MadeUpClips(), samples, trainer.seed, trainer.by_length, step=samples * gpus)
@@ -247,10 +247,12 @@ def measure_samples(
     model: str, sizes: dict[str, Any], trainer: TrainerConfig, rows: int, seconds: float, most: int,
     shards: bool = False,
 ) -> tuple[Measured, Measured]:  # fmt: skip
-    """Measure a step with one sample per process, and interpolate one with two samples from a step with `most`.
+    """Measure a step with one sample per process, and interpolate a step with two from one with `most` samples.
 
     Args:
-        shards: whether to measure FSDP, too.
+        rows: rows of the batch per sample.
+        seconds: length of the clips.
+        shards: also measure what FSDP needs.
     """
     lora = sizes.get("lora", {"rank": 0})
     sizes = {key: value for key, value in sizes.items() if key != "lora"}

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def spread(folder: Path, count: int) -> list[Path]:
-    """Return `count` clips of a folder, or all that there are, spread evenly over their names."""
+    """Return `count` clips of a folder, evenly spaced by name, or all clips if there are fewer."""
     files = sorted(folder.glob("*.mp4"))
     if not files:
         raise UserError(f"--people {folder}: no *.mp4 in it")
@@ -73,7 +73,7 @@ def spread(folder: Path, count: int) -> list[Path]:
 
 @dataclass
 class Seen:
-    """What the metrics read from a clip: frames (T, 128, 128, 3), opening (T,), embeddings (E, 128) of unit length."""
+    """Inputs of the metrics: frames (T, 128, 128, 3), mouth opening (T,), face embeddings (E, 128) of unit length."""
 
     name: str
     frames: np.ndarray
@@ -181,7 +181,7 @@ def _drawn(codec, args) -> Iterator[dict[str, Any]]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Pearson's correlation of two (T,); 0 where one of them does not change."""
+    """Return Pearson's correlation of two series (T,); 0 if one of them is constant."""
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 

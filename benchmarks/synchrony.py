@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def features(mouth: Tensor, wave: Tensor, rate: int) -> tuple[Tensor, Tensor]:
-    """Return small mouth crops (T, P) and the log-mel spectrogram (T, M) of each frame, less their means."""
+    """Return small mouth crops (T, P) and the log-mel spectrogram (T, M) of each frame, both with zero mean."""
     samples = wave.float() / 32768 if wave.dtype == torch.int16 else wave.float()
     mel = log_mel(torch.from_numpy(resample_wave(samples.numpy(), rate, RATE).copy()), BANDS)
     frames = min(len(mouth), mel.shape[1] // PER_FRAME)
@@ -94,7 +94,7 @@ def features(mouth: Tensor, wave: Tensor, rate: int) -> tuple[Tensor, Tensor]:
 
 
 def predict(mouths: Tensor, sounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return predicted spectrograms (n, T, M) of mouths (n, T, P), and their agreement (n, lags) with the audio."""
+    """Return predicted spectrograms (n, T, M) of mouths (n, T, P), and their correlation (n, lags) with the audio."""
     count = len(mouths)
     inputs = neighbours(components(mouths))
     parts = torch.arange(count) % PARTS
@@ -113,7 +113,7 @@ def predict(mouths: Tensor, sounds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def components(mouths: Tensor) -> Tensor:
-    """Return the main components (n, T, C) of mouths (n, T, P), of unit variance."""
+    """Return the principal components (n, T, C) of mouths (n, T, P), scaled to unit variance."""
     flat = mouths.flatten(0, 1)
     _, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
     main = mouths @ vectors[:, -COMPONENTS:]
@@ -135,11 +135,11 @@ def agreements(predicted: Tensor, sounds: Tensor) -> Tensor:
 
 
 def centred(part: Tensor) -> Tensor:
-    """Return (n, T, M) less its mean over time, of unit length."""
+    """Subtract the mean over time from (n, T, M), and scale each item to unit length."""
     part = part - part.mean(1, keepdim=True)
     return part / part.square().sum((1, 2), keepdim=True).sqrt().clamp_min(1e-9)
 
 
 def lags_of(predicted: Tensor, sounds: Tensor) -> Tensor:
-    """Return the best lag of each clip (n,), positive where the audio comes late."""
+    """Return the best lag of each clip (n,), positive if the audio is late."""
     return agreements(predicted, sounds).argmax(1) - LARGEST

@@ -87,7 +87,8 @@ def build_task(
 
 
 def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
-    """Return a batch of a task. Talker's rows have three words per second; the first half are T2AV, the others TTS."""
+    """Return a random batch of `rows` samples. Those of Talker-T2AV have three words per second; half of them are T2AV,
+    the others TTS."""
     frames = round(25 * seconds)
     if isinstance(task, HiCoDiTTask):
         model = task.system.model.config

@@ -145,7 +145,7 @@ def pulses(count: int, samples: int) -> Tensor:
 
 
 def excitation(count: int, samples: int) -> Tensor:
-    """Return power spectra (B, F, T) with mean about 1: pulses below some frequency and noise above it, or only
+    """Return power spectra (B, F, T) with mean about 1: pulses below a random frequency and noise above it, or only
     noise.
     """
     voiced_below = torch.rand(count, 1, 1) * RATE / 4 * (torch.rand(count, 1, 1) < 0.7)
@@ -155,7 +155,7 @@ def excitation(count: int, samples: int) -> Tensor:
 
 
 def colour(count: int, bands: int, decibels: float) -> Tensor:
-    """Return smooth random curves (B, M, 1) of factors on power, up to `decibels` from 1."""
+    """Return smooth random gains (B, M, 1) of the power, within +/- `decibels` dB."""
     knots = uniform((-decibels, decibels), count, 1, 6)
     curve = F.interpolate(knots, size=bands, mode="linear", align_corners=True)
     return 10 ** (curve / 10).transpose(1, 2)

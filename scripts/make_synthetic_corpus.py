@@ -77,7 +77,7 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
 
 
 def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], workers: int) -> None:
-    """Create the clips of a corpus: folder, seed, version, number of more voices."""
+    """Create the clips of a corpus, given its folder, seed, version and number of additional voices."""
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent)
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them
@@ -86,8 +86,8 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
             made.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, probably as it ran out of memory: use fewer --workers; "
-            "the same command continues with the remaining clips"
+            "a worker process was killed, probably because of insufficient memory: use fewer --workers; "
+            "the command then continues with the remaining clips"
         ) from error
     finally:  # a killed worker would leave its ffmpeg process running: let each finish its clip and exit
         with without_interrupts():  # a second Ctrl-C must not stop the stopping

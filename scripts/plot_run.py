@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder's, with as many folders above it as distinguish it from the others."""
+    """Return a unique name for each run: its folder, preceded by as many parent folders as necessary."""
     folders = [(run.parent if run.suffix == ".jsonl" else run).resolve() for run in runs]
     for run, folder in zip(runs, folders):
         if folders.count(folder) > 1:
@@ -122,7 +122,7 @@ def panel(name: str) -> tuple[str, str]:
 
 
 def smoothed(values: np.ndarray, points: int) -> np.ndarray:
-    """Average the `points` values around each one, symmetrically; fewer at the ends."""
+    """Return the centred moving average over `points` values, or fewer at the ends."""
     if points < 2 or len(values) < 3:
         return values
     index = np.arange(len(values))

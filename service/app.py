@@ -109,7 +109,7 @@ class LiveFace:
         self.stream: SpeechStream | None = None
 
     def push(self, data: bytes) -> bytes:
-        """Add a frame (JPEG or PNG). Return the 16-bit samples that are due, often none."""
+        """Add a frame (JPEG or PNG). Return the 16-bit samples that have become available, if any."""
         self.count += 1
         if self.count > FPS * LIMITS.seconds:
             raise UserError(f"the stream is longer than {LIMITS.seconds:g} s")

@@ -41,7 +41,8 @@ def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
 async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncIterator[torch.Tensor]:
     """Yield the audio (1, 1, N) of a tts job, with pauses between the parts of a long text.
 
-    stream: whether to yield audio while it is generated, instead of whole parts, which is more efficient.
+    Args:
+        stream: yield audio while it is generated. Otherwise whole parts are yielded, which is more efficient.
     """
     loop = asyncio.get_running_loop()
     for number, part in enumerate(parts_of(prepared)):

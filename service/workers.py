@@ -157,7 +157,7 @@ class HiCoDiTWorker(Worker):
 
 
 class TalkerWorker(Worker):
-    """Rows join a running batch of their mode, and leave it when they finish or are cancelled."""
+    """Runs one batch per mode. Requests join a running batch, and leave it when they finish or are cancelled."""
 
     def __init__(self, pipeline: TalkerPipeline, batch_size: int) -> None:
         super().__init__("talker", batch_size)

@@ -124,7 +124,9 @@ class TalkerSystem:
         self.model = model.to(device)
         rows = model.llm.config.vocab_size
         if self.tokenizer.vocab_size > rows:
-            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only {rows}: use its own")
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {rows}: use that of the model"
+            )
         _check_channels("motion statistics", model.config.motion_dim, len(self.stats.mean))
 
     @property
@@ -143,7 +145,7 @@ class TalkerSystem:
         if not self.part_names:
             return find_released(self.folder, part)
         if part not in self.part_names:
-            raise UserError(f"{self.folder} was trained without {part} codec: set codecs.{part}=FOLDER")
+            raise UserError(f"{self.folder} was trained without a {part} codec: set codecs.{part}=FOLDER")
         kinds = CODECS.get(part, (VoiceEncoder.kind,))
         return find_codec(self.folder, self.part_names[part], kinds, ASSETS)
 
@@ -155,7 +157,7 @@ class TalkerSystem:
         if (codec.sample_rate, codec.frame_rate) != (RATE, FPS):
             raise UserError(
                 f"the model needs speech at {RATE} Hz in {FPS} latents per second, not at {codec.sample_rate} Hz in "
-                f"{codec.frame_rate:g}: use the codec of its own release"
+                f"{codec.frame_rate:g}: use the codec of its release"
             )
         return codec
 
@@ -194,7 +196,9 @@ class TalkerSystem:
             network = LOADERS[part](path)
             expected = self.digests.get(part)
             if expected is not None and expected not in (network.digest(), _keeps(network)):
-                raise UserError(f"{path} computes other features than the model was trained on: use its own codec")
+                raise UserError(
+                    f"{path} computes other features than the model was trained on: use the codec of its release"
+                )
             return network.to(self.device)
 
 
@@ -250,4 +254,4 @@ def check_codecs(codecs: Mapping[str, str | Path | None]) -> None:
 
 def _check_channels(what: str, wanted: int, found: int) -> None:
     if wanted != found:
-        raise UserError(f"the model needs {what} of {wanted} channels, not {found}: use the codec of its own release")
+        raise UserError(f"the model needs {what} of {wanted} channels, not {found}: use the codec of its release")

@@ -93,7 +93,9 @@ class TalkerTokenizer:
         except Exception as error:  # a damaged file raises errors of its parser
             raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
-            raise UserError(f"the tokenizer of {folder} has no chat template or no padding token: it is not Qwen3's")
+            raise UserError(
+                f"the tokenizer of {folder} has no chat template or no padding token: expected that of Qwen3"
+            )
         ours = folder / "config.yaml"
         return cls(tokenizer, language_of(read_yaml(ours).get("text") if ours.is_file() else None))
 
@@ -142,7 +144,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
         why = done.stderr.strip().rpartition("\n")[2] or "it omits a turn"
     except subprocess.TimeoutExpired:
         why = f"it takes more than {RENDER_SECONDS} s"
-    raise UserError(f"the tokenizer's chat template cannot be used ({why}): it is not Qwen3's")
+    raise UserError(f"the tokenizer's chat template cannot be used ({why}): expected that of Qwen3")
 
 
 def split_text(text: str, most: int) -> list[str]:

@@ -243,7 +243,7 @@ def relative_change(frames: np.ndarray) -> np.ndarray:
 def held_out_frames(
     root: str | Path, split: str, count: int, size: int, share: Share
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the numbers and frames (T, H, W, 3) of a part of the first `count` clips of ROOT/SPLIT.
+    """Yield the indices and frames (T, H, W, 3) of this process's share of the first `count` clips of ROOT/SPLIT.
 
     For prepared shards, they are the images of the clip in the shards, scaled to S = `size`.
     """
@@ -317,7 +317,11 @@ def pack_portraits(frames: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack_portraits(packed: Tensor, starts: Tensor, size: int, chosen: Sequence[int] | None = None) -> np.ndarray:
-    """Decode images (k, S, S, 3) RGB written by `pack_portraits`, all of them or those in `chosen`."""
+    """Decode images (k, S, S, 3) RGB from the output of `pack_portraits`.
+
+    Args:
+        chosen: indices of the k images to decode. None: all images.
+    """
     frames = []
     for k in range(len(starts) - 1) if chosen is None else chosen:
         coded = packed[int(starts[k]) : int(starts[k + 1])].numpy()

@@ -65,7 +65,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
 def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `LiaXConfig` that match the shapes of an upstream state dict with renamed keys.
 
-    Shapes only determine the product of a width and `scale`; published networks have `WIDTH` before scaling.
+    The shapes determine only the products of widths and `scale`; `WIDTH` is assumed as the unscaled width.
     """
     with sizes_of("a LIA-X checkpoint"):
         style_dim, motion_dim = state["decoder.directions.weight"].shape

@@ -46,7 +46,7 @@ def warm_start(
     the projected residual by k-means.
 
     All code vectors are scaled by one number that gives those of the first level unit variance, so that the losses of
-    the quantiser have the same weight whatever the latents' scale.
+    the quantiser do not depend on the scale of the latents.
 
     Args:
         first_levels, first_channels: the first `first_levels` levels only use the first `first_channels` channels.

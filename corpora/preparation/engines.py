@@ -170,7 +170,9 @@ class Pyannote:
         with loading("diarisation", name):
             self.pipeline = package.Pipeline.from_pretrained(name)
         if self.pipeline is None:  # the terms are not accepted
-            raise UserError(f"diarisation {name} cannot be loaded: accept its terms on the hub, then `hf auth login`")
+            raise UserError(
+                f"diarisation {name} cannot be loaded: accept its terms on the hub, then run `hf auth login`"
+            )
         self.pipeline.to(pick_device(device))
 
     def __call__(self, wave: np.ndarray) -> list[float]:

@@ -36,7 +36,7 @@ def prepare(config: DictConfig) -> None:
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits
     if not names:
-        raise UserError(f"{source.root} has no splits: is source.root right?")
+        raise UserError(f"{source.root} has no splits: check source.root")
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
     settings = {name: without_device(stage) for name, stage in stages.items()}

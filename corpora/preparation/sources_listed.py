@@ -159,7 +159,7 @@ def youtube_ids(
     if bad:
         print(printable(f"{listing}: {len(bad)} clips are skipped, as their rows are invalid; the first: {bad[0]}"))
     if not clips:
-        raise UserError(f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?")
+        raise UserError(f"{path}: none of its {absent + len(bad)} clips can be used: check source.videos={videos}")
     return divided(root, clips, test=test, val=validation)
 
 

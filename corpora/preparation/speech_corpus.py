@@ -116,7 +116,7 @@ def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
 
 
 def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict) -> None:
-    """Write the recordings of each split, each repeated by its given number.
+    """Write the recordings of each split, repeated the given number of times.
 
     Existing recordings are kept, so that an interrupted call can be continued.
 

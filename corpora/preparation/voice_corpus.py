@@ -52,7 +52,7 @@ VOICES = ("pitch 100 130", "pitch 190 240\nformant 0 115 100 100\nformant 1 115 
 def grid_sentences(root: Path, speakers: list[str]) -> dict[str, list[Recording]]:
     """Find GRID's sentences of the splits train, val and test, as `grid_splits` does.
 
-    The letter A is spelled "ay", as espeak-ng takes it for the article.
+    The letter A is spelled "ay", as espeak-ng would read it as the article.
     """
     found = {}
     for split, recordings in grid_splits(root, speakers).items():
@@ -80,7 +80,7 @@ def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
 
 
 def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
-    """Let each voice of flite speak `clips` sentences of the synthetic corpus's version 3 into `folder`.
+    """Write `clips` sentences of version 3 of the synthetic corpus to `folder`, spoken by each voice of flite.
 
     flite's voices are built from recordings of people: one joins their diphones, three are statistical models of them
     (Black & Lenzo, 2001; Black, 2006). They can speak any sentence, unlike the other recordings.

@@ -238,7 +238,7 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """Write (T, 128, 128, 3) uint8 RGB as H.264: one thread, no time stamps or other traces of the run."""
+    """Write (T, 128, 128, 3) uint8 RGB as H.264: one thread, without the time of the run or other metadata."""
     take = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i - -an".split()
     code = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "1"]
     plain = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-f", "mp4"]

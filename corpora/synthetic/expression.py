@@ -15,7 +15,7 @@ SHARES = (0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Prosody:
-    """espeak-ng pitch and pitch range (0-99, 50 is the voice's own), speed against neutral, loudness in dB."""
+    """Pitch and pitch range of espeak-ng (0 to 99; 50: default), relative speed, loudness in dB."""
 
     pitch: float = 50
     span: float = 50

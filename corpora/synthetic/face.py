@@ -36,7 +36,7 @@ _PIVOT = 64.0, 104.0  # where the head turns
 
 
 def draw_motion(rng: np.random.Generator, frames: int, loudness: np.ndarray) -> dict[str, np.ndarray]:
-    """Draw slow drifts, nods and brow lifts with the loudness (T,) of the speech, blinks every few seconds, glances.
+    """Draw slow head drifts, glances, blinks, and nods and brow lifts that follow the loudness (T,) of the speech.
 
     Returns:
         Tracks (T,): shift_x, shift_y in pixels, turn in degrees, blink from 0 (open) to 1 (closed), gaze_x, gaze_y in

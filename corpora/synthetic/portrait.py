@@ -26,7 +26,7 @@ _EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 3
 
 @dataclass(frozen=True)
 class Identity:
-    """Appearance of a face: lengths in pixels, colours in RGB, fractions of 1."""
+    """Appearance of a face. Lengths are in pixels and colours in RGB; all other numbers are from 0 to 1."""
 
     half_width: float
     chin: float
@@ -122,7 +122,7 @@ def mix(a, b, share: float) -> tuple[int, int, int]:
 
 
 def fixed(points: ArrayLike) -> np.ndarray:
-    """Turn points (N, 2) in frame pixels into OpenCV's fixed-point drawing coordinates."""
+    """Convert points (N, 2) in frame pixels to OpenCV's fixed-point drawing coordinates."""
     return np.rint(np.asarray(points) * (SCALE << _SHIFT)).astype(np.int32)
 
 

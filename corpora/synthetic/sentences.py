@@ -105,8 +105,11 @@ def draw_sentence(rng: np.random.Generator, split: str, free: bool = False) -> s
 
 
 def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
-    """Sample a sentence of version 3 from `split`: a fifth of version 2's, three tenths templates with any words,
-    the rest 1 to 20 words in random order, short ones more often."""
+    """Sample a sentence of version 3 from `split`.
+
+    20 % are sentences of version 2, 30 % are templates with arbitrary words, and 50 % are 1 to 20 random words, with a
+    log-uniform number of words.
+    """
     while True:
         kind = rng.random()
         if kind < 0.2:

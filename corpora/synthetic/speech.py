@@ -96,11 +96,14 @@ class Synthesizer:
         return 0
 
     def speak(self, text: str, lines: str, pitch: int = 50, span: int = 50, words_per_minute: int = 160) -> Utterance:
-        """Speak `text` in the voice whose espeak-ng voice file holds `lines`. `pitch` and `span` (pitch range) are
-        espeak-ng's 0-99, 50 being the voice's own.
+        """Synthesise `text` with the voice that `lines` of an espeak-ng voice file describe.
 
-        The library's flutter and noise generators carry state from one call to the next; a forked child always starts
-        from the same state, which makes an utterance a function of the arguments alone."""
+        The library's flutter and noise generators are stateful. Each call runs in a forked process, which starts from
+        the same state, so that the result depends only on the arguments.
+
+        Args:
+            pitch, span: pitch and pitch range, 0 to 99; 50 is the default of the voice.
+        """
         self._voice.write_text(f"language variant\nname corpus\n{lines}\n")
         read, write = os.pipe()
         child = os.fork()

@@ -83,7 +83,7 @@ def shapes_of(symbol: str) -> list[str]:
 
 
 def mouth_track(phonemes: list[tuple[str, float, float]], frames: int) -> np.ndarray:
-    """Turn phonemes (symbol, start s, end s) into mouth parameters (T, P) float32 at the frames' centres.
+    """Convert phonemes (symbol, start s, end s) to mouth parameters (T, P) float32 at the frames' centres.
 
     Targets are smoothed by a raised cosine; firm shapes are then blended in so that at least one frame shows them in
     full."""

@@ -132,7 +132,7 @@ def follow_faces(
         detections: frame number and the faces (n, 14) detected in it, in order of time.
         face: "largest", "central", "left" or "right" of several faces, its number by size, counted from 1, or the
             position (x, y) to which it is nearest, in fractions of width and height; "all" or "speaking": all faces
-            that enough of the clip shows, by size.
+            that are visible in enough of the clip, by size.
 
     Raises:
         FaceError: If there is no such face, or it is visible in too few frames.

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import (
+    REPAIR,
     check_complete,
     check_readable,
     check_whole,
@@ -120,8 +121,8 @@ def _check_times(path: Path, log: bytes) -> None:
     """
     if jump := re.search(rb"\[error\] (\d+\.\d+)\n", log):
         raise UserError(
-            f"{path} has damaged time stamps: after more than {LIMITS.gap:g} s without a frame (limits.gap) one comes "
-            f"at {float(jump[1]):,.0f} s"
+            f"{path} has damaged time stamps: no frame for more than {LIMITS.gap:g} s (limits.gap) before the one "
+            f"at {float(jump[1]):,.0f} s: {REPAIR}"
         )
 
 

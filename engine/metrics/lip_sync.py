@@ -208,8 +208,8 @@ def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
 def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Crop frames (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, 224, 224, 3), with grey outside the image.
 
-    With s half of the box's longer side, the square reaches from s above its middle to 1.8 s below, 1.4 s to the sides;
-    middle and s are medians over 13 frames.
+    If h is half of the longer side of a box, the crop extends from h above its centre to 1.8 h below, and 1.4 h to
+    either side. Centre and h are smoothed by a median over 13 frames.
     """
     values = np.concatenate([middle_of(boxes), boxes[:, 2:].max(1, keepdims=True) / 2], 1)
     edge = SMOOTH // 2

@@ -55,7 +55,7 @@ class Recogniser:
                 self._decoder.add_jsgf_string("grammar", file.read_text())
                 self._decoder.activate_search("grammar")
         except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise UserError(f"the recogniser cannot use {file}: {error}; are all its words English?") from error
+            raise UserError(f"the recogniser cannot use {file}: {error}; all its words must be English") from error
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
         """Transcribe samples (N,) in [-1, 1] at `rate` Hz to lower-case words; "" if none are recognised."""

@@ -73,7 +73,7 @@ def write_whole(path: Path, chunks: Iterable[bytes], staging: Path) -> None:
 
 def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
     """Write a finished sample, the members KEY.SUFFIX of a tar file in the given order, to the work folder of its
-    shard, without time, owner or other traces of the run.
+    shard, without time stamps, owners or other metadata of the run.
     """
     assert KEY.fullmatch(key), key
     parts = []

@@ -138,7 +138,7 @@ class AttentiveStatistics(nn.Module):
 
 
 class EcapaTDNN(nn.Module):
-    """Frame features (B, C, T) to embeddings (B, D), which are not of unit length. Tensor names are the released ones.
+    """Maps frame features (B, C, T) to embeddings (B, D), not normalised. Tensor names are those of the release.
 
     Args:
         inputs: C, channels of the features.
@@ -187,7 +187,7 @@ class WavLMEncoder(nn.Module):
 
     Args:
         config: configuration of WavLM.
-        normalize: bring each wave to zero mean and unit variance first (WavLM-Large does).
+        normalize: normalise each waveform to zero mean and unit variance (as for WavLM-Large).
         head: arguments of `EcapaTDNN` besides `inputs`.
     """
 

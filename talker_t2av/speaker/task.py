@@ -96,8 +96,8 @@ class VoiceEncoderTask(Task):
         voice_weight: weight of the cross entropy.
         temperature: the cosines are divided by it.
         noise: standard deviation of the noise on the log-mel in training.
-        recipe: a sentence for the card.
-        init: release folder of the same sizes to start from.
+        recipe: description of the recipe for the model card.
+        init: initial release of the same sizes instead of random weights.
     """
 
     def __init__(
