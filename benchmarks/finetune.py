@@ -137,8 +137,9 @@ def motion_stats(work: Path, shards: Path) -> Path:
 
 
 def draw(footage: Path, outputs: Path, path: Path) -> None:
-    """Write the figure of the first test sentence: faces and spectrograms of the ground-truth clip, before and
-    after."""
+    """Write the figure of the first test sentence: faces and spectrograms of the ground truth and of the outputs
+    before and after fine-tuning.
+    """
     row = json.loads((footage / f"{path.stem}.jsonl").read_text().splitlines()[0])
     true = footage / "unseen" / row["id"]
     takes = {"the person": (true.with_suffix(".wav"), true.with_suffix(".mp4"))}

@@ -50,7 +50,7 @@ def dated(folder: Path, name: str) -> Path:
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
-    """Create a record: `what` was measured, `about` (such as settings), `origin`, and the results."""
+    """Return the record of a measurement: its name `what`, details `about` it, its `origin`, and the results."""
     return {"what": what, **about, **origin(device), "results": results}
 
 

@@ -124,9 +124,8 @@ class TalkerSystem:
         self.model = model.to(device)
         rows = model.llm.config.vocab_size
         if self.tokenizer.vocab_size > rows:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {rows}: use that of the model"
-            )
+            size = self.tokenizer.vocab_size
+            raise UserError(f"the tokenizer has {size} tokens, but the model only {rows}: use the model's tokenizer")
         _check_channels("motion statistics", model.config.motion_dim, len(self.stats.mean))
 
     @property

@@ -76,10 +76,11 @@ class Task(nn.Module):
         """Return the losses of `part`: `loss`, which is minimised, and other scalars, which are logged.
 
         Results that the next part also needs may be stored in `batch`. They are available if a step has a single
-        micro-batch; otherwise they are recomputed, so that the graphs of all micro-batches need not be kept. Random
-        numbers are drawn from torch's default generator, which is seeded for every batch, for such results or in the
-        first part only. No value may be read from the device, which would synchronise. Parameters that are changed in
-        place (codebooks) must change identically in every process: use a generator seeded by a buffer, as the default
+        micro-batch; otherwise they are recomputed, so that the graphs of all micro-batches need not be kept.
+
+        PyTorch's default generator is seeded for every batch, and may only be used for these results or in the first
+        part. Values must not be read from the device, as this synchronises. Parameters that are changed in place
+        (codebooks) must change identically in every process: use a generator that is seeded by a buffer, as the default
         generators differ.
         """
         raise NotImplementedError
