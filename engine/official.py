@@ -43,7 +43,7 @@ def strides(state: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
 
 @contextmanager
 def sizes_of(what: str) -> Iterator[None]:
-    """Raise UserError if the block, which infers sizes from tensors, fails because the checkpoint is not `what`."""
+    """Convert errors in the block, which infers sizes from tensors, to a UserError: the checkpoint is not `what`."""
     try:
         yield
     except KeyError as error:

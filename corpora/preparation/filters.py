@@ -84,7 +84,7 @@ class Enhance(Step):
     """Removes background noise from the audio.
 
     Args:
-        enhancer: enhancer with its own sampling rate.
+        enhancer: see `corpora.preparation.engines`. The audio is resampled to its sampling rate and back.
     """
 
     reusable = False

@@ -287,7 +287,7 @@ def write_voices(
                         target.symlink_to((synthetic / name / target.name).resolve())
                 rows.append(row | {"split": split})
         if not rows:
-            raise UserError(f"no recording of the split {split} has a known text")
+            raise UserError(f"no recording of the split {split} has a known text: check the transcripts")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         counts[split] = len(rows)
     write_json(out / "corpus.json", facts | {"version": 2 if copies.pictures else 3, "rate": RATE, "clips": counts})
