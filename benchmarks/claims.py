@@ -111,8 +111,11 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def measure(
     args: argparse.Namespace, claim: dict[str, Any], name: str, seed: int
 ) -> tuple[Pairs, Pairs, dict[str, str]]:
-    """Train and measure a variant, unless its results exist. Return its pairs, those of ground-truth clips, and the
-    speakers."""
+    """Train and measure a variant, unless its results exist.
+
+    Returns:
+        The measured pairs of the variant and of the ground truth, and the speaker of each clip.
+    """
     variant = claim["variants"][name]
     folder = args.runs / args.claim / f"{name}-{seed}"
     on_grid = "table=grid" in claim["evaluate"]

@@ -123,7 +123,7 @@ class Operators(TorchDispatchMode):
         return out
 
     def hold(self, x: Tensor) -> None:
-        """Count a tensor's memory as long as something refers to it."""
+        """Count the memory of a tensor until it is freed."""
         storage = x.untyped_storage()
         if storage not in self._sizes:
             self._sizes[storage] = size = storage.nbytes()

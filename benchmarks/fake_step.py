@@ -58,7 +58,7 @@ class Measured:
         moved: bytes that the fused CUDA optimiser reads and writes.
         groups: shapes of the parameters that FSDP gathers together: one group per block, then the rest.
         whole: shapes of the parameters that are not sharded.
-        beside: bytes of activations at the peak if all gradients have their memory from the beginning, as in DDP.
+        beside: bytes of activations at the peak if all gradients are allocated from the beginning, as in DDP.
         sharded: the same if autocast keeps no copies of the weights of blocks, as in FSDP.
         sent, calls: bytes and calls by collective; {} in one process.
     """

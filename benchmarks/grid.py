@@ -140,7 +140,7 @@ def as_grid(text: str) -> tuple[str, str]:
 
 
 def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
-    """Write the clips ROOT/s1/bbaf2n.mpg and alignments that are missing."""
+    """Write the missing clips, such as ROOT/s1/bbaf2n.mpg, and their alignments."""
     synthesizer = Synthesizer()
     recogniser = Recogniser(grammar)
     times = WordTimes()

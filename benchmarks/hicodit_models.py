@@ -45,7 +45,7 @@ def start(folder: Path, settings: list[str], seed: int, encoders: str | Path) ->
 
 
 def derive(trained: Path, folder: Path, seed: int) -> Path:
-    """Write the release `trained` with untrained `IDENTITY` parts."""
+    """Write a copy of the release `trained` whose `IDENTITY` parts have random weights."""
     system = HiCoDiTSystem.from_pretrained(trained)
     torch.manual_seed(seed)
     take(system, HiCoDiTSystem(system.model.config, system.encoders.config), IDENTITY)
@@ -89,10 +89,11 @@ def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dic
 
 
 def entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, key: str) -> Tensor:
-    """Return the loss (2,) of levels 1-2 and of the others, for one token of all levels, of the clip `key`.
+    """Return the loss (2,) of levels 1-2 and of the other levels, divided by the number of tokens of all levels.
 
     Args:
         tokens: (1, K, L).
+        key: key of the clip, which determines its masks.
     """
     noise = LogLinearNoise()
     conditioning = model.prepare(conditions)

@@ -110,7 +110,7 @@ class Plan:
 
 
 def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) -> float:
-    """Return the time of a step's collectives, which run in rings.
+    """Return the time of a step's collectives with ring algorithms.
 
     Each rank sends (n - 1) / n of the bytes that it gathers or scatters, and twice that for an all-reduce. A ring over
     several machines crosses the border of each machine once and shares the adapters of all its GPUs. `hybrid` shards

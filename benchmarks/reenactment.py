@@ -105,7 +105,7 @@ class Judge(LipOpening):
         return Seen(f"{path.parent.name}-{path.stem}", frames, box, *self.look(frames, box))
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Read the opening (T,) and embeddings (E, 128) of frames (T, S, S, 3) whose face is in `box`."""
+        """Measure the opening (T,) and embeddings (E, 128) in frames (T, S, S, 3) whose face is in `box`."""
         opening = []
         faces = []
         for number, frame in enumerate(map(enlarge, frames)):

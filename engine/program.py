@@ -41,7 +41,7 @@ class Failed(Exception):
 
 
 class Ended(BaseException):
-    """A run ended early. A BaseException, as Hydra logs other exceptions."""
+    """A run ended early. This is a BaseException, as Hydra logs other exceptions."""
 
 
 def runs(output: str) -> Callable[[Callable[[DictConfig], int | None]], Callable[[DictConfig], None]]:

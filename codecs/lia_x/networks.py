@@ -90,7 +90,7 @@ class Level(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Motion navigation and the pyramid of levels.
+    """Moves a style along the motion directions and renders it with a pyramid of levels.
 
     Args:
         widths: channels by level, coarsest (side 2 * base) to finest (side base * 2^levels).

@@ -125,7 +125,7 @@ class Expression(Encoder):
     the expression of the face.
 
     Args:
-        weights: a HiCoDiT release, whose own classifier is used, or the released file of POSTER V2 (its licence is for
+        weights: a HiCoDiT release, whose classifier is used, or the released file of POSTER V2 (its licence is for
             research only), e.g. affectnet-7-model_best.pth.
         every: classify every n-th video frame.
     """

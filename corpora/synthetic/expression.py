@@ -87,6 +87,6 @@ def pose(expression: str, intensity: float) -> Pose:
 
 
 def ease(times: np.ndarray, change: float, first: Pose, second: Pose) -> list[Pose]:
-    """Return the pose at each of the times (T,) in seconds: the first turns into the second within a quarter second."""
+    """Return the pose at each time (T,) in seconds. The transition at `change` lasts a quarter second."""
     share = 0.5 - 0.5 * np.cos(np.pi * np.clip((times - change) / 0.24 + 0.5, 0, 1))
     return [blend(first, second, float(value)) for value in share]

@@ -181,7 +181,7 @@ def measure(
 ) -> Results:
     """Measure every take of every clip.
 
-    A clip whose files cannot be read is left out for that system, and for all systems if its ground-truth files cannot
+    A clip whose files cannot be read is skipped for that system, and for all systems if its ground-truth files cannot
     be read.
 
     Args:

@@ -162,8 +162,8 @@ def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
     """Return `track`, or raise FaceError if the face is visible in too few frames."""
     if track.coverage < MIN_COVERAGE:
         raise FaceError(
-            f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
-            f"{1 - MIN_COVERAGE:.0%} may have none: {ADVICE}"
+            f"no face found in {1 - track.coverage:.0%} of the clip (at {track.unseen(fps)}), "
+            f"at most {1 - MIN_COVERAGE:.0%} are allowed: {ADVICE}"
         )
     return track
 

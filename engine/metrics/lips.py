@@ -19,7 +19,7 @@ EYES = (slice(36, 42), slice(42, 48))
 
 
 class LipOpening:
-    """Measure the distance between the inner lips, relative to the distance between the eyes."""
+    """Measures the distance between the inner lips, relative to the distance between the eyes."""
 
     def __init__(self) -> None:
         self.dlib = require("dlib", "dlib", "landmarks")

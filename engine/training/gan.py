@@ -20,7 +20,7 @@ from engine.training.task import Task
 
 
 class GANTask(Task):
-    """A codec trained with its own losses and, from step `gan_start`, with adversarial losses.
+    """Base class of tasks that train a codec with reconstruction losses and, from step `gan_start`, adversarial losses.
 
     Attributes:
         discriminator: discriminator of waveforms (B, 1, N).

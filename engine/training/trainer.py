@@ -66,7 +66,7 @@ class Trainer:
     ):
         self.config = c = make(TrainerConfig, config).shared_among(distributed.world_size())
         if len(dataset) == 0:
-            raise UserError("the training set is empty")
+            raise UserError("the training set is empty: check data.root")
         self.run = Path(run)
         self.record = record or {}
         self.fresh = fresh
