@@ -135,7 +135,7 @@ class Processes(Generic[Item, Result]):
     Args:
         count: number of processes. 0 runs in the current process, without a timeout.
         build: creates the work in a process from its index, 0 to `count` - 1, or None in the current process.
-        timeout: seconds that an item may take.
+        timeout: maximum seconds per item.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Crops(Step):
 
     Args:
         encoders: kind, and non-default sizes; see `hicodit.conditions.encoder_config`.
-        pictures: F, evenly spaced over the clip.
+        pictures: F, number of face crops, evenly spaced over the clip.
     """
 
     needs = "frames"
@@ -85,7 +85,7 @@ class FaceIdentity(Lip):
 
     Args:
         encoders: see `Lip`.
-        pictures: F, evenly spaced over the clip.
+        pictures: F, number of face crops, evenly spaced over the clip.
     """
 
     tensors = ("face_identity",)
