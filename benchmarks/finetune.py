@@ -129,7 +129,7 @@ def film(root: Path, args: argparse.Namespace) -> float:
 
 
 def motion_stats(work: Path, shards: Path) -> Path:
-    """Write the index of the shards with the motion statistics of the weights that the training starts from."""
+    """Write the index of the shards with the motion statistics of the initial weights."""
     motion = OmegaConf.load(BUNDLED / "config.yaml").motion
     index = json.loads((shards / "train" / "index.json").read_text())
     write_json(work / "stats.json", index | {"motion_mean": [*motion.mean], "motion_std": [*motion.std]})

@@ -66,7 +66,7 @@ def spread(folder: Path, count: int) -> list[Path]:
     """Return `count` clips of a folder, evenly spaced by name, or all clips if there are fewer."""
     files = sorted(folder.glob("*.mp4"))
     if not files:
-        raise UserError(f"--people {folder}: no *.mp4 in it")
+        raise UserError(f"--people {folder} contains no *.mp4 files")
     count = min(count, len(files))
     return [files[k * len(files) // count] for k in range(count)]
 

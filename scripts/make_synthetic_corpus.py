@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     add("--workers", type=within(1), default=2, help="number of processes; does not change the result")
     args = parser.parse_args()
     if args.speech is not None and args.version != 3:
-        raise UserError(f"--speech is for --version 3, which has no video: use version {args.version} --clips")
+        raise UserError(f"--speech is for --version 3, which has no video: use --clips for version {args.version}")
     args.clips = args.clips if args.speech is None else args.speech
     return args
 

@@ -63,7 +63,7 @@ def library_method(
     Args:
         speaker: (G,), see `voice_frames`.
         speech: (F, Ds) latents of the prefix alone, see `prefix_frames`.
-        reference: frames of the whole reference.
+        reference: number of frames of the whole reference.
         first_motion: (Dm,) normalised.
     """
     size = config.patch_size

@@ -29,7 +29,7 @@ def tokens_per_patch(order: str, moving: bool) -> int:
 
 @dataclass(frozen=True)
 class Mode:
-    """What happens to each stream: generated, given or absent."""
+    """State of each stream: generated, given or absent."""
 
     speech: Literal["generated", "given"]
     motion: Literal["generated", "given", "absent"]

@@ -157,7 +157,7 @@ class YuNetDetector:
         try:
             self.network = cv2.FaceDetectorYN.create(str(path), "", (DETECT_SIDE, DETECT_SIDE), score, 0.3, 5000)
         except cv2.error as error:
-            raise UserError(f"{path} is not the YuNet network that OpenCV runs: {error.err}") from error
+            raise UserError(f"{path} is not a YuNet network that OpenCV can run: {error.err}") from error
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         picture, scale = at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), DETECT_SIDE)
