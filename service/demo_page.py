@@ -183,7 +183,7 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
 
 
 def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
-    """Return the text field after a change of mode or file: the words of an example where the mode needs them."""
+    """Return the text field after a change of mode or file: the text of an example if the mode requires one."""
     file = {"a2v": voice, "v2a": clip}.get(mode)
     if mode in ("t2av", "tts"):
         return SENTENCES[0] if text in SPOKEN.values() else text

@@ -165,7 +165,7 @@ class ParallelTask:
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
     """Create the AdamW optimiser of a part. Gains and biases have no weight decay.
 
-    Fused on CUDA only, as fusing changes the rounding of golden losses on a CPU.
+    The fused implementation is only used on CUDA, as it changes the rounding of golden losses on a CPU.
     """
     parameters = list(parameters)
     groups = [

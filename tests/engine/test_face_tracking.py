@@ -214,7 +214,7 @@ def test_yunet_gets_bgr_of_at_most_320_pixels_and_its_faces_are_scaled_to_the_fr
     network.detect.return_value = 1, None
     assert detector(frame).shape == (0, 14)
     monkeypatch.undo()
-    for name, line in (("absent", "face_detection_yunet_2023mar"), ("yunet.onnx", "not the YuNet network")):
+    for name, line in (("absent", "face_detection_yunet_2023mar"), ("yunet.onnx", "not a YuNet network")):
         with pytest.raises(UserError, match=line):
             YuNetDetector(tmp_path / name)
 
