@@ -75,7 +75,7 @@ def check(path: Path, file: RemoteFile) -> None:
 def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progress: bool = True) -> bool:
     """Download `file` into `folder`. Return True if it was downloaded, False if a valid file already existed.
 
-    Incomplete files are kept in FOLDER/.partial until they are verified, so that an interrupted download can be resumed.
+    Incomplete files are kept in FOLDER/.partial until they are verified, so that downloads can be resumed.
 
     Args:
         retry_delay: seconds to wait after the first server error, doubled after each further error.

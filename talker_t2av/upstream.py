@@ -191,7 +191,7 @@ def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
     state = read_safetensors(folder)
     own = model.state_dict()
     if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
-        raise UserError(f"{folder} is not a speech-only checkpoint: it has a speech head beside the motion head")
+        raise UserError(f"{folder} is not a speech-only checkpoint: it has a motion head, too")
     if kind == "qwen":
         _check_qwen(model, Path(folder), state)
     renamed = rename_all(state, WARM_STARTS[kind])

@@ -72,7 +72,7 @@ def summarise(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by system and figure the part of a summary that a record stores: everything except the values of single
+    """Return the part of a summary that a record stores, by system and figure: everything except the values of single
     clips.
     """
     systems = summary["systems"].items()

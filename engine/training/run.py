@@ -91,7 +91,7 @@ def check_inputs(config: DictConfig) -> None:
     metrics_of(validation.get("metrics") or ())
     for split in (data.get("held_out") or ()) if splits else ():
         if split not in splits:
-            raise UserError(f"data.held_out has {split}: these data have {', '.join(splits)}")
+            raise UserError(f"data.held_out contains {split}, but the splits are {', '.join(splits)}")
     for key, folder in {"run": config.run, **made_folders(data)}.items():
         require_space(folder, key)
     refuse_links(Path(config.run))
@@ -147,7 +147,7 @@ def check_validation(config: DictConfig) -> None:
             else:
                 read_manifest(root, split)
         except UserError as error:
-            raise UserError(f"data.held_out has {split}: prepare it, or set data.held_out=[] ({error})") from error
+            raise UserError(f"data.held_out contains {split}: prepare it, or set data.held_out=[] ({error})") from error
         if corpus:
             require_recordings(join(root, split), Path(corpus), config.task.validate_clips)
     find_grammar(config)

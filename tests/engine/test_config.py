@@ -148,7 +148,7 @@ def test_a_missing_validation_split_is_an_error_before_training(tmp_path):
 
     for held_out, shards in (([], {}), (["train"], {}), (["seen"], None), (None, None)):
         check(root=str(tmp_path), held_out=held_out, shards=shards)
-    with pytest.raises(UserError, match=r"data.held_out has val: prepare it, or set data.held_out=\[\]"):
+    with pytest.raises(UserError, match=r"data.held_out contains val: prepare it, or set data.held_out=\[\]"):
         check(root=str(tmp_path), held_out=["val"], shards={"window": 1})
 
 

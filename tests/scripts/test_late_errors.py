@@ -29,7 +29,7 @@ TRAIN = [
     (f"{HICODIT} run=file", "cannot write to run=file"),
     (f"{HICODIT} run=finished", "finished/release exists but is not a release folder"),
     (f"{HICODIT} run=other", "the model has changed since"),
-    (f"{HICODIT} data.held_out=[nope]", "data.held_out has nope: these data have train, seen, unseen"),
+    (f"{HICODIT} data.held_out=[nope]", "data.held_out contains nope, but the splits are train, seen, unseen"),
     (f"{HICODIT} task.model.levels=99", "task.model has 99 levels"),
     (f"{HICODIT} init=damaged", "damaged/model.safetensors is damaged"),
     (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 must be at least 262"),
