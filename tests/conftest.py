@@ -16,8 +16,10 @@ from engine.errors import UserError
 from engine.evaluation.validation import Share, figures_of
 from engine.training.task import Task
 from tests import forked
+from tests.file_server import file_server  # noqa: F401  (a fixture)
+from tests.hub_stand_in import stand_in_hub  # noqa: F401  (a fixture)
 from tests.releases import write_release
-from tests.tiny import train
+from tests.tiny import HICODIT, train
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tests run in a process for each core
@@ -62,6 +64,29 @@ def logging_is_as_before():
         if handler not in handlers and not isinstance(handler, LogCaptureHandler):
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory):
+    """Folder of a tiny HiCoDiT release with random weights; its tokenizer lies beside it."""
+    from hicodit.conditions.encoders import TinyEncoderConfig
+    from hicodit.model import ModelConfig
+    from hicodit.system import HiCoDiTSystem
+    from rvq_codec import RVQCodec, RVQCodecConfig
+
+    root = tmp_path_factory.mktemp("releases")
+    torch.manual_seed(0)
+    codec = RVQCodecConfig(
+        encoder_width=4, ratios=(8, 5, 4, 3), latent_channels=16, codebook_size=16, codebook_dim=4, vocos_dim=16,
+        vocos_intermediate=32, vocos_layers=1, n_fft=960,
+    )  # fmt: skip
+    RVQCodec(codec).save(root / "codec", "a test")
+    model = ModelConfig(**HICODIT)
+    system = HiCoDiTSystem(model, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
+    for parameter in system.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    system.save(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
+    return root / "hicodit"
 
 
 @pytest.fixture

@@ -26,6 +26,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
+def free_port() -> int:
+    """Return a port of this machine on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(log: Path, environment: Mapping[str, Any], call: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """Start `call(*arguments)` in a process of one thread that prints to `log`."""
     return _start((log, log), environment, call, arguments)
@@ -37,11 +44,19 @@ def start_group(
     """Start a call in processes that find each other, as torchrun would: one for each of the files `logs`."""
     if len(logs) == 1:
         return [start(logs[0], environment, call, *arguments)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": len(logs)}
-    group |= environment
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(logs)} | environment
     return [start(log, group | {"RANK": rank, "LOCAL_RANK": rank}, call, *arguments) for rank, log in enumerate(logs)]
+
+
+def run_group(folder: Path, count: int, call: Callable[..., Any], *arguments: Any, code: int = 0) -> list[str]:
+    """Run a call in `count` processes that find each other; assert their exit code and return what each printed."""
+    logs = [folder / f"process-{rank}.txt" for rank in range(count)]
+    started = start_group(logs, call, *arguments)
+    for process in started:
+        process.join(SECONDS)
+    printed = [log.read_text() for log in logs]
+    assert [process.exitcode for process in started] == [code] * count, "\n".join(printed)
+    return printed
 
 
 def run(*words: Any, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -42,6 +42,15 @@ def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by path; marks of verified shards are left out."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != ".verified"
+    }
+
+
 def random_split(folder: Path, count: int = 23, per_shard: int = 5, **index) -> Path:
     """Samples k00, k01, ... of 8 to 40 frames: tensors x (frames, 3) float16, its first value i, and label () i."""
     g = torch.Generator().manual_seed(0)

@@ -6,11 +6,8 @@ import jiwer
 import numpy as np
 import pytest
 
-from engine.config import load, plain
 from engine.media.ffmpeg import probe
-from engine.settings import make, override
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import InferConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RELEASES = [folder for folder in ASSETS.iterdir() if (folder / "model.safetensors").is_file()]
@@ -24,17 +21,6 @@ def test_assets_stay_small():
 def test_every_card_has_the_training_command_and_results(folder):
     card = (folder / "README.md").read_text()
     assert "train.py experiment=" in card and "seed" in card and "| " in card
-
-
-def test_the_number_of_network_evaluations_of_the_default_and_the_papers_sampler():
-    pipeline = HiCoDiTPipeline.from_pretrained()
-    paper = make(InferConfig, plain(load("infer", ["sampler=paper"])))
-    counts = []
-    for changes in (InferConfig(), paper):
-        sampler = override(pipeline.sampler, changes.sampler)
-        guidance = override(pipeline.guidance, changes.guidance)
-        counts.append(sampler.steps * len(guidance.branches))
-    assert counts == [30, 320]
 
 
 def test_the_speech_of_the_silent_demo_clip_is_intelligible():

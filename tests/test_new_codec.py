@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hicodit.system
-from engine.codec import Codec, load_codec
+from engine.codec import Codec
 from engine.errors import UserError
 from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
@@ -76,9 +76,3 @@ def test_decoding_in_chunks_equals_decoding_at_once():
         pieces = list(codec.decode_stream(code.split([2, 0, 4, 3], 2), 2))
         assert len(pieces) == (3 if reach == (0, 0) else 1)
         torch.testing.assert_close(torch.cat(pieces, -1), codec.decode(code))
-
-
-def test_a_codec_that_is_not_in_the_table_is_refused(tmp_path):
-    ToyCodec(ToyConfig()).save(tmp_path / "toy", "card")
-    with pytest.raises(UserError, match="of kind 'toy', but rvq_codec is needed"):
-        load_codec(tmp_path / "toy", {"rvq_codec": ToyCodec})

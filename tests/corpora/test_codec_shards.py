@@ -17,7 +17,6 @@ from engine.media.video import write_video
 from engine.shards.recordings import SpeechCrops, load_waves
 from engine.training.batches import MicroBatches
 from lia_x.data import FramePairs, held_out_frames
-from tests.file_server import file_server  # noqa: F401  (a fixture)
 
 FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
 
@@ -74,7 +73,7 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
         FramePairs(shards, 32, tracks={"open": 1.0})
 
 
-def test_shards_at_a_url_give_the_same_crops(shards, file_server, tmp_path):  # noqa: F811
+def test_shards_at_a_url_give_the_same_crops(shards, file_server, tmp_path):
     url = file_server.add(shards)
     cached = {"cache": str(tmp_path), "window": 1}
     pictures = [FramePairs(root, 32, shards=cached) for root in (shards, url)]

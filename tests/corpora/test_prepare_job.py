@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,9 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.settings import LIMITS
 from tests import forked
+from tests.shard_files import contents
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 14
 SYMBOLS = ["a", "b"]
 MEAN = {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}
@@ -71,14 +69,6 @@ def settings(root, output, **changes):
         },
     }  # fmt: skip
     return OmegaConf.merge(config, changes)
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.parent.name != ".verified"
-    }
 
 
 @pytest.fixture(scope="module")
@@ -222,18 +212,3 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
     assert contents(tmp_path / "a") == contents(tmp_path / "c")
     other = {"stages": {"colour": both["colour"] | {"scale": 2.0}, "brightness": {"pause": 0.01}}}
     assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **other) == names
-
-
-def test_slurm_recipe_starts_ray_on_all_nodes(tmp_path):
-    """With stand-ins for srun and scontrol, which print what they are given."""
-    for name, does in (("srun", 'printf "%s|" "$@"'), ("scontrol", 'printf "n3\\nn4\\n"')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_NUM_NODES": "2"}
-    environment |= {"SLURM_JOB_NODELIST": "n[3-4]", "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "bin/python"}
-    script = ROOT / "scripts" / "cluster" / "prepare_slurm.sbatch"
-    done = subprocess.run(["bash", script, "output=a b"], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split("|")[:-1] == [
-        "bin/ray", "symmetric-run", "--address", "n3:6379", "--num-cpus", "3", "--", "bin/python",
-        "scripts/prepare_data.py", "executor=ray", "ray.address=auto", "ray.workers=6", "output=a b",
-    ]  # fmt: skip

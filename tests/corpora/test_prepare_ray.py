@@ -7,7 +7,8 @@ import time
 import pytest
 
 from corpora.preparation.job import prepare
-from tests.corpora.test_prepare_job import MEAN, clips_done, contents, settings, write_corpus
+from tests.corpora.test_prepare_job import MEAN, clips_done, settings, write_corpus
+from tests.shard_files import contents
 
 RAY = {"address": None, "workers": 2, "gpus": 0.0}
 

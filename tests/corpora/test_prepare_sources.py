@@ -73,18 +73,6 @@ def test_lrs3_and_the_words_of_its_texts(tmp_path):
         assert read_text(tmp_path / "t.txt") == words
 
 
-def test_a_folder_with_a_table(tmp_path):
-    rows = [("a/1.mp4", "one", ""), ("b.mov", "", "val"), ("c.flac", "", "val")]
-    rows = [{"path": path, "text": text, "speaker": "", "split": split} for path, text, split in rows]
-    write_csv(tmp_path / "clips.csv", rows)
-    source = folder(tmp_path)
-    assert source.splits == ["train", "val"]
-    (clip,) = source.clips("train")
-    assert (clip.key, clip.text, clip.speaker, clip.audio) == ("a-1", "one", None, None)
-    pictures, sound = source.clips("val")
-    assert (pictures.text, pictures.video, sound.video, sound.audio) == (None, "b.mov", None, "c.flac")
-
-
 def test_keys_are_unique_or_the_source_is_refused(tmp_path):
     write_csv(tmp_path / "clips.csv", [{"path": p} for p in ("a/1.mp4", "a-1.mp4", "ä 1.mp4")])
     keys = [clip.key for clip in folder(tmp_path).clips("train")]

@@ -8,14 +8,10 @@ from corpora.grid_recogniser import (
     GridRecogniserTask,
     GridSentences,
     change,
-    envelope,
-    spectra,
-    stretch,
-    warped_filters,
 )
 from engine.media.audio import write_wav
 from engine.metrics.grid_recogniser import WORDS, GridRecogniser, GridRecogniserConfig, is_sentence
-from engine.nn.mel import N_FFT, RATE, mel_filters
+from engine.nn.mel import RATE
 from tests import forked
 from tests.tiny import same
 
@@ -59,31 +55,6 @@ def test_a_part_holds_the_whole_sentence_and_its_labels(corpus):
         assert ((labels > 0) == (power > 1e-4)).float().mean() > 0.97
         starts.add(int((labels > 0).nonzero()[0]))
     assert len(starts) > 1
-
-
-def test_an_envelope_has_no_harmonics_and_their_level():
-    time = torch.arange(RATE) / RATE
-    wave = sum(torch.sin(2 * torch.pi * 200 * k * time) / k for k in range(1, 30))
-    power = spectra(wave[None])[0, :, 50]
-    smooth = envelope(spectra(wave[None]))[0, :, 50]
-    low = slice(5, 100)  # 200 Hz to 4 kHz
-    assert power[low].log().std() > 3 * smooth[low].log().diff().abs().max()
-    assert abs(float((smooth[low].log() - power[low].clamp_min(1e-9).log()).mean())) < 1
-
-
-def test_filters_that_are_warped_see_a_frequency_elsewhere():
-    plain = mel_filters(RATE, N_FFT, 64)
-    same, up = warped_filters(64, torch.tensor([1.0, 1.25]))
-    torch.testing.assert_close(same[:-1], plain[:-1])
-    assert up[40].argmax() == plain[50].argmax()
-
-
-def test_a_stretched_spectrum_has_the_same_content():
-    mel = torch.arange(40.0).expand(2, 3, 40)
-    longer = stretch(mel, torch.tensor([1.0, 1.25]))
-    assert longer.shape == (2, 3, 50)
-    torch.testing.assert_close(longer[0, 0, :40], torch.arange(40.0))
-    torch.testing.assert_close(longer[1, 2, 10], torch.tensor(8.0))
 
 
 def test_changes_differ_and_give_a_loss_that_training_lowers(corpus):

@@ -1,22 +1,20 @@
 """A corpus of human and synthetic speech: its splits, its repetitions, and what it refuses."""
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
 import soundfile
 
 from corpora.preparation.speech_corpus import RATE, grid_recordings, prompt_recordings, write_corpus
-from engine.media.ffmpeg import command
+from tests.media_files import ffmpeg
 
 SENTENCES = [f"bbaf{digit}{adverb}" for digit in "z123456789" for adverb in "anps"]
 
 
 def sound(path, seconds: float, *form: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tone = ("-v", "error", "-f", "lavfi", "-i", f"sine=frequency=300:sample_rate=16000:duration={seconds}")
-    subprocess.run(command(*tone, *form, str(path)), check=True)
+    ffmpeg("-f", "lavfi", "-i", f"sine=frequency=300:sample_rate=16000:duration={seconds}", *form, path)
 
 
 def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(tmp_path):

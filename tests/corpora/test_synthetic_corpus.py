@@ -200,13 +200,6 @@ def test_closures_close_the_mouth(symbol):
         assert track[9:14, column].min() < 0.02
 
 
-def test_voices_have_numbers_and_looks_of_their_own():
-    voices = load_voices()
-    assert Counter(v.group for v in voices) == {"train": 400, "dev": 20, "unseen": 40}
-    assert [v.number for v in voices] == list(range(len(voices)))
-    assert len({v.lines for v in voices}) == len({v.face.detail_seed for v in voices}) == len(voices)
-
-
 def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
     rows = [entry for split in SPLITS[2] for entry in entries(corpus, split)]
     assert {len(entries(corpus, split)) for split in SPLITS[2][1:]} == {4}

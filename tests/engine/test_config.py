@@ -14,7 +14,6 @@ import train
 from engine.config import compose, load
 from engine.errors import UserError
 from engine.instantiate import build
-from engine.settings import check_value
 from engine.training import run
 from engine.training.settings import TrainerConfig
 
@@ -165,15 +164,6 @@ def test_a_missing_validation_recording_is_an_error_before_training(tmp_path):
     (corpus / "s1").mkdir(parents=True)
     (corpus / "s1" / "head.mp4").touch()
     run.check_validation(config)
-
-
-def test_integer_bounds_do_not_make_a_float_setting_an_integer():
-    check_value("ratio", 0.5, float, {"bounds": (0, 1)})
-    with pytest.raises(UserError, match="ratio=2 must be a number"):
-        check_value("ratio", 2, float, {"bounds": (0, 1)})
-    check_value("ratios", [0.5], tuple[float, ...], {"bounds": (0, 1)})
-    with pytest.raises(UserError, match=r"count=0\.5 must be a whole number"):
-        check_value("count", 0.5, int | None, {"bounds": (0, 1)})
 
 
 def test_a_target_in_an_override_is_checked():

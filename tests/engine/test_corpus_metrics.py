@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from engine.media.audio import loudness
-from engine.metrics.lips import enlarge
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.speaker import OwnVoice, nearest
@@ -132,9 +131,3 @@ def test_shuffled_transcripts_are_a_control():
 )
 def test_a_stream_that_is_an_input_is_not_measured(figure, given, applies):
     assert metric_of(figure)().applies(Take(given=given)) == applies
-
-
-def test_small_images_are_enlarged_for_the_mouth_opening():
-    assert enlarge(np.zeros((64, 128, 3), np.uint8)).shape == (256, 512, 3)
-    large = np.zeros((300, 400, 3), np.uint8)
-    assert enlarge(large) is large

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,15 +74,3 @@ def test_a_graph_captured_in_inference_mode_works_outside_of_it():
     with torch.inference_mode():
         graphed(torch.zeros(2))
     assert graphed(torch.ones(2)).tolist() == [2, 2]
-
-
-def test_a_compiled_step_is_captured(monkeypatch):
-    """PyTorch runs the compiled graph, as a C++ compiler would take a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    backend = DyingOutputs()
-    torch._dynamo.reset()
-    graphed = GraphedStep(lambda x: (2 * x).sin() + x, compile=True, backend=backend)
-    x = torch.linspace(0, 1, 5)
-    for _ in range(2):
-        torch.testing.assert_close(graphed(x), (2 * x).sin() + x)
-    assert backend.captures == 1

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_parallel import together
 from toy_task import ToyBlocks
 
 from engine.errors import UserError, exit_process
 from engine.training import distributed
 from engine.training.parallel import build_once
+from tests.forked import run_group
 
 
 def worker(folder: Path) -> None:
@@ -54,7 +54,7 @@ def worker(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seen")
-    together(folder, 2, worker, folder)
+    run_group(folder, 2, worker, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -11,24 +11,14 @@ import pytest
 
 from engine.errors import UserError
 from engine.evaluation.clips import read_clips
+from engine.evaluation.paper_tables import PaperTable, paper_lines
 from engine.media.audio import write_wav
 from engine.metrics.lip_sync import LipSync
 from engine.metrics.quality import STOI
-from engine.metrics.registry import METRICS, metric_of
 from engine.metrics.words import WordErrors
 from scripts import evaluate
 
 RATE = 16_000
-
-
-# --- the registry ---
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_every_metric_has_a_class_and_a_description(name):
-    metric = metric_of(name)
-    assert metric.figures[name].meaning and metric.figures[name].better in (1, -1, 0)
-    assert metric.protocols and (metric.__doc__ or sys.modules[metric.__module__].__doc__)
 
 
 # --- which files belong together ---
@@ -62,6 +52,13 @@ def test_files_are_found_by_id_or_named_by_the_manifest(folders):
     (folders / "true" / "s1" / "c1.normalized.txt").write_text("Set green.\n")
     one, _, two = read_clips(None, folders / "true", {})
     assert (one.truth.text, two.truth.text, one.speaker, two.speaker) == ("SET BLUE", "Set green.", "s0", "s1")
+
+
+def test_only_tables_with_a_measured_figure_are_printed():
+    table = PaperTable("Table 9", ["wer", "frames/s"], {"one": [5.5, None], "two": [5.25, 24]})
+    assert paper_lines([table], ["stoi"]) == []
+    lines = paper_lines([table], ["wer"])
+    assert lines == ["", "Table 9  WER % ↓  frames/s", "one         5.50         –", "two         5.25        24"]
 
 
 # --- the command ---

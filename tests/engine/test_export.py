@@ -14,7 +14,7 @@ from engine.release import average, read_release, save_release
 from engine.training.export import export, last_validation
 from engine.training.trainer import Trainer
 from scripts import export as script
-from tests.hub_stand_in import stand_in_hub, use_endpoint  # noqa: F401  (one is a fixture)
+from tests.hub_stand_in import use_endpoint
 
 RECORD = {
     "command": "python train.py experiment=toy",
@@ -181,7 +181,7 @@ def release(tmp_path):
 
 
 @pytest.fixture
-def server(release, stand_in_hub):  # noqa: F811
+def server(release, stand_in_hub):
     """A hub with one repository, `someone/toy`."""
     shutil.copytree(release, stand_in_hub / "someone/toy")
 
@@ -201,7 +201,7 @@ def test_a_release_on_the_hub_is_downloaded_and_cached(server, monkeypatch):
             read_release("someone/other", "toy")
 
 
-def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):  # noqa: F811
+def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):
     (tmp_path / "assets").mkdir()
     for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
         with pytest.raises(UserError, match="weights folder not found"):

@@ -7,12 +7,11 @@ from unittest.mock import create_autospec
 import cv2
 import numpy as np
 import pytest
-from drawn_faces import draw_face, scene, talking_head
+from drawn_faces import draw_face, scene
 
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
 from engine.faces.detectors import HaarDetector, YuNetDetector, box_of_points, with_points
-from engine.faces.strip import Strip
 from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_boxes
 from engine.media.video import write_video
 
@@ -172,24 +171,6 @@ def test_boxes_and_points_agree():
     assert np.allclose(box_of_points(points), box)
     points[:, 0] = 70 + (points[:, 0] - 70) * 0.5  # a turned head is narrower, and no smaller
     assert np.allclose(box_of_points(points)[2:], 80)
-
-
-def test_the_strip_marks_frames_without_a_face(tmp_path):
-    video = talking_head(30)
-    track = track_face([video], HAAR)
-    track.seen[15:] = False
-    strip = Strip(track, 25.0)
-    for start in (0, 16):
-        part = video[start : start + 16]
-        strip.add(part, part[..., 0][:, :48, :48].copy(), start)
-    strip.write(tmp_path / "strip.png")
-    picture = cv2.imread(str(tmp_path / "strip.png"))
-    assert picture.shape[1] == 10 * 192
-    green = picture[-1, 100]
-    red = picture[-1, -100]
-    assert green[1] > green[2] and red[2] > red[1]
-    with pytest.raises(UserError, match=r"\.png"):
-        strip.write(tmp_path / "strip.jpg")
 
 
 def test_yunet_gets_bgr_of_at_most_320_pixels_and_its_faces_are_scaled_to_the_frame(tmp_path, monkeypatch):

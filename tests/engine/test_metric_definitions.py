@@ -4,7 +4,6 @@ Values written down here were computed from assets/demo/voice.wav, and from it w
 program named beside them. What needs a package of the extra `metrics` is skipped where that is not installed.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,21 +108,14 @@ class Qwen3ASR:
         return self.text
 
 
-@pytest.mark.parametrize(
-    ("language", "text", "heard", "found"),
-    [
-        ("en", "It's Mr. Hill.", "It is mister Hill", {"wer": (0, 4), "cer": (0, 17)}),
-        ("zh", "你好，世界。", "你好 四界！", {"cer": (1, 4)}),
-    ],
-)
-def test_errors_by_qwen3_asr(voice, monkeypatch, language, text, heard, found):
+def test_errors_by_qwen3_asr(voice, monkeypatch):
     """Punctuation and spaces do not count; Chinese has a character error rate alone."""
-    stand_in = Qwen3ASR(heard)
+    stand_in = Qwen3ASR("你好 四界！")
     monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (stand_in, stand_in))
-    said = Take(Sound(voice, RATE), text=text, language=language)
+    said = Take(Sound(voice, RATE), text="你好，世界。", language="zh")
     row = figures("cer", said, said, "qwen3-asr")
-    assert {name: row[name] for name in ("wer", "cer") if name in row} == found
-    assert stand_in.language == language and row["heard"] == heard
+    assert row["cer"] == (1, 4) and "wer" not in row
+    assert stand_in.language == "zh" and row["heard"] == "你好 四界！"
 
 
 # --- emotion ---
@@ -370,21 +362,3 @@ def test_syncnet_gets_windows_of_five_bgr_frames():
     assert not torch.allclose(lip, other)
     with pytest.raises(UserError, match="more than 5 frames"):
         model.embed(frames[:5], wave)
-
-
-# --- missing files and packages ---
-
-
-def test_missing_files_and_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=rf"missing: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
-        metric = metric_of("utmos")
-        metric(metric.protocols[0], tmp_path).check()
-    monkeypatch.setitem(sys.modules, "pystoi", None)
-    with pytest.raises(UserError, match=r"not installed: pystoi \(bash scripts/setup.sh metrics\)"):
-        metric_of("stoi")().check()
-
-
-def test_a_bitrate_must_be_stated():
-    assert figures("bitrate", Take(bits=9600.0), Take())["bitrate"] == (9600, 1)
-    with pytest.raises(UserError, match=r"system\.json"):
-        figures("bitrate", Take(), Take())

@@ -18,12 +18,9 @@ from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.phonemes import PhonemeErrors
 from engine.metrics.quality import STOI
 from engine.metrics.recogniser import Recogniser
-from engine.metrics.speech import pitch
 from engine.metrics.words import WordErrors
-from engine.nn.ge2e import GE2EEncoder
 from tests.spoken import speak
 
-RATE = 24_000
 GRAMMAR = """#JSGF V1.0;
 grammar commands;
 public <command> = (bin | lay | place | set) (blue | green | red | white) (at | by | in | with)
@@ -89,30 +86,6 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     heard = [metric.transcribe(Take(Sound(wave, rate), text=text)) for text, wave in zip(SENTENCES, waves)]
     assert "three" in heard[0] and jiwer.wer(SENTENCES[:1], heard[:1]) < 0.5
     assert jiwer.wer(SENTENCES[1:], heard[1:]) < 0.1
-
-
-def test_speaker_embeddings_differ_between_voices(spoken):
-    pytest.importorskip("resemblyzer")
-    rate, waves = spoken
-    encoder = GE2EEncoder()
-    one = encoder.embed(waves[0], rate)
-    two = encoder.embed(waves[1], rate)
-    higher = encoder.embed(waves[1], rate * 3 // 2)  # played faster: another voice
-    assert one.shape == (256,) and one.dtype == np.float32
-    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
-    assert one @ two > one @ higher + 0.05
-    for nothing in (np.zeros(rate), np.zeros(0)):
-        with pytest.raises(UserError, match="no speaker embedding"):
-            encoder.embed(nothing, rate)
-
-
-def test_pitch_follows_a_glide_and_is_zero_where_unvoiced():
-    pytest.importorskip("librosa")
-    time = np.arange(RATE) / RATE
-    glide = sum(np.sin(2 * np.pi * k * np.cumsum(100 + 100 * time) / RATE) for k in (1, 2, 3)) / 3
-    f0 = pitch(np.concatenate([glide, np.zeros(RATE // 2)]), RATE)
-    assert np.abs(f0[4:58] - (100 + 1.6 * np.arange(4, 58))).max() < 4
-    assert not f0[68:].any()
 
 
 def test_processes_that_start_together_do_not_corrupt_the_numba_cache(tmp_path):

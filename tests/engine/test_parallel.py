@@ -5,13 +5,11 @@ import json
 import parallel_runs
 import pytest
 import torch
-from toy_task import CONFIG, ToyBlocks, ToyRegression, ToySet, read_lines
+from toy_task import ToyBlocks, read_lines
 
-from engine.errors import UserError
 from engine.release import read_release
 from engine.training.export import export
-from engine.training.trainer import Trainer
-from tests import forked
+from tests.forked import run_group
 
 COMMON = {"schedule": "constant", "validate_every": 1000, "checkpoint_every": 1000, "steps": 6}
 GLOBAL = 4  # batches of a step, over all processes
@@ -20,17 +18,6 @@ GLOBAL = 4  # batches of a step, over all processes
 def job(run, processes, node=None, **changes):
     changes = COMMON | {"accumulate": GLOBAL // processes} | changes
     return {"run": str(run), "node": node or processes, "changes": changes}
-
-
-def together(folder, processes, call, *arguments, code=0):
-    """Create a call in new processes, as torchrun would; return what they print, which is kept in `folder`."""
-    logs = [folder / f"process-{rank}.txt" for rank in range(processes)]
-    started = forked.start_group(logs, call, *arguments)
-    for process in started:
-        process.join(forked.SECONDS)
-    said = [log.read_text() for log in logs]
-    assert [process.exitcode for process in started] == [code] * processes, "\n".join(said)
-    return said
 
 
 def alone(run, **changes):
@@ -60,7 +47,7 @@ def runs(tmp_path_factory):
         job(root / "measured", 2, validate_every=2) | {"task": "measured"},
         job(root / "measured_fsdp", 2, validate_every=2, parallel="fsdp") | {"task": "measured"},
     ]
-    together(root, 2, parallel_runs.worker, jobs)
+    run_group(root, 2, parallel_runs.worker, jobs)
     alone(root / "1_2_1")
     return root
 
@@ -113,7 +100,7 @@ def test_one_process_exports_the_checkpoint_of_several(runs, tmp_path, name):
 
 @pytest.mark.slow
 def test_two_nodes_equal_one(runs):
-    together(runs, 4, parallel_runs.worker, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
+    run_group(runs, 4, parallel_runs.worker, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
     assert_equal_runs(runs / "one", runs / "2x2")
 
 
@@ -122,7 +109,7 @@ def test_three_ranks_resume_bit_for_bit(tmp_path):
     """The order in which DDP adds up three gradients must not depend on how long a run has been going on."""
     jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
     jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "gan"} for run, steps in jobs]
-    together(tmp_path, 3, parallel_runs.worker, jobs)
+    run_group(tmp_path, 3, parallel_runs.worker, jobs)
     whole = released(tmp_path / "whole")
     parts = released(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
@@ -142,8 +129,8 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
         parallel_runs.run(job | {"changes": job["changes"] | {"batch_size": size}})
     shards = ragged(tmp_path / "2_fsdp", 2)
     shards["changes"]["parallel"] = "fsdp"
-    together(tmp_path, 2, parallel_runs.worker, [ragged(tmp_path / "2", 2), shards])
-    together(tmp_path, 4, parallel_runs.worker, [ragged(tmp_path / "4", 4)])
+    run_group(tmp_path, 2, parallel_runs.worker, [ragged(tmp_path / "2", 2), shards])
+    run_group(tmp_path, 4, parallel_runs.worker, [ragged(tmp_path / "4", 4)])
 
     def figures(name):
         lines = [line for line in read_lines(tmp_path / name / "log.jsonl") if "lr" in line]
@@ -174,18 +161,6 @@ def test_parameters_are_sharded_and_gradients_reduced_once_per_step(runs):
     assert facts["each"]["reduced"] == GLOBAL // 2 * facts["fsdp"]["reduced"]  # no gradient waits whole for the last
 
 
-@pytest.mark.parametrize(("name", "writers"), [("ddp", {"0"}), ("machines", {"0"}), ("fsdp", {"0", "1"})])
-def test_replicated_tensors_are_written_by_one_rank(runs, name, writers):
-    files = (runs / name / "checkpoints").glob("step-*/__*.distcp")
-    assert {path.name.split("_")[2] for path in files if path.stat().st_size} == writers
-
-
-@pytest.mark.parametrize("setting", ["compile", "checkpointing"])
-def test_compile_and_checkpointing_need_blocks(tmp_path, setting):
-    with pytest.raises(UserError, match=f"trainer.{setting}=true: ToyRegression has no blocks"):
-        Trainer(ToyRegression(), ToySet(), CONFIG | {setting: True}, tmp_path)
-
-
 @pytest.mark.parametrize("name", ["measured", "measured_fsdp"])
 def test_ranks_divide_a_validation(runs, name):
     """The figures are those of one process, and no process measures what another one does."""
@@ -205,6 +180,6 @@ def test_ranks_divide_a_validation(runs, name):
 
 def test_a_failing_validation_ends_all_ranks(tmp_path):
     jobs = [job(tmp_path, 2, validate_every=2) | {"task": "failing"}]
-    said = together(tmp_path, 2, parallel_runs.worker, jobs, code=1)
+    said = run_group(tmp_path, 2, parallel_runs.worker, jobs, code=1)
     assert "UserError: training stopped after step 0: process 1 failed in validation: RuntimeError" in said[0]
     assert "RuntimeError: no such clip" in said[1].splitlines()[-1]

@@ -11,12 +11,11 @@ from engine.errors import UserError
 from engine.publish import publish
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.pipeline import Job, TalkerPipeline
-from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
-from tests.hub_stand_in import stand_in_hub, use_endpoint  # noqa: F401  (one is a fixture)
+from tests.hub_stand_in import use_endpoint
 from tests.talker_t2av.talker_fixtures import save_talker, voice_file
 
 
-def test_a_published_hicodit_generates_the_same_speech(release, stand_in_hub):  # noqa: F811
+def test_a_published_hicodit_generates_the_same_speech(release, stand_in_hub):
     pipeline = HiCoDiTPipeline.from_pretrained(release)
     with pytest.raises(UserError, match="states no licence: set license="):
         pipeline.push_to_hub("someone/lips")
@@ -36,7 +35,7 @@ def test_a_published_hicodit_generates_the_same_speech(release, stand_in_hub):  
     np.testing.assert_array_equal(other(clip, seed=1).wave, pipeline(clip, seed=1).wave)
 
 
-def test_a_published_talker_generates_the_same_speech(stand_in_hub, tmp_path):  # noqa: F811
+def test_a_published_talker_generates_the_same_speech(stand_in_hub, tmp_path):
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path))
     pipeline.push_to_hub("someone/talker", license="mit", private=True)
     other = TalkerPipeline.from_pretrained("someone/talker")
@@ -47,13 +46,13 @@ def test_a_published_talker_generates_the_same_speech(stand_in_hub, tmp_path):  
 
 
 @pytest.mark.parametrize("name", ["toy", "someone/toy@main", "../toy"])
-def test_a_wrong_name_is_refused_before_anything_is_uploaded(release, stand_in_hub, name):  # noqa: F811
+def test_a_wrong_name_is_refused_before_anything_is_uploaded(release, stand_in_hub, name):
     with pytest.raises(UserError, match="expected OWNER/NAME"):
         publish(release, {}, name, "mit", False)
     assert not HfApi.create_repo.called
 
 
-def test_an_unreachable_hub_is_a_one_line_error(release, monkeypatch):  # noqa: F811
+def test_an_unreachable_hub_is_a_one_line_error(release, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     with pytest.raises(UserError, match="someone/toy could not be published") as error:

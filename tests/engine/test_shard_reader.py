@@ -15,7 +15,6 @@ from shard_files import random_split
 from engine.errors import UserError
 from engine.shards import source
 from engine.shards.reader import Reading, ShardSplit
-from tests.file_server import file_server  # noqa: F401  (a fixture)
 from tests.waiting import wait_until
 
 COUNT = 23
@@ -32,7 +31,7 @@ def copy(tmp_path):
 
 
 @pytest.fixture
-def server(file_server, folder, monkeypatch):  # noqa: F811
+def server(file_server, folder, monkeypatch):
     monkeypatch.setattr(source, "RETRY_DELAY", 0.01)
     file_server.add(folder, "/train")
     return file_server
@@ -71,14 +70,6 @@ def test_few_shards_are_open_at_once(copy, monkeypatch):
 
 def _sum(split, indices):
     return [float(split[i][1]["x"].float().sum()) for i in indices]
-
-
-def test_worker_processes_read_the_same_samples(folder):
-    split = ShardSplit(folder)
-    expected = _sum(split, range(COUNT))  # opens every shard before the processes begin
-    with get_context("fork").Pool(2) as pool:
-        assert pool.starmap(_sum, [(split, range(12)), (split, range(12, COUNT))]) == [expected[:12], expected[12:]]
-    assert _sum(pickle.loads(pickle.dumps(split)), range(COUNT)) == expected  # as a spawned process gets it
 
 
 def zeros(folder, name):

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from engine.errors import UserError
 from engine.shards.writer import SplitWriter, reject_sample, write_sample
+from tests.shard_files import contents
 
 KEYS = [f"clip_{i}" for i in range(7)]
 PLAN = {"stages": {"decode": {"max_side": 3}}}
@@ -38,14 +39,6 @@ def write(writer, keys=KEYS, stop_before_packing=False):
 
 def make(folder, plan=PLAN):
     return SplitWriter(folder, KEYS, 3, plan)
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.parent.name != ".verified"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,8 @@ import pytest
 import torch
 from toy_task import CONFIG, ToyGAN, ToySet, read_lines
 
-from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.media.pictures import spectrogram
 from engine.media.video import write_video
-from engine.training.tracking import check_trackers
 from engine.training.trainer import Trainer
 
 
@@ -67,21 +64,3 @@ def test_wandb_logs_metrics_and_media_offline(tmp_path, monkeypatch):
     assert {step for step, data in logged if "generator/loss" in data} == set(range(1, 8))
     (offline,) = (tmp_path / "a run" / "wandb").glob("offline-run-*")
     assert {path.suffix for path in (offline / "files" / "media").rglob("*.*")} == {".wav", ".png", ".mp4"}
-
-
-def test_low_tones_are_at_the_bottom_of_a_spectrogram():
-    rows = []
-    for hertz in (300, 3000):
-        picture = spectrogram(np.asarray(tone(hertz), np.float32), 24_000)
-        assert picture.shape[0] == 80 and picture.shape[2] == 3 and picture.dtype == np.uint8
-        rows.append(int(picture.sum((1, 2)).argmax()))
-    assert rows[0] > rows[1] + 20  # low tones are low in the picture
-
-
-def test_a_run_without_trackers_draws_nothing_and_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.training.tracking.spectrogram", lambda *_: pytest.fail("nobody sees it"))
-    train(tmp_path / "plain")
-    assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"requires TensorBoard .*setup.sh tensorboard"):
-        check_trackers("off", True)

@@ -11,9 +11,11 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToySet, read_lines
 from engine.errors import UserError
 from engine.release import read_release
 from engine.training.settings import TrainerConfig
+from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
+VALIDATED = {"best": "min weight", "keep": 9}
+OWED = 14  # a multiple of CONFIG["validate_every"], not of "checkpoint_every"
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
 
 
@@ -235,3 +237,45 @@ def test_recomputation_counts_in_hfu_and_not_in_mfu(tmp_path):
         line = read_lines(run / "log.jsonl")[0]
         operations += [line[share] * line["step_s"] for share in ("mfu", "hfu")]
     assert operations[0] == operations[1] == pytest.approx(operations[2]) and operations[3] > operations[2]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """Folder of a run that nothing stopped, whose every validated step is saved."""
+    run = tmp_path_factory.mktemp("validated")
+    trainer(run, **VALIDATED).fit()
+    return run
+
+
+def assert_same_records(whole, broken):
+    assert records(whole) == records(broken)
+    assert [record["step"] for record in records(whole) if "lr" not in record] == [7, 14, 20]
+    one, two = (run / f"checkpoints/step-{OWED:08d}/results.json" for run in (whole, broken))
+    assert one.read_text() == two.read_text()
+
+
+def test_a_run_that_stops_before_a_validation_catches_up_on_it(validated, tmp_path):
+    signal = ToySet(trouble_at=8 * (OWED - 1) + 1, trouble="term")  # with the first of 8 samples of this step
+    assert trainer(tmp_path, signal, **VALIDATED).fit() is None
+    assert records(tmp_path)[-1]["step"] == OWED and "lr" in records(tmp_path)[-1]
+    trainer(tmp_path, **VALIDATED).fit()
+    assert_same_records(validated, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["measure", "write", "note"])
+def test_a_killed_validation_is_recorded_once(validated, tmp_path, monkeypatch, where):
+    run = trainer(tmp_path, **VALIDATED)
+    owner = {"measure": run.task, "write": Tracker, "note": run.checkpoints}[where]
+    original = getattr(owner, where)
+
+    def kill(*arguments):
+        if run.step == OWED and (where != "write" or "lr" not in arguments[-1]):
+            run.checkpoints.wait()  # that of this step is whole, however slow the disk
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, where, kill)
+        run.fit()
+    trainer(tmp_path, **VALIDATED).fit()
+    assert_same_records(validated, tmp_path)

@@ -1,4 +1,4 @@
-"""Wrong numbers are seen in cases of every kind, and the command says what it was given wrongly."""
+"""Wrong numbers are seen in cases of every kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from engine.errors import UserError
 from scripts import check_golden
 from tests.golden.check import check
 from tests.golden.runners import load_case
@@ -53,15 +52,6 @@ def test_the_command_prints_a_line_a_case(tmp_path, monkeypatch, capfd):
     assert no_runner == "not built  alien: no runner for this component yet"
     assert right.startswith("pass       epfg_n7: abs ") and "7 outputs" in right
     assert right.count(" not compared: ") == 6  # forms B and C of guidance, of three sets of scales
-
-
-def test_a_damaged_case_and_a_missing_folder_are_named(tmp_path, monkeypatch):
-    case = copy("conditions/epfg_n7", tmp_path / "cases")
-    case.write_bytes(b"junk")
-    for folder, message in (("cases", "epfg_n7"), ("nowhere", "no such folder")):
-        monkeypatch.setattr(sys, "argv", ["check_golden.py", str(tmp_path / folder)])
-        with pytest.raises(UserError, match=message):
-            check_golden.main()
 
 
 @pytest.mark.parametrize(("case", "output"), SCALED.items())

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
@@ -31,19 +31,19 @@ ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 
 class Audit(FakeTensorMode):
-    """A fake device: host reads give zeros, and are noted by file and function.
+    """A fake device: host reads give zeros, and are noted by the place in the code, for the message of a failure.
 
     Tensors of the device are fake. Those of the host are real, so that what it computes of lengths has values.
 
     Attributes:
-        answers: what a place reads in place of zero.
+        answer: what a copy of integers to the host holds.
         reads: copies to the host, values of tensors, and shapes that depend on data.
         waits: copies to the device from ordinary memory, during which the host waits, too.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.answers: dict[str, int] = {}
+        self.answer = 0
         self.reads: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
 
@@ -65,8 +65,8 @@ class Audit(FakeTensorMode):
         if func is aten._to_copy.default and kwargs.get("device") is not None and target == "cpu":
             self.reads[_place()] += 1
             with _disable_current_modes():
-                value = self.answers.get(_place(), 0)
-                return torch.full(args[0].shape, value, dtype=kwargs.get("dtype") or args[0].dtype)
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.full(args[0].shape, 0 if dtype.is_floating_point else self.answer, dtype=dtype)
         if func is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
             (self.waits if isinstance(args[0], FakeTensor) else self.reads)[_place()] += 1
             return args[0]
@@ -134,18 +134,3 @@ def faked(value: Any) -> Any:
     if is_dataclass(value):
         return replace(value, **{field.name: faked(getattr(value, field.name)) for field in fields(value)})
     return type(value)(faked(part) for part in value) if isinstance(value, list | tuple) else value
-
-
-class OutputTypes(TorchDispatchMode):
-    """Counts calls by operator and type of the result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[str, torch.dtype]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for result in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(result, torch.Tensor):
-                self.calls[func.overloadpacket.__name__, result.dtype] += 1
-        return out

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from engine.training.trainer import Trainer
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import Job
+from tests.forked import free_port
 from tests.golden.golden_runs import RUNS, TRAINER
 from tests.talker_t2av.talker_fixtures import request, tiny_model
 
@@ -99,11 +99,8 @@ def test_both_bundled_models_run_on_a_gpu(precision):
 
 def start(jobs, processes, script=ROOT / "tests/engine/parallel_runs.py", **more):
     """Processes of one run as torchrun would start them, each with its card."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs")))
-    shared = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEVICE": "cuda"}
+    shared = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DEVICE": "cuda"}
     return [
         subprocess.Popen(
             [sys.executable, str(script), json.dumps(jobs)],

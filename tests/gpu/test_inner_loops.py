@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions
 from hicodit.generation import generate
 from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
-from tests.gpu.fakes import OutputTypes
 from tests.tiny import HICODIT
+
+
+class OutputTypes(TorchDispatchMode):
+    """Counts calls by operator and type of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for result in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(result, torch.Tensor):
+                self.calls[func.overloadpacket.__name__, result.dtype] += 1
+        return out
 
 
 def test_half_precision_of_hicodits_steps_is_where_it_is_meant():

@@ -1,27 +1,21 @@
 """HiCoDiT's pipeline on a fake CUDA device: how often the host waits for it."""
 
 from dataclasses import replace
-from pathlib import Path
-from unittest import mock
 
 import pytest
 from drawn_faces import talking_head
 
 from engine.cuda_graph import GraphedSteps
-from engine.evaluation.clips import Clip
-from engine.metrics.metric import Take
-from hicodit.evaluate import write_outputs
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales
 from tests.gpu.fakes import CUDA, audited, faked
-from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 
 # The host reads the tokens of each window, with euler also how many frames each step reveals, once the expressions for
 # the figure, and the audio of each batch of equal lengths.
 
 
 @pytest.fixture(scope="module")
-def pipeline(release):  # noqa: F811
+def pipeline(release):
     return HiCoDiTPipeline.from_pretrained(release, precision="fp32", compile=True)  # weights stay unpacked
 
 
@@ -54,15 +48,3 @@ def test_a_stream_reads_tokens_and_audio_of_each_hop(pipeline):
         chunks = list(on_fake_card(pipeline).stream(head, 0, lookahead=0.2))
     # Tokens and audio of each hop, and once the voice, which stays.
     assert audit.reads.total() == 2 * len(chunks) + 1 and not audit.waits, audit.reads
-
-
-def test_an_evaluation_reads_tokens_and_audio_only(pipeline, tmp_path):
-    crops = pipeline.crops(talking_head(40))
-    truth = Take(audio=Path("a.wav"), source=Path("a.mp4"))
-    with audited() as audit, mock.patch.object(HiCoDiTPipeline, "from_pretrained") as load:
-        load.return_value = moved = on_fake_card(pipeline)
-        moved.crops = lambda source: crops
-        with mock.patch("hicodit.evaluate.probe", return_value=mock.Mock(seconds=1.6)):
-            write_outputs([Clip(name, None, truth, {}) for name in "ab"], tmp_path, "cuda", expressions="exchanged")
-    assert len([*tmp_path.glob("*.wav")]) == 2
-    assert audit.reads.total() == 4 and not audit.waits, audit.reads

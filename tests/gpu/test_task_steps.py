@@ -1,15 +1,11 @@
 """Losses of every task on a fake CUDA device: none of them waits for the device.
 
-Lengths are on the host, as the trainer leaves them there (`Task.on_host`). The voice encoder's validation is here too.
+Lengths are on the host, as the trainer leaves them there (`Task.on_host`).
 """
-
-import shutil
 
 import pytest
 import torch
 
-from engine.evaluation.validation import Share
-from engine.media.audio import write_wav
 from tests.golden.golden_runs import RUNS
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.tiny import batch_of
@@ -47,14 +43,3 @@ def test_losses_do_not_synchronise(name, step, tmp_path):
                 losses = fake(batch, part)
             assert losses["loss"].device == CUDA and losses["loss"].ndim == 0
     assert not audit.reads and not audit.waits
-
-
-def test_validation_of_the_voice_encoder_sends_its_clips_to_the_device(tmp_path):
-    task, data = made("voice_encoder", tmp_path)
-    for number in range(len(data)):
-        write_wav(tmp_path / "train" / f"c{number}.wav", torch.zeros(8_000), 16_000)
-    for split in ("seen", "unseen"):
-        shutil.copytree(tmp_path / "train", tmp_path / split)
-    with audited() as audit:
-        faked(task).eval().measure(tmp_path, Share())
-    assert audit.reads.total() == 3 * len(data)

@@ -1,4 +1,4 @@
-"""A tiny release with random weights, and a clip of a drawn talking head, for what needs a whole pipeline."""
+"""A pipeline of the tiny release, a clip of a drawn talking head, and shards of made-up clips."""
 
 import pytest
 import torch
@@ -6,30 +6,8 @@ from drawn_faces import talking_head
 from shard_files import write_split
 
 from engine.media.video import write_video
-from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.system import HiCoDiTSystem
-from rvq_codec import RVQCodec, RVQCodecConfig
-from tests.tiny import HICODIT
-
-
-@pytest.fixture(scope="session")
-def release(tmp_path_factory):
-    """Folder of a HiCoDiT release; its tokenizer lies beside it."""
-    root = tmp_path_factory.mktemp("releases")
-    torch.manual_seed(0)
-    codec = RVQCodecConfig(
-        encoder_width=4, ratios=(8, 5, 4, 3), latent_channels=16, codebook_size=16, codebook_dim=4, vocos_dim=16,
-        vocos_intermediate=32, vocos_layers=1, n_fft=960,
-    )  # fmt: skip
-    RVQCodec(codec).save(root / "codec", "a test")
-    model = ModelConfig(**HICODIT)
-    system = HiCoDiTSystem(model, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
-    for parameter in system.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    system.save(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
-    return root / "hicodit"
+from rvq_codec import RVQCodec
 
 
 @pytest.fixture(scope="module")

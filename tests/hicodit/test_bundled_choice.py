@@ -9,7 +9,6 @@ from drawn_faces import talking_head
 from hicodit.bundled import DRAWN, FILMED, FLAT_FRACTION, PipelineChooser, bundled_weights, flat_fraction
 
 DEMO = Path(__file__).parents[2] / "assets/demo"
-GRID = Path(__file__).parents[3] / "shared/grid"
 
 
 @pytest.mark.parametrize("clip", sorted(DEMO.glob("*.mp4")), ids=lambda path: path.stem)
@@ -28,12 +27,6 @@ def test_camera_noise_tells_a_filmed_face():
 
 def test_clip_without_a_face_gets_the_release_for_filmed_faces():
     assert bundled_weights(np.zeros((30, 96, 96, 3), np.uint8)) == FILMED
-
-
-@pytest.mark.skipif(not GRID.is_dir(), reason="needs ../shared/grid, real clips that are not in the repository")
-def test_faces_of_grid_get_the_release_for_filmed_faces():
-    clips = [next(iter(sorted(folder.glob("*.mp4")))) for folder in sorted(GRID.glob("s*"))]
-    assert clips and all(bundled_weights(clip) == FILMED for clip in clips)
 
 
 def test_pipelines_are_loaded_once_and_given_weights_are_for_all_clips():

@@ -5,18 +5,17 @@ damaged files tests/hostile's. Made here with ffmpeg from cartoon faces.
 """
 
 import re
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_faces import draw_face, scene
+from drawn_faces import scene
 
 from engine.errors import run_cli
 from engine.faces.clip import ClipFrames
-from engine.media.ffmpeg import command
 from engine.media.video import write_video
+from tests.media_files import ffmpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo" / "silent.mp4"
@@ -24,10 +23,6 @@ FRAMES = 30
 SIZE = (160, 208)
 HEAD = 112
 WHERE = (30 + HEAD / 2) / 208
-
-
-def ffmpeg(*arguments):
-    subprocess.run(command("-v", "error", "-threads", "1", *map(str, arguments)), check=True)
 
 
 def head(i):
@@ -76,15 +71,6 @@ def turned(turn, rotation):
     return make
 
 
-def profile(base, folder):
-    """A head from the side: one eye, a nose that sticks out, half a mouth."""
-    picture = np.full((*SIZE, 3), (150, 160, 170), np.uint8)
-    half = draw_face(0.5)[:, 20:58]
-    picture[20:148, 60:98] = half
-    write_video(folder / "profile.mp4", [picture] * 20, 25)
-    return folder / "profile.mp4"
-
-
 # kind: (made by, frames, middle of the face as a fraction of the displayed width, fraction of frames with a face)
 TRACKS = {
     "odd sizes": (remade("-vf", "crop=171:159:0:0", "-pix_fmt", "yuv444p"), 30, 86 / 171, 1),
@@ -101,7 +87,6 @@ REFUSALS = {
     "too little of a face": (drawn(80, [lambda i: head(i) if i < 11 else None]), r"at 0\.[56]-3\.2 s"),
     "upside down": (bundled("-vf", "hflip,vflip"), "there is a face upside down"),
     "on its side": (bundled("-vf", "transpose=1"), "a face on its side: rotate the video by 90 degrees anticlockwise"),
-    "profile": (profile, "no face found"),
 }
 
 

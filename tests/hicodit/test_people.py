@@ -1,11 +1,7 @@
 """A face that is unlike those of the training clips gets a remark."""
 
-import json
-
 import numpy as np
-import pytest
 
-from engine.errors import UserError
 from hicodit.people import KnownPeople, face_features
 
 
@@ -24,9 +20,3 @@ def test_known_faces_have_no_remark_and_others_have_one(tmp_path):
     assert all(stored.remark(pictures(person, 99)) == "" for person in (1, 2, 3))
     assert all("unlike those of the training clips" in stored.remark(pictures(person, 0)) for person in (4, 5))
     assert KnownPeople.from_release(tmp_path / "nowhere") is None
-
-
-def test_damaged_statistics_are_one_line(tmp_path):
-    (tmp_path / "people.json").write_text(json.dumps({"means": [], "scale": [1.0] * 24, "limit": 2.4}))
-    with pytest.raises(UserError, match=r"people\.json is damaged"):
-        KnownPeople.from_release(tmp_path)

@@ -62,12 +62,6 @@ def test_a_sampling_step_compiles_to_a_full_graph(release, clip, method, precisi
     assert 1 <= len(graphs) <= 4
 
 
-def test_a_clip_in_a_batch_is_the_clip_alone(pipeline):
-    long, short = pipeline.crops(talking_head(40)), pipeline.crops(talking_head(20))
-    together = pipeline.run([long, short], [0, 1])
-    assert np.array_equal(together[1].tokens, pipeline.run([short], [1])[0].tokens)
-
-
 def test_later_windows_keep_the_tokens_of_earlier_ones(pipeline):
     """A long clip begins as its first window does alone: later windows start from kept tokens."""
     frames = WINDOW + 60

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import cv2
-import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
@@ -25,18 +23,14 @@ from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.settings import InferConfig, read_jobs
-from talker_t2av.system import TalkerSystem
 from talker_t2av.text import TalkerTokenizer
 from tests.hostile.rows_files import file
+from tests.media_files import ffmpeg
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CLIP = ASSETS / "demo" / "silent.mp4"
 VOICE = ASSETS / "demo" / "voice.wav"
 NAN = float("nan")
-
-
-def ffmpeg(*arguments: object) -> None:
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
 
 
 def read_filtered(folder: Path, filters: str) -> None:
@@ -115,9 +109,9 @@ def add_scale(folder: Path) -> None:
     save_file(state | {"x::scale": torch.ones(3)}, folder / "model.safetensors")
 
 
-def spoil_weight(folder: Path, value: float) -> None:
+def spoil_weight(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
-    state[next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1)].fill_(value)
+    state[next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1)].fill_(NAN)
     save_file(state, folder / "model.safetensors")
 
 
@@ -137,11 +131,9 @@ def write_beyond_float16(folder: Path) -> None:
 HICODIT = ("hicodit_tiny", HiCoDiTSystem.from_pretrained)
 TALKER = ("talker_t2av_tiny", TalkerT2AV.from_pretrained)
 RVQ = ("rvq_tiny", RVQCodec.from_pretrained)
-SYSTEM = ("talker_t2av_tiny", TalkerSystem)
 TOKENIZER = ("talker_t2av_tiny", TalkerTokenizer.from_pretrained)
 
 EXPANDED = {"state": torch.zeros(1).expand(10**6, 10**6)}  # a terabyte that is stored in four bytes
-STATED = "ends after .* of the .* bytes that it states"
 FIRST = "only the first .* of its audio"
 
 SOUNDS = {  # name: (samples, pattern of the error)
@@ -162,17 +154,14 @@ MOTION = {  # name: (content, pattern of the error)
 SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
     (HICODIT, "model.low_blocks", 200, "has no tensor"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
-    (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
     (TALKER, "motion.mean", [NAN], "must be a finite number"),
-    (SYSTEM, "motion.mean", ["x"], "config.yaml has no valid entry"),
 ]
 RELEASES = {  # name: (release, change of its files, pattern of the error)
     "scales without weights": (RVQ, add_scale, "x::scale does not match"),
     "truncated weights": (RVQ, truncate_weights, "model.safetensors is damaged"),
-    "NaN weights": (HICODIT, partial(spoil_weight, value=NAN), "non-finite weights"),
-    "infinite weights": (TALKER, partial(spoil_weight, value=float("inf")), "non-finite weights"),
+    "NaN weights": (HICODIT, spoil_weight, "non-finite weights"),
     "a template that needs 100 GB": (
         TOKENIZER,
         partial(write_template, text="{{ 'x' * 99999999999 }}"),
@@ -188,16 +177,13 @@ JOBS = {  # content of a job list: pattern of the error
     '{"text": "a", "name": "../a"}': "without folders",
     '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
-    '{"text": " "}': "requires text",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
-    "": "no line",
 }
 HALVES = {  # name: (suffix, reader, options of ffmpeg, pattern of the error)
     "mkv": (".mkv", read_video, (), "damaged: only the first"),
     "mp4, index first": (".mp4", read_video, ("-movflags", "+faststart"), "only the first"),
-    "mp3": (".mp3", read_sound, (), STATED),
-    "avi": (".avi", read_sound, (), STATED),
+    "mp3": (".mp3", read_sound, (), "ends after .* of the .* bytes that it states"),
     "flac": (".flac", read_sound, (), FIRST),
 }
 FILTERS = {  # name: (filter of ffmpeg, pattern of the error)
@@ -233,10 +219,8 @@ CASES = [
     ("release: a weight beyond float16", write_beyond_float16, "non-finite weights .w."),
     ("checkpoint: larger than its data", file("c.pt", EXPANDED, read_checkpoint), "larger than its data"),
     ("video: a text", file("a.mp4", b"hello\n" * 99, read_video), "is not a video or audio file that ffmpeg can read$"),
-    ("video: an empty file", file("a.mp4", b"", read_video), "is empty"),
     *((f"video: {k}", partial(read_filtered, filters=filters), line) for k, (filters, line) in FILTERS.items()),
     ("video: a link to itself", read_link_to_itself, "no such file"),
-    ("video: a folder", read_video, "is a folder"),
     ("write: not a number", lambda folder: write_wav(folder / "a.wav", np.array([NAN]), 16_000), "not finite"),
     ("picture: 16k", read_huge_picture, "more than 67,108,864"),
 ]

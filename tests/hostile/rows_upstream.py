@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from engine.release import load_strict
-from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert
 from hicodit.conditions.poster2 import POSTER2
 from lia_x import LiaX
@@ -22,10 +21,7 @@ TENSOR = {"a": torch.zeros(1)}
 TRUNCATED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off"
 FILES = [  # reader, file name, content (None: the file is missing), pattern of the error
     (AVHubert.from_pretrained, "a.pt", TRUNCATED, "not .*: create or download it"),
-    (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "ArcFace"),
     (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
-    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": TENSOR}, "has no tensor"),
-    (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
     (WavLMEncoder.from_pretrained, "a.pth", {"model": TENSOR}, "not a WavLM-ECAPA speaker encoder"),
     (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),
     (LiaX.from_pretrained, "lia-x.pt", {"dec.rgb2.up.kernel": torch.zeros(4, 4)}, "low-pass"),
@@ -57,7 +53,7 @@ def load_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 CASES = [
     *(
-        (f"upstream: {name or 'folder'}, {number}", file(name, content, read), line)
+        (f"upstream: {name}, {number}", file(name, content, read), line)
         for number, (read, name, content, line) in enumerate(FILES)
     ),
     *((f"upstream: {line}", partial(load_state, state=state), line) for state, line in STATES),

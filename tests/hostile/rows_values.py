@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine.faces.track import read_face
 from engine.media.video import read_video
-from engine.settings import Limits, check_place
+from engine.settings import check_place
 from engine.training.settings import TrainerConfig
 from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
@@ -21,7 +20,6 @@ from rvq_codec import RVQCodec, RVQCodecConfig
 from service.voices import Voices
 from talker_t2av.jobs import Job
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.request import Sampling
 from talker_t2av.settings import InferConfig, read_jobs
 from talker_t2av.system import MotionStats
 from tests.engine.toy_task import CONFIG
@@ -40,39 +38,31 @@ def decode_rvq(code: int) -> None:
     RVQCodec(RVQCodecConfig(**RVQ)).decode(torch.full((1, 3, 3), code))
 
 
-def encode_vae(samples: int, mel_frames: int = 40) -> None:
+def encode_vae(samples: int) -> None:
     codec = WhisperXVAE(WhisperXVAEConfig(**WHISPERX_VAE))
-    codec.encode_window(torch.zeros(1, 1, samples), torch.zeros(1, 20, mel_frames))
+    codec.encode_window(torch.zeros(1, 1, samples), torch.zeros(1, 20, 40))
 
 
-def encode_lia_x(size: int, dtype: torch.dtype = torch.float32) -> None:
-    LiaX(LiaXConfig(**LIA_X)).encode(torch.zeros(2, 3, size, size, dtype=dtype))
+def encode_lia_x(size: int) -> None:
+    LiaX(LiaXConfig(**LIA_X)).encode(torch.zeros(2, 3, size, size))
 
 
 VALUES = {  # name: (what uses the value, pattern of the error)
     "a boolean as a number": (lambda: LiaXConfig(width=True), "width=True must be a whole number"),
     "a number as text": (lambda: ModelConfig(hierarchical="no"), "hierarchical=no must be true or false"),
     "not a number": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
-    "a limit that is not a number": (lambda: Limits(seconds=NAN), "limits.seconds=nan must be"),
-    "temperature": (lambda: Sampling(temperature=True), "temperature=True must be a number from 0.0 to 2.0"),
     "three betas": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, 0.1, 0.1)}), "betas=.* must be two numbers"),
     "statistics of motion": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
     "lookahead": (lambda: StreamSettings(lookahead=99.0), r"stream\.lookahead"),
     "LIA-X motion_dim": (lambda: LiaXConfig(style_dim=16, motion_dim=17, scale=1), "motion_dim=17 exceeds"),
     "RVQ ratios": (lambda: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
-    "VAE ratios": (lambda: WhisperXVAEConfig(decoder_ratios=(2, 2)), "decoder_ratios"),
-    "VAE hidden": (lambda: WhisperXVAEConfig(hidden=33), "hidden=33"),
-    "encoders.kind": (lambda: encoder_config({"kind": "huge"}), "encoders.kind=huge is unknown"),
     "encoders, unknown field": (lambda: encoder_config({"kind": "upstream", "lip_size": 3}), "lip_size"),
     "talker heads": (lambda: TalkerT2AV(TalkerConfig(LLM, encoder_heads=5, head_heads=2)), "encoder_heads=5"),
     "talker delay": (lambda: TalkerConfig({}, order="av", delay=1), "delay=0"),
     "RVQ waveform without a channel": (lambda: encode_rvq(1, 51), r"shape \(1, 51\)"),
-    "RVQ waveform too short": (lambda: encode_rvq(1, 1, 5), "5 samples: expected at least"),
     "RVQ unknown code": (lambda: decode_rvq(16), r"0\.\.15"),
     "VAE waveform too long": (lambda: encode_vae(26 * 960), "longer than Whisper's window: expected at most 9600"),
-    "VAE mel of another length": (lambda: encode_vae(960, 38), r"mel of shape \(1, 20, 38\)"),
     "LIA-X picture size": (lambda: encode_lia_x(64), "32 x 32"),
-    "LIA-X bytes": (lambda: encode_lia_x(32, torch.uint8), "floats"),
     "video path with a null byte": (lambda: read_video("a\0.mp4"), "no such file"),
     "jobs from an endless file": (
         lambda: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")),
@@ -80,7 +70,6 @@ VALUES = {  # name: (what uses the value, pattern of the error)
     ),
     "devices, five thousand digits": (lambda: check_place("processes", "9" * 5000), "must be a number from 1 to 64"),
     "devices, a superscript": (lambda: check_place("processes", "²"), "must be a number from 1 to 64"),
-    "devices with Ray": (lambda: check_place("ray", "2"), "set ray.workers and ray.gpus instead"),
     "face, five thousand digits": (lambda: read_face("9" * 5000), "is unknown: choose largest"),
 }
 
@@ -89,23 +78,15 @@ def find_voice(folder: Path) -> None:
     Voices(None, folder).find("a/../../../b")
 
 
-def write_over_a_folder(folder: Path, name: str) -> None:
+def write_over_a_folder(folder: Path) -> None:
     """Request word timestamps where a folder has the name of an output file."""
     (folder / "a.mp4").write_bytes(b"x")
-    (folder / "out" / name).mkdir(parents=True)
-    face = "all" if "face" in name else "largest"
-    find_clips(HiCoDiTInferConfig(input=str(folder / "a.mp4"), output=str(folder / "out"), timestamps=True, face=face))
+    (folder / "out" / "a.json").mkdir(parents=True)
+    find_clips(HiCoDiTInferConfig(input=str(folder / "a.mp4"), output=str(folder / "out"), timestamps=True))
 
 
 CASES = [
     *((f"value: {name}", lambda _, call=call: call(), line) for name, (call, line) in VALUES.items()),
     ("voice: a path", find_voice, "is unknown; there are: none"),
-    *(
-        (
-            f"output: {name} is a folder",
-            partial(write_over_a_folder, name=name),
-            f"cannot write .*{name}: it is a folder",
-        )
-        for name in ("a.json", "a_face9.wav")
-    ),
+    ("output: a name that a folder has", write_over_a_folder, "cannot write .*a.json: it is a folder"),
 ]

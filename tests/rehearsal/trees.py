@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 
 from engine.media.audio import read_audio, resample, write_wav
-from engine.media.ffmpeg import command
 from engine.media.video import write_video
 from tests.drawn_faces import draw_face
+from tests.media_files import ffmpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 24_000
@@ -45,7 +44,7 @@ def write_clip(path: Path, number: int, frames: int = FRAMES, silent: bool = Fal
     write_video(plain, faces, FPS, None if silent else sound(number, frames), RATE)
     if path.suffix == ".mpg":
         kind = ["-c:v", "mpeg1video", "-c:a", "mp2", "-ar", "44100", "-vf", "scale=-2:288,pad=360:288:(ow-iw)/2:0"]
-        subprocess.run(command("-v", "error", "-i", str(plain), *kind, str(path)), check=True)
+        ffmpeg("-i", plain, *kind, path)
         plain.unlink()
     if text:
         path.with_suffix(".txt").write_text(f"Text:  {text.upper()}\nConf:  4\nRef: 0Fi83BHQsMA\n")
@@ -57,7 +56,7 @@ def write_sound(path: Path, number: int) -> bytes:
     wav = path.with_suffix(".wav")
     write_wav(wav, sound(number), RATE)
     if wav != path:
-        subprocess.run(command("-v", "error", "-i", str(wav), str(path)), check=True)
+        ffmpeg("-i", wav, path)
         wav.unlink()
     return path.read_bytes()
 

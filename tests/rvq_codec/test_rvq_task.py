@@ -13,7 +13,7 @@ from rvq_codec import RVQCodec, codebooks
 from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
-from tests import forked
+from tests.forked import run_group
 from tests.releases import write_release
 from tests.tiny import DISCRIMINATORS, RVQ, train
 
@@ -157,11 +157,7 @@ def rank(folder):
 
 
 def test_ranks_count_codes_together_and_have_equal_code_books(tmp_path):
-    started = forked.start_group([tmp_path / "0.txt", tmp_path / "1.txt"], rank, tmp_path)
-    for process in started:
-        process.join(forked.SECONDS)
-    said = "".join((tmp_path / f"{number}.txt").read_text() for number in range(2))
-    assert [process.exitcode for process in started] == [0, 0], said
+    run_group(tmp_path, 2, rank, tmp_path)
     one, two = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
     assert not torch.equal(one["own"], two["own"])
     for each in (one, two):

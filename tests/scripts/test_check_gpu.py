@@ -9,7 +9,7 @@ from benchmarks.card import Machine, Rates, judge
 from engine.errors import exit_process
 from engine.training import distributed
 from scripts import check_gpu
-from tests import forked
+from tests.forked import run_group
 from tests.gpu.dying_graphs import DyingOutputs
 
 TESTED = "def test_one():\n    pass\n"
@@ -83,9 +83,7 @@ def exchange(folder):
 
 
 def test_collectives_are_measured_on_all_ranks(tmp_path):
-    started = forked.start_group([tmp_path / "0.txt", tmp_path / "1.txt"], exchange, tmp_path)
-    for process in started:
-        process.join(forked.SECONDS)
+    run_group(tmp_path, 2, exchange, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second and [*first] == ["all-reduce", "all-gather", "reduce-scatter"]
     assert all(1e5 < rate < 1e12 for rate in first.values())

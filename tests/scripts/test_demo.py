@@ -16,9 +16,11 @@ import soundfile
 from imageio_ffmpeg import count_frames_and_secs
 
 from engine.errors import UserError
-from engine.media.ffmpeg import command, probe
+from engine.media.ffmpeg import probe
 from engine.progress import showing, stage
 from service import demo_actions as actions
+from tests.forked import free_port
+from tests.media_files import ffmpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "assets" / "demo"
@@ -93,22 +95,9 @@ def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice,
     assert shown in words and not re.search(r"/\w|\w=|_", words), words
 
 
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [
-        ("/tmp/up/x.mp4: no face found", "the clip"),
-        ("the text has 2,100 bytes", "the text"),
-        ("seed=-1 must be a whole number", ""),
-    ],
-)
-def test_errors_belong_to_a_field(message, field):
-    assert actions.faulty_field(UserError(message), {"the clip": "/tmp/up/x.mp4", "the voice": None}) == field
-    assert actions.faulty_field(actions.FieldError("the face", message), {}) == "the face"
-
-
 def test_clips_that_browsers_cannot_play_get_a_copy_for_the_preview(demo, tmp_path):
     clip = tmp_path / "mine.mpg"
-    subprocess.run(command("-v", "error", "-i", CLIP, str(clip)), check=True)
+    ffmpeg("-i", CLIP, clip)
     copy = demo.preview(str(clip))
     assert Path(copy).suffix == ".mp4" and probe(copy).video == "h264"
     assert demo.original(copy) == str(clip)  # which is what the model reads
@@ -204,7 +193,7 @@ def test_errors_are_shown_without_paths_and_mistakes_at_their_field(served, text
 
 def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path):
     pytest.importorskip("gradio", reason="needs the demo extra")
-    port = str(20_000 + os.getpid() % 20_000)
+    port = str(free_port())
     call = [sys.executable, "scripts/demo.py", "--port", port, "--device", "cpu"]
     process = subprocess.Popen(
         call, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True

@@ -11,14 +11,13 @@ from engine.download import DamagedError, NoNetworkError, RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from scripts import download_checkpoints
 from scripts.download_checkpoints import process, read_catalogue
-from tests.file_server import file_server  # noqa: F401  (a fixture)
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 SHA = hashlib.sha256(DATA).hexdigest()
 
 
 @pytest.fixture
-def server(file_server):  # noqa: F811
+def server(file_server):
     file_server.files["/w"] = DATA
     return file_server
 

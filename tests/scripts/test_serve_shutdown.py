@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import threading
 import time
 
@@ -19,6 +18,7 @@ from websockets.sync.client import connect
 from service.limits import ServeLimits
 from service.server import Server
 from service.service import Service
+from tests.forked import free_port
 from tests.waiting import wait_until
 
 SPEECH = {"model": "talker-t2av", "input": "Hi.", "voice": "anna", "response_format": "pcm"}
@@ -38,9 +38,7 @@ def start(models, monkeypatch):
         worker = service.workers["talker_t2av"]
         step = worker.step
         monkeypatch.setattr(worker, "step", lambda batch: (time.sleep(0.05), step(batch)))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         server = Server(service, "127.0.0.1", port)
         thread = threading.Thread(target=server.run)
         thread.start()

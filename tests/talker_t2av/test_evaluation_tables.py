@@ -106,22 +106,6 @@ def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
         run(monkeypatch, corpus, tmp_path, words[0], "generate.expressions=angry", "only=[hicodit]")
 
 
-@pytest.mark.parametrize(
-    ("model", "systems", "figure"),
-    [
-        ("rvq_codec", {"rvq_codec", "rvq_codec_1", "rvq_codec_2", "rvq_codec_4"}, "bitrate"),
-        ("whisperx_vae", {"whisperx_vae"}, "wer"),
-        ("lia_x", {"lia_x"}, "mouth_opening"),
-    ],
-)
-def test_the_table_of_the_codecs(corpus, tmp_path, monkeypatch, model, systems, figure):
-    pytest.importorskip("pocketsphinx")
-    code, results = run(monkeypatch, corpus, tmp_path, "table=synthetic_codec", f"model={model}")
-    assert code == 0 and set(results["systems"]) - {"true speech"} == systems
-    assert figure in results["systems"][model] and ("psnr" in results["systems"][model]) == (model == "lia_x")
-    assert ("wer" in results["systems"][model]) == (model != "lia_x")
-
-
 @pytest.mark.parametrize(("mode", "video"), [("t2av", True), ("tts", False), ("a2v", True), ("v2a", False)])
 def test_outputs_of_the_talker_are_kept_without_loss(corpus, tmp_path, mode, video):
     clips = read_corpus(corpus, "train", {}, 2)

@@ -20,7 +20,6 @@ from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video
 from talker_t2av import inference
 from talker_t2av.settings import InferConfig, read_jobs, read_settings
-from tests import forked
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +106,6 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
-
-
-def test_the_command_line_itself(files, tmp_path):
-    words = ["mode=tts", "text=it's 007, really: [yes]", f"reference_audio={files['voice']}", "max_seconds=0.32"]
-    done = forked.run("infer.py", "model=talker_t2av", *words, f"weights={files['weights']}", f"output={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tts.wav").is_file() and "1 of 1 jobs" in done.stdout
 
 
 def test_times_of_words_are_written_beside_the_result(files, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from talker_t2av.request import MODES, LoopRules, Sampling
 from tests.gpu.dying_graphs import DyingOutputs
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
-GIVEN = {"a2v": {"speech": 20}, "v2a": {"motion": 20}}
 
 
 def come_and_go(decoder, asked):
@@ -30,19 +29,28 @@ def come_and_go(decoder, asked):
     return [decoder.result(row) for row in joined]
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-@pytest.mark.parametrize(("mode", "delay", "order"), [("t2av", 2, "add"), ("tts", 0, "add"), ("t2av", 0, "va")])
-def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order, graphs):
-    """A step of three rows computes a fourth that no request has."""
-    backend = DyingOutputs() if graphs else None
+@pytest.mark.parametrize(
+    ("mode", "delay", "order", "given"),
+    [
+        ("t2av", 2, "add", {}),
+        ("tts", 0, "add", {}),
+        ("t2av", 0, "va", {}),
+        ("a2v", 0, "av", {"speech": 20}),
+        ("v2a", 0, "add", {"motion": 20}),
+    ],
+)
+def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order, given):
+    """Steps are graphs, whose outputs the next replay destroys; one of three rows computes a fourth that no request
+    has."""
     model = tiny_model(delay, order=order)
+    decoder = BatchedDecoder(model, MODES[mode], SAMPLING, 5, backend=DyingOutputs())
     # The cache grows for the long prompt, which joins late.
     rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
     asked = [
-        request(length, seed, max_patches=3 + 2 * seed, rules=own)
+        request(length, seed, max_patches=3 + 2 * seed, rules=own, **given)
         for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))
     ]
-    for one, result in zip(asked, come_and_go(BatchedDecoder(model, MODES[mode], SAMPLING, 5, backend=backend), asked)):
+    for one, result in zip(asked, come_and_go(decoder, asked)):
         assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
@@ -93,41 +101,28 @@ def test_a_cancelled_row_changes_nothing_and_memory_does_not_grow():
     assert decoder.cache is cache and decoder.length == BUCKET
 
 
-class TestGraphOutputsAreReadBeforeTheNextReplay:
-    """A graph's outputs are destroyed by the next replay: nothing may read them after that."""
+def test_a_stream_reads_the_outputs_of_a_graph_before_the_next_replay():
+    model = tiny_model(delay=1)
+    asked = request(max_patches=5, min_patches=5)
+    ways = [
+        list(BatchedDecoder(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
+        for backend in (None, DyingOutputs())
+    ]
+    assert len(ways[0]) == len(ways[1]) == 6
+    for a, b in zip(*ways):
+        assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
-    @pytest.mark.parametrize("order", ["add", "av"])
-    @pytest.mark.parametrize("mode", MODES)
-    def test_batch(self, mode, order):
-        model = tiny_model(order=order)
-        backend = DyingOutputs()
-        asked = [request(seed=s, max_patches=5, min_patches=3, **GIVEN.get(mode, {})) for s in (1, 2)]
-        expected = generate(model, asked, MODES[mode], SAMPLING)
-        for a, b in zip(expected, generate(model, asked, MODES[mode], SAMPLING, backend=backend)):
-            assert_close(a, b)
-        assert backend.captures <= 2 <= backend.replays  # of both rows, and of the one that is left
 
-    def test_stream(self):
-        model = tiny_model(delay=1)
-        asked = request(max_patches=5, min_patches=5)
-        ways = [
-            list(BatchedDecoder(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
-            for backend in (None, DyingOutputs())
-        ]
-        assert len(ways[0]) == len(ways[1]) == 6
-        for a, b in zip(*ways):
-            assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
-
-    def test_particles(self):
-        model = tiny_model()
-        sampling = Sampling(steps=3, guidance=1.5, particles=4)
-        asked = [request(motion=16), request(9, motion=12)]
-        ways = [
-            Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
-            for backend in (None, DyingOutputs())
-        ]
-        for a, b in zip(*ways):
-            assert_close(a, b)
+def test_particles_read_the_outputs_of_a_graph_before_the_next_replay():
+    model = tiny_model()
+    sampling = Sampling(steps=3, guidance=1.5, particles=4)
+    asked = [request(motion=16), request(9, motion=12)]
+    ways = [
+        Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
+        for backend in (None, DyingOutputs())
+    ]
+    for a, b in zip(*ways):
+        assert_close(a, b)
 
 
 def test_a_step_compiles_to_a_full_graph():
