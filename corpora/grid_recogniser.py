@@ -135,7 +135,7 @@ def log_uniform(ends: tuple[float, float], *shape: int) -> Tensor:
 
 
 def pulses(count: int, samples: int) -> Tensor:
-    """Return pulse trains (B, N) of unit power whose pitch glides by up to 30 % about its mean."""
+    """Return pulse trains (B, N) of unit power whose pitch varies smoothly by up to 30 % around its mean."""
     times = torch.arange(samples) / RATE
     pitch = log_uniform(PITCHES, count, 1)
     swing = torch.sin(2 * torch.pi * (uniform((0.2, 1.5), count, 1) * times + torch.rand(count, 1)))

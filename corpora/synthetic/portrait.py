@@ -112,7 +112,7 @@ def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
 
 
 def shade(colour, factor: float) -> tuple[int, int, int]:
-    """Create a colour darker (below 1) or lighter (above 1)."""
+    """Darken (factor below 1) or lighten (above 1) a colour."""
     return _rgb([value * factor for value in colour])
 
 

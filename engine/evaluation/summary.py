@@ -27,7 +27,7 @@ def summarise(
     """Return the figures of every system and, if requested, tests of every pair of systems, as plain values for a JSON
     file.
 
-    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted),
+    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (number of measured clips),
     `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` maps each
     requested figure to its metric.
     """
