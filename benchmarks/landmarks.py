@@ -92,7 +92,10 @@ def find_clips(paths: list[Path], most: int) -> list[Path]:
 
 
 def mouth_error(points: np.ndarray, true: np.ndarray) -> np.ndarray | None:
-    """Return the error (2,) of the mouth position, relative to that of eyes and mouth; None if it is another face."""
+    """Return the error (2,) of the mouth position, relative to the distance between eyes and mouth.
+
+    None if it is another face.
+    """
     scale = np.linalg.norm(true[3:].mean(0) - true[:2].mean(0))
     error = (points[3:].mean(0) - true[3:].mean(0)) / scale
     return error if np.linalg.norm(error) < ELSEWHERE else None

@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(root: Path, seed: int, version: int, more: int) -> None:
-    """Create the folders, or refuse a folder that contains another corpus."""
+    """Create the folders. Raise UserError if `root` contains another corpus."""
     about = root / "corpus.json"
     if about.is_file():
         old = json.loads(about.read_text())

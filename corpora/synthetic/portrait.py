@@ -26,7 +26,7 @@ _EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 3
 
 @dataclass(frozen=True)
 class Identity:
-    """Appearance of a face. Lengths are in pixels and colours in RGB; all other numbers are from 0 to 1."""
+    """Appearance of a face. Lengths are in pixels and colours in RGB; other floats are fractions."""
 
     half_width: float
     chin: float

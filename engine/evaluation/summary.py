@@ -27,8 +27,8 @@ def summarise(
     """Return the figures of every system and, if requested, tests of every pair of systems, as plain values for a JSON
     file.
 
-    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (number of measured clips),
-    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` maps each
+    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (number of measured
+    clips), `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` maps each
     requested figure to its metric.
     """
     missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}

@@ -65,8 +65,8 @@ def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
     """Compute MFCCs (coefficients, F) float64 of 16-bit samples (N,) at 16 kHz, with the defaults of
     python_speech_features.
 
-    Frames have 25 ms, a hop of 10 ms and a rectangular window; the last one is zero-padded. The pre-emphasis is 0.97, and
-    the first coefficient is replaced by the log energy of the frame. F = 1 + ceil((N - 400) / 160).
+    Frames have 25 ms, a hop of 10 ms and a rectangular window; the last one is zero-padded. The pre-emphasis is 0.97,
+    and the first coefficient is replaced by the log energy of the frame. F = 1 + ceil((N - 400) / 160).
     """
     width = RATE // 40
     step = RATE // 100
