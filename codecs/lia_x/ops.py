@@ -249,8 +249,8 @@ class ToFlow(nn.Module):
 class MotionBasis(nn.Module):
     """Orthonormal motion directions in style space: the Q of a reduced QR decomposition of a learnt matrix.
 
-    Column signs are those of LAPACK's Householder QR, which released weights rely on. The decomposition is done in
-    float32, each time: half a millisecond at full size.
+    Column signs are those of LAPACK's Householder QR, which released weights rely on. The decomposition is
+    computed in float32 in each call, which takes half a millisecond at full size.
     """
 
     def __init__(self, style_dim: int, motion_dim: int):

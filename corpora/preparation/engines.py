@@ -30,7 +30,7 @@ from engine.nn.ge2e import GE2EEncoder
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn the errors of a library that cannot load the weights `name` into one line."""
+    """Convert the errors of a library that cannot load the weights `name` to a one-line UserError."""
     try:
         yield
     except (OSError, ValueError, AssertionError, RuntimeError) as error:

@@ -28,8 +28,8 @@ def summarise(
     file.
 
     `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (number of measured
-    clips), `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` maps each
-    requested figure to its metric.
+    clips), `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics`
+    maps each requested figure to its metric.
     """
     missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}
     speakers = {clip.id: clip.speaker for clip in clips}
