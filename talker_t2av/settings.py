@@ -280,7 +280,7 @@ def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = Fal
     """Return the names of a job's output files: NAME.wav, or the given audio unchanged; NAME.mp4 except for tts;
     NAME.png.
 
-    NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words.
+    NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt contain word timestamps.
     """
     suffix = Path(job.audio).suffix if job.mode == "a2v" else ".wav"
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]

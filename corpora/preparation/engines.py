@@ -91,7 +91,7 @@ class Wav2Vec2:
 
 
 class Emotion2Vec:
-    """Emotion of speech by emotion2vec (Ma et al. 2023, arXiv:2312.15185) through FunASR (MIT).
+    """Emotion recognition in speech by emotion2vec (Ma et al. 2023, arXiv:2312.15185) through FunASR (MIT).
 
     It has nine classes: the seven of HiCoDiT, `other` and `<unk>`. Weights:
     emotion2vec/emotion2vec_plus_large (FunASR's model licence).
@@ -118,9 +118,9 @@ def _speechbrain(module: str, kind: str, name: str, device: str) -> Any:
 
 
 class VoxLingua107:
-    """Language by an ECAPA-TDNN trained on VoxLingua107 (Valk and Alumaee 2020) through SpeechBrain, as the paper does.
+    """Language identification by an ECAPA-TDNN trained on VoxLingua107 (Valk and Alumaee 2020), through SpeechBrain.
 
-    Its transcripts have no words. Weights: speechbrain/lang-id-voxlingua107-ecapa (Apache-2.0).
+    The paper uses it, too. Its transcripts have no words. Weights: speechbrain/lang-id-voxlingua107-ecapa (Apache-2.0).
     """
 
     def __init__(self, name: str = "speechbrain/lang-id-voxlingua107-ecapa", device: str = "auto") -> None:
