@@ -24,30 +24,23 @@ SYMBOLS = ["a", "b"]
 MEAN = {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}
 
 
-def clip_row(name, number=0):
-    row = {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "face": {}}
-    return row | {"phonemes": [[SYMBOLS[number % 2], 0.1, 0.3]]}
-
-
-def write_clip(root, split, name, number, noise=False):
+def write_clip(folder, name, number, noise=False):
     rng = np.random.default_rng(number)
     if noise:
         frames = np.repeat(rng.integers(0, 255, (FRAMES, 4, 4, 3), np.uint8), 32, 1).repeat(32, 2)
     else:
         frames = np.stack([draw_face((number + i) % 5 / 5) for i in range(FRAMES)])
-    write_video(root / split / f"{name}.mp4", frames, 25)
-    write_wav(root / split / f"{name}.wav", rng.normal(0, 0.1, FRAMES * 960), 24_000)
-
-
-def write_manifest(root, split, names):
-    rows = [clip_row(name, number) for number, name in enumerate(names)]
-    (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_video(folder / f"{name}.mp4", frames, 25)
+    write_wav(folder / f"{name}.wav", rng.normal(0, 0.1, FRAMES * 960), 24_000)
 
 
 def write_corpus(root, names):
+    rows = []
     for number, name in enumerate(names):
-        write_clip(root, "train", name, number, noise=name == "noface")
-    write_manifest(root, "train", names)
+        write_clip(root / "train", name, number, noise=name == "noface")
+        row = {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "face": {}}
+        rows.append(row | {"phonemes": [[SYMBOLS[number % 2], 0.1, 0.3]]})
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 

@@ -174,19 +174,8 @@ def test_compact_stores_large_matrices_in_8_bits(releases, tmp_path, call):
 # --- the hub ---
 
 
-@pytest.fixture
-def release(tmp_path):
-    save_release(tmp_path / "made", "toy", {"width": 8}, {"w": torch.arange(3.0)}, "card")
-    return tmp_path / "made"
-
-
-@pytest.fixture
-def server(release, stand_in_hub):
-    """A hub with one repository, `someone/toy`."""
-    shutil.copytree(release, stand_in_hub / "someone/toy")
-
-
-def test_a_release_on_the_hub_is_downloaded_and_cached(server, monkeypatch):
+def test_a_release_on_the_hub_is_downloaded_and_cached(stand_in_hub, monkeypatch):
+    save_release(stand_in_hub / "someone/toy", "toy", {"width": 8}, {"w": torch.arange(3.0)}, "card")
     config, state = read_release("someone/toy", "toy")
     assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
     hub._snapshot.cache_clear()

@@ -4,7 +4,6 @@ import json
 from itertools import pairwise
 
 import numpy as np
-import pytest
 
 from corpora.synthetic.voices import load_voices
 from engine.word_times import Word, WordTimes, cues
@@ -17,17 +16,11 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def spoken():
-    """Texts and their utterances."""
+def test_the_median_error_of_word_timestamps_is_below_60_ms():
     sayings = [(text, voice.lines) for voice in load_voices()[:4] for text in TEXTS]
-    return [(text, utterance) for (text, _), utterance in zip(sayings, speak(sayings))]
-
-
-def test_the_median_error_of_word_timestamps_is_below_60_ms(spoken):
     times = WordTimes()
     errors = []
-    for text, utterance in spoken:
+    for (text, _), utterance in zip(sayings, speak(sayings)):
         words = times.align(text, utterance.wave, utterance.rate)
         assert [word.text for word in words] == text.split()
         begins = [utterance.phonemes[first][1] for first in utterance.words]

@@ -76,8 +76,8 @@ def waves(count: int, samples: int) -> Tensor:
     return (tones + 0.02 * torch.randn(count, samples, generator=g))[:, None]
 
 
-def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
-    """Arguments of `HiCoDiTTask`, with a tokenizer in `folder`, and clips of three lengths."""
+def hicodit(folder: Path) -> tuple[Task, Made]:
+    """A tokenizer in `folder`, and clips of three lengths."""
     codec = RVQCodecConfig(
         encoder_width=2, ratios=(8, 5, 4, 3), latent_channels=8, codebook_size=16, codebook_dim=4, vocos_dim=8,
         vocos_intermediate=8, vocos_layers=1, n_fft=960,
@@ -97,16 +97,11 @@ def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
                 "phoneme": torch.randint(5, (frames,), generator=g),
             }
         )
-    names = {"codec": str(folder / "codec"), "shards": "none", "grammar": "none.jsgf"}
-    return {"model": HICODIT | {"dropout": 0.1}, "encoders": ENCODERS, **names}, Made(items, HiCoDiTDataset.collate)
+    task = HiCoDiTTask(HICODIT | {"dropout": 0.1}, ENCODERS, str(folder / "codec"), "none", "none.jsgf")
+    return task, Made(items, HiCoDiTDataset.collate)
 
 
-def hicodit(folder: Path) -> tuple[Task, Made]:
-    arguments, data = hicodit_parts(folder)
-    return HiCoDiTTask(**arguments), data
-
-
-def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any], Made]:
+def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
@@ -123,19 +118,12 @@ def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any]
         return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
 
     codecs = {"speech": "a", "motion": "b", "speaker": "c"}
-    return {"model": MODEL | {"repeats": 2}, "codecs": codecs, "stats": str(folder / "stats.json")}, Made(
-        pairs, together
-    )
-
-
-def talker_t2av(folder: Path) -> tuple[Task, Made]:
-    arguments, data = talker_parts(folder)
-    return TalkerTask(**arguments), data
+    task = TalkerTask(MODEL | {"repeats": 2}, codecs, str(folder / "stats.json"))
+    return task, Made(pairs, together)
 
 
 def talker_tts(folder: Path) -> tuple[Task, Made]:
-    arguments, data = talker_parts(folder, with_motion=False)
-    return TalkerTask(**arguments), data
+    return talker_t2av(folder, with_motion=False)
 
 
 def rvq_codec(folder: Path) -> tuple[Task, Made]:

@@ -12,17 +12,13 @@ from tests.tiny import RVQ
 SMALL = RVQCodecConfig(**RVQ | {"ratios": (3, 4, 5), "levels": 4, "vocos_layers": 2})
 
 
-@pytest.fixture
-def codec():
-    torch.manual_seed(0)
-    return RVQCodec(SMALL).eval()
-
-
 def wave(samples, batch=1, seed=0):
     return 0.1 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(seed))
 
 
-def test_release_and_back(codec, tmp_path):
+def test_release_and_back(tmp_path):
+    torch.manual_seed(0)
+    codec = RVQCodec(SMALL).eval()
     with torch.no_grad():
         for p in codec.parameters():
             p.copy_(p.half())  # what a release can hold

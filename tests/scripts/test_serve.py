@@ -56,13 +56,6 @@ def job(models):
     }  # fmt: skip
 
 
-@pytest.fixture
-def head(tmp_path):
-    """A clip of a second as file."""
-    write_video(tmp_path / "head.mp4", talking_head(25), 25)
-    return tmp_path / "head.mp4"
-
-
 def sound(content):
     return soundfile.read(io.BytesIO(content))
 
@@ -122,8 +115,9 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
     np.testing.assert_allclose(np.frombuffer(streamed.content, np.int16) / 32767, whole, atol=2e-4)
 
 
-def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, head, monkeypatch):
+def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, tmp_path, monkeypatch):
     """Cartoon faces and, with the noise of a camera, real ones."""
+    write_video(tmp_path / "head.mp4", talking_head(25), 25)
     pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
     names = {id(pipeline): weights for weights, pipeline in pipelines.items()}
     used = []
@@ -137,7 +131,8 @@ def test_clips_and_streams_get_the_bundled_release_for_their_face(models, releas
     service = Service(PipelineChooser(pipelines.get), None, ServeLimits(), demo=False)
     noise = np.random.default_rng(0).normal(0, 4, (25, 128, 128, 3))
     with TestClient(make_app(service)) as client, client.websocket_connect(STREAM) as socket:
-        clip = client.post("/v1/videos", data={"model": "hicodit"}, files={"input_reference": head.read_bytes()}).json()
+        files = {"input_reference": (tmp_path / "head.mp4").read_bytes()}
+        clip = client.post("/v1/videos", data={"model": "hicodit"}, files=files).json()
         wait_until(lambda: client.get(f"/v1/videos/{clip['id']}").json()["status"] == "completed")
         assert set(used) == {DRAWN}
         used.clear()

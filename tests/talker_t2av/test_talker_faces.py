@@ -42,16 +42,6 @@ def test_a_square_round_the_face_of_a_wide_clip(wide):
     assert len(frames_of(wide, square, 99)) == 40
 
 
-def test_large_frames_keep_their_pixels(tmp_path, wide):
-    """The face is looked for in smaller pictures; the square is in pixels of the clip itself."""
-    video = np.stack([cv2.resize(frame, (1440, 720)) for frame in read_video(wide)[14:22]])
-    write_video(tmp_path / "large.mp4", video, 25)
-    small = find_square(wide, 1)
-    large = find_square(tmp_path / "large.mp4", 1)
-    assert abs(large.side - 3 * small.side) < 40 and abs(large.left - 3 * small.left) < 40
-    assert frames_of(tmp_path / "large.mp4", large).shape[1] == large.side
-
-
 def test_clips_that_were_cropped_before_stay_whole():
     assert find_square(DEMO, 1) == Square(0, 0, 128)
     if not REAL.is_file():

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from talker_fixtures import DM, DS, tiny_model
 from torch.nn.utils.rnn import pad_sequence
 
-from talker_t2av.data import SequenceFormat
 from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
 
 
@@ -67,12 +66,3 @@ def test_stop_labels_mark_the_last_patch_and_leave_two_before_it(start, length, 
     found, weight = stop_labels(torch.tensor(start), torch.tensor(length), total, step=torch.tensor(step))
     assert found.tolist() == [[IGNORED if label == "." else int(label) for label in row] for row in labels]
     assert weight == 3
-
-
-def test_placeholders_form_one_span_with_two_per_patch_if_streams_alternate():
-    plain = SequenceFormat(7, [8, 9])
-    turns = SequenceFormat(7, [8, 9], order="va")
-    assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)
-    assert plain.slots(17, 0) == turns.slots(17, 0) == 5
-    example = plain.example([1, 2], torch.zeros(17, DS), 17, torch.zeros(0, DM), torch.zeros(256))
-    assert example["input_ids"].tolist() == [1, 2, *[7] * 5, 8, 9] and example["speech_span"].tolist() == [2, 7]

@@ -26,19 +26,15 @@ def model():
     return WhisperXVAE(TINY).eval()
 
 
-def waves(batch, samples, seed=0):
-    return torch.rand(batch, samples, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def wave(samples):
+    return 0.3 * torch.randn(2, 1, samples, generator=torch.Generator().manual_seed(0))
 
 
 def test_whisper_sees_the_whole_recording_of_a_prefix(model):
-    wave = waves(1, 20 * 960)[:, None]
-    mel = model.mel(resample(wave[:, 0], 24_000, 16_000))
-    assert torch.equal(model.encode_beginning(wave, 10), model.encode_window(wave[..., :9600], mel))
-    assert not torch.equal(model.encode_beginning(wave, 10), model.encode(wave[..., :9600]))
-
-
-def wave(samples):
-    return 0.3 * torch.randn(2, 1, samples, generator=torch.Generator().manual_seed(0))
+    x = wave(20 * 960)
+    mel = model.mel(resample(x[:, 0], 24_000, 16_000))
+    assert torch.equal(model.encode_beginning(x, 10), model.encode_window(x[..., :9600], mel))
+    assert not torch.equal(model.encode_beginning(x, 10), model.encode(x[..., :9600]))
 
 
 @pytest.mark.parametrize("frames", [20, 35, 100])
