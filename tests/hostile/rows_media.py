@@ -154,6 +154,7 @@ MOTION = {  # name: (content, pattern of the error)
 SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
     (HICODIT, "model.low_blocks", 200, "has no tensor"),
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
+    (RVQ, "surprise", 1, "config.yaml"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
     (TALKER, "motion.mean", [NAN], "must be a finite number"),
@@ -179,6 +180,7 @@ JOBS = {  # content of a job list: pattern of the error
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
+    "": "no line",
 }
 HALVES = {  # name: (suffix, reader, options of ffmpeg, pattern of the error)
     "mkv": (".mkv", read_video, (), "damaged: only the first"),
@@ -220,7 +222,9 @@ CASES = [
     ("checkpoint: larger than its data", file("c.pt", EXPANDED, read_checkpoint), "larger than its data"),
     ("video: a text", file("a.mp4", b"hello\n" * 99, read_video), "is not a video or audio file that ffmpeg can read$"),
     *((f"video: {k}", partial(read_filtered, filters=filters), line) for k, (filters, line) in FILTERS.items()),
+    ("video: an empty file", file("a.mp4", b"", read_video), "is empty"),
     ("video: a link to itself", read_link_to_itself, "no such file"),
+    ("video: a folder", read_video, "is a folder"),
     ("write: not a number", lambda folder: write_wav(folder / "a.wav", np.array([NAN]), 16_000), "not finite"),
     ("picture: 16k", read_huge_picture, "more than 67,108,864"),
 ]
