@@ -6,7 +6,7 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -205,59 +205,120 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     """Read and encode the files of a job.
 
     Args:
-        text_bytes: maximum length of a text in bytes; longer texts are split.
+        text_bytes: maximum length of a part of the text in bytes; longer texts are split.
+
+    Raises:
+        UserError: If a file cannot be read, is too long or too short, or if the text cannot be split or tokenized.
     """
     mode = MODES[job.mode]
-    size = system.model.config.patch_size
-    reference = Reference(job, system)
-    split = mode.open_ended and job.compat == "paper"
-    texts = split_text(job.text, text_bytes) if split else [job.text]
+    texts = parts_of_text(job, text_bytes)
     system.require(job.mode)
     prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
-    make = reference.paper_request if job.compat == "paper" else reference.official_request
-    request, motion, frames = make(prompts[0])
-    if job.prefix_seconds and not frames:
+    reference = Reference(job, system)
+    build = reference.paper_request if job.compat == "paper" else reference.official_request
+    request, motion, prefix_frames = build(prompts[0])
+    if job.prefix_seconds and not prefix_frames:
+        patch_seconds = system.model.config.patch_size / FPS
         raise UserError(
-            f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {size / FPS} s"
+            f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {patch_seconds} s"
         )
     wave = None
-    total = None
+    frames = None
+    picture = None
+    surroundings = None
     if mode.speech == "given":
-        with stage("reading"):
-            wave = read_audio(job.audio, RATE)
-        total = -(-len(wave) // HOP)
-        check_given(total, f"audio={job.audio}")
-        new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
-        request = replace(request, speech=torch.cat([request.speech, new]))
+        wave = read_given_audio(job)
+        speech = given_speech(system, wave)
+        frames = len(speech)
+        request = replace(request, speech=torch.cat([request.speech, speech]))
     if mode.motion == "given":
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
-        new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
-        total = len(new)
-        check_given(total, f"video={job.video}")
         if square.remark:
             reference.remarks.append(square.remark)
-        new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion has whole patches
-        request = replace(request, motion=torch.cat([request.motion, system.stats.normalise(new)]))
-    picture = reference.picture() if mode.motion == "generated" else None
-    fewest = max(1, round(job.min_seconds * FPS / size))
-    limits = [max_patches(text, job, system) for text in texts] if job.compat == "paper" else [request.max_patches]
-    seeds = [job.seed, *(seed_for(job.seed, "part", number) for number in range(1, len(texts)))]
-    requests = tuple(
-        replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed)
-        for prompt, most, seed in zip(prompts, limits, seeds)
-    )
+        given = given_motion(job, system, square)
+        frames = len(given)
+        given = pad_to_patches(system.stats.normalise(given), system.model.config.patch_size)
+        request = replace(request, motion=torch.cat([request.motion, given]))
+    if mode.motion == "generated":
+        picture = reference.picture()
+        if job.paste_back:
+            surroundings = read_surroundings(job.reference_video, reference.square)
+    requests = requests_of_parts(request, job, system, texts, prompts)
     reference.remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
     remarks = tuple(dict.fromkeys(reference.remarks))
-    surroundings = None
-    if picture is not None and job.paste_back:
-        surroundings = read_surroundings(job.reference_video, reference.square)
-    return PreparedJob(job, requests, motion[:frames], picture, wave, total, remarks, surroundings)
+    return PreparedJob(job, requests, motion[:prefix_frames], picture, wave, frames, remarks, surroundings)
+
+
+def parts_of_text(job: Job, text_bytes: int) -> list[str]:
+    """Split a text whose speech has no given length into parts of at most `text_bytes` bytes.
+
+    The official routines do not split texts.
+    """
+    if MODES[job.mode].open_ended and job.compat == "paper":
+        return split_text(job.text, text_bytes)
+    return [job.text]
+
+
+def read_given_audio(job: Job) -> np.ndarray:
+    """Read the given audio (N,) at 24 kHz.
+
+    Raises:
+        UserError: If it cannot be read or is longer than 30 s.
+    """
+    with stage("reading"):
+        wave = read_audio(job.audio, RATE)
+    check_length(-(-len(wave) // HOP), f"audio={job.audio}")
+    return wave
+
+
+def given_speech(system: TalkerSystem, wave: np.ndarray) -> Tensor:
+    """Encode given audio (N,) at 24 kHz to latents (F, Ds). The last frame is padded with silence."""
+    return encode_speech(system, np.pad(wave, (0, -len(wave) % HOP)))
+
+
+def given_motion(job: Job, system: TalkerSystem, square: Square) -> Tensor:
+    """Encode the face in the given video to motion (F, Dm), not normalised.
+
+    Raises:
+        UserError: If the video is longer than 30 s.
+    """
+    motion = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
+    check_length(len(motion), f"video={job.video}")
+    return motion
+
+
+def pad_to_patches(motion: Tensor, size: int) -> Tensor:
+    """Repeat the last frame of motion (F, Dm) until F is a multiple of the patch size."""
+    return torch.cat([motion, motion[-1:].expand(-len(motion) % size, -1)])
+
+
+def check_length(frames: int, name: str) -> None:
+    """Raise UserError if a given stream is longer than 30 s."""
+    if frames > MAX_FRAMES:
+        raise UserError(f"{name} is longer than {MAX_FRAMES / FPS:.0f} s: use a part of it")
+
+
+def requests_of_parts(
+    request: Request, job: Job, system: TalkerSystem, texts: Sequence[str], prompts: Sequence[list[int]]
+) -> tuple[Request, ...]:
+    """Return a copy of the request for each part of the text, with its prompt, limits and seed.
+
+    The first part has the seed of the job.
+    """
+    min_patches = max(1, round(job.min_seconds * FPS / system.model.config.patch_size))
+    requests = []
+    for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        limit = max_patches(text, job, system) if job.compat == "paper" else request.max_patches
+        seed = seed_for(job.seed, "part", number) if number else job.seed
+        part = replace(request, prompt=prompt, max_patches=limit, min_patches=min(limit, min_patches), seed=seed)
+        requests.append(part)
+    return tuple(requests)
 
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
     """Return the maximum number of patches of a text, from `max_seconds` or from its length, up to 30 s."""
-    words = system.tokenizer
-    slow = SLOW_PHONEME * len(words.prompt(text)) if words.language else SLOW_BYTE * len(text.encode())
+    tokenizer = system.tokenizer
+    slow = SLOW_PHONEME * len(tokenizer.prompt(text)) if tokenizer.language else SLOW_BYTE * len(text.encode())
     seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + slow)
     return max(1, -(-round(seconds * FPS) // system.model.config.patch_size))
 
@@ -274,12 +335,6 @@ def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
     """Encode blocks of square frames (n, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
     codec = system.motion
     return torch.cat([codec.encode(video_to_tensor(block, codec.size)) for block in blocks]).cpu()
-
-
-def check_given(frames: int, what: str) -> None:
-    """Raise UserError if a given stream is too long."""
-    if frames > MAX_FRAMES:
-        raise UserError(f"{what} is longer than {MAX_FRAMES / FPS:.0f} s: use a part of it")
 
 
 def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
