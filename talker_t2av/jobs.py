@@ -27,6 +27,7 @@ from engine.nn.mel import pad_or_trim
 from engine.progress import stage
 from engine.seeding import seed_for
 from engine.torch_files import read_matrix
+from talker_t2av import official
 from talker_t2av.faces import Square, Surroundings, find_square, read_square, read_surroundings
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, Mode, Request
@@ -142,62 +143,98 @@ class Reference:
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
         return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
-    def paper_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Create the request with the layout of training.
-
-        Return it with the motion (F, Dm) of the reference, which is a single frame without a prefix, and the number of
-        prefix frames.
-        """
-        job = self.job
-        c = self.system.model.config
-        normalise = self.system.stats.normalise
-        mode = MODES[job.mode]
-        seconds = job.prefix_seconds
-        motion = torch.zeros(0, c.motion_dim)
-        speech = encode_speech(self.system, self.wave) if seconds else torch.zeros(0, c.speech_dim)
-        frames = len(speech)
-        if mode.motion == "generated" or (seconds and mode.motion == "given"):
-            motion = self.motion(MAX_FRAMES if seconds else 1)
-            frames = min(frames, len(motion))
-        frames = min(round(seconds * FPS), frames) // c.patch_size * c.patch_size
-        request = Request(
-            prompt,
-            # Unused if no speech is generated.
-            self.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
-            speech[:frames],
-            normalise(motion[:frames]),
-            normalise(motion[0]) if len(motion) else None,
-            frames // c.patch_size,
-        )
-        return request, motion, frames
-
-    def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
-        """Create the request of an official routine. Returns the same values as `paper_request`."""
-        from talker_t2av import official
-
-        job = self.job
-        c = self.system.model.config
-        stats = self.system.stats
-        seconds = job.prefix_seconds
-        moving = MODES[job.mode].motion != "absent"
-        if job.compat == "library" or not moving:
-            frames = official.prefix_frames(seconds, self.frames, c.patch_size if moving else 1)
-            speech = torch.zeros(0, c.speech_dim)
-            if frames:
-                wave = to_device(self.wave[None, None], self.system.device)
-                speech = self.system.speech.encode_beginning(wave, frames)[0].cpu()
-            speaker = self.speaker(official.voice_frames(frames))
-            motion = self.motion(max(1, frames)) if moving else torch.zeros(0, c.motion_dim)
-            first = stats.normalise(motion[0]) if moving else None
-            return official.library_method(c, prompt, speaker, speech, self.frames, first), motion, frames
-        motion = self.motion()
-        speech = encode_speech(self.system, self.wave)
-        request = official.inference_script(c, stats, prompt, self.speaker(), speech, motion, seconds)
-        return request, motion, len(request.motion)
-
     def _say_if_cut(self, path: str, seconds: float) -> None:
         if seconds > MAX_FRAMES / FPS:
             self.remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
+
+
+@dataclass(frozen=True)
+class ReferenceRequest:
+    """Request whose inputs come from the reference alone, to which given streams are then appended.
+
+    Attributes:
+        request: its `speech` and `motion` are those of the prefix.
+        prefix_frames: number of frames of the prefix, 0 without a prefix.
+        prefix_motion: (F, Dm) motion of the prefix, not normalised. F is 0 without motion.
+    """
+
+    request: Request
+    prefix_frames: int
+    prefix_motion: Tensor
+
+
+def reference_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
+    """Create the request of a prompt in the layout that `Job.compat` selects."""
+    job = reference.job
+    if job.compat == "paper":
+        return paper_request(reference, prompt)
+    if job.compat == "official" and MODES[job.mode].motion != "absent":
+        return script_request(reference, prompt)
+    return library_request(reference, prompt)
+
+
+def paper_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
+    """Create a request with the layout of training. The prefix has whole patches of all streams of the mode."""
+    job = reference.job
+    system = reference.system
+    config = system.model.config
+    mode = MODES[job.mode]
+    speech = torch.zeros(0, config.speech_dim)
+    motion = torch.zeros(0, config.motion_dim)
+    speaker = torch.zeros(config.speaker_dim)  # unused if speech is given
+    if job.prefix_seconds:
+        speech = encode_speech(system, reference.wave)
+    frames = min(round(job.prefix_seconds * FPS), len(speech))
+    if mode.motion == "generated" or (job.prefix_seconds and mode.motion == "given"):
+        motion = reference.motion(MAX_FRAMES if job.prefix_seconds else 1)
+        frames = min(frames, len(motion))
+    if mode.speech == "generated":
+        speaker = reference.speaker()
+    patches = frames // config.patch_size
+    frames = patches * config.patch_size
+    normalised = system.stats.normalise(motion)
+    first_motion = normalised[0] if len(motion) else None
+    request = Request(prompt, speaker, speech[:frames], normalised[:frames], first_motion, patches)
+    return ReferenceRequest(request, frames, motion[:frames])
+
+
+def library_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
+    """Create the request of an official method, see `official.library_method`."""
+    job = reference.job
+    system = reference.system
+    config = system.model.config
+    has_motion = MODES[job.mode].motion != "absent"
+    frames = official.prefix_frames(job.prefix_seconds, reference.frames, config.patch_size if has_motion else 1)
+    speech = torch.zeros(0, config.speech_dim)
+    motion = torch.zeros(0, config.motion_dim)
+    first_motion = None
+    if frames:
+        wave = to_device(reference.wave[None, None], system.device)
+        speech = system.speech.encode_beginning(wave, frames)[0].cpu()
+    speaker = reference.speaker(official.voice_frames(frames))
+    if has_motion:
+        motion = reference.motion(max(1, frames))
+        first_motion = system.stats.normalise(motion[0])
+    request = official.library_method(config, prompt, speaker, speech, reference.frames, first_motion)
+    return ReferenceRequest(request, frames, motion[:frames])
+
+
+def script_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
+    """Create the request of the official command line, see `official.inference_script`."""
+    system = reference.system
+    motion = reference.motion()
+    speech = encode_speech(system, reference.wave)
+    request = official.inference_script(
+        system.model.config,
+        system.stats,
+        prompt,
+        reference.speaker(),
+        speech,
+        motion,
+        reference.job.prefix_seconds,
+    )
+    frames = len(request.motion)  # `request.speech` has `delay` more patches
+    return ReferenceRequest(request, frames, motion[:frames])
 
 
 @torch.no_grad()
@@ -215,13 +252,13 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     system.require(job.mode)
     prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
     reference = Reference(job, system)
-    build = reference.paper_request if job.compat == "paper" else reference.official_request
-    request, motion, prefix_frames = build(prompts[0])
-    if job.prefix_seconds and not prefix_frames:
+    start = reference_request(reference, prompts[0])
+    if job.prefix_seconds and not start.prefix_frames:
         patch_seconds = system.model.config.patch_size / FPS
         raise UserError(
             f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {patch_seconds} s"
         )
+    request = start.request
     wave = None
     frames = None
     picture = None
@@ -246,7 +283,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     requests = requests_of_parts(request, job, system, texts, prompts)
     reference.remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
     remarks = tuple(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, requests, motion[:prefix_frames], picture, wave, frames, remarks, surroundings)
+    return PreparedJob(job, requests, start.prefix_motion, picture, wave, frames, remarks, surroundings)
 
 
 def parts_of_text(job: Job, text_bytes: int) -> list[str]:
