@@ -34,7 +34,7 @@ class Ticket(Future):
     """A request and its future result. `cancel` cancels it at the next patch.
 
     Attributes:
-        job: `Crops` for HiCoDiT, `PreparedJob` for Talker-T2AV.
+        job: `Crops` for HiCoDiT; for Talker-T2AV a `PreparedJob` with one request.
         seed, pipeline: arguments of HiCoDiT.
         on_patch: called in the worker's thread with each new patch of speech (1, P, Ds).
     """
@@ -196,7 +196,8 @@ class TalkerWorker(Worker):
     def join_batch(self, ticket: Ticket) -> None:
         job = ticket.job
         try:
-            self.rows[self.batch(job.mode).join(job.request)] = ticket
+            row = self.batch(job.mode).join(job.requests[0])
+            self.rows[row] = ticket
         except Exception as error:
             ticket.end(error)
 

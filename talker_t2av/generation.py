@@ -1,10 +1,10 @@
-"""The autoregressive loop of T2AV, TTS, A2V and V2A: each step adds a patch of 160 ms to every row.
+"""Batched autoregressive decoding of T2AV, TTS, A2V and V2A: each step adds a patch of 160 ms to every row.
 
 A batch joins all requests at once and steps until they finish. A stream joins a single request, a service joins
 requests as they arrive, and `talker_t2av.particles` joins several copies of a request.
 
 A mode defines whether speech and motion are generated, given or absent. Given frames of a generated stream are a
-prefix, which the loop continues. Slot j of the sequence contains speech patch j and motion patch j - delay, as in
+prefix, which the decoder continues. Slot j of the sequence contains speech patch j and motion patch j - delay, as in
 training.
 
 In training, the hidden state after the token of the last patch is labelled as stop, and the two states before it are

@@ -1,4 +1,4 @@
-"""Conversion of the files of a job to requests of the loop: voices, faces, given streams and prefixes.
+"""Conversion of the files of a job to requests of a `BatchedDecoder`: voices, faces, given streams and prefixes.
 
 Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S image
 side.
@@ -47,7 +47,7 @@ class PreparedJob:
     """A job whose files have been read and encoded.
 
     Attributes:
-        requests: requests of the loop, one per part of the text.
+        requests: requests of a `BatchedDecoder`, one per part of the text. They differ in prompt, limits and seed.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], image of the face. None if no face is generated.
         wave: (N,) given audio at 24 kHz (a2v).
@@ -68,11 +68,6 @@ class PreparedJob:
     @property
     def mode(self) -> Mode:
         return MODES[self.job.mode]
-
-    @property
-    def request(self) -> Request:
-        """Request of the first part of the text. Its `speech` is the prefix if speech is generated."""
-        return self.requests[0]
 
 
 class Reference:

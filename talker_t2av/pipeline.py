@@ -360,7 +360,8 @@ class TalkerPipeline:
                 moved.append(result.motion)
         with stage("decoding"):
             if wave is None:
-                before = to_device(prepared.request.speech, self.system.device)  # the decoder needs the prefix
+                # All parts have the same prefix, which the decoder of the speech codec needs.
+                before = to_device(prepared.requests[0].speech, self.system.device)
                 begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
                 end = begin + prepared.frames * HOP if prepared.frames else None
                 pause = torch.zeros(PAUSE * HOP, device=self.system.device)

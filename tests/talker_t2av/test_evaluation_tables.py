@@ -159,7 +159,7 @@ def test_the_protocol_of_a_table_reaches_the_requests(corpus, tmp_path, monkeypa
     monkeypatch.setattr(TalkerPipeline, "run", stop_here)
     write_outputs([clip], tmp_path / "out", "cpu", str(save_talker(tmp_path)), **settings)
     facts = json.loads((tmp_path / "out" / "system.json").read_text())
-    request = prepared[0].request
+    request = prepared[0].requests[0]
     assert (len(prepared[0].requests), request.prefix) == (parts, prefix)
     assert prepared[0].job.keeps_prefix == ("compat" in settings) == (request.rules.stop_hits == 3)
     assert facts["sampling"]["temperature"] == 0.7 and facts.get("compat") == settings.get("compat")

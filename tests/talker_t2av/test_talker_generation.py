@@ -1,4 +1,4 @@
-"""The loop: it does what training does, in all modes; batches change nothing; ends and guards."""
+"""The decoder does what training does, in all modes; batches change nothing; ends and guards."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_streamed_chunks_add_up_to_the_offline_result(pipeline, mode):
 
 
 def test_a_job_may_run_while_a_stream_waits(pipeline):
-    """Each has a loop of its own, of those that are kept for later jobs."""
+    """Each has its own decoder."""
     job = jobs_of(pipeline)["tts"]
     whole, stream = pipeline(job), pipeline.stream(job)
     first, again = next(stream), pipeline(job)
@@ -219,4 +219,4 @@ def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
     jobs = [Job("tts", TEXT, path, max_seconds=0.32, seed=1) for path in (long, same)]
     cut, exact = (pipeline.prepare(job) for job in jobs)
     assert "lasts 31 s: only its first 30 s are used" in cut.remarks[0] and not exact.remarks
-    torch.testing.assert_close(cut.request.speaker, exact.request.speaker, atol=1e-3, rtol=0)
+    torch.testing.assert_close(cut.requests[0].speaker, exact.requests[0].speaker, atol=1e-3, rtol=0)

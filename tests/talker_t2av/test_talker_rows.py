@@ -1,4 +1,4 @@
-"""Rows that share a loop come and go; graphs serve one utterance after another; outputs that die change nothing.
+"""Rows that share a decoder come and go; graphs serve one utterance after another; outputs that die change nothing.
 
 Axes: B rows, S steps.
 """
