@@ -12,7 +12,6 @@ import torch
 
 from corpora.preparation import engines
 from engine.errors import UserError
-from hicodit.conditions.poster2 import CLASSES
 from hicodit.conditions.types import EXPRESSIONS
 
 EMOTION2VEC = ["生气/angry", "厌恶/disgusted", "恐惧/fearful", "开心/happy", "中立/neutral", "其他/other", "<unk>"]
@@ -123,9 +122,3 @@ def test_clearvoice_returns_one_wave_of_the_same_length(monkeypatch, name, task,
     assert enhancer.rate == rate and enhancer.model.asked == (task, [name])
     assert clean.shape == WAVE.shape and clean.dtype == np.float32
     np.testing.assert_allclose(clean, 0.1 * speakers, rtol=1e-6)
-
-
-def test_poster_v2_has_the_classes_of_its_data_sets():
-    """The numbers of AffectNet-7 begin with neutral, happy, sad; those of RAF-DB with surprise, fear, disgust."""
-    assert CLASSES["affectnet"] == ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
-    assert CLASSES["raf"] == ("surprised", "fearful", "disgusted", "happy", "sad", "angry", "neutral")
