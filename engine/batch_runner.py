@@ -19,7 +19,6 @@ from typing import Any
 
 from engine import STARTED
 from engine.errors import UserError, printable, require
-from engine.files import writable
 from engine.hub import check_release
 from engine.processes import Lost, Processes, Work, usable_cores
 from engine.progress import current, stage
@@ -107,7 +106,7 @@ class Summary:
         speech_seconds: total length of the generated speech in seconds.
     """
 
-    jobs: int
+    jobs: int = 0
     device: str = ""
     failed: list[tuple[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -119,6 +118,8 @@ class Summary:
             print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
         for line in part.lines:
             print(printable(line), flush=True)
+        self.jobs += part.jobs
+        self.device = part.device
         self.failed += part.failed
         self.speech_seconds += part.speech_seconds
 
@@ -191,29 +192,14 @@ class JobRunner(Work[Batch, Summary]):
         """Number of batches to prepare in advance."""
         return int(not str(self.device).startswith("cpu"))
 
-    def run_all(self, items: Iterable[Batch]) -> Iterator[Summary]:
-        prepared = map(self.prepare_batch, items)
-        return self._run_ahead(prepared) if self.ahead else map(self.run_prepared, prepared)
-
-    def _run_ahead(self, batches: Iterator[PreparedBatch]) -> Iterator[Summary]:
-        """Run each batch while a thread prepares the next one."""
-        batch = next(batches, None)
-        pool = ThreadPoolExecutor(1, "prepare")
-        try:
-            while batch is not None:
-                following = pool.submit(next, batches, None)
-                yield self.run_prepared(batch)
-                batch = following.result()
-        finally:
-            pool.shutdown(wait=False)  # the thread may be waiting for a batch that never arrives
-
-    def run(self, batch: Batch) -> Summary:
-        """Prepare, generate and write the jobs of a batch. If the command has a single job, its error is raised."""
-        return self.run_prepared(self.prepare_batch(batch))
+    def run_all(self, batches: Iterable[Batch]) -> Iterator[Summary]:
+        """Yield the result of each batch, in order."""
+        prepared = map(self.prepare_batch, batches)
+        return map(self.run_batch, prefetched(prepared) if self.ahead else prepared)
 
     def prepare_batch(self, batch: Batch) -> PreparedBatch:
         """Read the files of a batch."""
-        prepared = PreparedBatch(Summary(len(batch.jobs)), is_only_job=batch.total == 1)
+        prepared = PreparedBatch(Summary(len(batch.jobs), self.details), is_only_job=batch.total == 1)
         for number, (name, job) in enumerate(batch.jobs, batch.first):
             progress = current()
             if progress and not prepared.is_only_job:
@@ -222,7 +208,7 @@ class JobRunner(Work[Batch, Summary]):
                 prepared.ready.append((name, self.prepare(job)))
         return prepared
 
-    def run_prepared(self, batch: PreparedBatch) -> Summary:
+    def run_batch(self, batch: PreparedBatch) -> Summary:
         """Generate the results of a batch and write its files."""
         summary = batch.summary
         ready = batch.ready
@@ -254,32 +240,38 @@ class JobRunner(Work[Batch, Summary]):
             batch.summary.failed.append((name if self.name_errors else "", line))
 
 
-def run_jobs(
-    build: Callable[..., JobRunner], jobs: Sequence[tuple[str, Any]], batch_size: int, c: RunConfig
-) -> Summary:
-    """Run the (name, job) pairs of a command in batches, in this process or in several.
+def prefetched(batches: Iterator[PreparedBatch]) -> Iterator[PreparedBatch]:
+    """Yield each batch while a thread prepares the next one."""
+    batch = next(batches, None)
+    pool = ThreadPoolExecutor(1, "prepare")
+    try:
+        while batch is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
+            batch = following.result()
+    finally:
+        pool.shutdown(wait=False)  # the thread may be waiting for a batch that never arrives
+
+
+def run_batches(build: Callable[..., JobRunner], batches: Sequence[Batch], c: RunConfig) -> Iterator[Summary]:
+    """Return an iterator that runs the batches of a command, in this process or in several, and yields their results.
 
     Args:
         build: creates the `JobRunner` of a process from the index of its GPU. It is pickled.
+        batches: all batches of the command.
     """
     from engine.device import count_devices  # slow to import
 
-    batches = batched(jobs, batch_size)
-    with writable(c.output):
-        devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
-        if devices > 1 or c.executor == "ray":
-            return run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
-        runner = build()
-        summary = Summary(len(jobs), runner.details)
-        for part in runner.run_all(batches):
-            summary.add(part)
-        return summary
+    devices = min(count_devices(c.devices, c.device, c.executor), len(batches))
+    if devices > 1 or c.executor == "ray":
+        return run_in_processes(build, batches, devices, c.ray if c.executor == "ray" else None)
+    return build().run_all(batches)
 
 
 def run_in_processes(
     build: Callable[[int], JobRunner], batches: Sequence[Batch], count: int, ray: ClusterConfig | None = None
-) -> Summary:
-    """Run batches in other processes and print one line per job. Failures are printed to standard error.
+) -> Iterator[Summary]:
+    """Run batches in other processes and yield their results in the order in which they finish.
 
     Args:
         build: creates the `JobRunner` of a process from the index of its GPU. It is pickled.
@@ -295,15 +287,13 @@ def run_in_processes(
     else:
         threads = max(1, usable_cores() // count)
         executor = Processes(count, partial(_build_with_threads, build, threads))
-    summary = Summary(batches[0].total)
     with executor, stage("in other processes", len(batches), "batches") as step:
-        summary.device = f"{count} processes, {executor.details}"
-        for batch, part in executor.run(batches):
-            if isinstance(part, Lost):
-                part = Summary(len(batch.jobs), failed=[(name, part.reason) for name, _ in batch.jobs])
-            summary.add(part)
+        for batch, result in executor.run(batches):
+            if isinstance(result, Lost):
+                result = Summary(len(batch.jobs), failed=[(name, result.reason) for name, _ in batch.jobs])
+            result.device = f"{count} processes, {executor.details}"
+            yield result
             step()
-    return summary
 
 
 def _build_with_threads(build: Callable[[int], JobRunner], threads: int, index: int) -> JobRunner:

@@ -149,11 +149,11 @@ def _details(recipe: Recipe) -> Any:
 
 def _run(recipe: Recipe, item: Any, timeout: float) -> Any:
     """Process an item. On timeout, send the answer and then end this process."""
-    run = _work(recipe).run
+    results = iter(_work(recipe).run_all([item]))
     if timeout == math.inf:
-        return run(item)
+        return next(results)
     pool = ThreadPoolExecutor(1)
-    result = pool.submit(run, item)
+    result = pool.submit(next, results)
     try:
         return result.result(timeout)
     except TimeoutError:

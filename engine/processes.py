@@ -38,7 +38,7 @@ def usable_cores() -> int:
 
 
 class Work(Generic[Item, Result]):
-    """Work of a worker process, created once in each process.
+    """Work of a worker process, created once in each process. Subclasses implement `run`, or override `run_all`.
 
     Attributes:
         details: information for the caller, such as digests of weights.
@@ -175,7 +175,7 @@ class Processes(Generic[Item, Result]):
         """
         if not self.processes:
             for item in items:
-                yield item, self._work.run(item)
+                yield item, next(iter(self._work.run_all([item])))
             return
         fresh = ((item, 1) for item in items)
         again = deque[tuple[Item, int]]()

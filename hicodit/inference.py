@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.batch_runner import JobRunner, run_jobs
+from engine.batch_runner import JobRunner, Summary, batched, run_batches
 from engine.device import pick_device
 from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
-from engine.files import all_or_none
+from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
 from engine.progress import stage
@@ -35,7 +35,10 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
     build = partial(StreamRunner if c.stream else ClipRunner, c)
     jobs = [(str(clip), clip) for clip in clips]
-    summary = run_jobs(build, jobs, 1 if c.stream else c.batch_size, c)
+    summary = Summary()
+    with writable(c.output):
+        for result in run_batches(build, batched(jobs, 1 if c.stream else c.batch_size), c):
+            summary.add(result)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 

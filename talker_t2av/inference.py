@@ -9,10 +9,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import JobRunner, run_jobs
+from engine.batch_runner import JobRunner, Summary, batched, run_batches
 from engine.device import pick_device
 from engine.errors import UserError
-from engine.files import all_or_none
+from engine.files import all_or_none, writable
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
@@ -25,7 +25,10 @@ from talker_t2av.system import BUNDLED
 
 def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
     """Run the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
-    summary = run_jobs(partial(TalkRunner, c), jobs, c.batch_size, c)
+    summary = Summary()
+    with writable(c.output):
+        for result in run_batches(partial(TalkRunner, c), batched(jobs, c.batch_size), c):
+            summary.add(result)
     return summary.report("jobs", Path(c.output))
 
 

@@ -50,13 +50,13 @@ class Numbers(JobRunner):
 
 def run(jobs, batch_size=2, name_errors=True, **place):
     chosen = batched([(f"job{job}", job) for job in jobs], batch_size)
-    if place:
-        return run_in_processes(Numbers, chosen, **place), []
     batches = []
-    runner = Numbers(None, batches, name_errors)
-    summary = Summary(len(jobs), runner.details)
-    for part in runner.run_all(chosen):
-        summary.add(part)
+    results = (
+        run_in_processes(Numbers, chosen, **place) if place else Numbers(None, batches, name_errors).run_all(chosen)
+    )
+    summary = Summary()
+    for result in results:
+        summary.add(result)
     return summary, batches
 
 
@@ -128,18 +128,17 @@ class OnDevice(JobRunner):
         return f"{name}: {result}", 0.0
 
 
-def test_the_next_batch_is_prepared_while_this_one_is_generated(tmp_path, capsys):
+def test_the_next_batch_is_prepared_while_this_one_is_generated(tmp_path):
     batches = batched([(str(job), job) for job in range(6)], 1)
     for processes in (0, 2):
         folder = tmp_path / f"{processes}"
         folder.mkdir()
         build = partial(OnDevice, folder, 6)
         if processes:
-            assert not run_in_processes(build, batches, processes).failed
-            assert sorted(capsys.readouterr().out.splitlines()) == [f"{job}: {job}" for job in range(6)]
+            lines = sorted(result.lines for result in run_in_processes(build, batches, processes))
         else:
-            lines = [part.lines for part in build(0).run_all(batches)]
-            assert lines == [[f"{job}: {job}"] for job in range(6)]
+            lines = [result.lines for result in build(0).run_all(batches)]
+        assert lines == [[f"{job}: {job}"] for job in range(6)]
 
 
 def test_a_ray_worker_without_a_gpu_must_run_on_the_cpu():

@@ -112,9 +112,9 @@ def test_control_characters_of_file_names_are_not_printed(capsys):
         def write(self, name, *_):
             return f"{name} done", 1.0
 
-    summary = Summary(len(names))
-    for batch in batched([(name, name) for name in names], 2):
-        summary.add(Names().run(batch))
+    summary = Summary()
+    for result in Names().run_all(batched([(name, name) for name in names], 2)):
+        summary.add(result)
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert printed.err == "failed: line break: no such file: line break\n"
