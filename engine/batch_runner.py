@@ -113,14 +113,11 @@ class Summary:
     speech_seconds: float = 0.0
 
     def add(self, part: Summary) -> None:
-        """Add the results of a batch and print its lines."""
-        for name, error in part.failed:
-            print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
-        for line in part.lines:
-            print(printable(line), flush=True)
+        """Add the results of a batch."""
         self.jobs += part.jobs
         self.device = part.device
         self.failed += part.failed
+        self.lines += part.lines
         self.speech_seconds += part.speech_seconds
 
     def report(self, kind: str, output: Path, origin: str = "") -> int:
@@ -139,6 +136,14 @@ class Summary:
         speech = f"{self.speech_seconds:.1f} s of speech in {time.perf_counter() - STARTED:.1f} s on {self.device}"
         print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
         return 1 if self.failed else 0
+
+
+def print_results(result: Summary) -> None:
+    """Print the failures of a batch to standard error, and the lines of its other jobs to standard output."""
+    for name, error in result.failed:
+        print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
+    for line in result.lines:
+        print(printable(line), flush=True)
 
 
 @dataclass

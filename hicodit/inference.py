@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.batch_runner import JobRunner, Summary, batched, run_batches
+from engine.batch_runner import JobRunner, Summary, batched, print_results, run_batches
 from engine.device import pick_device
 from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
@@ -38,6 +38,7 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     summary = Summary()
     with writable(c.output):
         for result in run_batches(build, batched(jobs, 1 if c.stream else c.batch_size), c):
+            print_results(result)
             summary.add(result)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 

@@ -9,7 +9,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import JobRunner, Summary, batched, run_batches
+from engine.batch_runner import JobRunner, Summary, batched, print_results, run_batches
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable
@@ -28,6 +28,7 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
     summary = Summary()
     with writable(c.output):
         for result in run_batches(partial(TalkRunner, c), batched(jobs, c.batch_size), c):
+            print_results(result)
             summary.add(result)
     return summary.report("jobs", Path(c.output))
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from engine import batch_runner
-from engine.batch_runner import JobRunner, Summary, batched, run_in_processes
+from engine.batch_runner import JobRunner, Summary, batched, print_results, run_in_processes
 from engine.errors import UserError
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
@@ -51,11 +51,13 @@ class Numbers(JobRunner):
 def run(jobs, batch_size=2, name_errors=True, **place):
     chosen = batched([(f"job{job}", job) for job in jobs], batch_size)
     batches = []
-    results = (
-        run_in_processes(Numbers, chosen, **place) if place else Numbers(None, batches, name_errors).run_all(chosen)
-    )
+    if place:
+        results = run_in_processes(Numbers, chosen, **place)
+    else:
+        results = Numbers(None, batches, name_errors).run_all(chosen)
     summary = Summary()
     for result in results:
+        print_results(result)
         summary.add(result)
     return summary, batches
 
@@ -65,6 +67,7 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeyp
     assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
     unforeseen = "unexpected ZeroDivisionError: by nothing"
     errors = ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
+    assert summary.lines == ["job1: batch [1]", "job5: batch [5, 7]", "job11: batch [11]"]
     assert summary.failed == [*zip(["job2", "job4", "job6", "job7", "job15"], errors)]
     out, err = capsys.readouterr()
     assert out == "job1: batch [1]\njob5: batch [5, 7]\njob11: batch [11]\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch_runner import JobRunner, Summary, batched
+from engine.batch_runner import JobRunner, Summary, batched, print_results
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -114,6 +114,7 @@ def test_control_characters_of_file_names_are_not_printed(capsys):
 
     summary = Summary()
     for result in Names().run_all(batched([(name, name) for name in names], 2)):
+        print_results(result)
         summary.add(result)
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
