@@ -101,7 +101,7 @@ class Summary:
     Attributes:
         jobs: number of jobs.
         device: device on which the jobs ran.
-        failed: name and error of each job that failed; the name is empty if the error contains it.
+        failed: name and error of each job that failed.
         lines: one line for each job that succeeded.
         speech_seconds: total length of the generated speech in seconds.
     """
@@ -138,10 +138,16 @@ class Summary:
         return 1 if self.failed else 0
 
 
-def print_results(result: Summary) -> None:
-    """Print the failures of a batch to standard error, and the lines of its other jobs to standard output."""
+def print_results(result: Summary, repeat_names: bool = True) -> None:
+    """Print the failures of a batch to standard error, and the lines of its other jobs to standard output.
+
+    Args:
+        repeat_names: whether to print the name of a failed job also where its error contains it.
+    """
     for name, error in result.failed:
-        print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
+        is_named = name in error and not repeat_names
+        line = error if is_named else f"{name}: {error}"
+        print(printable(f"failed: {line}"), file=sys.stderr, flush=True)
     for line in result.lines:
         print(printable(line), flush=True)
 
@@ -170,11 +176,9 @@ class JobRunner(Work[Batch, Summary]):
 
     Attributes:
         device: device of the models.
-        name_errors: whether to prefix errors with the job's name.
     """
 
     device: object
-    name_errors = False
 
     def prepare(self, job: Any) -> Any:
         """Read the input files of a job."""
@@ -242,7 +246,7 @@ class JobRunner(Work[Batch, Summary]):
             if batch.is_only_job:
                 raise
             line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
-            batch.summary.failed.append((name if self.name_errors else "", line))
+            batch.summary.failed.append((name, line))
 
 
 def prefetched(batches: Iterator[PreparedBatch]) -> Iterator[PreparedBatch]:

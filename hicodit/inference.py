@@ -38,7 +38,7 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     summary = Summary()
     with writable(c.output):
         for result in run_batches(build, batched(jobs, 1 if c.stream else c.batch_size), c):
-            print_results(result)
+            print_results(result, repeat_names=False)
             summary.add(result)
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 

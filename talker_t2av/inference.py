@@ -36,8 +36,6 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
 class TalkRunner(JobRunner):
     """Reads the files of jobs of all modes, generates speech and faces, and writes the output files."""
 
-    name_errors = True
-
     def __init__(self, c: InferConfig, index: int | None = None) -> None:
         self.config = c
         self.device = pick_device(c.device, index)

@@ -25,9 +25,8 @@ class Numbers(JobRunner):
 
     device = "cpu"
 
-    def __init__(self, index, batches=None, name_errors=True):
+    def __init__(self, index, batches=None):
         self.batches = [] if batches is None else batches
-        self.name_errors = name_errors
 
     def prepare(self, job):
         if job % 2 == 0:
@@ -48,13 +47,13 @@ class Numbers(JobRunner):
         return f"{name}: batch {result}", 0.5
 
 
-def run(jobs, batch_size=2, name_errors=True, **place):
+def run(jobs, batch_size=2, **place):
     chosen = batched([(f"job{job}", job) for job in jobs], batch_size)
     batches = []
     if place:
         results = run_in_processes(Numbers, chosen, **place)
     else:
-        results = Numbers(None, batches, name_errors).run_all(chosen)
+        results = Numbers(None, batches).run_all(chosen)
     summary = Summary()
     for result in results:
         print_results(result)
@@ -80,10 +79,18 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeyp
 
 def test_exit_code_0_without_failures_and_an_error_if_all_jobs_fail(tmp_path, capsys):
     assert run([1, 3, 5])[0].report("clips", tmp_path) == 0
-    summary, batches = run([2, 4], name_errors=False)
-    assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
+    summary, batches = run([2, 4])
+    assert not batches and capsys.readouterr().err == "failed: job2: 2 is even\nfailed: job4: 4 is even\n"
     with pytest.raises(UserError, match="all 2 clips of input=x failed; first error: 2 is even"):
         summary.report("clips", tmp_path, " of input=x")
+
+
+def test_a_name_that_its_error_contains_is_repeated_on_request_only(capsys):
+    result = Summary(2, failed=[("a.mp4", "a.mp4 is not a video"), ("b.mp4", "the disk is full")])
+    print_results(result, repeat_names=False)
+    assert capsys.readouterr().err == "failed: a.mp4 is not a video\nfailed: b.mp4: the disk is full\n"
+    print_results(result)
+    assert capsys.readouterr().err.startswith("failed: a.mp4: a.mp4 is not a video\n")
 
 
 def test_a_job_that_is_alone_in_its_batch_fails_as_others_do():

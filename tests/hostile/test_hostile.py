@@ -99,7 +99,6 @@ def test_control_characters_of_file_names_are_not_printed(capsys):
 
     class Names(JobRunner):
         device = "cpu"
-        name_errors = True
 
         def prepare(self, name):
             if "b" in name:
