@@ -15,7 +15,6 @@ from corpora.preparation.voice_corpus import (
     label,
     prompt_sentences,
     trim,
-    warp,
     write_voices,
 )
 from corpora.synthetic.corpus import resample
@@ -60,12 +59,6 @@ def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
         file.write(lines)
     rows = prompt_sentences(tmp_path, tmp_path / "texts.gz")
     assert [(row.name, row.text) for row in rows] == [("digits-1", "one"), ("press", "Press star then pound")]
-
-
-def test_a_path_follows_frames_that_are_repeated():
-    frames = np.random.default_rng(0).normal(size=(6, 3))
-    place, cost = warp(frames, frames.repeat(2, 0))
-    assert place.tolist() == [1, 3, 5, 7, 9, 11] and cost < 1e-6
 
 
 def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
