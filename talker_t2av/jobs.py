@@ -71,16 +71,17 @@ class PreparedJob:
 
 
 class Reference:
-    """Voice and face of a job. Each file is read on first use, up to its first 30 s.
+    """Reference voice and face of a job. Files are read on first use. Only their first 30 s are used.
 
     Attributes:
-        remarks: one-line notes about the files.
+        durations: total duration in seconds of the recording and motion file, by path, if they have been read. Motion
+            of which only one frame is needed is not included.
     """
 
     def __init__(self, job: Job, system: TalkerSystem) -> None:
         self.job = job
         self.system = system
-        self.remarks = []
+        self.durations: dict[str, float] = {}
 
     @cached_property
     def wave(self) -> Tensor:
@@ -88,7 +89,7 @@ class Reference:
         path = self.job.voice_file
         with stage("reading"):
             wave = torch.from_numpy(read_voice(path, RATE))
-        self._say_if_cut(path, len(wave) / RATE)
+        self.durations[path] = len(wave) / RATE
         return wave[: MAX_FRAMES * HOP]
 
     @cached_property
@@ -128,19 +129,13 @@ class Reference:
         path = self.job.reference_motion
         motion = read_matrix(path, self.system.model.config.motion_dim)
         if count > 1:
-            self._say_if_cut(path, len(motion) / FPS)
+            self.durations[path] = len(motion) / FPS
         return motion.float()[:count]
 
     def picture(self) -> Tensor:
         """Read the image (3, S, S) of the first frame that shows the face."""
-        if self.square.remark:
-            self.remarks.append(self.square.remark)
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
         return identity_to_tensor(next(blocks)[0], self.system.motion.size)
-
-    def _say_if_cut(self, path: str, seconds: float) -> None:
-        if seconds > MAX_FRAMES / FPS:
-            self.remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
 
 
 @dataclass(frozen=True)
@@ -256,6 +251,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     request = start.request
     wave = None
     frames = None
+    square = None
     picture = None
     surroundings = None
     if mode.speech == "given":
@@ -265,19 +261,17 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         request = replace(request, speech=torch.cat([request.speech, speech]))
     if mode.motion == "given":
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
-        if square.remark:
-            reference.remarks.append(square.remark)
         given = given_motion(job, system, square)
         frames = len(given)
         given = pad_to_patches(system.stats.normalise(given), system.model.config.patch_size)
         request = replace(request, motion=torch.cat([request.motion, given]))
     if mode.motion == "generated":
+        square = reference.square
         picture = reference.picture()
         if job.paste_back:
-            surroundings = read_surroundings(job.reference_video, reference.square)
+            surroundings = read_surroundings(job.reference_video, square)
     requests = requests_of_parts(request, job, system, texts, prompts)
-    reference.remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
-    remarks = tuple(dict.fromkeys(reference.remarks))
+    remarks = remarks_of(job, reference, square)
     return PreparedJob(job, requests, start.prefix_motion, picture, wave, frames, remarks, surroundings)
 
 
@@ -367,6 +361,22 @@ def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
     """Encode blocks of square frames (n, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
     codec = system.motion
     return torch.cat([codec.encode(video_to_tensor(block, codec.size)) for block in blocks]).cpu()
+
+
+def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[str, ...]:
+    """Return one-line notes about the inputs: references that were cut, the crop of the face, and unused inputs.
+
+    Args:
+        square: crop of the face that is animated or whose speech is generated, if there is one.
+    """
+    remarks = []
+    for path, seconds in reference.durations.items():
+        if seconds > MAX_FRAMES / FPS:
+            remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
+    if square is not None and square.remark:
+        remarks.append(square.remark)
+    remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
+    return tuple(remarks)
 
 
 def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
