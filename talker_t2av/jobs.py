@@ -1,4 +1,4 @@
-"""Conversion of the files of a job to requests of a `BatchedDecoder`: voices, faces, given streams and prefixes.
+"""Preparation of generation jobs: their files are read, encoded, and converted to requests of a `BatchedDecoder`.
 
 Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S image
 side.
@@ -50,10 +50,10 @@ class PreparedJob:
         requests: requests of a `BatchedDecoder`, one per part of the text. They differ in prompt, limits and seed.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], image of the face. None if no face is generated.
-        wave: (N,) given audio at 24 kHz (a2v).
-        frames: length of the result, if a given stream determines it.
-        remarks: one-line notes about the input files.
-        surroundings: image into which the generated face is pasted. None: not pasted.
+        wave: (N,) given audio at 24 kHz. None if speech is generated.
+        frames: number of frames of the given stream, which is the length of the result. None if both are generated.
+        remarks: one-line notes about the inputs; see `remarks_of`.
+        surroundings: image into which the generated face is pasted. None if it is not pasted.
     """
 
     job: Job
@@ -85,7 +85,7 @@ class Reference:
 
     @cached_property
     def wave(self) -> Tensor:
-        """Waveform (N,) of the voice."""
+        """Waveform (N,) of the voice at 24 kHz."""
         path = self.job.voice_file
         with stage("reading"):
             wave = torch.from_numpy(read_voice(path, RATE))
@@ -99,12 +99,12 @@ class Reference:
 
     @property
     def frames(self) -> int:
-        """Number of frames of the voice."""
+        """Length of the voice in frames, at least 1."""
         return max(1, len(self.wave16) // HOP16)
 
     @cached_property
     def square(self) -> Square:
-        """Square around the face in its video."""
+        """Square crop around the face in `reference_video`."""
         job = self.job
         box = None if job.mode == "v2a" else job.face_box
         count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # a single image of the face suffices
@@ -118,9 +118,10 @@ class Reference:
         return self.system.speaker.embed(to_device(wave, self.system.device)).cpu()
 
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
-        """Encode the first `count` frames of the face to motion (F, Dm), not normalised.
+        """Return the motion (F, Dm) of the first `count` frames, not normalised.
 
-        With `count` 1, this is the first frame that shows the face.
+        It is read from `reference_motion` if given, otherwise encoded from `reference_video`. With `count=1`, the first
+        frame that shows the face is encoded.
         """
         if self.job.reference_motion is None:
             start = self.square.first if count == 1 else 0
@@ -154,17 +155,29 @@ class ReferenceRequest:
 
 
 def reference_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
-    """Create the request of a prompt in the layout that `Job.compat` selects."""
+    """Create a request in the layout that `Job.compat` selects.
+
+    Args:
+        prompt: text tokens.
+
+    Raises:
+        UserError: If a prefix is requested, but is shorter than one patch.
+    """
     job = reference.job
     if job.compat == "paper":
-        return paper_request(reference, prompt)
-    if job.compat == "official" and MODES[job.mode].motion != "absent":
-        return script_request(reference, prompt)
-    return library_request(reference, prompt)
+        start = paper_request(reference, prompt)
+    elif job.compat == "official" and MODES[job.mode].motion != "absent":
+        start = script_request(reference, prompt)
+    else:
+        start = library_request(reference, prompt)
+    if job.prefix_seconds and not start.prefix_frames:
+        seconds = reference.system.model.config.patch_size / FPS
+        raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {seconds} s")
+    return start
 
 
 def paper_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
-    """Create a request with the layout of training. The prefix has whole patches of all streams of the mode."""
+    """Create a request in the layout of training. The prefix is truncated to whole patches."""
     job = reference.job
     system = reference.system
     config = system.model.config
@@ -189,7 +202,7 @@ def paper_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
 
 
 def library_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
-    """Create the request of an official method, see `official.library_method`."""
+    """Create the request of an official method; see `official.library_method`."""
     job = reference.job
     system = reference.system
     config = system.model.config
@@ -210,7 +223,7 @@ def library_request(reference: Reference, prompt: list[int]) -> ReferenceRequest
 
 
 def script_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
-    """Create the request of the official command line, see `official.inference_script`."""
+    """Create the request of the official command line; see `official.inference_script`."""
     system = reference.system
     motion = reference.motion()
     speech = encode_speech(system, reference.wave)
@@ -243,11 +256,6 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
     reference = Reference(job, system)
     start = reference_request(reference, prompts[0])
-    if job.prefix_seconds and not start.prefix_frames:
-        patch_seconds = system.model.config.patch_size / FPS
-        raise UserError(
-            f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {patch_seconds} s"
-        )
     request = start.request
     wave = None
     frames = None
@@ -276,9 +284,9 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
 
 
 def parts_of_text(job: Job, text_bytes: int) -> list[str]:
-    """Split a text whose speech has no given length into parts of at most `text_bytes` bytes.
+    """Split the text of a job into parts of at most `text_bytes` bytes.
 
-    The official routines do not split texts.
+    The text is a single part if a given stream determines the length, and in the official routines.
     """
     if MODES[job.mode].open_ended and job.compat == "paper":
         return split_text(job.text, text_bytes)
@@ -350,7 +358,11 @@ def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
-    """Encode audio (N,) at 24 kHz to latents (F, Ds) on the CPU."""
+    """Encode audio (N,) at 24 kHz to latents (F, Ds) on the CPU, where F = N // 960.
+
+    Raises:
+        UserError: If the audio is shorter than one frame.
+    """
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of audio is too short: at least {HOP / RATE} s are required")
@@ -380,17 +392,25 @@ def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[s
 
 
 def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
-    """Write an embedding (G,) and the digest of the encoder that made it."""
+    """Save a speaker embedding as a safetensors file, atomically.
+
+    Args:
+        speaker: (G,) speaker embedding.
+        digest: digest of the speaker encoder that computed it, which is stored in the file's metadata.
+    """
     with atomic_output(path) as staging:
         staging.write_bytes(save({"speaker": speaker.detach().float().cpu().contiguous()}, {"encoder": digest}))
 
 
 def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
-    """Return the embedding (G,) of a saved voice.
+    """Read the speaker embedding (G,) of a file written by `save_voice`.
 
     Args:
-        digest: digest of the encoder with which the model was trained.
+        digest: digest of the speaker encoder with which the model was trained.
         size: G.
+
+    Raises:
+        UserError: If the file cannot be read, or its embedding was computed by another speaker encoder.
     """
     path = check_readable(path)
     if path.stat().st_size > MAX_VOICE:
