@@ -236,13 +236,15 @@ class TalkerPipeline:
         Args:
             single: generate a single candidate, even if `sampling.particles` is larger.
         """
-        kind = BatchedDecoder
+        decoder_class = BatchedDecoder
         if mode.motion == "given" and self.sampling.particles > 1 and not single:
-            from talker_t2av.particles import Particles as kind
-        key = kind, mode, self.sampling, places, self.system.model
+            from talker_t2av.particles import Particles
+
+            decoder_class = Particles
+        key = decoder_class, mode, self.sampling, places, self.system.model
         decoder = self._idle.pop(key, None)
         if decoder is None:
-            decoder = kind(self.system.model, mode, self.sampling, places, compile=self.compile)
+            decoder = decoder_class(self.system.model, mode, self.sampling, places, compile=self.compile)
         try:
             yield decoder
         finally:
@@ -254,23 +256,25 @@ class TalkerPipeline:
     def finish(self, prepared: Sequence[PreparedJob]) -> list[Talk]:
         """Generate the results of prepared jobs in order. Jobs of the same mode form a batch."""
         groups: dict[tuple[str, str], list[int]] = {}
-        for i, each in enumerate(prepared):
-            groups.setdefault((each.job.mode, each.job.compat), []).append(i)
+        for index, each in enumerate(prepared):
+            groups.setdefault((each.job.mode, each.job.compat), []).append(index)
         model = self.system.model
-        talks = dict[int, Talk]()
-        for jobs in groups.values():
-            first = prepared[jobs[0]]
-            requests = [request for i in jobs for request in prepared[i].requests]
-            most = sum(step_limit(model, request, first.mode) for request in requests)
-            seconds = most * model.config.patch_size / FPS
-            places = min(len(requests), max(len(jobs), PARTS_AT_ONCE))
+        talks: dict[int, Talk] = {}
+        for indices in groups.values():
+            mode = prepared[indices[0]].mode
+            requests = [request for index in indices for request in prepared[index].requests]
+            max_steps = sum(step_limit(model, request, mode) for request in requests)
+            seconds = max_steps * model.config.patch_size / FPS
+            places = min(len(requests), max(len(indices), PARTS_AT_ONCE))
             with (
-                stage(f"sampling at most {seconds:.1f} s", most, "patches") as count,
-                self.decoder(first.mode, places) as decoder,
+                stage(f"sampling at most {seconds:.1f} s", max_steps, "patches") as count,
+                self.decoder(mode, places) as decoder,
             ):
                 results = iter(decoder.generate(requests, count))
-            talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
-        return [talks[i] for i in range(len(prepared))]
+            for index in indices:
+                parts = islice(results, len(prepared[index].requests))
+                talks[index] = self.complete(prepared[index], *parts)
+        return [talks[index] for index in range(len(prepared))]
 
     @torch.no_grad()
     def stream(self, job: Job) -> Iterator[Chunk]:
@@ -291,7 +295,8 @@ class TalkerPipeline:
         last = None
         with self.decoder(prepared.mode, 1, single=True) as decoder:
             for number, request in enumerate(prepared.requests):
-                sound_begins = motion_begins = number > 0  # after a pause
+                sound_begins = number > 0  # after a pause
+                motion_begins = number > 0
                 for wave in self._waves(decoder, prepared, request, fresh):
                     wave = wave[: limit - done] if limit is not None else wave
                     if sound_begins and len(wave):
@@ -300,7 +305,7 @@ class TalkerPipeline:
                     if motion_begins and fresh:
                         fresh.insert(0, bridge(last, fresh[0][0]))
                         motion_begins = False
-                    done = done + len(wave)
+                    done += len(wave)
                     last = fresh[-1][-1] if fresh else last
                     frames = face.show(fresh)
                     fresh.clear()
@@ -352,12 +357,14 @@ class TalkerPipeline:
         The parts of a long text are separated by pauses, during which the motion is interpolated.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
-        moved = list[Tensor]()
         wave = prepared.wave
+        motions: list[Tensor] = []
         for result in results:
-            if result.motion is not None:
-                moved += [bridge(moved[-1][-1], result.motion[0])] if moved else []
-                moved.append(result.motion)
+            if result.motion is None:
+                continue
+            if motions:
+                motions.append(bridge(motions[-1][-1], result.motion[0]))
+            motions.append(result.motion)
         with stage("decoding"):
             if wave is None:
                 # All parts have the same prefix, which the decoder of the speech codec needs.
@@ -365,14 +372,15 @@ class TalkerPipeline:
                 begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
                 end = begin + prepared.frames * HOP if prepared.frames else None
                 pause = torch.zeros(PAUSE * HOP, device=self.system.device)
-                waves = []
+                waves: list[Tensor] = []
                 for result in results:
+                    if waves:
+                        waves.append(pause)
                     decoded = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0]
-                    waves += [pause] if waves else []
                     waves.append(decoded.clamp(-1, 1)[begin:end])
                 wave = torch.cat(waves).cpu().numpy()
-            frames = Face(self.system, prepared).show(moved)
-        motion = self.system.stats.restore(torch.cat(moved)).cpu() if moved else None
+            frames = Face(self.system, prepared).show(motions)
+        motion = self.system.stats.restore(torch.cat(motions)).cpu() if motions else None
         speech = None if results[0].speech is None else torch.cat([result.speech for result in results]).cpu()
         stopped = all(result.stopped for result in results)
         remarks = prepared.remarks
@@ -392,8 +400,8 @@ def _job(mode: str, text: str, **more: Any) -> Job:
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:
     """Interpolate motion (`PAUSE`, Dm) linearly between two frames (Dm,), exclusive."""
-    share = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
-    return start + share * (end - start)
+    weight = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
+    return start + weight * (end - start)
 
 
 class Face:

@@ -1,4 +1,4 @@
-"""Request types of generation: the four modes, sampling settings, the inputs of a row, and stopping rules.
+"""Types of a generation request: the four modes, sampling settings, stopping rules, and the inputs of a row.
 
 Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 TTS, T2AV = range(2)  # row indices of the task embedding
 Stream = Literal["speech", "motion"]
-# Interleaved streams, an ablation of the paper (arXiv 2604.23586). With order=add, the paper's own, a patch of
-# 160 ms is one token, the sum of both streams'. Else it is two, one of each stream, each predicted from the one before
-# it: the second stream is drawn with the first one's patch of the same time known. A row of speech alone has one token.
+# Interleaved streams, an ablation of the paper (arXiv 2604.23586). With order=add, which the paper uses, a patch of
+# 160 ms is one token, the sum of the tokens of both streams. With these orders it is two tokens, and the second stream
+# is conditioned on the first stream's patch of the same time. Without motion, a patch is always one token.
 ORDERS: dict[str, tuple[Stream, Stream]] = {"av": ("speech", "motion"), "va": ("motion", "speech")}
 
 
