@@ -79,17 +79,17 @@ class Batch:
     """Jobs that are processed together.
 
     Attributes:
-        jobs: (name, job) pairs.
+        jobs: (name, job) pairs. A job that could not be read is given as its error, and fails with it.
         first: 1-based index of the first job.
         total: number of jobs in the whole command.
     """
 
-    jobs: Sequence[tuple[str, Any]]
+    jobs: Sequence[tuple[str, Any | UserError]]
     first: int
     total: int
 
 
-def batched(jobs: Sequence[tuple[str, Any]], size: int) -> list[Batch]:
+def batched(jobs: Sequence[tuple[str, Any | UserError]], size: int) -> list[Batch]:
     """Divide (name, job) pairs into batches of up to `size` jobs."""
     return [Batch(jobs[start : start + size], start + 1, len(jobs)) for start in range(0, len(jobs), size)]
 
@@ -214,6 +214,8 @@ class JobRunner(Work[Batch, Summary]):
             if progress and not prepared.is_only_job:
                 progress.prefix = f"{number}/{batch.total} "
             with self._record_errors(prepared, name):
+                if isinstance(job, UserError):
+                    raise job
                 prepared.ready.append((name, self.prepare(job)))
         return prepared
 

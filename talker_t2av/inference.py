@@ -11,7 +11,6 @@ from pathlib import Path
 
 from engine.batch_runner import JobRunner, Summary, batched, print_results, run_batches
 from engine.device import pick_device
-from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
@@ -19,11 +18,11 @@ from engine.settings import override
 from talker_t2av.figure import draw
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
-from talker_t2av.settings import InferConfig, Job, outputs_of
+from talker_t2av.settings import InferConfig, Job, NamedJob, outputs_of
 from talker_t2av.system import BUNDLED
 
 
-def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
+def run(c: InferConfig, jobs: list[NamedJob]) -> int:
     """Run the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
     summary = Summary()
     with writable(c.output):
@@ -51,10 +50,8 @@ class TalkRunner(JobRunner):
 
             self.times = WordTimes()
 
-    def prepare(self, job: Job | UserError) -> PreparedJob:
+    def prepare(self, job: Job) -> PreparedJob:
         """Read and encode the input files of a job."""
-        if isinstance(job, UserError):
-            raise job
         return self.pipeline.prepare(job)
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:

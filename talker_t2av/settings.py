@@ -213,10 +213,11 @@ class InferConfig(RunConfig, Job):
 
 
 JOB_FIELDS = {field.name for field in fields(Job)}
+NamedJob = tuple[str, Job | UserError]  # with the error of a line that is not a valid job
 
 
-def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:
-    """Return the settings and the named jobs. An invalid line of `jobs` yields its error instead of a job."""
+def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
+    """Return the settings and the named jobs, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
     folders = {f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}
     c.begin({"weights": c.weights, **folders})
@@ -231,7 +232,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
         return c, jobs
 
 
-def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
+def read_jobs(c: InferConfig) -> list[NamedJob]:
     """Return names and jobs of the command line, or of each line of `jobs`. Invalid lines yield their error."""
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
     if c.jobs is None:

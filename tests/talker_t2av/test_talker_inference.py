@@ -74,10 +74,11 @@ def test_four_modes_write_their_files_and_keep_what_was_given(files, tmp_path):
     assert len(soundfile.read(tmp_path / "v2a.wav")[0]) == 15 * 960
 
 
-def test_many_jobs_and_one_that_fails(files, tmp_path, capsys):
+def test_many_jobs_and_two_that_fail(files, tmp_path, capsys):
     lines = [
         {"text": "one", "name": "first"},
         {"text": "two", "reference_audio": "nowhere.wav"},
+        {"text": 5},
         {"mode": "t2av", "text": "three", "reference_video": files["face"], "seed": 3},
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
@@ -85,9 +86,13 @@ def test_many_jobs_and_one_that_fails(files, tmp_path, capsys):
         files, tmp_path / "out", mode="tts", reference_audio=files["voice"], jobs=str(tmp_path / "jobs.jsonl")
     )
     assert run(asked) == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0003.mp4", "0003.wav", "first.wav"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0004.mp4", "0004.wav", "first.wav"]
     said = capsys.readouterr()
-    assert "nowhere.wav" in said.err and "2 of 3 jobs" in said.out
+    assert said.err.splitlines() == [
+        "failed: 0002: no such file: nowhere.wav",
+        f"failed: line 3: jobs={tmp_path / 'jobs.jsonl'}, line 3: text=5 must be a text",
+    ]
+    assert "2 of 4 jobs" in said.out
     again = config(files, tmp_path / "again", mode="tts", text="one", reference_audio=files["voice"], name="first")
     run(again)
     first, alone = (soundfile.read(tmp_path / folder / "first.wav")[0] for folder in ("out", "again"))
