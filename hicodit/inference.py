@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,17 +101,17 @@ class ClipRunner(JobRunner):
         return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
-        """Generate the speech of a batch. The clips of each pipeline form one batch."""
-        spoken: dict[int, list[Speech]] = {}
-        for pipeline in [*self.pipelines.loaded.values()]:  # the next batch may load another pipeline in the meantime
-            chosen = [number for number, (its, _) in enumerate(batch) if its is pipeline]
-            faces = [crops for number in chosen for crops in batch[number][1]]
-            if not faces:
-                continue
-            speeches = iter(pipeline.run(faces, [self.config.seed] * len(faces), self.identity))
-            for number in chosen:
-                spoken[number] = [next(speeches) for _ in batch[number][1]]
-        return [spoken[number] for number in range(len(batch))]
+        """Generate the speech of each face of each clip. The faces of one pipeline are generated together."""
+        faces_of: dict[HiCoDiTPipeline, list[tuple[int, Crops]]] = defaultdict(list)  # with the index of their clip
+        for clip, (pipeline, crops_of_faces) in enumerate(batch):
+            faces_of[pipeline] += [(clip, crops) for crops in crops_of_faces]
+        speeches: list[list[Speech]] = [[] for _ in batch]
+        for pipeline, faces in faces_of.items():
+            crops = [crops for _, crops in faces]
+            generated = pipeline.run(crops, [self.config.seed] * len(crops), self.identity)
+            for (clip, _), speech in zip(faces, generated, strict=True):
+                speeches[clip].append(speech)
+        return speeches
 
     def write(
         self, name: str, prepared: tuple[HiCoDiTPipeline, list[Crops]], speeches: list[Speech]
