@@ -44,22 +44,24 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 
-class ClipRunner(JobRunner):
-    """Detects the faces in clips, generates speech and writes the output files.
+class HiCoDiTRunner(JobRunner):
+    """Loads the pipelines and the reference voice.
 
     Args:
         index: GPU index, if several processes share the clips.
+
+    Attributes:
+        pipelines: the pipeline of `weights`, or those of the bundled releases.
+        identity: (256,) embedding of the reference voice. None: the voice is predicted from the face.
     """
 
     def __init__(self, c: InferConfig, index: int | None = None) -> None:
         self.config = c
-        self.output = Path(c.output)
-        self.identity = None
-        self.box = read_boxes(c.face_box) if c.face_box else None
         self.face_source = None
         if c.detector or c.face_landmarks:
             self.face_source = FaceSource.from_settings(c.detector, c.face_landmarks)
         self.device = pick_device(c.device, index)
+        self.identity = None
         if c.reference_audio is not None:
             from engine.nn.ge2e import GE2EEncoder
 
@@ -70,12 +72,6 @@ class ClipRunner(JobRunner):
         self.pipelines = PipelineChooser(self.load, c.weights)
         if c.weights is not None:
             self.pipelines.load_all()
-        self.scratch = tempfile.TemporaryDirectory()
-        self.times = None
-        if c.timestamps:
-            from engine.word_times import WordTimes
-
-            self.times = WordTimes()
 
     def load(self, weights: str | Path) -> HiCoDiTPipeline:
         """Load the pipeline of a release with the settings of the job."""
@@ -88,15 +84,25 @@ class ClipRunner(JobRunner):
         pipeline.guidance = override(pipeline.guidance, c.guidance)
         return pipeline
 
-    def pipeline_for(self, clip: Path) -> HiCoDiTPipeline:
-        """Return the pipeline of `weights=`, or of the bundled release for the face in a clip."""
-        return self.pipelines.for_clip(clip)
+
+class ClipRunner(HiCoDiTRunner):
+    """Detects the faces in clips, generates speech and writes the output files."""
+
+    def __init__(self, c: InferConfig, index: int | None = None) -> None:
+        super().__init__(c, index)
+        self.box = read_boxes(c.face_box) if c.face_box else None
+        self.scratch = tempfile.TemporaryDirectory()
+        self.times = None
+        if c.timestamps:
+            from engine.word_times import WordTimes
+
+            self.times = WordTimes()
 
     def prepare(self, clip: Path) -> tuple[HiCoDiTPipeline, list[Crops]]:
         """Select the pipeline, detect one face or all, and crop mouth and face."""
         c = self.config
         folder = Path(self.scratch.name)
-        pipeline = self.pipeline_for(clip)
+        pipeline = self.pipelines.for_clip(clip)
         strips = [folder / f"{stem_of(clip, number, c)}{TRACK_SUFFIXES[0]}" for number in range(1, MOST_FACES + 1)]
         return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
@@ -120,7 +126,7 @@ class ClipRunner(JobRunner):
         clip = Path(name)
         remarks = []
         total = 0.0
-        with all_or_none(self.output) as staging:
+        with all_or_none(self.config.output) as staging:
             for number, speech in enumerate(speeches, 1):
                 stem = stem_of(clip, number, self.config)
                 for ending in TRACK_SUFFIXES if self.config.debug else ():
@@ -135,23 +141,26 @@ class ClipRunner(JobRunner):
         return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(f' ({remark})' for remark in remarks)}", total
 
 
-class StreamRunner(ClipRunner):
+class StreamRunner(HiCoDiTRunner):
     """Processes clips as streams: speech is generated in hops, without access to the whole clip."""
 
     def prepare(self, clip: Path) -> Path:
+        """Return the clip, which `generate` reads frame by frame."""
         return clip
 
     def generate(self, batch: list[Path]) -> list[list[SpeechChunk]]:
+        """Generate the speech of each clip in turn."""
         c = self.config
-        settings = {"lookahead": self.config.lookahead}
+        settings = {"lookahead": c.lookahead}
         if c.sampler.get("steps") is not None:
             settings["steps"] = c.sampler["steps"]
-        return [list(self.pipeline_for(clip).stream(clip, c.seed, self.identity, **settings)) for clip in batch]
+        return [list(self.pipelines.for_clip(clip).stream(clip, c.seed, self.identity, **settings)) for clip in batch]
 
     def write(self, name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
+        """Write the WAV file and the clip. Return a summary line and the length of the speech in seconds."""
         wave = np.concatenate([chunk.wave for chunk in chunks])
         rate = chunks[0].rate
-        with all_or_none(self.output) as staging:
+        with all_or_none(self.config.output) as staging:
             write_wav(staging / f"{clip.stem}.wav", wave, rate, comment=GENERATED)
             mux_audio(clip, wave, rate, staging / f"{clip.stem}.mp4", GENERATED)
         seconds = len(wave) / rate

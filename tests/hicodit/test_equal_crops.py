@@ -71,7 +71,7 @@ def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     jobs.generate([jobs.prepare(clip)])
     write_outputs([Clip("clip", None, Take(source=clip), {})], folder, "cpu", str(release))
     demo_actions.Demo(folder, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
-    pipeline = jobs.pipeline_for(clip)
+    pipeline = jobs.pipelines.for_clip(clip)
     in_service(pipeline, clip)
 
     assert len(used) == 4
