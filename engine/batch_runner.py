@@ -22,18 +22,7 @@ from engine.errors import UserError, printable, require
 from engine.hub import check_release
 from engine.processes import Lost, Processes, Work, usable_cores
 from engine.progress import current, stage
-from engine.settings import (
-    DEVICES,
-    EXECUTORS,
-    PRECISIONS,
-    ClusterConfig,
-    Group,
-    Limits,
-    check_place,
-    group,
-    set_limits,
-    setting,
-)
+from engine.settings import DEVICES, EXECUTORS, PRECISIONS, ClusterConfig, Group, Limits, check_place, group, setting
 
 WORD_FILES = (".json", ".srt", ".vtt")  # file suffixes written by timestamps=true
 
@@ -65,9 +54,8 @@ class RunConfig(Group):
         Group.__post_init__(self)  # skip the job's own validation, which runs per job
         check_place(self.executor, self.devices, self.device, self.ray.gpus)
 
-    def begin(self, releases: Mapping[str, str | None]) -> None:
-        """Apply the limits and check that the release folders and the required packages exist."""
-        set_limits(self.limits)
+    def check_requirements(self, releases: Mapping[str, str | None]) -> None:
+        """Check that the release folder of each given setting and the required packages exist."""
         for key, folder in releases.items():
             check_release(key, folder)
         if self.timestamps:

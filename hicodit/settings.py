@@ -16,7 +16,7 @@ from engine.faces.detectors import DETECTORS, LANDMARKS
 from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, WHICH_FACE, Group, group, make, override, setting
+from engine.settings import FACE_BOX, SEED, SEEDS, WHICH_FACE, Group, group, make, override, set_limits, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = {"euler": "as in the paper", "confidence": "as in MaskGIT"}  # functions of hicodit/samplers.py
@@ -135,7 +135,8 @@ class InferConfig(RunConfig, ClipConfig):
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     """Return the settings and clips of a job, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
-    c.begin({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
+    set_limits(c.limits)
+    c.check_requirements({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
     read_face(c.face)
     if c.stream:
         _check_stream(c)

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import check_readable, probe, require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
+from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, set_limits, setting
 from engine.untrusted import parse_object, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -219,8 +219,9 @@ NamedJob = tuple[str, Job | UserError]  # with the error of a line that is not a
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
     """Return the settings and the named jobs, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
+    set_limits(c.limits)
     folders = {f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}
-    c.begin({"weights": c.weights, **folders})
+    c.check_requirements({"weights": c.weights, **folders})
     jobs = read_jobs(c)
     for name, job in jobs:
         if isinstance(job, Job):
