@@ -154,6 +154,17 @@ class PreparedBatch:
     is_only_job: bool
     ready: list[tuple[str, Any]] = field(default_factory=list)
 
+    @contextmanager
+    def recording_errors(self, name: str) -> Iterator[None]:
+        """Add an error in this block to the summary, as the failure of the job `name`."""
+        try:
+            yield
+        except Exception as error:
+            if self.is_only_job:
+                raise
+            line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
+            self.summary.failed.append((name, line))
+
 
 class JobRunner(Work[Batch, Summary]):
     """Base class for running jobs in three steps: prepare, generate, write. The constructor loads the models, once per
@@ -201,7 +212,7 @@ class JobRunner(Work[Batch, Summary]):
             progress = current()
             if progress and not prepared.is_only_job:
                 progress.prefix = f"{number}/{batch.total} "
-            with self._record_errors(prepared, name):
+            with prepared.recording_errors(name):
                 if isinstance(job, UserError):
                     raise job
                 prepared.ready.append((name, self.prepare(job)))
@@ -218,7 +229,7 @@ class JobRunner(Work[Batch, Summary]):
                 raise
             results = [None] * len(ready)  # run jobs one by one to find the one that fails
         for (name, prepared), result in zip(ready, results, strict=True):
-            with self._record_errors(batch, name):
+            with batch.recording_errors(name):
                 if result is None:
                     (result,) = self.generate([prepared])
                 with stage("writing"):
@@ -226,17 +237,6 @@ class JobRunner(Work[Batch, Summary]):
                 summary.speech_seconds += seconds
                 summary.lines.append(line)
         return summary
-
-    @contextmanager
-    def _record_errors(self, batch: PreparedBatch, name: str) -> Iterator[None]:
-        """Add the error of a job to the summary of its batch."""
-        try:
-            yield
-        except Exception as error:
-            if batch.is_only_job:
-                raise
-            line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
-            batch.summary.failed.append((name, line))
 
 
 def prefetched(batches: Iterator[PreparedBatch]) -> Iterator[PreparedBatch]:
