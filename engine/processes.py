@@ -1,8 +1,8 @@
 """Worker processes on this machine, each of which may crash, hang or be killed without affecting the others.
 
 Each process has its own pipe, so that a killed process does not corrupt the communication of others, and its index
-determines its device. `concurrent.futures` gives up the whole pool when one process dies, and pebble's processes share
-a pipe and a lock.
+determines its device. With `concurrent.futures`, the death of one process breaks the whole pool; with pebble, processes
+share a pipe and a lock.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ class HiCoDiT(nn.Module):
         branches: Sequence[str] = ("all",),
         keep: Tensor | None = None,
     ) -> Conditioning:
-        """Compute all time-independent tensors.
+        """Compute all tensors that do not depend on the diffusion time.
 
         Args:
             conditions: conditions of B clips.

@@ -299,7 +299,11 @@ def protocol_notes(
 
 
 def choose_metrics(config: DictConfig, figures: list[str], split: str | None, device: str) -> dict[str, Metric]:
-    """Return the metric of each figure, with the protocol of the settings."""
+    """Return the metric that measures each figure, with the protocol selected in `config`.
+
+    Raises:
+        UserError: If a protocol is unknown, or its grammar is missing.
+    """
     chosen = {}
     given = plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")

@@ -54,7 +54,9 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
 
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
-    """Return the maximum number of steps of a row, including the `delay` slots of the motion."""
+    """Return the maximum number of decoding steps of a request after its prefix, including the `delay` patches by which
+    motion lags behind speech.
+    """
     size = model.config.patch_size
     delay = model.config.delay
     if mode.speech == "given":

@@ -90,7 +90,7 @@ def plain_sentences() -> list[str]:
 
 
 def draw_sentence(rng: np.random.Generator, split: str, free: bool = False) -> str:
-    """Sample a sentence uniformly from those of `split`, of the closed vocabulary or a free one."""
+    """Sample a sentence of a split: from the fixed grammar or, if `free`, from a template with free words."""
 
     def pick(words: tuple[str, ...]) -> str:
         return words[rng.integers(len(words))]

@@ -95,6 +95,14 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
 
     The prompt of a clip is the first clip of the same voice with another text, in the training split or the same split,
     if possible with a neutral face.
+
+    Args:
+        corpus: folder of the corpus.
+        outputs: folder of the outputs of each system.
+        count: number of clips; None: all.
+
+    Raises:
+        UserError: If the corpus does not contain the split.
     """
     if not (corpus / f"{split}.jsonl").is_file():
         make = "python scripts/make_synthetic_corpus.py --version 2 --out"

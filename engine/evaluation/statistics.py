@@ -50,11 +50,14 @@ def bootstrap_interval(
     statistic: Statistic = ratio,
     minus: np.ndarray | None = None,
 ) -> tuple[float, float] | None:
-    """Return the 95 % percentile bootstrap interval of a figure of pairs (N, 2), or of its difference to that of
-    `minus` (N, 2).
+    """Return the 95 % percentile bootstrap interval of a statistic of N clips, or of its difference between systems.
 
     Args:
+        pairs: (N, 2), the measurements (a, b) of each clip.
         groups: group of each clip, such as its speaker. Whole groups are resampled, identically for both systems.
+        resamples: number of bootstrap samples.
+        statistic: `ratio` or `correlation`.
+        minus: (N, 2), the measurements of a second system, whose statistic is subtracted.
 
     Returns:
         The bounds (low, high), or None with fewer than two clips or groups.

@@ -252,12 +252,16 @@ class WavLMEncoder(nn.Module):
         normalize: bool = True,
         source: str | Path = FILE,
     ) -> WavLMEncoder:
-        """Create the encoder with the tensors of `state` (released names), strictly, without those of the training
-        loss.
+        """Create the encoder and load `state` strictly, except for the tensors of the training loss, which are ignored.
 
         Args:
+            state: tensors by upstream name.
             settings: fields of `WavLMConfig`; None: those of `LARGE`, unless shapes imply others.
+            normalize: normalise each waveform to zero mean and unit variance.
             source: origin of the state, for error messages.
+
+        Raises:
+            UserError: If tensors are missing, unexpected or of the wrong shape.
         """
         state = rename_all(state, RULES)
         config = WavLMConfig(**(LARGE | wavlm_sizes(state) if settings is None else settings))
