@@ -137,7 +137,12 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor] | None, keep: slice | None = None) -> Tensor:
-        """Map x (B, L, D) -> (B, Q, D), with Q = L without `keep`. `factors` are those of `Rotary`."""
+        """Map x (B, L, D) -> (B, Q, D).
+
+        Args:
+            factors: cosines and signed sines of `Rotary.factors`; None: no position encoding.
+            keep: the Q positions whose outputs are computed; None: all L.
+        """
         dtype = product_type(x.device)
         x = self.attn(self.norm1(x, dtype), factors, keep) + (x if keep is None else x[:, keep])
         return x + self.mlp(self.norm2(x, dtype))

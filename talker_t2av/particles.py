@@ -165,7 +165,7 @@ class Particles(BatchedDecoder):
         return errors.reshape(requests, n, TIMES).mean(-1)
 
     def resample(self, rows: Tensor) -> None:
-        """Set row i to the state of row `rows[i]` (B,); the noise of row i stays."""
+        """Set row i to the state of row `rows[i]`, with rows (B,). Row i keeps its own noise."""
         for x in tensors_of((self.state, self.cache)):
             x[: len(rows)] = x[rows]
         self.ancestors.append(rows)

@@ -296,7 +296,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
             except UserError as error:
                 leave(path.stem, error)
         if not kept:
-            raise UserError(f"{paths[0].parent}: none of its {len(paths)} clips can be read")
+            raise UserError(f"{paths[0].parent}: none of its {len(paths)} clips can be read, for the reasons above")
         array.flush()
         kept_file.unlink(missing_ok=True)
         if len(kept) < len(paths):

@@ -22,9 +22,9 @@ WINDOW = 1024
 
 
 class CumulativeNorm(nn.BatchNorm1d):
-    """`BatchNorm1d(channels, affine=False, momentum=None)`, with averages over all batches so far.
+    """`BatchNorm1d(channels, affine=False, momentum=None)`, whose statistics are averages over all batches so far.
 
-    PyTorch's implementation reads the number of batches on the host, which synchronises.
+    PyTorch's implementation reads the number of batches on the host, which requires a device sync.
     """
 
     def __init__(self, channels: int):

@@ -143,7 +143,7 @@ class WorkItem:
     unpacked: tempfile.TemporaryDirectory | None = None
 
     def crop_mouth(self, encoders: EncoderConfig) -> Tensor:
-        """Crop the mouth (T, S, S) uint8 grey as required by `encoders`."""
+        """Return greyscale mouth crops (T, S, S) uint8, with the alignment and side S that `encoders` require."""
         pictures = []
         start = 0
         for block in self._face_blocks():

@@ -96,9 +96,8 @@ class Enhance(Step):
         noisy = resample_wave(clip.wave, RATE, self.enhancer.rate)
         clean = np.asarray(self.enhancer(noisy), np.float32)
         if clean.shape != noisy.shape or not np.isfinite(clean).all():
-            raise UserError(
-                f"the enhancer returned shape {clean.shape} or values that are not finite for shape {noisy.shape}"
-            )
+            found = f"shape {clean.shape}" if clean.shape != noisy.shape else "values that are not finite"
+            raise UserError(f"the enhancer must return finite samples of shape {noisy.shape}, but returned {found}")
         clean = clean.clip(-1, 1)
         clip.wave = resample_wave(clean, self.enhancer.rate, RATE)[: len(clip.wave)]
         clip.wave16 = resample_wave(clean, self.enhancer.rate, RATE16)[: len(clip.wave16)]

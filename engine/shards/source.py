@@ -153,7 +153,8 @@ class SplitFiles:
                 f"shard {path} is missing: copy it again, or prepare it with python scripts/prepare_data.py"
             )
         elif path.stat().st_size != shard["bytes"]:
-            raise UserError(f"shard {path} is damaged: {path.stat().st_size:,} bytes instead of {shard['bytes']:,}")
+            size = f"{path.stat().st_size:,} bytes instead of {shard['bytes']:,}"
+            raise UserError(f"shard {path} is damaged: {size}; copy it or prepare it again")
         return path
 
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
@@ -229,7 +230,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
             with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
                 while block := stream.read(BLOCK):
                     if out.tell() + len(block) > most:
-                        raise UserError(f"{url} sends more bytes than expected")
+                        raise UserError(f"{url} has more than the expected {most:,} bytes: upload the shards again")
                     out.write(block)
             return
         except ImportError as error:
