@@ -253,7 +253,10 @@ def average(
     for other in shapes[1:]:
         unlike = sorted(name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name))
         if unlike:
-            raise UserError(f"not the same model: {unlike[0]} is missing or has another shape in one of the releases")
+            raise UserError(
+                f"the releases have different models: {unlike[0]} is missing from one of them or differs in shape; "
+                "average releases of one model"
+            )
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
     if not names:
         raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")

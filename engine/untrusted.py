@@ -103,7 +103,7 @@ def parse_object(text: str | bytes, what: Any, names: Collection[str], example: 
     """Parse a JSON object whose keys must be among `names`. `what` and `example` are used in errors."""
     value = parse_json(text, what)
     if not isinstance(value, dict):
-        raise UserError(f"expected an object, as in {example}")
+        raise UserError(f"{what} must be a JSON object, as in {example}")
     if unknown := sorted(value.keys() - names):
         raise UserError(f"unknown setting {unknown[0][:40]!r}; there are: {', '.join(sorted(names))}")
     return value

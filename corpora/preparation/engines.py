@@ -106,6 +106,7 @@ class Emotion2Vec:
             self.model = load_emotion2vec(name, str(pick_device(device)), "emotion")
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """Return the class of each waveform (N,)."""
         results = self.model.generate(list(waves), granularity="utterance", extract_embedding=False)
         return [r["labels"][int(np.argmax(r["scores"]))].split("/")[-1] for r in results]  # "name in Chinese/happy"
 

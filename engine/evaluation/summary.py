@@ -89,7 +89,7 @@ def _cell(
     """Return the figure of one system from its measurements by clip: pairs, or features (F, D)."""
     if isinstance(next(iter(measured.values())), np.ndarray):
         if not true:
-            raise UserError("the ground truth has no video to compare with")
+            raise UserError("the ground-truth clips have no video, which this metric requires: give clips with video")
         value = frechet_distance(*(np.concatenate([*rows.values()]) for rows in (measured, true)))
         return {"value": value, "interval": None, "interval_speakers": None, "clips": len(measured), "values": {}}
     pairs = np.array([*measured.values()], float)
