@@ -50,7 +50,11 @@ class Codec(Pretrained):
         raise NotImplementedError
 
     def checked_frames(self, wave: Tensor) -> int:
-        """Return the number of code frames of waveforms (B, 1, N), after checking their shape and length."""
+        """Return the number of code frames of waveforms (B, 1, N).
+
+        Raises:
+            UserError: If the shape is wrong, or the waveforms are too short for one frame.
+        """
         if wave.ndim != 3 or wave.shape[1] != 1:
             raise UserError(f"wave of shape {tuple(wave.shape)}: expected mono waveforms of shape (batch, 1, samples)")
         if (frames := self.frames(wave.shape[-1])) < 1:

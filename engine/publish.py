@@ -51,6 +51,7 @@ def publish(
         parts: release folders of the codecs by name, which become subfolders of the repository.
         repository: OWNER/NAME.
         license: licence identifier of the hub, such as apache-2.0. None: the licence in the card.
+        private: create the repository as private. An existing one keeps its visibility.
 
     Raises:
         UserError: If the model is not a release, no licence is stated, or the upload fails.

@@ -49,7 +49,7 @@ class LiaXConfig(Group):
         if self.motion_dim > self.style_dim * self.scale:
             raise UserError(
                 f"motion_dim={self.motion_dim} exceeds the style's {self.style_dim * self.scale} dimensions: "
-                "that many orthogonal directions do not exist"
+                "that many orthogonal directions do not exist; reduce motion_dim"
             )
         if self.base > 4 or self.base == self.size:
             raise UserError(f"size={self.size} must be 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")

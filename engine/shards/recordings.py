@@ -112,7 +112,10 @@ class StoredWaves:
         self.shards.check_holds("wave")
         self.shards.require("wave")
         if rate != self.rate:
-            raise UserError(f"{self.shards.source} contains waveforms at {self.rate} Hz, {rate} Hz is required")
+            raise UserError(
+                f"{self.shards.source} contains waveforms at {self.rate} Hz, but the model requires {rate} Hz: "
+                "train it from a folder of recordings"
+            )
         self.blocks = self.shards.blocks()
 
     def __len__(self) -> int:
