@@ -123,7 +123,10 @@ class LiaXTask(Task):
         self.discriminator = self.perceptual = None
         if weights["adversarial"]:
             if growth:
-                raise UserError("task.growth with an adversarial loss: the discriminator requires images of one size")
+                raise UserError(
+                    "task.growth does not support an adversarial loss, as the discriminator requires images of one "
+                    "size: set task.growth=null or task.weights.adversarial=0"
+                )
             self.discriminator = Discriminator(self.codec.config.size, **discriminator)
         if weights["perceptual"]:
             if not vgg:

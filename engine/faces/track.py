@@ -397,8 +397,14 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
 
     Args:
         boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one per frame; or a list of {"time":
-            seconds, "box": [x, y, w, h]}, between which boxes are interpolated linearly. A box spans from the forehead
-            to the chin.
+            seconds, "box": [x, y, w, h]}, between which boxes are interpolated linearly. A box is in pixels and spans
+            from the forehead to the chin.
+        frames: number of frames of the clip.
+        fps: frame rate, for the times of boxes.
+
+    Raises:
+        FaceError: If a list contains fewer boxes than the clip has frames.
+        UserError: If `boxes` has another format, or a box is empty or not finite.
     """
     try:
         if isinstance(boxes[0], dict):

@@ -154,6 +154,9 @@ class SyncNet(nn.Module):
         Args:
             frames: (T, H, W, 3) uint8 RGB at 25 fps, cropped to the face; resized to 224 x 224.
             wave: (N,) in [-1, 1] at 16 kHz.
+
+        Raises:
+            UserError: If the frames or the audio are too short for one window.
         """
         windows = min(len(frames), len(wave) // (RATE // 25)) - WINDOW
         if windows < 1:

@@ -29,7 +29,7 @@ REGIONS = {"eyes": (0.27, 0.36, 0.73, 0.58), "mouth": (0.30, 0.63, 0.70, 0.92)}
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of two arrays of equal shape in [0, 255]. Equal inputs yield inf."""
+    """Return the peak signal-to-noise ratio in dB of two tensors of equal shape in [0, 255]. Equal inputs yield inf."""
     error = (a.double() - b.double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 

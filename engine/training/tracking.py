@@ -213,7 +213,13 @@ def first_line(
 def progress_line(
     step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float], peak: float | None
 ) -> str:
-    """Return the progress line. `peak` in TFLOP/s is the reference of `mfu`."""
+    """Return the progress line of a step.
+
+    Args:
+        means: mean of each logged value since the last line.
+        rates: speed, memory and, if `peak` is known, MFU and HFU.
+        peak: peak performance in TFLOP/s to which MFU and HFU are relative.
+    """
     values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
     eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
     use = f"MFU {rates['mfu']:.1%} HFU {rates['hfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
