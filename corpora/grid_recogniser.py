@@ -261,7 +261,10 @@ class GridRecogniserTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute word and letter error rates in per cent, by split and for new speakers, in one process."""
+        """Return the word and letter error rates in per cent of each split and of new speakers.
+
+        Only the first process computes them; the others return {}.
+        """
         results: dict[str, float] = {}
         if not share.first:
             return results

@@ -80,7 +80,8 @@ def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_
                 print(f"    failed: {file.path}: {error}", file=sys.stderr, flush=True)
     if failed:
         total = sum(len(checkpoint["files"]) for checkpoint in checkpoints)
-        raise UserError(f"{len(failed)} of {total} files could not be downloaded: {', '.join(failed)}")
+        count = f"{len(failed)} of {total} files could not be downloaded"
+        raise UserError(f"{count}: {', '.join(failed)}; run the command again to retry")
 
 
 def main() -> None:

@@ -110,11 +110,13 @@ class Tab:
     """State of a tab: its action, inputs and outputs, and the sessions that use it.
 
     Attributes:
+        word: label of the button that starts the action.
         action: called with the values of `inputs`.
-        files: names on the page of those inputs that are files, and their numbers.
-        errors: lines for the errors of a field, by its name.
+        files: indices into `inputs` of the inputs that are files, by their name on the page.
+        errors: component that shows the error message of each field, by name of the field.
         working: sessions that wait for a result.
-        changed, pressed: those of them whose inputs have changed meanwhile, or where Enter was pressed again.
+        changed: sessions in `working` whose inputs have changed since they started.
+        pressed: sessions in `working` in which Enter was pressed again.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Tab:
             kind: kind of the status: idle, busy, done or error.
             text: status, or error message of a field.
             wrong: name of the invalid field.
+            made: result of the action; None: no result.
         """
         made = made or Made([])
         lines = [

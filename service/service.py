@@ -157,7 +157,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 def without_folders(message: str) -> str:
-    """Return a message in one line, without the paths of request folders."""
+    """Return a message as a single line, without the paths of request folders."""
     message = re.sub(rf"{re.escape(tempfile.gettempdir())}/{FOLDER}[^/]*/", "", message)
     return " ".join(message.split())
 

@@ -77,6 +77,7 @@ class Level(nn.Module):
             refined: the source's warped features after refinement, (B, C, S, S).
             flow: raw flow and mask logits, (B, 3, S, S).
             picture: (B, 3, S, S), not clamped.
+            style: style vectors (B, D) that modulate the convolutions.
             source: the feature map of the source image of this level, (B, C, S, S).
         """
         hidden = self.grow(hidden, style)
