@@ -68,7 +68,7 @@ def check(config: DictConfig) -> None:
     """
     missing = [key for key, value in walk(config) if value == "???"]
     if "task" in missing:
-        raise UserError(f"choose a recipe with experiment=NAME; there are: {', '.join(options('experiment'))}")
+        raise UserError(f"choose a recipe with experiment=NAME; available: {', '.join(options('experiment'))}")
     if missing:
         raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
     with explained():

@@ -74,7 +74,7 @@ class Group:
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
-    """Declare a nested group of settings, of the dataclass `kind`.
+    """Declare a nested group of settings, which the dataclass `kind` defines.
 
     If `unset`, it is a dict of overrides of settings that are stored elsewhere; each is None (no change) by default.
     """
@@ -158,7 +158,7 @@ def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Return whether a value has one of the types of `KINDS`. true is not a number."""
+    """Return whether a value is of the type `kind`, one of `KINDS`. A bool does not count as a number."""
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     if kind is list:  # Hydra passes its own sequence types
@@ -194,7 +194,7 @@ def nearest(wrong: str, names: Collection[str]) -> str:
     abbreviated = [name for name in names if len(initials) > 1 and name.split(".")[-1] == initials]
     if close or abbreviated:
         return f"did you mean {' or '.join(dict.fromkeys([*abbreviated, *close][:3]))}?"
-    return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
+    return f"available: {', '.join(sorted(names)[:12])}" if names else "none is available"
 
 
 def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, dataclasses.Field]:

@@ -105,7 +105,7 @@ def parse_object(text: str | bytes, what: Any, names: Collection[str], example: 
     if not isinstance(value, dict):
         raise UserError(f"{what} must be a JSON object, as in {example}")
     if unknown := sorted(value.keys() - names):
-        raise UserError(f"unknown setting {unknown[0][:40]!r}; there are: {', '.join(sorted(names))}")
+        raise UserError(f"unknown setting {unknown[0][:40]!r}; available: {', '.join(sorted(names))}")
     return value
 
 

@@ -96,7 +96,7 @@ class Service:
         if self.aliases and name in ALIASES:
             name = TALKER
         if name not in self.served:
-            raise HTTPException(404, f"model {name[:80]!r} is not served here; there are: {', '.join(self.served)}")
+            raise HTTPException(404, f"model {name[:80]!r} is not served here; available: {', '.join(self.served)}")
         return self.served[name]
 
     @contextlib.contextmanager

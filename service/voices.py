@@ -63,5 +63,5 @@ class Voices:
             name = self.default
         if name not in self.files:
             some = ", ".join(sorted(self.files)[:20]) or "none; start the service with --voices FOLDER"
-            raise UserError(f"voice {name[:80]!r} is unknown; there are: {some}")
+            raise UserError(f"voice {name[:80]!r} is unknown; available: {some}")
         return self.files[name]

@@ -60,9 +60,18 @@ class SequenceFormat:
         return patches * tokens_per_patch(self.order, motion_frames > 0)
 
     def example(self, prompt: list[int], speech: Tensor, speech_frames: int, motion: Tensor, speaker: Tensor) -> dict:
-        """Return an item for `collate`: speech (F, Ds), normalised motion (Fm, Dm) (Fm = 0: TTS), speaker (G,).
+        """Return an item for `collate`.
 
-        The span of placeholders is (-1, -1) if none fits within the limit.
+        Args:
+            prompt: token ids before the placeholders.
+            speech: (F, Ds) latents.
+            speech_frames: number of speech frames for which placeholders are added.
+            motion: normalised codes (Fm, Dm); Fm = 0 for TTS.
+            speaker: (G,) embedding.
+
+        Returns:
+            The token ids, truncated at `limit`, the span of the placeholders in them, which is (-1, -1) if none fits,
+            and the streams with their lengths.
         """
         whole = len(motion) // self.patch_size * self.patch_size
         motion_frames = max(whole, self.patch_size) if len(motion) else 0  # at least one patch if there is motion

@@ -46,7 +46,7 @@ ACTIVATION_GAIN = math.sqrt(2)  # keeps the variance of a normal input near one;
 
 
 class EqualConv2d(nn.Module):
-    """Equalised convolution without bias and padding."""
+    """Convolution without bias or padding, with equalised learning rate (Karras et al. 2018, arXiv:1710.10196)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
@@ -59,7 +59,7 @@ class EqualConv2d(nn.Module):
 
 
 class EqualLinear(nn.Module):
-    """Equalised linear layer. (..., in) -> (..., out). `bias` is the initial value of every bias."""
+    """Linear layer with equalised learning rate: (..., in) -> (..., out). `bias` is the initial value of every bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: float = 0.0):
         super().__init__()

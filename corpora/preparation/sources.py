@@ -47,7 +47,7 @@ class Source:
     def clips(self, split: str) -> list[SourceClip]:
         """Return the clips of a split in a fixed order."""
         if split not in self.splits:
-            raise UserError(f"{self.root} has no split {split}; there are: {', '.join(self.splits) or 'none'}")
+            raise UserError(f"{self.root} has no split {split}; available: {', '.join(self.splits) or 'none'}")
         clips = list(self.read(split))
         if not clips:
             raise UserError(f"{self.root}: no clips in split {split}")

@@ -130,7 +130,7 @@ def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray) -> np.ndarray:
-    """Return the smooth loudness (T,) of each frame, 0 to 1."""
+    """Return the smoothed RMS level of each video frame relative to the maximum: (N,) -> (T,) in [0, 1]."""
     level = np.sqrt(np.mean(wave.reshape(-1, FRAME) ** 2, 1))
     level = np.convolve(np.pad(level, 3, mode="edge"), np.hanning(9)[1:-1] / 4, "valid")
     return level / max(1e-6, level.max())

@@ -28,7 +28,7 @@ METRICS: dict[str, type[Metric]] = {figure: metric for metric in CLASSES for fig
 def metric_of(figure: str) -> type[Metric]:
     """Return the class that measures a figure."""
     if figure not in METRICS:
-        raise UserError(f"metric {figure!r} is unknown; there are: {', '.join(METRICS)}")
+        raise UserError(f"metric {figure!r} is unknown; available: {', '.join(METRICS)}")
     return METRICS[figure]
 
 

@@ -87,7 +87,7 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Merge the low-rank updates of a state dict into the weights, under the original names."""
+    """Return a state dict with the low-rank updates merged, W + scale * B A, under the original names."""
     out = {}
     for key, value in state.items():
         if key.endswith((A, B)):

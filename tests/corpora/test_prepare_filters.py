@@ -83,5 +83,5 @@ def test_enhancement_replaces_the_sound_at_both_rates():
     Enhance(Half())(noisy)
     assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.transcripts
     assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
-    with pytest.raises(UserError, match="enhancer returned"):
+    with pytest.raises(UserError, match="enhancer must return finite samples"):
         Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)

@@ -43,7 +43,7 @@ def test_composition():
         ([RECIPE, "~trainer"], "trainer has a default and cannot be removed"),
         ([RECIPE, "trainer.lr=1,2"], "add --multirun"),
         ([RECIPE, "run=${nowhere}"], "nowhere"),
-        ([], "choose a recipe with experiment=NAME; there are: .*hicodit_minute"),
+        ([], "choose a recipe with experiment=NAME; available: .*hicodit_minute"),
         (["experiment=hicodit_paper"], r"missing: data\.root=\.\.\. task\.codec=\.\.\."),
     ],
 )

@@ -87,6 +87,6 @@ def write_over_a_folder(folder: Path) -> None:
 
 CASES = [
     *((f"value: {name}", lambda _, call=call: call(), line) for name, (call, line) in VALUES.items()),
-    ("voice: a path", find_voice, "is unknown; there are: none"),
+    ("voice: a path", find_voice, "is unknown; available: none"),
     ("output: a name that a folder has", write_over_a_folder, "cannot write .*a.json: it is a folder"),
 ]

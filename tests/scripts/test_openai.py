@@ -133,7 +133,7 @@ def test_names_of_openai_stand_for_the_model_and_the_default_voice(client, model
     strict = Service(None, models[1], ServeLimits(), False, models[2].parent, aliases=False)
     with pytest.raises(HTTPException, match="404"):
         strict.find("tts-1")
-    with pytest.raises(UserError, match="voice 'alloy' is unknown; there are: anna"):
+    with pytest.raises(UserError, match="voice 'alloy' is unknown; available: anna"):
         strict.voices.find("alloy")
 
 
