@@ -77,7 +77,16 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
 
 
 def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], workers: int) -> None:
-    """Create the clips of a corpus, given its folder, seed, version and number of additional voices."""
+    """Create clips of a corpus in worker processes.
+
+    Args:
+        jobs: pairs (split, index), one per clip.
+        corpus: folder, seed, version and number of additional voices.
+        workers: maximum number of processes.
+
+    Raises:
+        UserError: If a worker was killed.
+    """
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent)
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them

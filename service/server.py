@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the requests, then close the connections.
 
-        Clients of streams may send nothing any more, so the wait is bounded.
+        The wait is bounded, as clients of streams may have stopped sending.
         """
         self.service.close()
         latest = time.monotonic() + self.service.limits.grace + FLUSH

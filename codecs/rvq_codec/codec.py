@@ -82,7 +82,8 @@ class RVQCodec(Codec):
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """Decode codes (B, Q, L) to a waveform (B, 1, hop * L), using the first `levels` levels (all by default).
 
-        Codes on the host are validated there and moved to the codec's device; validating other codes synchronises.
+        Codes on the host are validated there and moved to the codec's device; validating other codes requires a
+        device sync.
 
         Raises:
             UserError: If the codes have the wrong rank, number of levels or values, or no frames.

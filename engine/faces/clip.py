@@ -212,6 +212,10 @@ def place_landmarks(clip: ClipFrames, landmarks: np.ndarray, present: np.ndarray
 
     Args:
         present: (T,) bool, True for frames with landmarks.
+        fps: frame rate of the clip.
+
+    Raises:
+        FaceError: If the number of landmarks does not match the number of frames.
     """
     frames = sum(map(len, clip))
     if abs(len(landmarks) - frames) > MISFIT:

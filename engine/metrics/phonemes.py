@@ -48,7 +48,9 @@ class PhonemeErrors(Metric):
         words = [part for word in words for part in ([word] if word in self.dictionary else word.split("-")) if part]
         missing = [word for word in words if word not in self.dictionary]
         if missing or not words:
-            raise UserError(f"no phonemes are known for {missing[0]!r}" if missing else "the text contains no words")
+            raise UserError(
+                f"{missing[0]!r} is not in the pronunciation dictionary" if missing else "the text contains no words"
+            )
         return [phoneme for word in words for phoneme in self.dictionary[word]]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

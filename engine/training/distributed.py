@@ -71,8 +71,9 @@ _group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # once per 
 
 
 class Agreement:
-    """Flags that any process can raise and that all processes see in the next call, without synchronising device or
-    host.
+    """Flags that any process can raise and that all processes see in the next call.
+
+    The all-reduce runs on CPU tensors in the background, so that no device sync is needed.
     """
 
     def __init__(self) -> None:

@@ -182,4 +182,5 @@ def make_data(data: DictConfig) -> None:
         if code == 2:  # a user error, which the command has reported
             raise SystemExit(2)
         if code != 0:
-            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there are no training data")
+            call = f"{script} {' '.join(arguments)}"
+            raise UserError(f"training data cannot be prepared: {call} failed with exit code {code}; see its messages")
