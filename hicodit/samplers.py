@@ -238,7 +238,7 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     position.
 
     A frame index of L reveals nothing. M is the largest number of frames of a level that a step reveals, rounded up to
-    a multiple of 4. A last step that reveals nothing is omitted. Counting the frames synchronises with the host.
+    a multiple of 4. A last step that reveals nothing is omitted. Counting the frames requires a device sync.
     """
     length = step.shape[2]
     step = torch.where(masked, step, steps)

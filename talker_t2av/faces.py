@@ -72,6 +72,9 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
     Args:
         crop: "face", or "centre" for the largest centred square without detection.
         face_box: position of the face in the form of `engine.faces.track.read_boxes`.
+
+    Raises:
+        UserError: If the file cannot be read, or `face_box` does not fit it.
     """
     if is_picture(path):
         return find_square_of_picture(path, crop, face_box)

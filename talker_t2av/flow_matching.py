@@ -64,7 +64,7 @@ def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequenc
 
 
 def log_normal_times(normal: Tensor) -> Tensor:
-    """Map standard normal samples to training times in (0, 1)."""
+    """Map standard normal samples to training times in (0, 1), which have a logit-normal distribution."""
     return torch.sigmoid(normal + TIME_MEAN)
 
 

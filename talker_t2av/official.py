@@ -46,7 +46,9 @@ def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
 
 
 def voice_frames(prefix: int) -> int:
-    """Return the number of audio frames, zero-padded if necessary, that both methods pass to the speaker encoder."""
+    """Return the length in frames of the audio that both methods pass to the speaker encoder: `prefix`, or the maximum
+    if `prefix` is 0. Shorter audio is zero-padded.
+    """
     return prefix or MAX_FRAMES
 
 

@@ -46,12 +46,11 @@ class MotionStats:
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
             if value.ndim != 1 or not value.isfinite().all() or (name == "std" and (value < 0).any()):
-                raise UserError(
-                    f"the motion statistics' {name} must be a list of finite numbers, std must not be negative"
-                )
+                sign = ", none of them negative" if name == "std" else ""
+                raise UserError(f"motion_{name}={str(value.tolist())[:80]} must be a list of finite numbers{sign}")
         if len(self.mean) != len(self.std):
             raise UserError(
-                f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: they must be equal"
+                f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: their lengths must be equal"
             )
 
     def normalise(self, motion: Tensor) -> Tensor:

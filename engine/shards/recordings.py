@@ -92,7 +92,7 @@ class WavFiles:
                 with soundfile.SoundFile(path) as file:
                     if file.samplerate != self.rate or file.channels != 1:
                         form = f"{file.channels} channels at {file.samplerate} Hz"
-                        raise UserError(f"{path} is not mono at {self.rate} Hz: {form}")
+                        raise UserError(f"{path} has {form}: convert it to mono at {self.rate} Hz")
                     if most is not None:
                         file.seek(draw(file.frames - most, generator))
                     return torch.from_numpy(file.read(-1 if most is None else most, dtype="float32"))

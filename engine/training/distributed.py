@@ -52,9 +52,7 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """Create a gloo group of all processes with a long timeout, for host memory. All processes must call this
-    function.
-    """
+    """Create a gloo group of all processes with a long timeout, for CPU tensors. All processes must call this."""
     group = dist.new_group(backend="gloo", timeout=PATIENT)
     _groups.append(group)
     return group
