@@ -214,7 +214,7 @@ def _with_text(folder: str, name: str) -> SourceClip:
 def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
     """Return the split of each held-out group (a speaker, a video). Training groups are absent.
 
-    A share above 0 selects at least one group, and at least one group remains for training.
+    A fraction above 0 selects at least one group, and at least one group remains for training.
 
     Args:
         shares: fraction of the groups by split.
