@@ -16,7 +16,7 @@ ALIASES = (  # OpenAI's names of voices
 
 
 class Voices:
-    """Voices by name, each a file of `talker_t2av.jobs.save_voice`, which are read once at start-up.
+    """Voices by name, each a file of `talker_t2av.reference.save_voice`, which are read once at start-up.
 
     Args:
         folder: each recording (NAME.wav, ...) or saved voice (NAME.safetensors) in it is the voice NAME.

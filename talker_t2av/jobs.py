@@ -1,37 +1,28 @@
 """Preparation of generation jobs: their files are read, encoded, and converted to requests of a `BatchedDecoder`.
 
-Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, G speaker embedding, S image
-side.
+Axes: N samples at 24 kHz, F frames at 25 per second, Ds / Dm speech / motion channels, S image side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from engine.device import to_device
 from engine.errors import UserError
-from engine.files import atomic_output
-from engine.media.audio import read_audio, read_voice, resample
-from engine.media.ffmpeg import check_readable
-from engine.media.pictures import identity_to_tensor, video_to_tensor
-from engine.nn.mel import pad_or_trim
+from engine.media.audio import read_audio
 from engine.progress import stage
 from engine.seeding import seed_for
-from engine.torch_files import read_matrix
 from talker_t2av import official
 from talker_t2av.faces import Square, Surroundings, find_square, read_square, read_surroundings
-from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
+from talker_t2av.model import FPS, HOP, MAX_FRAMES, RATE
+from talker_t2av.reference import Reference, encode_motion, encode_speech
 from talker_t2av.request import MODES, Mode, Request
-from talker_t2av.settings import Job, is_voice
+from talker_t2av.settings import Job
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
@@ -39,7 +30,6 @@ from talker_t2av.text import split_text
 MARGIN = 1.5
 SLOW_BYTE = 0.15
 SLOW_PHONEME = 0.2
-MAX_VOICE = 2**20  # maximum size of a saved voice in bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class PreparedJob:
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], image of the face. None if no face is generated.
         wave: (N,) given audio at 24 kHz. None if speech is generated.
-        frames: number of frames of the given stream, which is the length of the result. None if both are generated.
+        frames: number of frames of the given stream, which is the length of the result. None without a given stream.
         remarks: one-line notes about the inputs; see `remarks_of`.
         surroundings: image into which the generated face is pasted. None if it is not pasted.
     """
@@ -68,75 +58,6 @@ class PreparedJob:
     @property
     def mode(self) -> Mode:
         return MODES[self.job.mode]
-
-
-class Reference:
-    """Reference voice and face of a job. Files are read on first use. Only their first 30 s are used.
-
-    Attributes:
-        durations: total duration in seconds of the recording and motion file, by path, if they have been read. Motion
-            of which only one frame is needed is not included.
-    """
-
-    def __init__(self, job: Job, system: TalkerSystem) -> None:
-        self.job = job
-        self.system = system
-        self.durations: dict[str, float] = {}
-
-    @cached_property
-    def wave(self) -> Tensor:
-        """Waveform (N,) of the voice at 24 kHz."""
-        path = self.job.voice_file
-        with stage("reading"):
-            wave = torch.from_numpy(read_voice(path, RATE))
-        self.durations[path] = len(wave) / RATE
-        return wave[: MAX_FRAMES * HOP]
-
-    @cached_property
-    def wave16(self) -> Tensor:
-        """Waveform (N,) of the voice at 16 kHz."""
-        return resample(self.wave, RATE, RATE16)
-
-    @property
-    def frames(self) -> int:
-        """Length of the voice in frames, at least 1."""
-        return max(1, len(self.wave16) // HOP16)
-
-    @cached_property
-    def square(self) -> Square:
-        """Square crop around the face in `reference_video`."""
-        job = self.job
-        box = None if job.mode == "v2a" else job.face_box
-        count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # a single image of the face suffices
-        return find_square(job.reference_video, count, job.crop, box)
-
-    def speaker(self, frames: int | None = None) -> Tensor:
-        """Return the speaker embedding (G,) of the voice, or of its first `frames` frames, padded with silence."""
-        if is_voice(self.job.voice_file):
-            return read_saved_voice(self.job.voice_file, self.system.voice_digest, self.system.model.config.speaker_dim)
-        wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
-        return self.system.speaker.embed(to_device(wave, self.system.device)).cpu()
-
-    def motion(self, count: int = MAX_FRAMES) -> Tensor:
-        """Return the motion (F, Dm) of the first `count` frames, not normalised.
-
-        It is read from `reference_motion` if given, otherwise encoded from `reference_video`. With `count=1`, the first
-        frame that shows the face is encoded.
-        """
-        if self.job.reference_motion is None:
-            start = self.square.first if count == 1 else 0
-            blocks = read_square(self.job.reference_video, self.square, count, start)
-            return encode_motion(self.system, blocks)
-        path = self.job.reference_motion
-        motion = read_matrix(path, self.system.model.config.motion_dim)
-        if count > 1:
-            self.durations[path] = len(motion) / FPS
-        return motion.float()[:count]
-
-    def picture(self) -> Tensor:
-        """Read the image (3, S, S) of the first frame that shows the face."""
-        blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
-        return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
 
 @dataclass(frozen=True)
@@ -197,7 +118,7 @@ def paper_request(reference: Reference, prompt: list[int]) -> ReferenceRequest:
     frames = patches * config.patch_size
     normalised = system.stats.normalise(motion)
     first_motion = normalised[0] if len(motion) else None
-    request = Request(prompt, speaker, speech[:frames], normalised[:frames], first_motion, patches)
+    request = Request(prompt, speaker, speech[:frames], normalised[:frames], first_motion, prefix=patches)
     return ReferenceRequest(request, frames, motion[:frames])
 
 
@@ -357,24 +278,6 @@ def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
     return max(1, -(-round(seconds * FPS) // system.model.config.patch_size))
 
 
-def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
-    """Encode audio (N,) at 24 kHz to latents (F, Ds) on the CPU, where F = N // 960.
-
-    Raises:
-        UserError: If the audio is shorter than one frame.
-    """
-    wave = torch.as_tensor(wave)
-    if len(wave) < HOP:
-        raise UserError(f"{len(wave) / RATE:.3f} s of audio is too short: at least {HOP / RATE} s are required")
-    return system.speech.encode(to_device(wave[None, None], system.device))[0].cpu()
-
-
-def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
-    """Encode blocks of square frames (n, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
-    codec = system.motion
-    return torch.cat([codec.encode(video_to_tensor(block, codec.size)) for block in blocks]).cpu()
-
-
 def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[str, ...]:
     """Return one-line notes about the inputs: references that were cut, the crop of the face, and unused inputs.
 
@@ -389,37 +292,3 @@ def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[s
         remarks.append(square.remark)
     remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
     return tuple(remarks)
-
-
-def save_voice(path: str | Path, speaker: Tensor, digest: str) -> None:
-    """Save a speaker embedding as a safetensors file, atomically.
-
-    Args:
-        speaker: (G,) speaker embedding.
-        digest: digest of the speaker encoder that computed it, which is stored in the file's metadata.
-    """
-    with atomic_output(path) as staging:
-        staging.write_bytes(save({"speaker": speaker.detach().float().cpu().contiguous()}, {"encoder": digest}))
-
-
-def read_saved_voice(path: str | Path, digest: str, size: int) -> Tensor:
-    """Read the speaker embedding (G,) of a file written by `save_voice`.
-
-    Args:
-        digest: digest of the speaker encoder with which the model was trained.
-        size: G.
-
-    Raises:
-        UserError: If the file cannot be read, or its embedding was computed by another speaker encoder.
-    """
-    path = check_readable(path)
-    if path.stat().st_size > MAX_VOICE:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a saved voice: use another file")
-    content = path.read_bytes()
-    try:
-        speaker = load(content)["speaker"]
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is not a saved voice ({error}): save it again from a recording") from error
-    if f'"{digest}"'.encode() not in content or speaker.shape != (size,) or not torch.isfinite(speaker).all():
-        raise UserError(f"{path} was saved by another speaker encoder: save it again from a recording")
-    return speaker

@@ -35,9 +35,10 @@ from engine.settings import nearest
 from talker_t2av.faces import Surroundings
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import BatchedDecoder, Result
-from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job, save_voice
+from talker_t2av.jobs import Job, PreparedJob, prepare_job
 from talker_t2av.model import FPS, HOP, MAX_FRAMES, RATE
 from talker_t2av.prompt import step_limit
+from talker_t2av.reference import Reference, save_voice
 from talker_t2av.request import Mode, Request, Sampling, tokens_per_patch
 from talker_t2av.system import BUNDLED, TalkerSystem
 

@@ -292,7 +292,7 @@ def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = Fal
 
 
 def is_voice(path: str | Path | None) -> bool:
-    """Return whether a file name is that of a saved voice; see `talker_t2av.jobs.save_voice`."""
+    """Return whether a file name is that of a saved voice; see `talker_t2av.reference.save_voice`."""
     return path is not None and Path(path).suffix.lower() == SAVED_VOICE
 
 

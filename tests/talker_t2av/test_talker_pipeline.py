@@ -18,8 +18,9 @@ from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import BatchedDecoder
-from talker_t2av.jobs import encode_motion, prepare_job
+from talker_t2av.jobs import prepare_job
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
+from talker_t2av.reference import encode_motion
 from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
 from tests.rehearsal.stand_ins import download
