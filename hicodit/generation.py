@@ -39,8 +39,8 @@ class GuidedPosterior:
 
     Attributes:
         model: the score network.
-        conditioning: time-independent tensors. A CUDA graph of a step copies them, so that it can be reused for other
-            clips.
+        conditioning: tensors that do not depend on the diffusion time. A CUDA graph of a step copies them, so that it
+            can be reused for other clips.
         scales: guidance scales.
     """
 

@@ -178,7 +178,11 @@ class TalkerSystem:
         return self.speaker.digest()
 
     def require(self, mode: str) -> None:
-        """Load the networks that a mode needs."""
+        """Load the networks that a mode needs.
+
+        Raises:
+            UserError: If one of them cannot be loaded.
+        """
         uses = MODES[mode]
         needed = {"speech": True, "motion": uses.motion != "absent", "speaker": uses.speech == "generated"}
         for part in (part for part in needed if needed[part]):

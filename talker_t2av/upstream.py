@@ -68,7 +68,7 @@ def find_released(folder: Path, part: str) -> Path:
         if mark.encode() in _tensor_names(path):
             return path.parent if re.fullmatch(r".*-\d+-of-\d+\.safetensors", path.name) else path
     raise UserError(
-        f"{folder} does not contain {what} (a file {patterns[0]}): download it with  "
+        f"{folder} does not contain {what} (a file {patterns[0]}): download it with "
         f"python scripts/download_checkpoints.py talker_t2av --to {folder}"
     )
 

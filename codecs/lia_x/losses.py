@@ -95,7 +95,10 @@ class Perceptual(nn.Module):
                 {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True
             )
         except RuntimeError as error:
-            raise UserError(f"task.vgg={weights} is not torchvision's vgg19 weights: {error}") from error
+            raise UserError(
+                f"task.vgg={weights} does not contain torchvision's weights of VGG-19 ({error}): set it to "
+                "vgg19-dcbb9e9d.pth"
+            ) from error
         cuts = [0, *(tap + 1 for tap in VGG_TAPS)]
         self.stages = nn.ModuleList(features[a:b] for a, b in pairwise(cuts))
         self.requires_grad_(False)

@@ -113,7 +113,9 @@ class UpstreamEncoders:
             made = {"lip": lambda: AVHubert(AVHubertConfig(**c.lip)), "identity": lambda: ArcFace(c.identity_blocks)}
             return made.get(name, POSTER2)()
         if not Path(c.folder).is_dir():
-            raise UserError(f"folder of encoder checkpoints not found: encoders.folder={c.folder}")
+            raise UserError(
+                f"encoders.folder={c.folder} is not a folder: set it to that of the downloaded encoder checkpoints"
+            )
         network = NETWORKS[name].from_pretrained(Path(c.folder) / file)
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(

@@ -280,7 +280,7 @@ class WavLMEncoder(nn.Module):
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(
-                f"{path} not found: download it with  python scripts/download_checkpoints.py talker_t2av --to DIR"
+                f"{path} not found: download it with python scripts/download_checkpoints.py talker_t2av --to DIR"
             )
         return cls.from_released(read_state(path, "model"), source=path)
 
