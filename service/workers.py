@@ -72,6 +72,11 @@ class Worker(threading.Thread):
         self.ready = threading.Event()  # set after `warm_up`, or when it failed
 
     def submit(self, ticket: Ticket) -> None:
+        """Add a ticket to the queue.
+
+        Raises:
+            WorkerEnded: If the worker has stopped.
+        """
         with self.changed:
             if self.stopping:
                 raise WorkerEnded
@@ -96,7 +101,7 @@ class Worker(threading.Thread):
         raise NotImplementedError
 
     def work(self) -> None:
-        """Wait for tickets and work on them for a while."""
+        """Wait for tickets and advance them by one batch or step. `run` calls this until `stop`."""
         raise NotImplementedError
 
     def stop(self) -> None:

@@ -3,7 +3,7 @@
 - PER, phoneme error rate, for English sentences within the dictionary. Phonemes are recognised with a phoneme bigram
   model, without words. The reference is the first pronunciation of each word in the dictionary, without stress. The PER
   of clean speech is high: report it, and that of resynthesised speech, with each result.
-- DD, duration distance: mean absolute difference of phone durations to the ground truth, in milliseconds. The
+- DD, duration distance: mean absolute difference of phone durations from the ground truth, in milliseconds. The
   Talker-T2AV paper does not define it. Here both takes are aligned with the same text. English only; words with
   different pronunciations in the two takes are excluded. Values are not comparable with other definitions.
 """
