@@ -227,7 +227,8 @@ def explained(config_name: str = "", words: Sequence[str] = ()) -> Iterator[None
     """Convert errors of Hydra and OmegaConf to a one-line `UserError` that suggests the nearest valid name.
 
     Args:
-        config_name, words: the composed configuration, to look up valid settings.
+        config_name: name of the composed configuration, in which valid names are looked up.
+        words: its overrides from the command line.
     """
     try:
         yield

@@ -180,14 +180,14 @@ def read_picture(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as header:  # reads the size, and decodes nothing
             width, height = header.size
     except Image.DecompressionBombError as error:
-        raise UserError(f"the image has more than {LIMITS.pixels:,} pixels") from error
+        raise UserError(f"the image has more than {LIMITS.pixels:,} pixels: scale it down") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError("the image cannot be read") from error
+        raise UserError("the image cannot be decoded: send a complete JPEG or PNG file") from error
     if width * height > LIMITS.pixels:
         raise UserError(f"the image has {width} x {height} pixels: at most {LIMITS.pixels:,} are allowed")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
-        raise UserError("the image cannot be read")
+        raise UserError("the image cannot be decoded: send a complete JPEG or PNG file")
     return picture
 
 

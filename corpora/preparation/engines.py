@@ -149,6 +149,11 @@ class VoiceWindows:
         self.least = least
 
     def __call__(self, wave: np.ndarray) -> list[float]:
+        """Return the duration of the main voice and that of all other voices in a waveform (N,), in seconds.
+
+        Raises:
+            UserError: If the waveform contains no speech.
+        """
         seconds = len(wave) / RATE16
         speech = self.encoder.audio.preprocess_wav(np.asarray(wave, np.float32))
         if len(speech) == 0:

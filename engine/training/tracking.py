@@ -178,7 +178,7 @@ class Window:
             self._counts[prefix + key] += 1
 
     def means(self) -> dict[str, float]:
-        """Return the means of the scalars over the steps that reported them. Synchronises with the device."""
+        """Return the means of the scalars over the steps that reported them. This requires a device sync."""
         keys = list(self._sums)
         sums = torch.stack([self._sums[key].double() for key in keys]).tolist()
         return {key: total / self._counts[key] for key, total in zip(keys, sums)}
