@@ -84,7 +84,11 @@ class TalkerTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
-        """Load the tokenizer from a release folder, or from that of the released checkpoint."""
+        """Load the tokenizer from a release folder, or from that of the released checkpoint.
+
+        Raises:
+            UserError: If the folder has no tokenizer, or its tokenizer is damaged or unsuitable.
+        """
         folder = release_folder(folder)
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise UserError(f"{folder} has no tokenizer (tokenizer.json): copy or download the whole folder")

@@ -1,8 +1,8 @@
 """Mel cepstral distortion in dB (Kubichek 1993), as the program pymcd 0.2.1 (MIT) computes it.
 
 22.05 kHz; spectral envelopes of WORLD every 5 ms (the package pyworld, MIT) with 512 bins; mel cepstra of order 13 with
-alpha 0.65. The distance of two frames includes coefficient 0; the alignment excludes it. Modes: `plain` pads the
-shorter wave with silence; `dtw` aligns by FastDTW (Salvador and Chan 2007; the package fastdtw, MIT); `dtw_sl`
+alpha 0.65. The distance between two frames includes coefficient 0; the alignment excludes it. Modes: `plain` pads the
+shorter waveform with silence; `dtw` aligns by FastDTW (Salvador and Chan 2007; the package fastdtw, MIT); `dtw_sl`
 multiplies by the ratio of the lengths. The HiCoDiT paper does not state which of them it uses.
 
 Axes: N samples, F frames, M = 14 coefficients.

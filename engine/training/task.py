@@ -69,7 +69,7 @@ class Task(nn.Module):
         return []
 
     def begin_step(self, step: int) -> None:
-        """Prepare a training step. Schedules depend on `self.step`, a number on the host."""
+        """Prepare a training step. Schedules depend on `self.step`, a Python integer."""
         self.step = step
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Task(nn.Module):
         micro-batch; otherwise they are recomputed, so that the graphs of all micro-batches need not be kept.
 
         PyTorch's default generator is seeded for every batch, and may only be used for these results or in the first
-        part. Values must not be read from the device, as this synchronises. Parameters that are changed in place
+        part. Values must not be read from the device, as this requires a sync. Parameters that are changed in place
         (codebooks) must change identically in every process: use a generator that is seeded by a buffer, as the default
         generators differ.
         """
