@@ -91,7 +91,11 @@ def _named(folder: str | Path, setting: str) -> Path:
 
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
-    """Create the folder of `setting`, or fail before any work begins. New folders that stay empty are removed."""
+    """Create the folder of `setting` before any work begins. New folders that stay empty are removed.
+
+    Raises:
+        UserError: If the folder cannot be created, or files cannot be written to it.
+    """
     folder = _named(folder, setting)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     with report_os_errors(f"cannot write to {setting}={folder}"):

@@ -99,7 +99,11 @@ class SpanLayout:
         return cls(with_motion, start, length, length.clamp(min=0), step, turns, begin, tokens)
 
     def examples(self, stream: str, patches: Tensor, count: int) -> Tensor:
-        """Return the patches (B, count) on which a diffusion head is trained. Each row of a stream has `patches` (B,).
+        """Return a mask (B, count) of the patches on which a diffusion head is trained.
+
+        Args:
+            patches: (B,) number of patches of the stream in each row.
+            count: number of columns of the mask.
 
         Rows with a single patch or without slots yield no examples. Rows with a truncated span yield examples up to the
         last position. Both match the official program.
