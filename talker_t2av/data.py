@@ -1,7 +1,7 @@
 """Talker-T2AV's dataset: pairs of examples from prepared shards.
 
-An example is a text with its speech latents and, for T2AV, its motion. Half of a batch are T2AV and half TTS examples:
-an item of `TalkerPairs` is one example of each.
+An example is a text with its speech latents and, for T2AV, its motion. Half of the examples of a batch are T2AV, half
+TTS: an item of `TalkerPairs` is one example of each.
 
 Axes: B batch, T tokens, F speech frames, Fm motion frames, Ds / Dm speech / motion channels, G speaker embedding, n
 clips. Latents have 25 frames per second.

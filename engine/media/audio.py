@@ -68,6 +68,10 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
 
     Args:
         span: start and end in seconds of the part to read. None: the whole file.
+
+    Raises:
+        UserError: If the file cannot be read, is truncated or has no audio, or if its samples are not finite or exceed
+            `LOUDEST`.
     """
     path = check_readable(path)
     check_complete(path)

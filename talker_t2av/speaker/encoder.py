@@ -173,7 +173,7 @@ class EcapaTDNN(nn.Module):
 
 
 def mix_states(states: Tensor, weight: Tensor) -> Tensor:
-    """Mix hidden states (K, B, T, C) and their logits (K,) -> mixed features (B, C, T)."""
+    """Average hidden states (K, B, T, C), weighted by the softmax of the logits `weight` (K,) -> (B, C, T)."""
     return torch.einsum("k,kbtc->bct", weight.softmax(0), states)
 
 
