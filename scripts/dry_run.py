@@ -4,7 +4,7 @@
     python scripts/dry_run.py talker_paper trainer.parallel=hybrid --ranks 256 trainer.global_batch_size=256
 
 The trainer and FSDP2 run in a fake process group, and tensors have shapes without data. It takes a minute or two on a
-CPU. Further words are settings of the recipe, as train.py takes them.
+CPU. The other arguments are settings of the recipe, as for train.py.
 """
 
 from __future__ import annotations

@@ -101,12 +101,12 @@ class SpanLayout:
     def examples(self, stream: str, patches: Tensor, count: int) -> Tensor:
         """Return a mask (B, count) of the patches on which a diffusion head is trained.
 
+        Rows with a single patch or without slots yield no examples. Rows with a truncated span yield examples up to the
+        last position. Both match the official program.
+
         Args:
             patches: (B,) number of patches of the stream in each row.
             count: number of columns of the mask.
-
-        Rows with a single patch or without slots yield no examples. Rows with a truncated span yield examples up to the
-        last position. Both match the official program.
         """
         place = torch.arange(count, device=self.start.device)
         position = self.begin[stream][:, None] + self.step[:, None] * place - 1

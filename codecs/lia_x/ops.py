@@ -2,7 +2,7 @@
 
 Axes: B images, C channels, O output channels, H height, W width, S side of a square map, D style.
 Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
-("equalised"), so that every weight learns at the same pace.
+("equalised"), so that every weight has the same effective learning rate.
 
 Gains, biases and sums are folded into weights or into one pass over a map where possible: a map of 512 x 512 pixels
 and 128 channels is 134 MB, and each pass costs about a sixth of a convolution on a CPU.

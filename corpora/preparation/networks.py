@@ -231,7 +231,9 @@ class RVQTokens(CodecEncoder):
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
-            raise UserError(f"{codes.shape[1]} token frames for {clip.length} video frames: use a tokenizer with 50 Hz")
+            raise UserError(
+                f"{codes.shape[1]} token frames for {clip.length} video frames: use a tokenizer of 50 frames per second"
+            )
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 
