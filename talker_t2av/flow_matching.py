@@ -97,7 +97,7 @@ def drop(x: Tensor, u: Tensor, probability: float) -> Tensor:
 
 
 def noised(x1: Tensor, draws: FlowDraws) -> Tensor:
-    """Return x_t (N, C, P)."""
+    """Return x_t (N, C, P), the interpolation between data x1 (N, C, P) at t = 0 and noise at t = 1."""
     t = draws.t[:, None, None]
     return (1 - t) * x1 + t * draws.z
 
