@@ -252,6 +252,8 @@ def _load_whisper(codec: WhisperXVAE, name: str) -> None:
         raise UserError(f"task.whisper={name} is not a folder or hub name of a Whisper model") from error
     found = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
     if found != {k: tuple(v.shape) for k, v in codec.whisper.state_dict().items()}:
-        raise UserError(f"task.whisper={name} has other sizes than task.codec: choose hidden, whisper_* and mel_bands")
+        raise UserError(
+            f"task.whisper={name} has other sizes than task.codec: adapt hidden, whisper_* and mel_bands of task.codec"
+        )
     codec.whisper.load_state_dict(encoder.state_dict())
     codec.whisper.requires_grad_(False)

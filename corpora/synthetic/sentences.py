@@ -1,6 +1,6 @@
 """GRID-style sentences (Cooke et al. 2006, "An audio-visual corpus for speech perception and automatic speech
 recognition"): command, colour, preposition, letter, digit, adverb. Letters are NATO words, because spoken letters are
-confused by a recogniser even on clean speech. Version 2 has free sentences beside them: templates filled with the
+confused by a recogniser even on clean speech. Version 2 also has free sentences: templates filled with the
 common words of `words.txt`, of which no two look the same on the lips. Version 3 adds open ones: any word of
 pocketsphinx's dictionary, names, numbers, dates and sums, with or without punctuation."""
 
