@@ -146,7 +146,7 @@ def uses_int8(precision: str, device: torch.device | str, compiled: bool = False
 
 
 def prepare_inference(network: M, int8: bool = False, device: torch.device | str = "cpu", compiled: bool = False) -> M:
-    """Convert the linear layers of a network to the layouts of inference in place. Do not save the result.
+    """Convert the linear layers of a network in place for faster inference. Do not save the result.
 
     Gradients are not supported, and outputs change by rounding. Layers that share their weight with another module are
     not packed.

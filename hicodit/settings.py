@@ -88,7 +88,7 @@ class StreamSettings(Group, prefix="stream."):
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
-    """Override these settings by those of configs/sampler/NAME.yaml."""
+    """Override these settings with those of configs/sampler/NAME.yaml."""
     preset = read_preset("sampler", name)
     return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
 

@@ -194,7 +194,7 @@ class TalkerExamples:
                 return info, latents, self.words.prompt(info["text"])
             except UserError as error:
                 self.leave_out(info["key"], error)
-        raise UserError(f"{self.shards.source}: no clip has a usable text")
+        raise UserError(f"{self.shards.source}: no clip has a usable text, for the reasons above")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the example of clip `index`. The window of a clip over 30 s is drawn from the generator.

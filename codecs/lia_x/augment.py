@@ -104,7 +104,7 @@ def _hue_and_saturation(turn: float, saturation: float) -> np.ndarray:
 
 
 def replace_wall(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replace the blue background in frames (K, H, W, 3) uint8 by a random image."""
+    """Replace the blue background in frames (K, H, W, 3) uint8 RGB with a random image."""
     wall = background(frames.shape[1:3], rng)
     out = []
     for frame in frames:

@@ -182,6 +182,7 @@ class Pyannote:
         self.pipeline.to(pick_device(device))
 
     def __call__(self, wave: np.ndarray) -> list[float]:
+        """Return the duration of each speaker's speech in a waveform (N,), in seconds."""
         result = self.pipeline({"waveform": torch.from_numpy(wave)[None], "sample_rate": RATE16})
         turns = getattr(result, "speaker_diarization", result)  # version 4 wraps what version 3 gives
         return [float(seconds) for _, seconds in turns.chart()]

@@ -44,7 +44,7 @@ class Traits:
 
 
 def draw_traits(seed: int) -> Traits:
-    """Draw uniform traits of a voice."""
+    """Draw the traits of a voice, uniform in [0, 1]."""
     return Traits(*np.random.default_rng([seed, 0x7EA17]).random(5).round(4).tolist())
 
 

@@ -88,8 +88,8 @@ class TrainerConfig(Group, prefix="trainer."):
         accumulate = -(-each // self.batch_size)
         if whole % processes or each % max(1, accumulate):
             raise UserError(
-                f"trainer.global_batch_size={whole} cannot be shared by {processes} processes in equal batches of at "
-                f"most trainer.batch_size={self.batch_size}: choose other numbers"
+                f"trainer.global_batch_size={whole} cannot be divided among {processes} processes in equal batches of "
+                f"at most trainer.batch_size={self.batch_size}: choose other numbers"
             )
         return replace(self, accumulate=accumulate, batch_size=each // accumulate)
 

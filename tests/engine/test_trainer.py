@@ -225,7 +225,7 @@ def test_the_global_batch_size_is_divided_among_processes():
     shares = {n: (config.shared_among(n).batch_size, config.shared_among(n).accumulate) for n in (1, 2, 4, 8, 32)}
     assert shares == {1: (8, 4), 2: (8, 2), 4: (8, 1), 8: (4, 1), 32: (1, 1)}
     for processes in (3, 64):
-        with pytest.raises(UserError, match=f"global_batch_size=32 cannot be shared by {processes} processes"):
+        with pytest.raises(UserError, match=f"global_batch_size=32 cannot be divided among {processes} processes"):
             config.shared_among(processes)
 
 
