@@ -72,7 +72,11 @@ class TalkerTokenizer:
         self.tail = self._parts("")[1]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the tokens of a text before the placeholders."""
+        """Return the token ids of the chat with `text` before the placeholders.
+
+        Raises:
+            UserError: If the text contains a control token, or has no phonemes.
+        """
         for token in self._reserved:
             if token in text:
                 raise UserError(f"the text contains the control token {token}: remove it")
