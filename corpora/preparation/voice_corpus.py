@@ -113,8 +113,11 @@ def cepstra(wave: np.ndarray) -> np.ndarray:
 
 
 def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
-    """Align frames (T1, C) and (T2, C): for each frame of `one` the last frame of `other` on the cheapest path, (T1,),
-    and the mean distance on it.
+    """Align features `one` (T1, C) with `other` (T2, C) by dynamic time warping.
+
+    Returns:
+        The index of the last frame of `other` that is aligned with each frame of `one` (T1,), and the mean distance
+        along the path.
     """
     distance = np.sqrt(np.maximum(0, (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T))
     rows, columns = distance.shape

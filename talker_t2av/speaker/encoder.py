@@ -1,9 +1,9 @@
 """Speaker encoders, which map a voice to the embedding (256,) that conditions both diffusion heads.
 
-`WavLMEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) under an ECAPA-TDNN head
+`WavLMEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) with an ECAPA-TDNN head
 (Desplanques et al. 2020, arXiv:2005.07143). Its weights are `wavlm_large_finetune.pth` of microsoft/UniSpeech,
 downstreams/speaker_verification (repository licence CC BY-SA 3.0; WavLM itself is published in microsoft/unilm under
-MIT). `VoiceEncoder` is the same head, small, on log-mel bands; its weights are trained here (Apache-2.0).
+MIT). `VoiceEncoder` is the same head, small, on log-mel bands; its weights were trained in this project (Apache-2.0).
 
 Axes: B batch, N samples at 16 kHz, T frames, K hidden states, C channels, M mel bands, D embedding.
 """
