@@ -82,7 +82,7 @@ def reference_request(reference: Reference, prompt: list[int]) -> ReferenceReque
         prompt: text tokens.
 
     Raises:
-        UserError: If a prefix is requested, but is shorter than one patch.
+        UserError: If a prefix is requested, but it or the reference is shorter than one patch.
     """
     job = reference.job
     if job.compat == "paper":
@@ -93,7 +93,7 @@ def reference_request(reference: Reference, prompt: list[int]) -> ReferenceReque
         start = library_request(reference, prompt)
     if job.prefix_seconds and not start.prefix_frames:
         seconds = reference.system.model.config.patch_size / FPS
-        raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference is shorter than one patch of {seconds} s")
+        raise UserError(f"prefix_seconds={job.prefix_seconds}: prefix and reference need a patch ({seconds} s) or more")
     return start
 
 

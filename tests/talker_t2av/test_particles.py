@@ -26,17 +26,17 @@ SAMPLING = Sampling(steps=3, guidance=1.5, particles=4, particle_temperature=1.0
 
 
 def run(model, requests, sampling=SAMPLING):
-    """The loop after its last step, its rows, and the result of each request."""
-    loop = Particles(model, V2A, sampling, len(requests))
-    rows = [loop.join(asked) for asked in requests]
-    while loop.active:
-        loop.step()
-    return loop, [loop.result(row) for row in rows]
+    """Run the requests; return the decoder and the result of each request."""
+    decoder = Particles(model, V2A, sampling, len(requests))
+    rows = [decoder.join(asked) for asked in requests]
+    while decoder.active:
+        decoder.step()
+    return decoder, [decoder.result(row) for row in rows]
 
 
-def all_drafts(loop):
+def all_drafts(decoder):
     """The speech (B, F, C) of all drafts that are alive at the end."""
-    return torch.stack([loop.draft(place).speech for place in range(len(loop.ended))])
+    return torch.stack([decoder.draft(place).speech for place in range(len(decoder.ended))])
 
 
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
@@ -48,9 +48,9 @@ def test_particles_are_weighted_by_the_motion_loss_of_the_training_forward(monke
     monkeypatch.setattr(particles, "SHARPNESS", 0.0)  # no draft is replaced
     errors = []
     own = Particles.errors
-    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors.append(own(loop, index)) or errors[-1])
-    loop, _ = run(model, [asked])
-    drafts = all_drafts(loop)
+    monkeypatch.setattr(Particles, "errors", lambda decoder, index: errors.append(own(decoder, index)) or errors[-1])
+    decoder, _ = run(model, [asked])
+    drafts = all_drafts(decoder)
     assert len(drafts) == SAMPLING.particles and len(errors) == patches
     for number, draft in enumerate(drafts):
         batch = utterance(asked, torch.cat([asked.speech, draft]), asked.motion, prefix + patches + delay)
@@ -59,15 +59,15 @@ def test_particles_are_weighted_by_the_motion_loss_of_the_training_forward(monke
             for step in range(patches):
                 place = (prefix + step - delay) * model.config.repeats  # among the examples, patch by patch
                 if place < 0:
-                    assert loop.given["counts"][step, 0] == 0
+                    assert decoder.given["counts"][step, 0] == 0
                     continue
                 z = torch.randn((TIMES, *m.x1.shape[1:]), generator=generator_for(asked.seed, "weigh", step))
-                t = loop.times[:, None, None]
+                t = decoder.times[:, None, None]
                 x1 = m.x1[place]
                 several = [value[place].expand(TIMES, *value.shape[1:]) for value in (m.mu, m.cond, m.global_cond)]
-                velocity = model.motion_cfm.estimator((1 - t) * x1 + t * z, several[0], loop.times, *several[1:])
+                velocity = model.motion_cfm.estimator((1 - t) * x1 + t * z, several[0], decoder.times, *several[1:])
                 expected = (velocity - (z - x1)).square().mean()
-                assert loop.given["counts"][step, 0] == 1
+                assert decoder.given["counts"][step, 0] == 1
                 torch.testing.assert_close(errors[step][0, number], expected, atol=2e-5, rtol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_likely_particles_replace_unlikely_ones(monkeypatch):
     asked = [request(motion=P * 6), request(9, 1, motion=P * 6)]
     errors = torch.zeros(2, 4)
     errors[0, 0] = errors[0, 1] = errors[0, 3] = 1.0  # draft 2 of the first request; those of the second are alike
-    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors if index == 3 else 0 * errors)
+    monkeypatch.setattr(Particles, "errors", lambda decoder, index: errors if index == 3 else 0 * errors)
     with monkeypatch.context() as patched:
         patched.setattr(particles, "SHARPNESS", 0.0)
         drawn = all_drafts(run(model, asked)[0]).unflatten(1, (-1, P))
@@ -92,9 +92,9 @@ def test_likely_particles_replace_unlikely_ones(monkeypatch):
 
 def test_the_most_likely_particle_is_the_result(monkeypatch):
     errors = torch.tensor([[0.002, 0.001, 0.0, 0.003]])
-    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors)
-    loop, (result,) = run(tiny_model(), [request(motion=P * 3)])
-    torch.testing.assert_close(result.speech, all_drafts(loop)[2], atol=0, rtol=0)
+    monkeypatch.setattr(Particles, "errors", lambda decoder, index: errors)
+    decoder, (result,) = run(tiny_model(), [request(motion=P * 3)])
+    torch.testing.assert_close(result.speech, all_drafts(decoder)[2], atol=0, rtol=0)
 
 
 def test_a_request_in_a_batch_equals_the_request_alone():
