@@ -96,7 +96,7 @@ def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """Return a copy of `settings` with the fields replaced whose new value is not None."""
+    """Return a copy of `settings` in which the fields in `changes` are replaced, except where the new value is None."""
     _fields(type(settings), changes, settings.prefix)
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
 

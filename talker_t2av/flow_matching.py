@@ -20,7 +20,7 @@ from engine.errors import UserError
 DROP_MU = 0.1
 DROP_COND = 0.05
 ZERO_SHARE = 0.04  # fraction of the steps whose velocity CFG-Zero* sets to zero
-TIME_MEAN = -0.4  # mean and standard deviation of the logits of the training times
+TIME_MEAN = -0.4  # mean of the logits of the training times, whose standard deviation is 1
 
 
 def solver_times(steps: int, sway: float = 1.0) -> Tensor:

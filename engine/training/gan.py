@@ -45,7 +45,7 @@ class GANTask(Task):
         raise NotImplementedError
 
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the unweighted generator losses () that need no discriminator."""
+        """Return the unweighted generator losses (), except for adversarial ones, from the result of `run`."""
         raise NotImplementedError
 
     def code_facts(self, code: Tensor) -> Tensor:
