@@ -158,7 +158,7 @@ def test_average_keeps_the_first_releases_config_and_card(releases, tmp_path, ca
     assert mixed["decoder.count"] == 1  # whole numbers have no mean
     with pytest.raises(UserError, match="--only head: no tensor name has this prefix"):
         call("--average", "a:1", "b:2", "out", "--only", "head")
-    with pytest.raises(UserError, match=r"encoder\.w is missing or has another shape"):
+    with pytest.raises(UserError, match=r"encoder\.w is missing from one of them or differs in shape"):
         average([weights(1.0), weights(1.0) | {"encoder.w": torch.zeros(5)}], [1.0, 1.0], ("",))
 
 

@@ -152,7 +152,7 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypat
     ("messages", "error"),
     [
         (['{"face": 1}'], "unknown setting 'face'"),
-        (['{"seed": 0}', b"\x89PNG damaged"], "cannot be read"),
+        (['{"seed": 0}', b"\x89PNG damaged"], "cannot be decoded"),
     ],
 )
 def test_wrong_streams_get_one_sentence(client, messages, error):
