@@ -33,7 +33,7 @@ LONGEST_KEY = 80
 
 
 class MachineFault(UserError):
-    """A clip failed for a reason that may lie in the machine. If this happens repeatedly, the job stops."""
+    """A clip failed for a reason that may be due to the machine. If this happens repeatedly, the job stops."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Outcome:
 
     Attributes:
         stage, reason: step that rejected the clip, and the reason; "" if its sample was written.
-        machine_fault: whether the reason may lie in the machine instead of the clip.
+        machine_fault: whether the machine may be the cause instead of the clip.
         seconds: wall-clock and CPU time by step.
         frames: number of frames of the clip at 25 per second.
     """
