@@ -89,7 +89,7 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
         UserError: If flite is not installed.
     """
     if shutil.which("flite") is None:
-        raise UserError("--flite requires the package flite, which is not installed")
+        raise UserError("--flite requires flite, which is not installed: apt-get install flite")
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []

@@ -42,13 +42,13 @@ def chart_file(
 
 
 def chart_differences(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], path: Path) -> None:
-    """Plot the differences to the first system with their intervals, one panel per figure."""
+    """Plot the differences from the first system with their intervals, one panel per figure."""
     first, *others = rows
     name = first["variant"]
     shown = [figure for figure in figures if any(f"{figure}_minus_{name}" in row for row in others)]
     wide = min(4, len(shown))
     size = 3.5 * max(wide, 2), 1 + -(-len(shown) // wide) * (1 + 0.25 * len(others))
-    title = f"Difference to {name.replace('_', ' ')}, with 95 % interval"
+    title = f"Difference from {name.replace('_', ' ')}, with 95 % interval"
     with chart_file(path, len(shown), wide, title, figsize=size, sharey=True) as axes:
         for axis, figure in zip(axes, shown):
             own = [row for row in others if f"{figure}_minus_{name}" in row]
