@@ -44,7 +44,7 @@ class Take:
     audio: Path | Sound | None = None  # audio file, or waveform
     video: Path | None = None  # video file of this take
     source: Path | None = None  # input video, if the take itself has no video
-    text: str | None = None  # text
+    text: str | None = None  # spoken text
     heard: str | None = None  # an external transcript
     language: str = "en"  # language of the text
     speaker: str | None = None
