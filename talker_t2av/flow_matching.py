@@ -63,7 +63,7 @@ def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequenc
     return x
 
 
-def log_normal_times(normal: Tensor) -> Tensor:
+def logit_normal_times(normal: Tensor) -> Tensor:
     """Map standard normal samples to training times in (0, 1), which have a logit-normal distribution."""
     return torch.sigmoid(normal + TIME_MEAN)
 
@@ -88,7 +88,7 @@ class FlowDraws:
         """Draw the random numbers for targets x1 (N, C, P), from torch's default generator."""
         u_mu, u_cond = torch.rand(2, len(x1), device=x1.device)
         normal = torch.randn(len(x1), device=x1.device)
-        return cls(u_mu, u_cond, log_normal_times(normal), torch.randn_like(x1))
+        return cls(u_mu, u_cond, logit_normal_times(normal), torch.randn_like(x1))
 
 
 def drop(x: Tensor, u: Tensor, probability: float) -> Tensor:

@@ -160,7 +160,7 @@ def draws_of(case: Case, prefix: str = "") -> flow.FlowDraws:
     """
     inputs = case.inputs
     normal = inputs.get(f"{prefix}s_t")
-    t = flow.log_normal_times(normal) if normal is not None else inputs[f"{prefix}u_t"]
+    t = flow.logit_normal_times(normal) if normal is not None else inputs[f"{prefix}u_t"]
     u_mu, u_cond = (inputs.get(prefix + name, torch.ones_like(t)) for name in ("u_cfg", "u_cond"))
     return flow.FlowDraws(u_mu, u_cond, t, inputs[f"{prefix}z"])
 
