@@ -200,8 +200,12 @@ class JobRunner(Work[Batch, Summary]):
         """Number of batches to prepare in advance."""
         return int(not str(self.device).startswith("cpu"))
 
+    def run(self, batch: Batch) -> Summary:
+        """Prepare, generate and write the jobs of a batch."""
+        return self.run_batch(self.prepare_batch(batch))
+
     def run_all(self, batches: Iterable[Batch]) -> Iterator[Summary]:
-        """Yield the result of each batch, in order."""
+        """Yield the result of each batch, in order. See `ahead`."""
         prepared = map(self.prepare_batch, batches)
         return map(self.run_batch, prefetched(prepared) if self.ahead else prepared)
 

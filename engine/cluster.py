@@ -149,11 +149,11 @@ def _details(recipe: Recipe) -> Any:
 
 def _run(recipe: Recipe, item: Any, timeout: float) -> Any:
     """Process an item. On timeout, send the answer and then end this process."""
-    results = iter(_work(recipe).run_all([item]))
+    run = _work(recipe).run
     if timeout == math.inf:
-        return next(results)
+        return run(item)
     pool = ThreadPoolExecutor(1)
-    result = pool.submit(next, results)
+    result = pool.submit(run, item)
     try:
         return result.result(timeout)
     except TimeoutError:

@@ -38,7 +38,7 @@ def usable_cores() -> int:
 
 
 class Work(Generic[Item, Result]):
-    """Work of a worker process, created once in each process. Subclasses implement `run`, or override `run_all`.
+    """Work of a worker process, created once in each process.
 
     Attributes:
         details: information for the caller, such as digests of weights.
@@ -175,7 +175,7 @@ class Processes(Generic[Item, Result]):
         """
         if not self.processes:
             for item in items:
-                yield item, next(iter(self._work.run_all([item])))
+                yield item, self._work.run(item)
             return
         fresh = ((item, 1) for item in items)
         again = deque[tuple[Item, int]]()

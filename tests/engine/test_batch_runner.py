@@ -61,6 +61,12 @@ def run(jobs, batch_size=2, **place):
     return summary, batches
 
 
+def test_a_single_batch_has_the_result_that_it_has_among_others():
+    batches = batched([(f"job{job}", job) for job in [1, 2, 5]], 2)
+    runner = Numbers(None, [])
+    assert [runner.run(batch) for batch in batches] == [*runner.run_all(batches)]
+
+
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeypatch):
     summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11])
     assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
