@@ -38,6 +38,16 @@ def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path, capsys):
     assert probe(tmp_path / "head.mp4").audio
 
 
+def test_each_clip_of_a_folder_gets_its_own_speech(release, clip, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    shutil.copyfile(clip, clips / "long.mp4")
+    write_video(clips / "short.mp4", talking_head(30), 25)
+    assert run(config(release, clips, tmp_path / "out")) == 0
+    lengths = {name: soundfile.info(tmp_path / "out" / f"{name}.wav").frames for name in ("long", "short")}
+    assert lengths == {"long": 40 * 960, "short": 30 * 960}
+
+
 def test_sampler_groups_set_both_and_single_fields_override(release):
     pipeline = HiCoDiTPipeline.from_pretrained(release)
 

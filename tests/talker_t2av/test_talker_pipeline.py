@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from drawn_faces import draw_face
 from safetensors.torch import load_file
 from talker_fixtures import DM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
+from engine.media.video import write_video
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import BatchedDecoder
-from talker_t2av.jobs import prepare_job
+from talker_t2av.jobs import pad_to_patches, prepare_job
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
-from talker_t2av.reference import encode_motion
+from talker_t2av.reference import Reference, encode_motion
 from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
 from tests.rehearsal.stand_ins import download
@@ -153,6 +155,23 @@ def test_the_voice_may_come_from_the_video_and_the_motion_from_a_file(pipeline, 
     torch.save(encode_motion(pipeline.system, read_square(files["talking"], square, 10)), saved)
     two = pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
     np.testing.assert_allclose(one.wave, two.wave, atol=1e-4)
+
+
+def test_given_motion_is_padded_to_patches_with_its_last_frame():
+    motion = torch.arange(10.0).view(5, 2)
+    padded = pad_to_patches(motion, 4)
+    assert torch.equal(padded, torch.cat([motion, motion[4:].expand(3, 2)]))
+    assert torch.equal(pad_to_patches(motion[:4], 4), motion[:4])
+
+
+def test_the_motion_of_a_portrait_is_that_of_the_first_frame_with_a_face(pipeline, tmp_path):
+    video = np.tile(draw_face(0.3)[None], (20, 1, 1, 1))
+    video[:12] = 0
+    write_video(tmp_path / "late.mp4", video, 25)
+    reference = Reference(Job("t2av", text="set", reference_video=str(tmp_path / "late.mp4")), pipeline.system)
+    frame = next(read_square(tmp_path / "late.mp4", reference.square, 1, reference.square.first))
+    assert reference.square.first > 0
+    torch.testing.assert_close(reference.motion(1), encode_motion(pipeline.system, [frame]))
 
 
 def test_unsuitable_files_and_arguments_are_refused(pipeline, tmp_path):
