@@ -33,10 +33,10 @@ from benchmarks.plan import EFFICIENCY, Card, find_card, measure_samples, plan, 
 from engine.cuda_graph import CudaGraphs, GraphedSteps
 from engine.errors import UserError, printable
 from engine.precision import convert_matrices
-from hicodit.conditions.types import Conditions, windows_of
+from hicodit.conditions.types import Conditions, num_expression_windows
 from hicodit.generation import generate, guided_posterior
 from hicodit.layers import attend
-from hicodit.model import FLOAT32, TOKENS_PER_FRAME, HiCoDiT
+from hicodit.model import FLOAT32_MODULES, TOKENS_PER_FRAME, HiCoDiT
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED as HICODIT
 from hicodit.settings import SamplerConfig, with_preset
@@ -305,7 +305,7 @@ def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
     conditions = pipeline.conditions([pipeline.crops(CLIP)])
     frames = 25 if machine.size == "tiny" else conditions.lip.shape[1] // 25 * 25
     lip = conditions.lip[:, :frames]
-    expression = conditions.expression[:, : windows_of(frames)]
+    expression = conditions.expression[:, : num_expression_windows(frames)]
     conditions = replace(conditions, lip=lip, expression=expression, frames=torch.tensor([frames]))
     return pipeline.system.model, conditions, pipeline
 
@@ -314,7 +314,7 @@ def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
 def posteriors(machine: Machine) -> Iterator[Line]:
     """Measure the KL divergence of the bundled HiCoDiT's log posteriors in bfloat16 from those in float32."""
     model, conditions, pipeline = _bundled(machine)
-    half = convert_matrices(HiCoDiTSystem.from_pretrained(HICODIT).model, torch.bfloat16, FLOAT32)
+    half = convert_matrices(HiCoDiTSystem.from_pretrained(HICODIT).model, torch.bfloat16, FLOAT32_MODULES)
     half.to(machine.device).eval()
     c = model.config
     frames = TOKENS_PER_FRAME * conditions.lip.shape[1]
@@ -341,7 +341,7 @@ def flash(machine: Machine) -> Iterator[Line]:
 @torch.inference_mode()
 def hicodit(machine: Machine) -> Iterator[Line]:
     """Measure HiCoDiT with random weights: the sampling steps of one window, without encoders and codec."""
-    model = convert_matrices(build_hicodit(machine.size), torch.bfloat16, FLOAT32)
+    model = convert_matrices(build_hicodit(machine.size), torch.bfloat16, FLOAT32_MODULES)
     machine.forget_peak()
     model.to(machine.device)
     sampler, guidance = with_preset("fast", SamplerConfig(), GUIDANCE)

@@ -52,12 +52,12 @@ from engine.precision import can_int8, convert_matrices, prepare_inference
 from engine.record import dated
 from engine.training.speed import counter
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.types import FPS, Conditions, windows_of
+from hicodit.conditions.types import FPS, Conditions, num_expression_windows
 from hicodit.conditions.upstream import UpstreamEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.generation import generate, guided_posterior, windows
+from hicodit.generation import generate, guided_posterior, sampling_windows
 from hicodit.guidance import combine
-from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
+from hicodit.model import FLOAT32_MODULES, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
@@ -125,13 +125,13 @@ def paper_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScal
     Each branch is a separate forward pass, which also prepares the conditions and evaluates all heads at all positions.
     """
 
-    def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+    def posterior(tokens: Tensor, t: Tensor, frames: Tensor | None) -> Tensor:
         branches = []
         sigma = LogLinearNoise().sigma(t)
         for branch in scales.branches:
             log_q = model(tokens, sigma, model.prepare(conditions, (branch,)))[0]
-            if where is not None:
-                log_q = log_q.gather(2, where[..., None].expand(-1, -1, -1, log_q.shape[-1]))
+            if frames is not None:
+                log_q = log_q.gather(2, frames[..., None].expand(-1, -1, -1, log_q.shape[-1]))
             branches.append(log_q)
         return combine(torch.stack(branches), scales, -log_expm1(sigma)[:, None, None, None])
 
@@ -155,7 +155,7 @@ def random_conditions(model: HiCoDiT, batch: int, seconds: float, device: torch.
     frames = round(FPS * seconds)
     return Conditions(
         torch.randn(batch, frames, model.config.lip_dim, device=device), torch.rand(batch, 256, device=device),
-        torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames),
+        torch.randint(0, 7, (batch, num_expression_windows(frames)), device=device), torch.full((batch,), frames),
     )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def hicodit(
     flops = _flops(lambda: first_window(plain, 3)) - _flops(lambda: first_window(plain, 2))
     model = copy.deepcopy(plain)
     if precision == "bf16":
-        convert_matrices(model, torch.bfloat16, FLOAT32)
+        convert_matrices(model, torch.bfloat16, FLOAT32_MODULES)
     prepare_inference(model, precision == "int8", device)
     times = take_turns(args.rounds, lambda: first_window(model), lambda: first_window(plain, posterior=paper_posterior))
     first = times[..., 0]  # it also prepares the conditions
@@ -198,7 +198,7 @@ def hicodit(
     once = statistics.median(first[0] - np.median(each[0], 1))
     step = float(np.median(each[0]))
     reference = float(np.median(each[1]))
-    count = len(windows(round(FPS * seconds), sampler))
+    count = len(sampling_windows(round(FPS * seconds), sampler))
     operators = _operators(lambda: first_window(model, 3))
     operators.subtract(_operators(lambda: first_window(model, 2)))
     window = max(0.0, once) + sampler.steps * step

@@ -28,7 +28,7 @@ from engine.training.parallel import ParallelTask, adamw
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation, memory_gib, peak_tflops
 from engine.training.task import Task
-from hicodit.conditions.types import windows_of
+from hicodit.conditions.types import num_expression_windows
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec, RVQCodecConfig
@@ -98,7 +98,7 @@ def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
             "face": torch.rand(rows, 3, size.face_size, size.face_size),
             "tokens": torch.randint(model.codes, (rows, model.levels, TOKENS_PER_FRAME * frames)),
             "ge2e": torch.rand(rows, 256),
-            "expression": torch.randint(7, (rows, windows_of(frames))),
+            "expression": torch.randint(7, (rows, num_expression_windows(frames))),
             "face_expression": torch.randint(7, (rows,)),
             "phoneme": torch.randint(48, (rows, frames)),
             "frames": torch.full((rows,), frames),

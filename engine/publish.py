@@ -42,13 +42,13 @@ def front_matter(kind: str | None, title: str, results: Mapping[str, float], dat
 
 
 def publish(
-    folder: Path | None, parts: Mapping[str, str | Path], repository: str, license: str | None, private: bool
+    folder: Path | None, codecs: Mapping[str, str | Path], repository: str, license: str | None, private: bool
 ) -> str:
     """Upload a release and return its URL. An existing repository gets a new commit.
 
     Args:
         folder: release folder. None if the model was loaded from other files.
-        parts: release folders of the codecs by name, which become subfolders of the repository.
+        codecs: release folders of the codecs by name, which become subfolders of the repository.
         repository: OWNER/NAME.
         license: licence identifier of the hub, such as apache-2.0. None: the licence in the card.
         private: create the repository as private. An existing one keeps its visibility.
@@ -71,11 +71,11 @@ def publish(
     data.pipeline_tag = data.pipeline_tag or task
     data.tags = sorted({*(data.tags or ()), *tags}) or None
     files = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
-    for name, part in parts.items():
-        part = release_folder(part)
-        if not (part / "config.yaml").is_file():
-            raise UserError(f"{part} is not a release folder: use codecs from release folders")
-        files |= {f"{name}/{path.name}": path for path in part.iterdir() if path.is_file()}
+    for name, codec in codecs.items():
+        codec = release_folder(codec)
+        if not (codec / "config.yaml").is_file():
+            raise UserError(f"{codec} is not a release folder: use codecs from release folders")
+        files |= {f"{name}/{path.name}": path for path in codec.iterdir() if path.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     additions.append(CommitOperationAdd("README.md", str(card).encode()))
     api = HfApi(constants.ENDPOINT)

@@ -19,8 +19,8 @@ from hicodit.conditions.types import FPS
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED
 
-DRAWN = BUNDLED  # release for cartoon faces
-FILMED = BUNDLED.parent / "hicodit_grid"  # release for real faces
+CARTOON_RELEASE = BUNDLED  # release for cartoon faces
+REAL_RELEASE = BUNDLED.parent / "hicodit_grid"  # release for real faces
 LOOK_FRAMES = 32  # number of frames at the start of a clip that are examined
 FRAMES = 4  # number of face crops among them, evenly spaced, whose texture is measured
 SIDE = 64  # side of the face crops in pixels
@@ -53,10 +53,10 @@ def bundled_weights(video: str | Path | np.ndarray) -> Path:
     try:
         track = find_faces(ArrayFrames(frames), FPS)[0]
     except FaceError:
-        return FILMED
+        return REAL_RELEASE
     index = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
     drawn = flat_fraction(crop_face(frames[index], track[index], SIDE)) >= FLAT_FRACTION
-    return DRAWN if drawn else FILMED
+    return CARTOON_RELEASE if drawn else REAL_RELEASE
 
 
 class PipelineChooser:
@@ -93,4 +93,6 @@ class PipelineChooser:
 
     def load_all(self) -> list[HiCoDiTPipeline]:
         """Load and return all pipelines that can be selected."""
-        return [self.pipeline(weights) for weights in ([self.weights] if self.weights else [DRAWN, FILMED])]
+        return [
+            self.pipeline(weights) for weights in ([self.weights] if self.weights else [CARTOON_RELEASE, REAL_RELEASE])
+        ]

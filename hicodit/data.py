@@ -21,16 +21,16 @@ from engine.codec import load_codec
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
 from hicodit.conditions import encoders_learn
-from hicodit.conditions.types import FPS, MIN_FRAMES, windows_of
+from hicodit.conditions.types import FPS, MIN_FRAMES, num_expression_windows
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
 SECOND = int(FPS)  # video frames per second
-CROPS = ("mouth", "faces")  # inputs of trainable encoders
-FEATURES = ("lip", "face_identity")  # outputs of frozen encoders, in half precision
+CROP_TENSORS = ("mouth", "faces")  # inputs of trainable encoders
+FEATURE_TENSORS = ("lip", "face_identity")  # outputs of frozen encoders, in half precision
 FACE_DETECTOR = "face"  # entry of the digests with the face detector, see `engine.faces.source`
-REQUIRED = ("tokens", "ge2e", "expression")
-HEARD = {"heard": "heard_expression", "seen": "expression"}  # tensor of each expression condition in training
+ALWAYS_REQUIRED = ("tokens", "ge2e", "expression")
+EXPRESSION_TENSORS = {"heard": "heard_expression", "seen": "expression"}  # by the setting data.train.expression
 SHIFT = 4  # maximum translation of a mouth crop in training in pixels, more than the jitter of the tracker
 MAX_TURN = 0.12  # maximum rotation in radians
 MAX_SCALE = 0.12  # maximum relative change of its size
@@ -113,8 +113,8 @@ class HiCoDiTDataset:
         shards: Mapping[str, Any] | None = None,
         phonemes: int | None = None,
     ) -> None:
-        if expression not in HEARD:
-            raise UserError(f"data.train.expression={expression!r} must be {' or '.join(HEARD)}")
+        if expression not in EXPRESSION_TENSORS:
+            raise UserError(f"data.train.expression={expression!r} must be {' or '.join(EXPRESSION_TENSORS)}")
         if not 0 <= hide <= 1:
             raise UserError(f"data.train.hide={hide} must be between 0 and 1")
         if seconds is not None and seconds < 1:
@@ -122,22 +122,22 @@ class HiCoDiTDataset:
         tokenizer = load_codec(codec, CODECS)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
-        self.inputs = CROPS if encoders_learn(encoders) else FEATURES
-        if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
+        self.inputs = CROP_TENSORS if encoders_learn(encoders) else FEATURE_TENSORS
+        if self.inputs == FEATURE_TENSORS and not set(FEATURE_TENSORS) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} does not contain the features of the {encoders} encoders: add them with "
                 "scripts/prepare_data.py, stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS "
                 "reuse=SHARDS (docs/data.md)"
             )
-        self.expression = HEARD[expression]
+        self.expression = EXPRESSION_TENSORS[expression]
         if expression == "heard" and self.expression not in (self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} has no heard expressions: add them with scripts/prepare_data.py "
                 "stages.heard_expression.use=true reuse=SHARDS (docs/data.md), or set data.expression=seen"
             )
-        self.required = tuple(dict.fromkeys((*self.inputs, *REQUIRED, self.expression)))
+        self.required = tuple(dict.fromkeys((*self.inputs, *ALWAYS_REQUIRED, self.expression)))
         self.shards.require(*self.required)
-        self.most = None if seconds is None else seconds * SECOND
+        self.max_frames = None if seconds is None else seconds * SECOND
         spoken = len(self.shards.index.get("symbols") or ()) + 1
         if phonemes and spoken > phonemes:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
@@ -165,7 +165,9 @@ class HiCoDiTDataset:
     def lengths(self) -> Tensor:
         """Number of tokens of each clip over all levels, (n,)."""
         frames = self.shards.frames
-        return (frames if self.most is None else frames.clamp(max=self.most)) * TOKENS_PER_FRAME * self.levels
+        return (
+            (frames if self.max_frames is None else frames.clamp(max=self.max_frames)) * TOKENS_PER_FRAME * self.levels
+        )
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
         """Prefetch the clips [first, last), which are read next."""
@@ -182,7 +184,7 @@ class HiCoDiTDataset:
         _, whole = self.read(index)
         clip = self._crop(whole, generator)
         item = {name: clip[name] for name in ("tokens", "ge2e", "phoneme")} | {"expression": clip[self.expression]}
-        if self.inputs == FEATURES:
+        if self.inputs == FEATURE_TENSORS:
             count = len(clip["face_identity"])
             picture = int(torch.randint(count, (1,), generator=generator))
             item |= {"lip": clip["lip"], "face_identity": clip["face_identity"][picture]}
@@ -207,12 +209,12 @@ class HiCoDiTDataset:
 
         Crops start at whole seconds, where an expression window starts.
         """
-        spare = 0 if self.most is None else len(clip["phoneme"]) - self.most
+        spare = 0 if self.max_frames is None else len(clip["phoneme"]) - self.max_frames
         if spare <= 0:
             return clip
         start = SECOND * int(torch.randint(spare // SECOND + 1, (), generator=generator))
-        frames = slice(start, start + self.most)
-        windows = slice(windows_of(start), windows_of(start + self.most))
+        frames = slice(start, start + self.max_frames)
+        windows = slice(num_expression_windows(start), num_expression_windows(start + self.max_frames))
         tokens = slice(TOKENS_PER_FRAME * frames.start, TOKENS_PER_FRAME * frames.stop)
         parts = {"tokens": tokens, "expression": windows, "heard_expression": windows}
         parts |= dict.fromkeys(("phoneme", "mouth", "lip"), frames)

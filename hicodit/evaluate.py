@@ -27,7 +27,7 @@ from engine.nn.ge2e import GE2EEncoder
 from engine.settings import override, require_choice
 from hicodit.conditions.types import Conditions, Crops
 from hicodit.data import HiCoDiTDataset
-from hicodit.generation import generate, windows
+from hicodit.generation import generate, sampling_windows
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from hicodit.settings import with_preset
 
@@ -103,7 +103,7 @@ def write_outputs(
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
         speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
         for (_, clip), speech in zip(batch, speeches):
-            spans = len(windows(len(speech.crops), pipeline.sampler))
+            spans = len(sampling_windows(len(speech.crops), pipeline.sampler))
             write_take(folder, clip.id, speech.wave, speech.rate, evaluations=(speech.evaluations, spans))
 
     def inputs(clip: Clip) -> list[Path | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,15 @@ from engine.cuda_graph import GraphedSteps
 from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
-from hicodit.conditions.types import FPS, Conditions, windows_of
+from hicodit.conditions.types import FPS, Conditions, num_expression_windows
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
 from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
-from hicodit.samplers import Posterior, sample
+from hicodit.samplers import sample
 from hicodit.settings import GuidanceScales, SamplerConfig
 
-OVERLAP = 25  # overlap of two windows in video frames
-REDO = 5  # part of the overlap whose tokens are resampled
+OVERLAP_FRAMES = 25  # video frames that two consecutive windows share
+RESAMPLED_FRAMES = 5  # last frames of a window, whose tokens the next window samples again
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class GuidedPosterior:
     conditioning: Conditioning
     scales: GuidanceScales
 
-    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+    def __call__(self, tokens: Tensor, t: Tensor, frames: Tensor | None) -> Tensor:
         """Return log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
         sigma = LogLinearNoise().sigma(t.float())
         positions = None
-        if where is not None:
+        if frames is not None:
             clip = torch.arange(len(tokens), device=tokens.device)[:, None]
-            positions = [(clip, frame) for frame in where.unbind(1)]
+            positions = [(clip, of_level) for of_level in frames.unbind(1)]
         with half_precision(tokens.device, self.model.dtype):
             log_p = self.model(tokens, sigma, self.conditioning, positions)  # log posteriors of each branch
-        if where is not None:
-            batch, levels, frames = where.shape
-            log_p = log_p.unflatten(1, (levels, batch, frames)).transpose(1, 2)
+        if frames is not None:
+            batch, levels, count = frames.shape
+            log_p = log_p.unflatten(1, (levels, batch, count)).transpose(1, 2)
         return combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
 
 
@@ -77,15 +78,13 @@ def generate(
     sampler: SamplerConfig,
     scales: GuidanceScales,
     seeds: Sequence[int],
-    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[Sequence[int]], object] = lambda clips: None,
     graphs: GraphedSteps | None = None,
-    evaluations: list[int] | None = None,
 ) -> list[Tensor]:
-    """Sample the tokens (K, L) of each clip; return them on the CPU. The random numbers of a clip depend only on its
-    seed.
+    """Sample the tokens of clips, window by window.
 
-    The rest of the batch only affects rounding. Random numbers differ between CPU and accelerators.
+    The random numbers of a clip depend only on its seed, so that the rest of the batch only affects rounding. They
+    differ between CPU and accelerators.
 
     Args:
         model: the score network.
@@ -93,12 +92,16 @@ def generate(
         sampler: settings of the sampler.
         scales: guidance scales, whose branches are evaluated as one batch.
         seeds: one per clip.
-        posterior_of: prepares the posterior for the clips of a window.
-        on_step: called after each step of the sampler.
+        on_step: called after each step of the sampler with the indices of the clips that took part in it. Each of them
+            cost one network evaluation per guidance branch.
         graphs: runs the steps; by default they are called directly. If it captures CUDA graphs, batches are padded by
             `pad_for_graphs`, which only affects rounding.
-        evaluations: (B,) counters, to which the number of network evaluations of each clip is added: one per guidance
-            branch, step and window.
+
+    Returns:
+        The tokens (K, L) of each clip, on the CPU.
+
+    Raises:
+        UserError: If the form of guidance and the sampler do not fit.
     """
     if scales.guidance_form == "literal" and sampler.method != "euler":
         raise UserError(
@@ -110,7 +113,7 @@ def generate(
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     tokens = [torch.full((model.config.levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
-    windows_by_clip = [windows(n, sampler) for n in frames]
+    windows_by_clip = [sampling_windows(n, sampler) for n in frames]
     for number in range(max(map(len, windows_by_clip))):
         clips = [b for b, spans in enumerate(windows_by_clip) if number < len(spans)]
         spans = [windows_by_clip[b][number] for b in clips]
@@ -125,29 +128,22 @@ def generate(
             window_generators += [
                 torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))
             ]
-
-        def count(clips: Sequence[int] = clips) -> None:
-            on_step()
-            if evaluations is not None:
-                for b in clips:
-                    evaluations[b] += len(scales.branches)
-
         samples = sample(
-            posterior_of(model, window, scales),
+            guided_posterior(model, window, scales),
             prompts,
             TOKENS_PER_FRAME * window.frames,
             mask_id,
             sampler,
             window_generators,
             normalised=scales.guidance_form == "normalised",
-            on_step=count,
+            on_step=partial(on_step, clips),
             device=device,
             graphs=graphs,
         ).cpu()
         for row, b, (_, end), span in zip(samples, clips, spans, token_spans):
             tokens[b][:, span] = row[:, : span.stop - span.start]
             if end < frames[b]:
-                tokens[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
+                tokens[b][:, TOKENS_PER_FRAME * (end - RESAMPLED_FRAMES) :] = mask_id
     return tokens
 
 
@@ -161,7 +157,10 @@ def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Seque
             windows.
     """
     lips = [conditions.lip[b, start:end] for b, (start, end) in zip(clips, spans)]
-    classes = [conditions.expression[b, windows_of(start) : windows_of(end)] for b, (start, end) in zip(clips, spans)]
+    classes = [
+        conditions.expression[b, num_expression_windows(start) : num_expression_windows(end)]
+        for b, (start, end) in zip(clips, spans)
+    ]
     chosen = to_device(torch.tensor(clips), conditions.lip.device)
     return Conditions(
         pad_sequence(lips, batch_first=True),
@@ -180,7 +179,7 @@ def pad_for_graphs(conditions: Conditions) -> Conditions:
     longer = -length % int(FPS)
     clips = [min(i, batch - 1) for i in range(1 << (batch - 1).bit_length())]
     chosen = to_device(torch.tensor(clips), conditions.lip.device)
-    more_windows = windows_of(length + longer) - conditions.expression.shape[1]
+    more_windows = num_expression_windows(length + longer) - conditions.expression.shape[1]
     return Conditions(
         F.pad(conditions.lip, (0, 0, 0, longer))[chosen],
         conditions.identity[chosen],
@@ -218,14 +217,14 @@ def capture_graphs(
                 conditions = Conditions(
                     torch.zeros(batch, frames, model.config.lip_dim, device=device),
                     torch.zeros(batch, model.config.identity_dim, device=device),
-                    torch.zeros(batch, windows_of(frames), dtype=torch.long, device=device),
+                    torch.zeros(batch, num_expression_windows(frames), dtype=torch.long, device=device),
                     torch.full((batch,), frames),
                 )
                 generate(model, conditions, sampler, scales, range(batch), graphs=graphs)
 
 
-def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
-    """Return the overlapping windows [start, end) in video frames of a clip with `frames` frames."""
+def sampling_windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
+    """Return the overlapping sampling windows [start, end) of a clip with `frames` video frames, in video frames."""
     length = int(FPS) * sampler.window
-    starts = range(0, max(1, frames - OVERLAP), length - OVERLAP)
+    starts = range(0, max(1, frames - OVERLAP_FRAMES), length - OVERLAP_FRAMES)
     return [(start, min(start + length, frames)) for start in starts]

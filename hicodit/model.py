@@ -43,7 +43,7 @@ BRANCHES = {  # conditions of each guidance branch
     "expression": ("expression",),
     "lip": ("lip",),
 }
-FLOAT32 = (  # parts that stay in float32 at any precision
+FLOAT32_MODULES = (  # parts that stay in float32 at any precision
     "time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter"
 )  # fmt: skip
 TOKENS_PER_FRAME = 2
@@ -104,20 +104,22 @@ class Conditioning:
     Rows are ordered by branch, then by clip. Branches that are identical for the low stage share its rows.
 
     Attributes:
-        lip: (U * B, L, C) added to the tokens of the low stage: lip features and, with `expression_context`,
+        low_context: (U * B, L, C) added to the tokens of the low stage: lip features and, with `expression_context`,
             expression.
-        conds: (R, E) global condition of each stage: embedded identity and pooled expression.
-        windows: (G * B, J, E) embedded expression of each half second, for the temporal scales.
-        expression: (G * B, L, C) added to the input of the high stage with `expression_context`.
+        high_context: (G * B, L, C) expression, added to the input of the high stage. None without
+            `expression_context`.
+        global_conds: (R, E) condition of each stage: embedded identity and pooled expression.
+        window_expressions: (G * B, J, E) embedded expression of each half second, for the temporal scales. None
+            without dual-scale AdaLN.
         low_index: (G * B,) row of the low stage for each row. None if all differ.
         rotary: (2, L, D/2) rotary position embeddings.
         mask: (B, 1, 1, L) bool, True at real token frames; None if no clip is padded.
     """
 
-    lip: Tensor
-    conds: tuple[Tensor, ...]
-    windows: Tensor | None
-    expression: Tensor | None
+    low_context: Tensor
+    high_context: Tensor | None
+    global_conds: tuple[Tensor, ...]
+    window_expressions: Tensor | None
     low_index: Tensor | None
     rotary: Tensor
     mask: Tensor | None
@@ -194,6 +196,15 @@ class Stage(nn.Module):
         """Return which of `CONDITIONS` this stage receives in a guidance branch."""
         return tuple(name in BRANCHES[branch] and name in self.inputs for name in CONDITIONS)
 
+    def expression_context(self, embedded: Tensor, length: int) -> Tensor | None:
+        """Project embedded expressions (R, J, C) to an input (R, L, C) for `length` token frames.
+
+        Return None if the model has no `expression_context`.
+        """
+        if self.fuse_expression is None:
+            return None
+        return self.fuse_expression(embedded).repeat_interleave(WINDOW_TOKENS, 1)[:, :length]
+
     def forward(
         self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
@@ -214,7 +225,7 @@ class Stage(nn.Module):
             modulation = self.modulation(F.silu(cond + time))
             if self.temporal is not None:
                 window = torch.arange(tokens.shape[-1], device=h.device) // WINDOW_TOKENS
-                temporal = self.temporal(conditioning.windows, time)[:, window]  # (R, L, 2n)
+                temporal = self.temporal(conditioning.window_expressions, time)[:, window]  # (R, L, 2n)
         *parts, final = modulation.split([AdaLNBlock.PARTS * h.shape[-1]] * len(self.blocks) + [2 * h.shape[-1]], -1)
         for i, (block, part) in enumerate(zip(self.blocks, parts)):
             scales = temporal[..., 2 * i : 2 * i + 2] if temporal is not None else None
@@ -292,36 +303,57 @@ class HiCoDiT(nn.Module):
             low = high = keep[None]  # (1, B, 3)
             low_index = None
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
-        context = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
-        conds = []
-        windows = None
-        added = []
+        lip_context = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
+        global_conds = []
+        expression_contexts = []  # by stage
+        window_expressions = None
         for stage, kept in zip(self.stages, (low, high)):
-            terms = []
-            if "identity" in stage.conditions:
-                identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
-                terms.append(self.identity_proj(identity.flatten(0, 1)))
-            if "expression" in stage.inputs:
-                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
-                embedded = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
-                if "expression" in stage.conditions:
-                    pooled = torch.einsum("rjc,rj->rc", embedded, window_fraction.repeat(len(kept), 1))
-                    terms.append(self.expression_proj(pooled))
-                if stage.temporal is not None:
-                    windows = stage.temporal.expression(embedded)
-                if stage.fuse_expression is not None:
-                    fused = stage.fuse_expression(embedded)
-                    added.append(fused.repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
-            conds.append(sum(terms))
+            expression = self.embed_expression(conditions, kept) if "expression" in stage.inputs else None
+            global_conds.append(self.global_cond(stage, conditions, kept, expression, window_fraction))
+            expression_contexts.append(None if expression is None else stage.expression_context(expression, length))
+            if stage.temporal is not None:
+                window_expressions = stage.temporal.expression(expression)
+        low_expression, *high_expression = expression_contexts
         return Conditioning(
-            lip=context + added[0] if added else context,
-            conds=tuple(conds),
-            windows=windows,
-            expression=added[1] if len(added) > 1 else None,
+            low_context=lip_context if low_expression is None else lip_context + low_expression,
+            high_context=high_expression[0] if high_expression else None,  # the flat ablation has no high stage
+            global_conds=tuple(global_conds),
+            window_expressions=window_expressions,
             low_index=low_index,
             rotary=rotary_table(length, self.config.width // self.config.heads, device),
             mask=mask,
         )
+
+    def embed_expression(self, conditions: Conditions, kept: Tensor) -> Tensor:
+        """Embed the expression of each half second, (R, J, C).
+
+        Args:
+            conditions: conditions of B clips.
+            kept: (R / B, 1 or B, 3) bool, the conditions that each row of a stage keeps.
+        """
+        classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
+        return self.expression_table(classes).flatten(0, 1)
+
+    def global_cond(
+        self, stage: Stage, conditions: Conditions, kept: Tensor, expression: Tensor | None, window_fraction: Tensor
+    ) -> Tensor:
+        """Return the global condition (R, E) of a stage, without time.
+
+        Args:
+            stage: the stage, which has the identity, the pooled expression, or both as global conditions.
+            conditions: conditions of B clips.
+            kept: see `embed_expression`.
+            expression: result of `embed_expression`. None if the stage has no expression input.
+            window_fraction: (B, J), see `padding`.
+        """
+        terms = []
+        if "identity" in stage.conditions:
+            identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
+            terms.append(self.identity_proj(identity.flatten(0, 1)))
+        if "expression" in stage.conditions:
+            pooled = torch.einsum("rjc,rj->rc", expression, window_fraction.repeat(len(kept), 1))
+            terms.append(self.expression_proj(pooled))
+        return sum(terms)
 
     def guidance_rows(self, branches: Sequence[str], device: torch.device) -> Tensor:
         """Return the conditions of the high stage in each guidance branch, (G, 1, 3) bool."""
@@ -366,15 +398,16 @@ class HiCoDiT(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             time = self.time(sigma)
         low = self.stages[0]
-        h, out = low(tokens, conditioning.lip, time, conditioning.conds[0], conditioning)
+        h, out = low(tokens, conditioning.low_context, time, conditioning.global_conds[0], conditioning)
         if conditioning.low_index is not None:
             h = h[conditioning.low_index]
             out = out[conditioning.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
             context = high.fuse_context(h)
-            context = context if conditioning.expression is None else context + conditioning.expression
-            _, out = high(tokens, context, time, conditioning.conds[1], conditioning)
+            if conditioning.high_context is not None:
+                context = context + conditioning.high_context
+            _, out = high(tokens, context, time, conditioning.global_conds[1], conditioning)
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level

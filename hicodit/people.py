@@ -49,7 +49,7 @@ class KnownPeople:
     limit: float = LIMIT
 
     @classmethod
-    def of_clips(cls, features: Sequence[np.ndarray], speakers: Sequence[str]) -> KnownPeople:
+    def from_clips(cls, features: Sequence[np.ndarray], speakers: Sequence[str]) -> KnownPeople:
         """Estimate the statistics from clips with these features (D,) and speakers."""
         rows = np.stack(features)
         names = np.array(speakers)

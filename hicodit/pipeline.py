@@ -6,6 +6,7 @@ height, W width, S' side of face crops.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -33,10 +34,10 @@ from engine.precision import convert_matrices, pick_dtype, prepare_inference, us
 from engine.progress import stage
 from engine.release import find_codec
 from engine.settings import check_seed, require_range, with_arguments
-from hicodit.conditions.encoders import unit
-from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
-from hicodit.generation import capture_graphs, generate, windows
-from hicodit.model import FLOAT32, TOKENS_PER_FRAME
+from hicodit.conditions.encoders import to_unit_range
+from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, num_expression_windows
+from hicodit.generation import capture_graphs, generate, sampling_windows
+from hicodit.model import FLOAT32_MODULES, TOKENS_PER_FRAME
 from hicodit.people import KnownPeople
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 Video = str | Path | np.ndarray | Tensor  # a file, or frames accepted by `as_frames`
 GENERATED = generated_comment("HiCoDiT", "speech")  # metadata comment of files
-DECODED = 1500  # token frames to decode at once, excluding their context
+DECODE_FRAMES = 1500  # token frames that are decoded at once, excluding their context: 30 s
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,6 +94,17 @@ class HiCoDiTPipeline:
     speech = pipeline("clip.mp4", seed=0)        # speech.wave (N,) float32, speech.rate
     speech.save("speech.wav")
     one, other = pipeline(["one.mp4", "other.mp4"], seed=[0, 1])  # one batch
+
+    Args:
+        system: score network and condition encoders.
+        codec: the tokenizer with which the network was trained.
+        sampler, guidance: settings for all calls. The attributes may be reassigned.
+        device: device of all networks.
+        face_source: face detector and landmarks. None: the cascade.
+        compile: compile the sampler's steps with `torch.compile`.
+
+    Raises:
+        UserError: If network and tokenizer differ in levels, codes or frame rate.
     """
 
     def __init__(
@@ -113,8 +125,8 @@ class HiCoDiTPipeline:
         self.guidance = guidance
         self.face_source = face_source or FaceSource()
         self.people: KnownPeople | None = None  # people of the training clips
-        self.folder: Path | None = None  # folders of the release, and of its tokenizer by name
-        self.parts: dict[str, str | Path] = {}
+        self.folder: Path | None = None  # release folder, if the pipeline was loaded from one
+        self.codec_folders: dict[str, str | Path] = {}  # folder of the tokenizer, by the name in the release
         config = system.model.config
         rate = TOKENS_PER_FRAME * FPS
         if (config.levels, config.codes, rate) != (codec.levels, codec.codes, codec.frame_rate):
@@ -170,11 +182,11 @@ class HiCoDiTPipeline:
             guidance = stored_guidance(config)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
+        prepare_inference(convert_matrices(system.model, dtype, FLOAT32_MODULES), int8, device, compile)
         pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
         pipeline.folder = folder
         pipeline.people = KnownPeople.from_release(Path(folder))
-        pipeline.parts = {Path(config.get("codec", "rvq_tiny")).name: codec}
+        pipeline.codec_folders = {Path(config.get("codec", "rvq_tiny")).name: codec}
         return pipeline
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
@@ -186,7 +198,7 @@ class HiCoDiTPipeline:
         """
         from engine.publish import publish
 
-        return publish(self.folder, self.parts, repository, license, private)
+        return publish(self.folder, self.codec_folders, repository, license, private)
 
     def crops(self, video: Video, face: str | int = "largest", face_box: Any = None) -> Crops:
         """Return the crops of one face. See `all_crops` for the arguments."""
@@ -311,7 +323,7 @@ class HiCoDiTPipeline:
         lip = system.encoders.lip(padded("mouth"), frames)
         if identity is None:
             faces = padded("voice_faces").movedim(-1, 2)  # (B, 4, 3, S', S')
-            voice = system.model.adapt_identity(system.encoders.identity(unit(faces)))
+            voice = system.model.adapt_identity(system.encoders.identity(to_unit_range(faces)))
         else:
             voice = to_device(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         return Conditions(lip, voice, padded("expression"), frames)
@@ -330,12 +342,12 @@ class HiCoDiTPipeline:
         for clip, each in enumerate(tokens):
             clips_of.setdefault(each.shape[1], []).append(clip)
         for length, clips in clips_of.items():
-            size = max(1, DECODED // length)
+            size = max(1, DECODE_FRAMES // length)
             for start in range(0, len(clips), size):
                 chosen = clips[start : start + size]
                 batch = torch.stack([tokens[clip] for clip in chosen])
-                if length > DECODED:
-                    parts = self.codec.decode_stream(batch.split(DECODED, 2), 2)
+                if length > DECODE_FRAMES:
+                    parts = self.codec.decode_stream(batch.split(DECODE_FRAMES, 2), 2)
                 else:
                     parts = [self.codec.decode(batch)]
                 decoded = torch.cat([part[:, 0].clamp(-1, 1).cpu() for part in parts], 1)
@@ -362,25 +374,30 @@ class HiCoDiTPipeline:
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
         frames = [len(clip) for clip in crops]
-        evaluations = [0] * len(crops)
-        steps = sampler.steps * max(len(windows(n, sampler)) for n in frames)
-        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as on_step:
-            tokens = generate(
-                model,
-                conditions,
-                sampler,
-                self.guidance,
-                seeds,
-                on_step=on_step,
-                graphs=self.graphs,
-                evaluations=evaluations,
-            )
+        steps_of_clips = Counter[int]()
+        steps = sampler.steps * max(len(sampling_windows(n, sampler)) for n in frames)
+        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as progress:
+
+            def on_step(clips: Sequence[int]) -> None:
+                progress()
+                steps_of_clips.update(clips)
+
+            tokens = generate(model, conditions, sampler, self.guidance, seeds, on_step, self.graphs)
         with stage("decoding"):
             waves = self.decode(tokens)
         classes = conditions.expression.cpu().numpy()
+        branches = len(self.guidance.branches)
         return [
-            Speech(wave, self.codec.sample_rate, t.numpy(), clip, e[: windows_of(len(clip))], count, self.remarks(clip))
-            for wave, t, clip, e, count in zip(waves, tokens, crops, classes, evaluations)
+            Speech(
+                wave,
+                self.codec.sample_rate,
+                tokens[i].numpy(),
+                crops[i],
+                classes[i, : num_expression_windows(frames[i])],
+                branches * steps_of_clips[i],
+                self.remarks(crops[i]),
+            )
+            for i, wave in enumerate(waves)
         ]
 
     def remarks(self, crops: Crops) -> tuple[str, ...]:

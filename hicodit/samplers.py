@@ -27,8 +27,9 @@ from engine.device import to_device
 from hicodit.diffusion import exponential_noise
 from hicodit.settings import METHODS, SamplerConfig
 
-# The distribution of clean tokens that a sampler draws from. `posterior(tokens, t, where)`, with tokens (B, K, L) and
-# their times (B,), returns log q (B, K, M, N) at the frames `where` (B, K, M) of each level, or (B, K, L, N) for None.
+# The distribution of clean tokens that a sampler draws from. `posterior(tokens, t, frames)`, with tokens (B, K, L) at
+# the diffusion times t (B,), returns log q (B, K, M, N) at the requested frames (B, K, M) of each level, or
+# (B, K, L, N) at all frames if `frames` is None.
 Posterior = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -58,9 +59,9 @@ class SamplerState:
     normalised: bool
     graphs: GraphedSteps
 
-    def time(self, masked: Tensor) -> Tensor:
-        """Return the diffusion time (..., B) of clips with `masked` (..., B) masked positions: the masked fraction."""
-        fraction = masked / to_device(self.lengths, masked.device) / self.tokens.shape[1]
+    def time(self, count: Tensor) -> Tensor:
+        """Return the diffusion time (..., B) of clips with `count` (..., B) masked positions: the masked fraction."""
+        fraction = count / to_device(self.lengths, count.device) / self.tokens.shape[1]
         return fraction.clamp(min=self.config.end)
 
     def noise(self, columns: int = 1) -> Tensor:
@@ -71,8 +72,17 @@ class SamplerState:
         return draws
 
 
-def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Draw tokens (...) from log q (..., N), which need not be normalised, at the uniforms u (...)."""
+def sample_by_inverse_cdf(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Sample tokens by inverse transform sampling.
+
+    Args:
+        log_q: (..., N) log probabilities, which need not be normalised.
+        u: (...) uniforms in [0, 1).
+        temperature: divides log_q. 0: the most likely token, regardless of u.
+
+    Returns:
+        Token ids (...) int64.
+    """
     if temperature == 0:
         return log_q.argmax(-1)
     cdf = (log_q / temperature).softmax(-1).cumsum(-1)
@@ -83,10 +93,19 @@ def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
 def planned_step(
     posterior: Posterior, tokens: Tensor, t: Tensor, frames: Tensor, u: Tensor, temperature: float
 ) -> Tensor:
-    """Reveal the frames (B, K, M) of each level of tokens (B, K, L). A frame index of L reveals nothing."""
+    """Reveal the given frames of each level. Return the new tokens (B, K, L).
+
+    Args:
+        posterior: the distribution to draw from.
+        tokens: (B, K, L).
+        t: (B,) diffusion times.
+        frames: (B, K, M) frames to reveal. An index of L reveals nothing.
+        u: (B, K, L) uniforms, one per position.
+        temperature: see `sample_by_inverse_cdf`.
+    """
     length = tokens.shape[-1]
     requested = frames.clamp(max=length - 1)
-    drawn = invert(posterior(tokens, t, requested), u.gather(2, requested), temperature)
+    drawn = sample_by_inverse_cdf(posterior(tokens, t, requested), u.gather(2, requested), temperature)
     padded = torch.cat([tokens, tokens[..., :1]], -1)  # column L receives positions that reveal nothing
     return padded.scatter(2, frames, drawn)[..., :length].contiguous()  # equal strides at every step
 
@@ -94,14 +113,15 @@ def planned_step(
 def thinned_step(
     posterior: Posterior, tokens: Tensor, masked: Tensor, t: Tensor, rate: Tensor, u: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Reveal each masked position with probability rate (B,) times sum q. Return tokens and masked (B, K, L).
+    """Reveal each masked position with probability rate * sum(q). Return tokens and masked, both (B, K, L).
 
     Args:
+        rate: (B,) probability of a position to be revealed if q sums to one.
         u: (2, B, K, L) uniforms, for the decision to reveal and for the token.
     """
     log_q = posterior(tokens, t, None)
     reveal = masked & (u[0] < rate[:, None, None] * log_q.exp().sum(-1))
-    return torch.where(reveal, invert(log_q, u[1], temperature), tokens), masked & ~reveal
+    return torch.where(reveal, sample_by_inverse_cdf(log_q, u[1], temperature), tokens), masked & ~reveal
 
 
 def ranked_step(
@@ -114,14 +134,16 @@ def ranked_step(
     choice_noise: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Reveal the `count` (B,) sampled tokens with the highest noisy log probability. Return tokens and masked (B, K,
-    L).
+    """Sample all masked positions and reveal those with the highest noisy log probability. Return tokens and masked,
+    both (B, K, L).
 
     Args:
-        u: (2, B, K, L) uniforms, for the tokens and for the Gumbel noise, whose scale is `choice_noise` (B,).
+        count: (B,) number of positions to reveal.
+        u: (2, B, K, L) uniforms, for the tokens and for the Gumbel noise.
+        choice_noise: (B,) scale of the Gumbel noise.
     """
     log_q = posterior(tokens, t, None)
-    drawn = invert(log_q, u[0], temperature)
+    drawn = sample_by_inverse_cdf(log_q, u[0], temperature)
     score = log_q.gather(-1, drawn[..., None])[..., 0]
     score = score - choice_noise[:, None, None] * torch.log(exponential_noise(u[1]))
     order = score.masked_fill(~masked, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.release import Pretrained, without_retired
 from engine.settings import make
 from hicodit.conditions import EncoderConfig, encoder_config, encoders_learn, make_encoders
-from hicodit.conditions.encoders import unit
+from hicodit.conditions.encoders import to_unit_range
 from hicodit.conditions.types import EXPRESSIONS, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
@@ -60,7 +60,7 @@ class HiCoDiTSystem(Pretrained):
         device = next(self.parameters()).device
         # In batches, as all face crops of a long clip would take gigabytes on the device.
         parts = (to_device(part, device) for part in faces.split(FACE_BATCH))
-        return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
+        return torch.cat([self.encoders.expression(to_unit_range(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
         """Reduce the results of `read_expressions` to half-second classes (J,) of a clip with `frames` frames."""

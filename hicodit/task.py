@@ -29,7 +29,7 @@ from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
-from hicodit.data import FACE_DETECTOR, FEATURES, HiCoDiTDataset
+from hicodit.data import FACE_DETECTOR, FEATURE_TENSORS, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
 from hicodit.model import CONDITIONS, TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
@@ -126,7 +126,7 @@ class HiCoDiTTask(Task):
                 f"{tokenizer.codes}: set task.model.levels and task.model.codes accordingly"
             )
         made = (read_json(index).get("digests") or {}) if index else {}
-        self.features = {name: made[name] for name in (*FEATURES, FACE_DETECTOR) if name in made}
+        self.features = {name: made[name] for name in (*FEATURE_TENSORS, FACE_DETECTOR) if name in made}
         self.validate_corpus = Path(validate_corpus) if validate_corpus else None
         if init:
             self._start_from(init, new_tokens)
@@ -326,7 +326,7 @@ class HiCoDiTTask(Task):
         encoders = self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
-        data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
+        data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURE_TENSORS})
         chosen = spread(len(data), self.validate_clips)
         device = self.system.model.null_lip.device
         sums = Counter()

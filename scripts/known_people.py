@@ -28,7 +28,7 @@ def main() -> None:
         info, tensors = clips.read(number, ("faces",))
         features.append(face_features(tensors["faces"].numpy()))
         speakers.append(str(info["speaker"]))
-    KnownPeople.of_clips(features, speakers).save(args.release)
+    KnownPeople.from_clips(features, speakers).save(args.release)
     print(f"{args.release / FILE}: {len(set(speakers))} people of {len(clips)} clips")
 
 

@@ -38,7 +38,7 @@ LLM_SIZES = {
     "vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
-FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # parts that stay in float32 at any precision
+FLOAT32_MODULES = ("time_mlp", "delta_time_mlp", "head_stop")  # parts that stay in float32 at any precision
 FPS = 25  # latent frames per second, speech and motion
 # samples per second of the speech codec, and of Whisper and the speaker encoders
 RATE = 24_000
@@ -185,7 +185,7 @@ class TalkerT2AV(Pretrained):
         """
         for parameter in self.llm.parameters():
             parameter.data = parameter.data.to(dtype)
-        return convert_matrices(self, dtype, FLOAT32)
+        return convert_matrices(self, dtype, FLOAT32_MODULES)
 
     def backbone(self, embeds: Tensor, mask: Any = None, **cache: Any) -> Tensor:
         """Return hidden states (B, T, D) after the final norm. mask (B, S) is 1 at real tokens; mask and `cache` as in

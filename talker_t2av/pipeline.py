@@ -180,7 +180,7 @@ class TalkerPipeline:
         from engine.publish import publish
 
         folder = self.system.folder if self.system.part_names else None
-        return publish(folder, self.system.parts, repository, license, private)
+        return publish(folder, self.system.codec_folders, repository, license, private)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Generate a talking face that speaks a text. `more` are fields of `Job`. The default voice is the audio of the

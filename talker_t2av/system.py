@@ -132,7 +132,7 @@ class TalkerSystem:
         return self.model.device
 
     @property
-    def parts(self) -> dict[str, str | Path]:
+    def codec_folders(self) -> dict[str, str | Path]:
         """Folders of the codecs and the speaker encoder, by the names used in the release."""
         return {Path(name).name: self.find(part) for part, name in self.part_names.items()}
 

@@ -11,7 +11,7 @@ from corpora.preparation.sources_studio import grid
 from engine.media.audio import read_audio
 from engine.metrics.grid_recogniser import GridRecogniser
 from engine.metrics.words import GRID as RECOGNISER
-from hicodit.bundled import FILMED, bundled_weights
+from hicodit.bundled import REAL_RELEASE, bundled_weights
 from hicodit.pipeline import HiCoDiTPipeline
 
 GRID = Path(__file__).resolve().parents[2] / "shared" / "grid"
@@ -56,22 +56,22 @@ def test_the_wer_of_recordings_is_low(held_out, recogniser):
     assert sum(wrong_words(clip.text, words) for clip, words in zip(held_out, heard)) <= 2
 
 
-@pytest.mark.skipif(not FILMED.is_dir(), reason=f"needs the release {FILMED.name}")
+@pytest.mark.skipif(not REAL_RELEASE.is_dir(), reason=f"needs the release {REAL_RELEASE.name}")
 def test_the_wer_of_the_default_weights_on_held_out_clips(held_out, recogniser):
-    pipeline = HiCoDiTPipeline.from_pretrained(FILMED)
+    pipeline = HiCoDiTPipeline.from_pretrained(REAL_RELEASE)
     wrong = 0
     for clip in held_out:
-        assert bundled_weights(GRID / clip.video) == FILMED
+        assert bundled_weights(GRID / clip.video) == REAL_RELEASE
         speech = pipeline(GRID / clip.video, seed=0)
         wrong += wrong_words(clip.text, recogniser.transcribe(speech.wave, speech.rate))
     assert wrong <= 0.4 * 6 * CLIPS  # about 80 % are wrong by chance
 
 
-@pytest.mark.skipif(not FILMED.is_dir(), reason=f"needs the release {FILMED.name}")
+@pytest.mark.skipif(not REAL_RELEASE.is_dir(), reason=f"needs the release {REAL_RELEASE.name}")
 def test_only_unknown_speakers_get_a_warning(held_out):
-    pipeline = HiCoDiTPipeline.from_pretrained(FILMED)
+    pipeline = HiCoDiTPipeline.from_pretrained(REAL_RELEASE)
     if pipeline.people is None:
-        pytest.skip(f"{FILMED.name} has no people.json: python scripts/known_people.py SHARDS {FILMED}")
+        pytest.skip(f"{REAL_RELEASE.name} has no people.json: python scripts/known_people.py SHARDS {REAL_RELEASE}")
     assert [pipeline.people.remark(pipeline.crops(GRID / clip.video).voice_faces) for clip in held_out[:2]] == ["", ""]
     for name in ("s31", "s34"):
         assert pipeline.people.remark(pipeline.crops(min((GRID / name).glob("*.mp4"))).voice_faces)

@@ -25,7 +25,13 @@ from engine.nn.ge2e import GE2EEncoder
 from engine.settings import require_choice, require_range
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
-from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION, WINDOW_SECONDS, window_expressions, windows_of
+from hicodit.conditions.types import (
+    EXPRESSIONS,
+    NO_EXPRESSION,
+    WINDOW_SECONDS,
+    num_expression_windows,
+    window_expressions,
+)
 from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
 from hicodit.system import HiCoDiTSystem
@@ -145,7 +151,7 @@ class Expression(Encoder):
         self.network = network.to(device).eval()
 
     def __call__(self, clip: WorkItem) -> None:
-        classes = expression_labels(clip.info.expression, windows_of(clip.length))
+        classes = expression_labels(clip.info.expression, num_expression_windows(clip.length))
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
@@ -178,7 +184,7 @@ class HeardExpression(Step):
         return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
 
     def __call__(self, clip: WorkItem) -> None:
-        windows = windows_of(clip.length)
+        windows = num_expression_windows(clip.length)
         classes = expression_labels(clip.info.expression, windows)
         if classes is None:
             classes = torch.full((windows,), NO_EXPRESSION)

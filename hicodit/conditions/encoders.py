@@ -1,7 +1,7 @@
 """Condition encoders, which map face images to lip features, a face embedding and expression probabilities.
 
-Axes: B batch, T video frames (25 per second), F face crops, n images, H = W image side (S of
-mouth, S' of face crops), E feature width.
+Axes: B batch, T video frames (25 per second), F face crops, n images, H = W image side (S of mouth, S' of face crops),
+E feature width.
 
 The tiny encoders in this module are trained together with the model. The upstream encoders (AV-HuBERT, ArcFace, POSTER
 V2; see `hicodit.conditions.upstream`) have the same interface.
@@ -26,27 +26,35 @@ from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table
 
 
-def unit(pictures: Tensor) -> Tensor:
-    """Scale uint8 images to [0, 1]. Floats are returned unchanged."""
+def to_unit_range(pictures: Tensor) -> Tensor:
+    """Convert uint8 images of any shape to floats in [0, 1]. Floats are returned unchanged."""
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
 def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
-    """Encode mouth crops (B, T, H, W) in [0, 1], or uint8, of any length to lip features (B, T, E), in overlapping
-    windows.
+    """Encode mouth crops of any length, long clips in overlapping windows, which bounds memory.
 
     A clip of up to `window` frames is encoded at once, without the padding of its batch, so that its features do not
-    depend on the batch. The windows of longer clips have `context` extra frames at each inner boundary, whose features
-    are discarded. uint8 is converted window by window. `frames` is on the host.
+    depend on the batch.
+
+    Args:
+        encoder: maps mouth crops (b, t, H, W) in [0, 1] and their numbers of valid frames (b,) to features (b, t, E).
+        mouth: (B, T, H, W) in [0, 1], or uint8, which is converted window by window.
+        frames: (B,) number of valid frames of each clip, on the host.
+        window: maximum number of frames that are encoded at once.
+        context: extra frames of a window at each inner boundary, whose features are discarded.
+
+    Returns:
+        Lip features (B, T, E).
     """
     whole = frames <= window
     if bool(whole.all()):
-        return encoder(unit(mouth), frames)
+        return encoder(to_unit_range(mouth), frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
         short = to_device(whole.nonzero()[:, 0], mouth.device)
         long = to_device((~whole).nonzero()[:, 0], mouth.device)
-        encoded = encoder(unit(mouth[short, :most]), frames[whole])
+        encoded = encoder(to_unit_range(mouth[short, :most]), frames[whole])
         out = mouth.new_zeros(*mouth.shape[:2], encoded.shape[-1], dtype=encoded.dtype)
         out[short, :most] = encoded
         out[long] = encode_in_windows(encoder, mouth[long], frames[~whole], window, context)
@@ -57,21 +65,27 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
         first = max(start - context, 0)
         part = mouth[:, first : start + keep + context]
         remaining = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs one frame to attend to
-        parts.append(encoder(unit(part), remaining)[:, start - first :][:, :keep])
+        parts.append(encoder(to_unit_range(part), remaining)[:, start - first :][:, :keep])
     return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
 class TinyEncoderConfig(Group, prefix="encoders."):
-    """Config of the tiny encoders.
+    """Config of the tiny encoders. Sides are in pixels.
 
     Attributes:
+        picture_every: video frames per face crop.
+        kind: key of `hicodit.conditions.ENCODERS`.
+        mouth_size, face_size: S and S', sides of the crops.
+        lip_dim, face_dim: widths of the lip features and of the face embedding.
+        lip_width, face_width: channels of the first convolution of the image networks.
+        lip_blocks, lip_heads: number of transformer blocks over time, and of their attention heads.
         lip_front: front end for mouth crops: "strided" convolutions of single frames, sufficient for cartoon faces, or
             "residual" blocks over five frames, for real faces.
         phonemes: number of classes of the auxiliary frame-wise phoneme loss (0: no such head).
     """
 
-    picture_every: ClassVar[int] = 1  # video frames per face crop
+    picture_every: ClassVar[int] = 1
 
     kind: str = "tiny"
     mouth_size: int = setting(48, 8, 2**10)

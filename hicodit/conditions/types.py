@@ -21,7 +21,7 @@ MIN_FRAMES = 5  # minimum length of a clip in frames (0.2 s), in training and in
 WINDOW_SECONDS = 0.5  # duration of an expression window
 
 
-def windows_of(frames: int) -> int:
+def num_expression_windows(frames: int) -> int:
     """Return the number J of expression windows of 12.5 video frames each, including a last partial window."""
     return -(-2 * frames // 25)
 
@@ -34,7 +34,7 @@ class Conditions:
         lip: (B, T, E) lip features, 25 per second.
         identity: (B, 256) unit vectors in the GE2E voice space.
         expression: (B, J) expression class of each half-second window, an index into `EXPRESSIONS`; J =
-            `windows_of(T)`.
+            `num_expression_windows(T)`.
         frames: (B,) number of valid video frames of each clip, on the host. The rest of T is padding.
     """
 
@@ -46,7 +46,7 @@ class Conditions:
 
 def window_expressions(probabilities: Tensor) -> Tensor:
     """Reduce class probabilities of frames (T, classes), 25 per second, to one class per half second (J,), where J =
-    `windows_of(T)`.
+    `num_expression_windows(T)`.
 
     The class of a window is the most frequent one among the frames that start in it. Ties are broken by the summed
     probability. A last window in which no frame starts has the class of the previous window.
@@ -58,7 +58,7 @@ def window_expressions(probabilities: Tensor) -> Tensor:
     mass = torch.zeros_like(counts).index_add_(0, window, probabilities)
     # The tie-break is smaller than one vote.
     classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)
-    return torch.cat([classes, classes[-1:]])[: windows_of(len(probabilities))]
+    return torch.cat([classes, classes[-1:]])[: num_expression_windows(len(probabilities))]
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,9 @@ class UpstreamEncoders:
         c = self.config
         file = getattr(self.config, f"{name}_file")
         if c.folder is None:
-            made = {"lip": lambda: AVHubert(AVHubertConfig(**c.lip)), "identity": lambda: ArcFace(c.identity_blocks)}
-            return made.get(name, POSTER2)()
+            if name == "lip":
+                return AVHubert(AVHubertConfig(**c.lip))
+            return ArcFace(c.identity_blocks) if name == "identity" else POSTER2()
         if not Path(c.folder).is_dir():
             raise UserError(
                 f"encoders.folder={c.folder} is not a folder: set it to that of the downloaded encoder checkpoints"

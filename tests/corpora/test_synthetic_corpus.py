@@ -31,7 +31,7 @@ from corpora.synthetic.voices import load_voices
 from engine.media.audio import read_audio
 from engine.media.video import read_video
 from engine.metrics.recogniser import Recogniser
-from hicodit.conditions.types import windows_of
+from hicodit.conditions.types import num_expression_windows
 from talker_t2av.phonemes import SYMBOLS
 from tests import forked
 from tests.waiting import wait_until
@@ -240,7 +240,7 @@ def test_windows_take_the_expression_of_their_middle():
     assert window_expressions(51, "sad", "happy", 1.3) == ["sad", "sad", "sad", "happy", "happy"]
     assert window_expressions(51, "sad", "sad", None) == ["sad"] * 5
     for frames in range(1, 60):  # as many as the model and the preparation count
-        assert len(window_expressions(frames, "sad", "sad", None)) == windows_of(frames)
+        assert len(window_expressions(frames, "sad", "sad", None)) == num_expression_windows(frames)
 
 
 def test_free_sentences_are_understood_without_a_grammar(corpus):

@@ -30,7 +30,7 @@ def test_a_published_hicodit_generates_the_same_speech(release, stand_in_hub):
     )  # fmt: skip
     assert "lip-to-speech" in card.data.tags and card.text.strip() == "a test"
     other = HiCoDiTPipeline.from_pretrained("someone/lips")
-    assert other.folder == published and str(other.parts["codec"]).endswith("codec")
+    assert other.folder == published and str(other.codec_folders["codec"]).endswith("codec")
     clip = talking_head(10)
     np.testing.assert_array_equal(other(clip, seed=1).wave, pipeline(clip, seed=1).wave)
 
@@ -39,7 +39,7 @@ def test_a_published_talker_generates_the_same_speech(stand_in_hub, tmp_path):
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path))
     pipeline.push_to_hub("someone/talker", license="mit", private=True)
     other = TalkerPipeline.from_pretrained("someone/talker")
-    assert all(stand_in_hub / "someone/talker" in Path(part).parents for part in other.system.parts.values())
+    assert all(stand_in_hub / "someone/talker" in Path(part).parents for part in other.system.codec_folders.values())
     assert HfApi.create_repo.call_args.kwargs == {"private": True, "exist_ok": True}
     job = Job("tts", "Hi.", str(voice_file(tmp_path / "voice.wav")), seed=1, max_seconds=0.32)
     np.testing.assert_array_equal(other(job).wave, pipeline(job).wave)

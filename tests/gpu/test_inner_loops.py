@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions
 from hicodit.generation import generate
-from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
+from hicodit.model import FLOAT32_MODULES, HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
 from tests.tiny import HICODIT
 
@@ -32,7 +32,7 @@ class OutputTypes(TorchDispatchMode):
 
 def test_half_precision_of_hicodits_steps_is_where_it_is_meant():
     torch.manual_seed(0)
-    model = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32)
+    model = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32_MODULES)
     steps = 3
     frames = torch.tensor([20, 15])
     conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 4], [2, 0]]), frames)

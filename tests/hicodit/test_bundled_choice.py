@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 from drawn_faces import talking_head
 
-from hicodit.bundled import DRAWN, FILMED, FLAT_FRACTION, PipelineChooser, bundled_weights, flat_fraction
+from hicodit.bundled import (
+    CARTOON_RELEASE,
+    FLAT_FRACTION,
+    REAL_RELEASE,
+    PipelineChooser,
+    bundled_weights,
+    flat_fraction,
+)
 
 DEMO = Path(__file__).parents[2] / "assets/demo"
 
 
 @pytest.mark.parametrize("clip", sorted(DEMO.glob("*.mp4")), ids=lambda path: path.stem)
 def test_drawn_faces_get_the_release_for_drawn_faces(clip):
-    assert bundled_weights(clip) == DRAWN
+    assert bundled_weights(clip) == CARTOON_RELEASE
 
 
 def test_camera_noise_tells_a_filmed_face():
@@ -21,12 +28,12 @@ def test_camera_noise_tells_a_filmed_face():
     noise = np.random.default_rng(0).normal(0, 4, drawn.shape)
     filmed = np.clip(drawn + noise, 0, 255).astype(np.uint8)
     assert flat_fraction(drawn) > FLAT_FRACTION > flat_fraction(filmed)
-    assert bundled_weights(drawn) == DRAWN
-    assert bundled_weights(filmed) == FILMED
+    assert bundled_weights(drawn) == CARTOON_RELEASE
+    assert bundled_weights(filmed) == REAL_RELEASE
 
 
 def test_clip_without_a_face_gets_the_release_for_filmed_faces():
-    assert bundled_weights(np.zeros((30, 96, 96, 3), np.uint8)) == FILMED
+    assert bundled_weights(np.zeros((30, 96, 96, 3), np.uint8)) == REAL_RELEASE
 
 
 def test_pipelines_are_loaded_once_and_given_weights_are_for_all_clips():
@@ -40,6 +47,6 @@ def test_pipelines_are_loaded_once_and_given_weights_are_for_all_clips():
     filmed = np.zeros((12, 96, 96, 3), np.uint8)
     chooser = PipelineChooser(load)
     assert [chooser.for_clip(clip) for clip in (drawn, filmed, drawn)] == [1, 2, 1]
-    assert chooser.load_all() == [1, 2] and loaded == [DRAWN, FILMED]
+    assert chooser.load_all() == [1, 2] and loaded == [CARTOON_RELEASE, REAL_RELEASE]
     given = PipelineChooser(load, "mine")
     assert given.for_clip(drawn) == given.for_clip(filmed) == 3 and loaded[2:] == ["mine"]

@@ -7,7 +7,7 @@ import torch
 from drawn_faces import talking_head
 
 from engine.cuda_graph import GraphedSteps
-from hicodit.conditions.types import Conditions, windows_of
+from hicodit.conditions.types import Conditions, num_expression_windows
 from hicodit.generation import capture_graphs, generate
 from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
@@ -34,7 +34,7 @@ def clips(seed, *frames):
     length = int(frames.max())
     lip = torch.randn(batch, length, 32, generator=g)
     identity = torch.rand(batch, 256, generator=g)
-    return Conditions(lip, identity, torch.randint(0, 7, (batch, windows_of(length)), generator=g), frames)
+    return Conditions(lip, identity, torch.randint(0, 7, (batch, num_expression_windows(length)), generator=g), frames)
 
 
 @pytest.mark.parametrize(

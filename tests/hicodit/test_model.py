@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hicodit.conditions import Conditions
-from hicodit.conditions.types import window_expressions, windows_of
+from hicodit.conditions.types import num_expression_windows, window_expressions
 from hicodit.layers import AdaLNBlock, rotary_table
 from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
 
@@ -75,7 +75,7 @@ def test_the_expression_branch_shares_the_low_stage():
     levels 1-2 ignore it."""
     model = build()
     conditions = clip_conditions()
-    rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).conds]
+    rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).global_conds]
     assert rows == [4, 5]
     out = run(model, conditions, branches=("none", "expression"))
     assert torch.equal(out[0, :, :2], out[1, :, :2]) and not torch.allclose(out[0, :, 2:], out[1, :, 2:])
@@ -225,5 +225,7 @@ def test_expression_windows_vote_and_break_ties_by_probability():
     p[19:, 4] = 0.8
     assert window_expressions(p).tolist() == [1, 4]
     for frames in range(1, 60):  # a last partial window counts: a clip of 13 frames has 26 tokens
-        assert len(window_expressions(p[:1].expand(frames, -1))) == windows_of(frames) == -(-2 * frames // 25)
+        assert (
+            len(window_expressions(p[:1].expand(frames, -1))) == num_expression_windows(frames) == -(-2 * frames // 25)
+        )
     assert window_expressions(p[12:13].expand(13, -1)).tolist() == [1, 1]

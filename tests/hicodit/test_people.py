@@ -14,7 +14,7 @@ def pictures(person: int, seed: int) -> np.ndarray:
 
 def test_known_faces_have_no_remark_and_others_have_one(tmp_path):
     clips = [(person, seed) for person in (1, 2, 3) for seed in range(12)]
-    people = KnownPeople.of_clips([face_features(pictures(*clip)) for clip in clips], [str(p) for p, _ in clips])
+    people = KnownPeople.from_clips([face_features(pictures(*clip)) for clip in clips], [str(p) for p, _ in clips])
     people.save(tmp_path)
     stored = KnownPeople.from_release(tmp_path)
     assert all(stored.remark(pictures(person, 99)) == "" for person in (1, 2, 3))

@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.precision import Int8Linear, can_int8
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
-from hicodit.conditions.types import windows_of
-from hicodit.generation import OVERLAP, REDO, generate, windows
+from hicodit.conditions.types import num_expression_windows
+from hicodit.generation import OVERLAP_FRAMES, RESAMPLED_FRAMES, generate, sampling_windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
 from tests.gpu.dying_graphs import DyingOutputs
@@ -74,12 +74,12 @@ def test_later_windows_keep_the_tokens_of_earlier_ones(pipeline):
         frames=torch.tensor([WINDOW]),
     )  # fmt: skip
     alone = generate(pipeline.system.model, first, pipeline.sampler, pipeline.guidance, [0])[0]
-    kept = 2 * (WINDOW - REDO)
+    kept = 2 * (WINDOW - RESAMPLED_FRAMES)
     assert torch.equal(whole[:, :kept], alone[:, :kept])
     assert not torch.equal(whole[:, kept : kept + 2], alone[:, kept : kept + 2])  # from here on they are drawn again
-    assert windows(WINDOW, pipeline.sampler) == [(0, WINDOW)]
-    assert windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP, WINDOW + 1)]
-    assert len(windows(2 * WINDOW, pipeline.sampler)) == 3
+    assert sampling_windows(WINDOW, pipeline.sampler) == [(0, WINDOW)]
+    assert sampling_windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP_FRAMES, WINDOW + 1)]
+    assert len(sampling_windows(2 * WINDOW, pipeline.sampler)) == 3
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
 
 def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
     """Of a clip twice as long no stage sees more at once, and no more face crops are kept."""
-    monkeypatch.setattr(pipeline_module, "DECODED", 100)
+    monkeypatch.setattr(pipeline_module, "DECODE_FRAMES", 100)
     monkeypatch.setattr(system_module, "FACE_BATCH", 64)
     encoders, codec, seen = pipeline.system.encoders, pipeline.codec, defaultdict(int)
 
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
         crops = pipeline.crops(np.concatenate([talking_head(40)] * copies), face_box=[20, 20, 90, 90])
         assert len(crops) == 40 * copies and len(crops.voice_faces) == 4
         speech = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=1))[0]
-        assert len(speech.wave) == 960 * 40 * copies and len(speech.expression) == windows_of(40 * copies)
+        assert len(speech.wave) == 960 * 40 * copies and len(speech.expression) == num_expression_windows(40 * copies)
         largest.append(dict(seen))
     assert largest[0] == largest[1] and max(largest[0].values()) < 120
 
@@ -160,7 +160,7 @@ def test_crops_do_not_depend_on_the_blocks_of_frames(pipeline):
 def test_a_long_clip_sounds_as_it_does_decoded_at_once(pipeline, clip, monkeypatch):
     crops = pipeline.crops(clip)
     whole = pipeline.run([crops] * 2, [0, 1])
-    monkeypatch.setattr(pipeline_module, "DECODED", 20)
+    monkeypatch.setattr(pipeline_module, "DECODE_FRAMES", 20)
     for before, after in zip(whole, pipeline.run([crops] * 2, [0, 1])):
         assert np.array_equal(before.tokens, after.tokens)
         np.testing.assert_allclose(before.wave, after.wave, atol=1e-5)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hicodit.samplers import invert, sample
+from hicodit.samplers import sample, sample_by_inverse_cdf
 from hicodit.settings import METHODS, SamplerConfig
 
 N = 5
@@ -29,11 +29,11 @@ class Closed:
         self.times = []
         self.shapes = []
 
-    def __call__(self, x, t, where):
+    def __call__(self, x, t, frames):
         self.counts.append((x < N).sum(2).tolist())
         self.times.append(t.tolist())
-        self.shapes.append(None if where is None else where.shape)
-        return self.log_q[:, None].expand(*(x if where is None else where).shape, -1)
+        self.shapes.append(None if frames is None else frames.shape)
+        return self.log_q[:, None].expand(*(x if frames is None else frames).shape, -1)
 
 
 def run(method, lengths, log_q=None, known=None, seed=0, **settings):
@@ -63,7 +63,7 @@ def test_sampled_frequencies_follow_the_posterior():
 
 def test_temperature_sharpens_the_drawn_frequencies():
     log_q = torch.tensor([2.0, 1, 0, -1, 0]).log_softmax(-1)
-    drawn = invert(log_q.expand(4000, N), (torch.arange(4000) + 0.5) / 4000, temperature=0.5)
+    drawn = sample_by_inverse_cdf(log_q.expand(4000, N), (torch.arange(4000) + 0.5) / 4000, temperature=0.5)
     assert (torch.bincount(drawn, minlength=N) / 4000 - (2 * log_q).softmax(-1)).abs().max() < 1e-3
 
 
@@ -116,9 +116,9 @@ def test_inverse_transform_sampling_only_returns_valid_codes():
     for seed in range(50):
         log_q = torch.randn(1, 300, generator=torch.Generator().manual_seed(seed))
         log_q[:, [0, -1]] = -200.0  # codes of no probability
-        tokens = invert(log_q.expand(2, -1), u, 1.0)
+        tokens = sample_by_inverse_cdf(log_q.expand(2, -1), u, 1.0)
         assert tokens[0] > 0 and tokens[1] < 300
-    assert invert(torch.tensor([[0.1, 0.3, 0.2]]), u[:1], 0.0).tolist() == [1]
+    assert sample_by_inverse_cdf(torch.tensor([[0.1, 0.3, 0.2]]), u[:1], 0.0).tolist() == [1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.media.video import write_video
-from hicodit.bundled import DRAWN, FILMED, PipelineChooser
+from hicodit.bundled import CARTOON_RELEASE, REAL_RELEASE, PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import SamplerConfig
 from service.app import make_app, read_picture
@@ -118,7 +118,7 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
 def test_clips_and_streams_get_the_bundled_release_for_their_face(models, release, tmp_path, monkeypatch):
     """Cartoon faces and, with the noise of a camera, real ones."""
     write_video(tmp_path / "head.mp4", talking_head(25), 25)
-    pipelines = {DRAWN: models[0], FILMED: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
+    pipelines = {CARTOON_RELEASE: models[0], REAL_RELEASE: HiCoDiTPipeline.from_pretrained(release, precision="fp32")}
     names = {id(pipeline): weights for weights, pipeline in pipelines.items()}
     used = []
     encode = HiCoDiTPipeline.conditions
@@ -134,11 +134,11 @@ def test_clips_and_streams_get_the_bundled_release_for_their_face(models, releas
         files = {"input_reference": (tmp_path / "head.mp4").read_bytes()}
         clip = client.post("/v1/videos", data={"model": "hicodit"}, files=files).json()
         wait_until(lambda: client.get(f"/v1/videos/{clip['id']}").json()["status"] == "completed")
-        assert set(used) == {DRAWN}
+        assert set(used) == {CARTOON_RELEASE}
         used.clear()
         socket.send_json({})
         send_frames(socket, np.clip(talking_head(25) + noise, 0, 255).astype(np.uint8))
-        assert len(receive(socket)) and set(used) == {FILMED}
+        assert len(receive(socket)) and set(used) == {REAL_RELEASE}
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
