@@ -195,7 +195,7 @@ def test_the_expression_of_a_half_second_can_enter_each_stage(changes):
         before = now
     other = replace(conditions, expression=conditions.expression.flip(1))
     dropped = torch.tensor([[True] * 3, [True, True, False], [True] * 3])
-    first, second = (model.prepare(c, keep=dropped).lip for c in (conditions, other))
+    first, second = (model.prepare(c, keep=dropped).low_context for c in (conditions, other))
     assert (first - second).abs().amax((1, 2)).gt(1e-4).tolist() == [True, False, True]  # as dropped in training
 
 
