@@ -26,7 +26,7 @@ class MadeUpClips:
     def __len__(self) -> int:
         return CLIPS
 
-    def __getitem__(self, index: int, generator: torch.Generator) -> int:
+    def load(self, index: int, generator: torch.Generator) -> int:
         return int(self.lengths[index])
 
     def collate(self, items: list[int]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class GridSentences:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return wave (N,), words (6,), labels (T,): a function of (index, generator)."""
         clip = self.clips[index]
         wave = sound_of(self.root / clip.video)

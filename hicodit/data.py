@@ -176,7 +176,7 @@ class HiCoDiTDataset:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
         tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,), heard or seen, and face_expression (), the
         expression seen in the window of the face crop.

@@ -332,7 +332,7 @@ class HiCoDiTTask(Task):
         sums = Counter()
         for start in range(0, len(chosen), VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
-            batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
+            batch = data.collate([data.load(i, generator_for(0, "held out", i)) for i in clips])
             losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             sums["loss"] += len(clips) * float(losses["loss"])
             sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])

@@ -183,7 +183,7 @@ class TalkerExamples:
         return len(self.shards)
 
     def info(self, index: int) -> dict[str, Any]:
-        """Return the JSON of the clip of `self[index]`: key, text, frames, ..."""
+        """Return the JSON of the clip of `load(index)`: key, text, frames, ..."""
         return self._usable(index)[0]
 
     def _usable(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor], list[int]]:
@@ -196,7 +196,7 @@ class TalkerExamples:
                 self.leave_out(info["key"], error)
         raise UserError(f"{self.shards.source}: no clip has a usable text, for the reasons above")
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the example of clip `index`. The window of a clip over 30 s is drawn from the generator.
 
         A clip whose text contains a control token is replaced by the next clip, with a message.
@@ -251,9 +251,9 @@ class TalkerPairs:
     def __len__(self) -> int:
         return max(map(len, self.sets))
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
         return [
-            examples.__getitem__((index + self._offset(i)) % len(examples), generator)
+            examples.load((index + self._offset(i)) % len(examples), generator)
             for i, examples in enumerate(self.sets)
         ]
 

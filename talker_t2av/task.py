@@ -199,7 +199,7 @@ class TalkerTask(Task):
                 continue
             infos = [examples.info(chosen[n]) for n in own]
             # All clips are read, as the random crops of long clips must not depend on the share.
-            items = [examples[i] for i in chosen]
+            items = [examples.load(i) for i in chosen]
             requests = [
                 Request(
                     prompt=examples.words.prompt(info["text"]),
@@ -226,7 +226,7 @@ class TalkerTask(Task):
             }
             for start in range(0, count if share.first else 0, VALIDATION_BATCH):
                 clips = chosen[start : start + VALIDATION_BATCH]
-                held_out = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
+                held_out = [examples.load(i, generator_for(0, "held out", i)) for i in clips]
                 batch = collate(held_out, examples.words.pad_id, c.patch_size, examples.classes)
                 losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
                 for name, value in losses.items():

@@ -53,7 +53,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def batch_of(data: Any, count: int | None = None) -> dict[str, Any]:
     """A batch of the first items of a training set, by default of all, each drawn with its own generator."""
     numbers = range(len(data) if count is None else count)
-    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in numbers])
+    return data.collate([data.load(i, torch.Generator().manual_seed(i)) for i in numbers])
 
 
 def train(task: Task, batch: dict[str, Tensor], steps: int, whole: bool = False) -> list[dict[str, dict[str, Any]]]:

@@ -65,7 +65,7 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
     return np.stack(frames)
 
 
-class FramePairs(torch.utils.data.Dataset):
+class FramePairs:
     """Pairs of different frames of a clip, one pair per clip and epoch.
 
     For recordings, `frames` frames of each clip of ROOT/SPLIT are decoded once to a file in the folder `cache` (S x S x
@@ -133,7 +133,7 @@ class FramePairs(torch.utils.data.Dataset):
         """Prefetch clips [first, last), which are read next."""
         self.stored.prefetch(spans)
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {"frames": (2, S, S, 3) uint8}, with tracks also {"tracks": (2, L)}, as a function of (index,
         generator).
         """
@@ -155,7 +155,7 @@ class FramePairs(torch.utils.data.Dataset):
         return [self.stored.read(index, ())[0].get("speaker") or "" for index in range(len(self))]
 
 
-class RealAndDrawn(torch.utils.data.Dataset):
+class RealAndDrawn:
     """Pairs of cartoon faces without augmentation, and augmented pairs of real people. Not shuffled by blocks.
 
     Args:
@@ -199,7 +199,7 @@ class RealAndDrawn(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return a pair of one clip, as a function of (index, generator).
 
         Returns:
@@ -209,7 +209,7 @@ class RealAndDrawn(torch.utils.data.Dataset):
             drawn: whether it is a cartoon face, for which views equal frames.
         """
         pairs, index = self.items[index]
-        frames = pairs.__getitem__(index, generator)["frames"]
+        frames = pairs.load(index, generator)["frames"]
         if pairs is self.drawn:
             weights = torch.from_numpy(self.weights)
             return {"frames": frames, "views": frames, "weights": weights, "drawn": torch.tensor(True)}

@@ -32,12 +32,12 @@ class CodedCrops(SpeechCrops):
         if self.codec and self.samples % self.codec.hop:
             raise UserError(f"samples={self.samples} must be a multiple of the codec's hop of {self.codec.hop}")
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}, as a function of (index,
         generator).
         """
         if not self.codec:
-            return super().__getitem__(index, generator)
+            return super().load(index, generator)
         hop = self.codec.hop
         wave, codes = self._clip(index)
         first = draw(codes.shape[-1] - self.samples // hop, generator)

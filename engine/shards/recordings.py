@@ -128,7 +128,7 @@ class StoredWaves:
         return wave[start : None if most is None else start + most]
 
 
-class SpeechCrops(torch.utils.data.Dataset):
+class SpeechCrops:
     """Random crops of a corpus, one per clip and epoch. Unreadable recordings are skipped with a message.
 
     Args:
@@ -167,7 +167,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         """Fetch clips [first, last), which are read next."""
         self.waves.shards.prefetch(spans)
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {"wave": (1, samples)}, which is a function of (index, generator)."""
         faster = self.draw_speed(generator)
         samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)

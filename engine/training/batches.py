@@ -31,7 +31,8 @@ STEP = 512  # default number of samples per step
 
 
 class TrainingSet(Protocol):
-    """Dataset for the trainer. All randomness of an item (crops, augmentation) must be drawn from the generator.
+    """Dataset for the trainer. It has `load` instead of `__getitem__`, as an item is a function of its index and a
+    generator, from which all its randomness (crops, augmentation) must be drawn.
 
     Optional members:
         lengths: (n,) number of tokens of each item, for batching by length.
@@ -41,7 +42,7 @@ class TrainingSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, generator: torch.Generator) -> Any: ...
+    def load(self, index: int, generator: torch.Generator) -> Any: ...
 
     def collate(self, items: list[Any]) -> dict[str, Any]: ...
 
@@ -129,7 +130,7 @@ class MicroBatches(torch.utils.data.Dataset):
                 self.dataset.prefetch(self._order(epoch).spans(number % self.streams, window))
             first = number * self.size
             draws = [generator_for(self.seed, "sample", first + k) for k in range(self.size)]
-            return self.dataset.collate([self.dataset.__getitem__(*pair) for pair in zip(indices, draws)])
+            return self.dataset.collate([self.dataset.load(*pair) for pair in zip(indices, draws)])
         except UserError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise

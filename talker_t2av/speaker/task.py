@@ -69,7 +69,7 @@ class VoiceClips:
             self._mels[index] = level_mel(wave, self.bands).half()
         return self._mels[index].float()
 
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return mel (M, T), ge2e (D,), voice (): a function of (index, generator)."""
         mel = self.mel(index)
         mel = mel.repeat(1, -(-self.frames // mel.shape[1]))

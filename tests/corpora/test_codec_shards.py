@@ -65,7 +65,7 @@ def test_the_recipes_of_speech_codecs_read_waves_from_shards(footage, shards, na
 
 def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     data = build(recipe("lia_x_paper", shards, "task.vgg=v", "task.codec.size=32").data.train)
-    pair = data.__getitem__(0, torch.Generator().manual_seed(0))["frames"]
+    pair = data.load(0, torch.Generator().manual_seed(0))["frames"]
     assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
     clips = dict(held_out_frames(shards, "train", 4, 32, ALONE))
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
@@ -92,7 +92,7 @@ def test_clips_without_video_are_skipped_and_counted(footage, tmp_path, capsys):
     prepare(load_config("prepare", words))
     assert len(SpeechCrops(tmp_path, samples=960)) == 2
     pairs = FramePairs(tmp_path, 32)
-    assert len(pairs) == 1 and pairs[0]["frames"].shape == (2, 32, 32, 3)
+    assert len(pairs) == 1 and pairs.load(0)["frames"].shape == (2, 32, 32, 3)
     assert "1 of 2 samples are skipped, as they have no portraits" in capsys.readouterr().err
 
 
@@ -105,7 +105,7 @@ def test_unreadable_recordings_are_skipped_and_counted(footage, tmp_path, capsys
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"id": name, "text": ""}) for name in "abc"))
     crops = SpeechCrops(tmp_path, samples=4_800)
     for index in (1, 1, 0):
-        assert crops.__getitem__(index, torch.Generator().manual_seed(0))["wave"].shape == (1, 4_800)
+        assert crops.load(index, torch.Generator().manual_seed(0))["wave"].shape == (1, 4_800)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "clip b is left out (1 of 3 so far)" in lines[0]
     assert len(load_waves(tmp_path, "train", 3, 24_000)) == 2
@@ -113,5 +113,5 @@ def test_unreadable_recordings_are_skipped_and_counted(footage, tmp_path, capsys
     pairs = FramePairs(tmp_path, 32, tmp_path / "cache", frames=4)
     assert len(pairs) == 2 and "clip b is left out" in capsys.readouterr().err
     again = FramePairs(tmp_path, 32, tmp_path / "cache", frames=4)
-    one, two = (data.__getitem__(1, torch.Generator().manual_seed(0))["frames"] for data in (pairs, again))
+    one, two = (data.load(1, torch.Generator().manual_seed(0))["frames"] for data in (pairs, again))
     assert len(again) == 2 and torch.equal(one, two) and one.any()

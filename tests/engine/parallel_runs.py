@@ -25,7 +25,7 @@ from tests.lia_x.test_liax_task import WEIGHTS, make_task
 class Pairs(ToySet):
     """Two random pictures an item."""
 
-    def __getitem__(self, index, generator):
+    def load(self, index, generator):
         return torch.randint(256, (2, 32, 32, 3), generator=generator, dtype=torch.uint8)
 
     def collate(self, items):

@@ -23,7 +23,7 @@ class Listed(ToySet):
         self.blocks = blocks
         self.prefetched = []
 
-    def __getitem__(self, index, generator):
+    def load(self, index, generator):
         return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
 
     def prefetch(self, spans):

@@ -28,7 +28,7 @@ def batches(data):
             if not order:
                 order = torch.randperm(len(data), generator=generator_for(0, "epoch", epoch)).tolist()
                 epoch += 1
-            samples.append(data.__getitem__(order.pop(0), generator_for(0, "sample", place)))
+            samples.append(data.load(order.pop(0), generator_for(0, "sample", place)))
             place += 1
         yield {"x": torch.stack(samples)}
 

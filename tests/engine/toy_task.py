@@ -43,7 +43,7 @@ class ToySet:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: int, generator: torch.Generator) -> torch.Tensor:
+    def load(self, index: int, generator: torch.Generator) -> torch.Tensor:
         self.calls += 1
         sample = self.x[index] + 0.1 * torch.randn(4, generator=generator)
         if self.calls == self.trouble_at:
@@ -189,7 +189,7 @@ class RaggedSet(ToySet):
     def __len__(self) -> int:
         return 37
 
-    def __getitem__(self, index, generator):
+    def load(self, index, generator):
         frames = int(self.frames[index])
         return self.x[index, :frames]
 

@@ -63,7 +63,7 @@ class Made:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int, generator: torch.Generator) -> Any:
+    def load(self, index: int, generator: torch.Generator) -> Any:
         return self.items[index]
 
 

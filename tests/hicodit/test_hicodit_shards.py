@@ -140,7 +140,7 @@ def test_longer_clips_are_cropped_at_whole_seconds(longer, codec):
     clips = HiCoDiTDataset(longer, codec, seconds=1, augment=False)
     starts = set()
     for seed in range(20):
-        item = clips.__getitem__(3, torch.Generator().manual_seed(seed))
+        item = clips.load(3, torch.Generator().manual_seed(seed))
         start = round(float(item["mouth"][0, 0, 0]) * 255)
         starts.add(start)
         assert len(item["mouth"]) == len(item["phoneme"]) == 25 and len(item["tokens"]) == 50
@@ -148,7 +148,7 @@ def test_longer_clips_are_cropped_at_whole_seconds(longer, codec):
         assert item["expression"].tolist() == [2 * start // 25, 2 * start // 25 + 1]
     assert starts == {0, 25}
     assert clips.lengths.tolist() == [24 * n for n in (*FRAMES[:3], 25, 5)]
-    assert len(clips.__getitem__(0, torch.Generator())["mouth"]) == FRAMES[0]
+    assert len(clips.load(0, torch.Generator())["mouth"]) == FRAMES[0]
 
 
 def test_a_short_span_of_mouth_crops_is_masked(data, codec):
@@ -161,5 +161,5 @@ def test_a_short_span_of_mouth_crops_is_masked(data, codec):
             assert changed[-1] - changed[0] == len(changed) - 1
             torch.testing.assert_close(shown[changed], mouth.mean(0).expand(len(changed), 8, 8))
     never, always = (HiCoDiTDataset(data / "train", codec, hide=hide) for hide in (0.0, 1.0))
-    one, other = (clips.__getitem__(0, torch.Generator().manual_seed(3))["mouth"] for clips in (never, always))
+    one, other = (clips.load(0, torch.Generator().manual_seed(3))["mouth"] for clips in (never, always))
     assert not torch.equal(one, other)

@@ -208,10 +208,10 @@ def heard_corpus(corpus, release, tmp_path_factory):
 def test_the_heard_expression_is_the_condition_and_the_seen_one_the_target(data, corpus, heard_corpus, release):
     codec = release.parent / "codec"
     heard = HiCoDiTDataset(heard_corpus / "train", codec, expression="heard")
-    items = [clips.__getitem__(4, torch.Generator().manual_seed(0)) for clips in (data, heard)]
+    items = [clips.load(4, torch.Generator().manual_seed(0)) for clips in (data, heard)]
     assert items[0]["expression"].tolist() == [4, 5, 6] and items[1]["expression"].tolist() == [0, 1, NO_EXPRESSION]
     assert items[0]["face_expression"] == items[1]["face_expression"]
-    seen = {int(data.__getitem__(4, torch.Generator().manual_seed(seed))["face_expression"]) for seed in range(20)}
+    seen = {int(data.load(4, torch.Generator().manual_seed(seed))["face_expression"]) for seed in range(20)}
     assert seen == {4, 5}  # the class of the half second of the face crop: frames 6, 12, 17 and 23
     with pytest.raises(UserError, match=r"no heard expressions: add them .* or set data.expression=seen"):
         HiCoDiTDataset(corpus / "train", codec, expression="heard")

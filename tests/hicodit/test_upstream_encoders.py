@@ -166,7 +166,7 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
     found = []
     for kind, expected in (("tiny", ["lip", "identity"]), ("upstream", [])):
         data = HiCoDiTDataset(shards / "both", codec, kind, augment=False)
-        batch = data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
+        batch = data.collate([data.load(i, torch.Generator().manual_seed(i)) for i in range(3)])
         calls.clear()
         task.zero_grad()
         torch.manual_seed(1)

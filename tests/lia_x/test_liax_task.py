@@ -59,17 +59,17 @@ def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tm
     stamp = cached.stat().st_mtime_ns
     again = FramePairs(corpus, 32, tmp_path, frames=5)
     assert cached.stat().st_mtime_ns == stamp
-    draw = [d.__getitem__(0, torch.Generator().manual_seed(3))["frames"] for d in (data, again)]
+    draw = [d.load(0, torch.Generator().manual_seed(3))["frames"] for d in (data, again)]
     assert torch.equal(*draw) and draw[0].shape == (2, 32, 32, 3)
     assert not torch.equal(draw[0][0], draw[0][1])
-    other = data.__getitem__(0, torch.Generator().manual_seed(5))["frames"]
+    other = data.load(0, torch.Generator().manual_seed(5))["frames"]
     assert not torch.equal(draw[0], other)
-    assert data.collate([data[0], data[1]])["frames"].shape == (2, 2, 32, 32, 3)
+    assert data.collate([data.load(0), data.load(1)])["frames"].shape == (2, 2, 32, 32, 3)
 
 
 def test_tracks_belong_to_the_frames(corpus, tmp_path):
     data = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"width": 1.0, "open": 2.0})
-    item = data.__getitem__(0, torch.Generator().manual_seed(3))
+    item = data.load(0, torch.Generator().manual_seed(3))
     assert item["tracks"].shape == (2, 2) and (item["tracks"][:, 0] == -1).all()
     tops = [int(frame[:, 16, 0].argmax()) for frame in item["frames"]]  # of the square, which moves 1.6 pixels a frame
     assert tops == pytest.approx([4 + 8 * float(value) for value in item["tracks"][:, 1]], abs=1.5)
@@ -225,10 +225,10 @@ def test_real_faces_are_changed_and_drawn_ones_are_not(corpus, tmp_path, monkeyp
     drawn, people = (FramePairs(corpus, 32, tmp_path, frames=5) for _ in range(2))
     monkeypatch.setattr(people, "speakers", lambda: ["a", "b"])
     data = RealAndDrawn(drawn, people, 32, [BOX | {"weight": 5.0}], people_repeats=2, moving=2.0)
-    items = [data.__getitem__(index, torch.Generator().manual_seed(index)) for index in range(len(data))]
+    items = [data.load(index, torch.Generator().manual_seed(index)) for index in range(len(data))]
     assert [bool(item["drawn"]) for item in items] == [True, True, False, False, False, False]
     assert torch.equal(items[0]["frames"], items[0]["views"]) and not torch.equal(items[2]["frames"], items[2]["views"])
-    again = data.__getitem__(2, torch.Generator().manual_seed(2))
+    again = data.load(2, torch.Generator().manual_seed(2))
     assert all(torch.equal(items[2][name], again[name]) for name in again)
     assert all(item["weights"].mean() == pytest.approx(1, abs=1e-3) for item in items[:3])
     assert data.collate(items)["views"].shape == (6, 2, 32, 32, 3)

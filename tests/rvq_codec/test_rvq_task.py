@@ -69,7 +69,7 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
     write_release(make_task(), tmp_path / "release")
     release = str(tmp_path / "release")
     data = CodedCrops(corpus, samples=2400, codec=release)
-    items = [data.__getitem__(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
+    items = [data.load(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
     codec = RVQCodec.from_pretrained(release)
     whole = torch.from_numpy(load_waves(corpus, "train", 1, 24_000)[0])[None, None]
     codes = codec.encode(whole)[0]
@@ -106,7 +106,7 @@ def test_crops_at_other_speeds_move_the_pitch(tmp_path):
     write_wav(tmp_path / "train" / "a.wav", wave.astype(np.float32), 24_000)
     (tmp_path / "train.jsonl").write_text('{"id": "a", "text": ""}')
     crops = SpeechCrops(tmp_path, samples=24_000, speed=0.1)
-    draws = [crops.__getitem__(0, torch.Generator().manual_seed(seed))["wave"] for seed in range(40)]
+    draws = [crops.load(0, torch.Generator().manual_seed(seed))["wave"] for seed in range(40)]
     assert {len(draw[0]) for draw in draws} == {24_000}
     found = {int(torch.fft.rfft(draw[0]).abs().argmax()) for draw in draws}  # bins of 1 Hz
     assert found == {900, 950, 1000, 1050, 1100}

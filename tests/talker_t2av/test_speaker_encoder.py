@@ -80,7 +80,7 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
     losses = []
     for step in range(25):
         generator = torch.Generator().manual_seed(step)
-        batch = clips.collate([clips.__getitem__(i, generator) for i in range(12)])
+        batch = clips.collate([clips.load(i, generator) for i in range(12)])
         assert batch["mel"].shape == (12, 16, 100)
         result = task(batch, "encoder")
         optimiser.zero_grad()
@@ -97,8 +97,8 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
 
 def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
     clips = VoiceClips(corpus, corpus / "shards", bands=16, seconds=2.0)  # the clips last 1.2 s
-    one, same = (clips.__getitem__(3, torch.Generator().manual_seed(5)) for _ in range(2))
-    other = clips.__getitem__(3, torch.Generator().manual_seed(6))
+    one, same = (clips.load(3, torch.Generator().manual_seed(5)) for _ in range(2))
+    other = clips.load(3, torch.Generator().manual_seed(6))
     assert one["mel"].shape == (16, 200)
     assert torch.equal(one["mel"], same["mel"]) and not torch.equal(one["mel"], other["mel"])
     assert int(one["voice"]) == 0 and clips.voices[3] == 7  # classes count from 0
