@@ -253,8 +253,7 @@ class TalkerPairs:
 
     def load(self, index: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
         return [
-            examples.load((index + self._offset(i)) % len(examples), generator)
-            for i, examples in enumerate(self.sets)
+            examples.load((index + self._offset(i)) % len(examples), generator) for i, examples in enumerate(self.sets)
         ]
 
     def _offset(self, side: int) -> int:

@@ -61,7 +61,7 @@ def test_an_example_holds_the_tokenised_text_and_the_stored_latents(root, task):
     stored = ShardSplit(root / "shards" / "train")
     assert len(found) == 7 and torch.equal(found.frames, stored.frames)
     for i in range(7):
-        item = found[i]
+        item = found.load(i)
         _, tensors = stored[i]
         assert torch.equal(item["speech"], tensors["speech"].float())
         assert torch.equal(item["speaker"], tensors["speaker"].float())
@@ -110,7 +110,7 @@ def test_clips_with_an_unusable_text_are_skipped_and_counted(root, tmp_path, cap
     zeros = {"speech": torch.zeros(8, DS), "motion": torch.zeros(8, DM), "speaker": torch.zeros(256)}
     write_split(tmp_path / "train", [(bad, zeros), (good, zeros)], 2, **STATS)
     found = TalkerExamples(tmp_path / "train", stats=tmp_path / "train" / "index.json")
-    assert same(found[0], found[1]) and same(found[0], found[1])
+    assert same(found.load(0), found.load(1)) and same(found.load(0), found.load(1))
     assert capsys.readouterr().err.count("clip clip1 is left out (1 of 2 so far)") == 1
 
 
@@ -121,7 +121,7 @@ def test_clips_without_motion_are_skipped_in_t2av_only_and_counted(root, tmp_pat
     write_split(tmp_path / "train", samples, 2, digests={}, **STATS)
     t2av, tts = (TalkerExamples(tmp_path / "train", task, stats=index(root)) for task in ("t2av", "tts"))
     keys = [t2av.info(i)["key"] for i in range(len(t2av))]
-    assert all(len(t2av[i]["motion"]) for i in range(len(t2av)))
+    assert all(len(t2av.load(i)["motion"]) for i in range(len(t2av)))
     assert [tts.info(i)["key"] for i in range(4)] == ["clip0", "clip1", "clip2", "clip3"]
     said = capsys.readouterr().err
     assert keys == ["clip0", "clip2", "clip3"] and "1 of 4 samples are skipped, as they have no motion\n" in said
