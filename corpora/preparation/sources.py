@@ -252,9 +252,17 @@ def read_lines(path: Path) -> list[str]:
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """Return the rows of a CSV file that has the given columns."""
+    text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
+    reader = csv.DictReader(io.StringIO(text))
+    rows = []
     try:
-        text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
-        rows = list(csv.DictReader(io.StringIO(text)))
+        for row in reader:
+            if None in row or None in row.values():  # where the row is longer, and where it is shorter
+                header = f"its header has {len(reader.fieldnames)} columns"
+                raise UserError(
+                    f"source.table={path}, line {reader.line_num}: {header}: quote cells that contain a comma"
+                )
+            rows.append(row)
     except csv.Error as error:
         raise UserError(f"source.table={path} cannot be read as CSV ({error})") from error
     for column in columns:

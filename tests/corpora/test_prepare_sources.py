@@ -83,6 +83,13 @@ def test_keys_are_unique_or_the_source_is_refused(tmp_path):
         folder(tmp_path).clips("train")
 
 
+@pytest.mark.parametrize("row", ["one", "one,a.mp4,two"], ids=["shorter", "longer"])
+def test_a_row_of_another_length_than_its_header_is_refused(tmp_path, row):
+    (tmp_path / "clips.csv").write_text(f"text,path\nhello,b.mp4\n{row}\n")
+    with pytest.raises(UserError, match=r"clips\.csv, line 3: its header has 2 columns"):
+        folder(tmp_path)
+
+
 def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
     write_wav(tmp_path / "s" / "one.wav", torch.zeros(26 * 960), 24_000)
     torch.save(torch.ones(25, 40), tmp_path / "one.pt")

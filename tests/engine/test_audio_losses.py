@@ -7,9 +7,6 @@ from engine.nn.audio_losses import (
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
     VoiceLoss,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
 )
 
 
@@ -94,11 +91,3 @@ def test_gradients_are_finite_everywhere(name):
             fake = start.clone().requires_grad_()
             loss(fake, real).backward()
             assert fake.grad.isfinite().all()
-
-
-def test_gan_losses():
-    real = [[torch.ones(2, 3), torch.full((2, 4), 1.0)], [torch.zeros(1), torch.zeros(2, 2)]]
-    fake = [[torch.zeros(2, 3), torch.zeros(2, 4)], [torch.full((1,), 0.5), torch.full((2, 2), 0.5)]]
-    assert [float(x) for x in discriminator_loss(real, fake)] == [1.0, 0.25]
-    assert float(generator_loss(fake)) == 1.25
-    assert float(feature_matching_loss(real, fake)) == 1.5  # logits do not count

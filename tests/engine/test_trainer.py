@@ -116,6 +116,12 @@ def test_a_sample_that_is_not_finite_is_named(tmp_path):
         run.fit()
 
 
+@pytest.mark.parametrize("setting", ["compile", "checkpointing"])
+def test_a_model_without_blocks_can_be_neither_compiled_nor_checkpointed(tmp_path, setting):
+    with pytest.raises(UserError, match=rf"trainer\.{setting}=true: ToyGAN has no blocks; set it to false"):
+        trainer(tmp_path, task=ToyGAN, **{setting: True})
+
+
 def test_the_sanity_validation_fails_before_the_first_step(tmp_path):
     class Failing(ToyGAN):
         def measure(self, folder, share):

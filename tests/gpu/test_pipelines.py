@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from drawn_faces import talking_head
 
 from engine.cuda_graph import GraphedSteps
+from hicodit.evaluate import stored_conditions
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales
 from tests.gpu.fakes import CUDA, audited, faked
@@ -48,3 +50,14 @@ def test_a_stream_reads_tokens_and_audio_of_each_hop(pipeline):
         chunks = list(on_fake_card(pipeline).stream(head, 0, lookahead=0.2))
     # Tokens and audio of each hop, and once the voice, which stays.
     assert audit.reads.total() == 2 * len(chunks) + 1 and not audit.waits, audit.reads
+
+
+def test_conditions_of_a_validation_do_not_synchronise(pipeline):
+    clips = [
+        {"mouth": torch.zeros(frames, 48, 48, dtype=torch.uint8), "faces": torch.zeros(4, 64, 64, 3, dtype=torch.uint8)}
+        for frames in (30, 20)
+    ]
+    with audited() as audit:
+        conditions = stored_conditions(on_fake_card(pipeline), clips)
+    assert conditions.lip.device == CUDA
+    assert not audit.reads and not audit.waits

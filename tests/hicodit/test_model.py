@@ -1,4 +1,4 @@
-"""The score network: branches, padding, the paper's formula, ablations, initial state."""
+"""The score network: branches, padding, temporal scales, ablations, initial state."""
 
 from dataclasses import replace
 
@@ -103,30 +103,19 @@ def test_a_dropped_condition_has_no_influence(name):
     assert not torch.equal(run(model, conditions), run(model, changed))
 
 
-def test_a_block_computes_the_formula_of_the_paper():
-    """alpha * f(gamma_t * [(1 + gamma_c) * LN(h) + beta_c]), with a gamma_t for attention and another for the MLP."""
+@torch.no_grad()
+def test_the_first_temporal_scale_is_of_attention_and_the_second_of_the_mlp():
+    """A scale of zero closes the input of one of them: its weights do not matter."""
     torch.manual_seed(0)
     block = AdaLNBlock(8, 2)
     h = torch.randn(2, 6, 8)
     modulation = torch.randn(2, 48)
-    gamma = 1 + torch.randn(2, 6, 2)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in modulation.chunk(6, -1))
     rotary = rotary_table(6, 4, h.device)
-
-    def rotate(x):  # (B, L, H, D)
-        a, b = x.chunk(2, -1)
-        cos, sin = rotary[:, None, :, None]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    x = gamma[..., :1] * ((1 + gamma1) * F.layer_norm(h, (8,), block.norm1.weight) + beta1)
-    q, k, v = (part.unflatten(-1, (2, 4)) for part in block.qkv(x).chunk(3, -1))
-    weights = (torch.einsum("blhd,bmhd->bhlm", rotate(q), rotate(k)) / 2).softmax(-1)
-    h1 = h + alpha1 * block.out(torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2))
-    x = gamma[..., 1:] * ((1 + gamma2) * F.layer_norm(h1, (8,), block.norm2.weight) + beta2)
-    expected = h1 + alpha2 * block.mlp[2](F.gelu(block.mlp[0](x), approximate="tanh"))
-    torch.testing.assert_close(block(h, modulation, rotary, None, gamma), expected)
+    for scales, layer in (((0.0, 1.0), block.qkv), ((1.0, 0.0), block.mlp[0])):
+        temporal = torch.tensor(scales).expand(2, 6, 2)
+        before = block(h, modulation, rotary, None, temporal)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(block(h, modulation, rotary, None, temporal), before)
 
 
 def temporal_scales(model, conditions, sigma=SIGMA, **prepare):

@@ -6,7 +6,6 @@ import torch
 from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
-from engine.codec import StreamDecoder
 from engine.config import compose
 from engine.errors import UserError
 from hicodit import inference
@@ -30,17 +29,6 @@ def test_audio_equals_offline_decoding_if_the_lookahead_covers_the_receptive_fie
     assert tokens.shape == (12, 160) and tokens.max() < 16 and wave.shape == (80 * 960,) and len(chunks) > 15
     offline = pipeline.decode([torch.from_numpy(tokens)])[0]
     np.testing.assert_allclose(wave, offline, atol=2e-5)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("after", [7, 50])
-def test_chunks_of_any_size_decode_to_the_same_wave(pipeline, after):
-    tokens = torch.randint(0, 16, (12, 90), generator=torch.Generator().manual_seed(0))
-    sound = StreamDecoder(pipeline.codec, 2, after)
-    pieces = tokens[None].split([1, 8, 3, 20, 8, 1, 30, 19], 2)
-    waves = [sound.push(piece, last=i == 7) for i, piece in enumerate(pieces)]
-    wave = torch.cat([wave[0, 0] for wave in waves if wave is not None])
-    torch.testing.assert_close(wave, pipeline.codec.decode(tokens[None])[0, 0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("lookahead", [0.2, 0.4])

@@ -10,15 +10,12 @@ import re
 import resource
 import subprocess
 import sys
-import threading
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.batch_runner import JobRunner, Summary, batched, print_results
+from engine.batch_runner import Summary, print_results
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -63,24 +60,11 @@ def test_a_run_does_not_write_through_a_symbolic_link(tmp_path):
     assert (tmp_path / "profile").read_text() == ""
 
 
-def test_a_download_larger_than_expected_is_stopped(tmp_path):
-    class Endless(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            with suppress(OSError):
-                while True:
-                    self.wfile.write(b" " * 2**20)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/index.json"
-    with pytest.raises(UserError, match="sends more than the expected 9,000,000 bytes"):
-        fetch(RemoteFile("index.json", url, most=9_000_000), tmp_path, progress=False)
-    server.shutdown()
+def test_a_download_larger_than_expected_is_stopped(file_server, tmp_path):
+    file_server.files["/index.json"] = bytes(2000)
+    index = RemoteFile("index.json", f"{file_server.address}/index.json", most=1999)
+    with pytest.raises(UserError, match="sends more than the expected 1,999 bytes"):
+        fetch(index, tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -95,26 +79,8 @@ def test_a_closed_pipe_on_standard_output_is_not_an_error(words, code):
 
 
 def test_control_characters_of_file_names_are_not_printed(capsys):
-    names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
-
-    class Names(JobRunner):
-        device = "cpu"
-
-        def prepare(self, name):
-            if "b" in name:
-                raise UserError(f"no such file: {name}")
-            return name
-
-        def generate(self, batch):
-            return batch
-
-        def write(self, name, *_):
-            return f"{name} done", 1.0
-
-    summary = Summary()
-    for result in Names().run_all(batched([(name, name) for name in names], 2)):
-        print_results(result)
-        summary.add(result)
+    names = ["\x1b[2Jgone", "\u202egpj", "\x9b31m", "plain é 你"]
+    print_results(Summary(failed=[("line\nbreak", "no such file")], lines=names))
     printed = capsys.readouterr()
-    assert printed.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
-    assert printed.err == "failed: line break: no such file: line break\n"
+    assert printed.out.splitlines() == ["?[2Jgone", "?gpj", "?31m", "plain é 你"]
+    assert printed.err == "failed: line break: no such file\n"

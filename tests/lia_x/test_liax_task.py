@@ -9,7 +9,7 @@ import torch
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
-from engine.metrics.picture import Reconstruction, reconstruction, ssim
+from engine.metrics.picture import Reconstruction, reconstruction
 from lia_x.augment import Augment, replace_wall
 from lia_x.data import FramePairs, RealAndDrawn, held_out_frames, sample_frames
 from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural, unexplained
@@ -148,17 +148,6 @@ def test_reconstruction_metrics_of_known_clips():
     assert same["psnr"] == float("inf") and same["ssim"] == pytest.approx(1) and same["mouth_movement"] == 1
     mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
     assert reconstruction(true, mean)["mouth_movement"] == pytest.approx(0, abs=0.01)
-
-
-def test_ssim_matches_scikit_image():
-    metrics = pytest.importorskip("skimage.metrics")
-    rng = np.random.default_rng(0)
-    a = rng.random((32, 40)) * 255
-    b = np.clip(a + rng.normal(0, 30, a.shape), 0, 255)
-    expected = metrics.structural_similarity(
-        a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    assert ssim(*(torch.from_numpy(x)[None, None] for x in (a, b))) == pytest.approx(expected, abs=1e-6)
 
 
 def test_regions_have_a_larger_weight_in_the_losses():

@@ -65,6 +65,7 @@ SCRIPTS = [
 ]
 PACKAGES = [  # command, module that is not installed, the line
     (f"train {HICODIT}", "resemblyzer", "this requires resemblyzer"),
+    (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
     ("scripts.serve", "fastapi", "setup.sh serve"),
     (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
 ]

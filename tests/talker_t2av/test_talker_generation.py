@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from talker_fixtures import all_frames, assert_close, generate, request, tiny_model, utterance
+from talker_fixtures import all_frames, generate, request, tiny_model, utterance
 
 from engine.errors import UserError
 from talker_t2av.data import SequenceFormat
@@ -64,26 +64,6 @@ def test_patches_are_sampled_from_the_hidden_states_of_the_training_forward(mode
             assert len(expected) == total - prefix
             same = total - prefix - lag * (mode == "t2av")  # later states have seen speech that is trimmed
             torch.testing.assert_close(drawn[:same], expected[:same], atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("delay", [0, 1])
-@pytest.mark.parametrize("mode", MODES)
-def test_eight_rows_in_five_slots_equal_eight_single_rows(mode, delay):
-    model = tiny_model(delay, context=2)
-    rows = []
-    for seed in range(8):
-        prefix = seed % 3
-        streams = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (prefix + 2 + seed, prefix)}
-        speech, motion = (4 * patches for patches in streams.get(mode, (prefix, prefix + 9 - seed)))
-        limits = {"prefix": prefix, "max_patches": 4 + seed, "min_patches": 1 + seed % 4}
-        rows.append(request(3 + 2 * seed, seed, speech, motion, **limits))
-    together = BatchedDecoder(model, MODES[mode], SAMPLING, 5).generate(rows)
-    lengths = set()
-    for row, result in zip(rows, together):
-        alone = generate(model, [row], MODES[mode], SAMPLING)[0]
-        assert_close(alone, result, 1e-4)
-        lengths |= {len(x) for x in (alone.speech, alone.motion) if x is not None}
-    assert len(lengths) > 2  # rows did end at different times
 
 
 @pytest.mark.parametrize(

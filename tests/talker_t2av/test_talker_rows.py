@@ -42,7 +42,7 @@ def come_and_go(decoder, asked):
 def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order, given):
     """Steps are graphs, whose outputs the next replay destroys; one of three rows computes a fourth that no request
     has."""
-    model = tiny_model(delay, order=order)
+    model = tiny_model(delay, context=2, order=order)
     decoder = BatchedDecoder(model, MODES[mode], SAMPLING, 5, backend=DyingOutputs())
     # The cache grows for the long prompt, which joins late.
     rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
@@ -152,4 +152,5 @@ def test_graphs_captured_by_warm_up_serve_all_later_requests():
     asked = [request(4 + 3 * seed, seed, max_patches=1 + seed % 3) for seed in range(30)]
     results = decoder.generate(asked)
     assert backend.captures == captured and backend.replays
-    assert_close(generate(model, asked[29:], MODES["t2av"], sampling)[0], results[29], 1e-4)
+    for one, result in list(zip(asked, results))[::7]:
+        assert_close(generate(model, [one], MODES["t2av"], sampling)[0], result, 1e-4)
