@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from engine.batch_runner import run_jobs
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.program import run_program, runs
@@ -68,11 +69,11 @@ PROGRAMS = {  # by model: the configuration, the help
 @hydra.main(config_path=str(CONFIGS), config_name="infer", version_base="1.3")
 @runs(output="output")
 def infer(config: DictConfig) -> int:
-    settings = import_module(f"{config.model}.settings").read_settings(config)
+    c, jobs = import_module(f"{config.model}.settings").read_settings(config)
     with showing():
         with stage("loading"):  # importing PyTorch takes seconds
             inference = import_module(f"{config.model}.inference")
-        return inference.run(*settings)
+        return run_jobs(inference.runner_of(c), jobs, c)
 
 
 def main() -> int:

@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from benchmarks import hicodit_models
 from benchmarks.common import in_own_process, run_program
 from engine.arguments import within
+from engine.charts import chart_curves, chart_differences
 from engine.config import load
 from engine.errors import UserError
-from engine.evaluation.charts import chart_curves, chart_differences
 from engine.evaluation.clips import TRUTH
 from engine.evaluation.statistics import estimate, ratio
 from engine.files import write_json, write_text

@@ -24,7 +24,7 @@ from benchmarks.common import ROOT, run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
 from engine.arguments import within
-from engine.evaluation.charts import chart_file
+from engine.charts import chart_file
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_json, write_text
 from engine.media.audio import read_audio

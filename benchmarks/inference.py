@@ -47,7 +47,7 @@ from benchmarks.common import (
 )
 from benchmarks.official_talker import official_t2av
 from engine.arguments import within
-from engine.evaluation.charts import chart_file
+from engine.charts import chart_file
 from engine.precision import can_int8, convert_matrices, prepare_inference
 from engine.record import dated
 from engine.training.speed import counter

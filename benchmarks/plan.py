@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from benchmarks.fake_step import Measured, Size, measure_fake
 from benchmarks.lengths import MadeUpClips, padding_efficiency
 from benchmarks.training import MODELS, build_task, random_batch
+from engine.charts import chart_file
 from engine.config import compose, plain
 from engine.errors import UserError
-from engine.evaluation.charts import chart_file
 from engine.training.batches import MicroBatches
 from engine.training.settings import TrainerConfig
 from engine.training.speed import PEAKS

@@ -1,7 +1,7 @@
 """Batched execution of the named jobs of `infer.py`, in one process or in several.
 
-A job that fails is reported, and the others continue. Batches, and therefore results, do not depend on the number of
-processes.
+`run_jobs` divides the jobs into batches and prints their results; a `JobRunner` of a model runs a batch. A job that
+fails is reported, and the others continue. Batches, and therefore results, do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from engine import STARTED
 from engine.errors import UserError, printable, require
+from engine.files import writable
 from engine.hub import check_release
-from engine.processes import Lost, Processes, Work, usable_cores
 from engine.progress import current, stage
 from engine.settings import DEVICES, EXECUTORS, PRECISIONS, ClusterConfig, Group, Limits, check_place, group, setting
 
+NamedJob = tuple[str, Any | UserError]  # with the error of a job that could not be read, with which it fails
 WORD_FILES = (".json", ".srt", ".vtt")  # file suffixes written by timestamps=true
 
 
 @dataclass(frozen=True)
 class RunConfig(Group):
     """Settings of `infer.py` that all models share: devices, precision and output."""
+
+    unit: ClassVar[str] = "jobs"  # what a job is called in messages
 
     output: str = setting("outputs", about="output folder")
     device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
@@ -67,77 +70,71 @@ class Batch:
     """Jobs that are processed together.
 
     Attributes:
-        jobs: (name, job) pairs. A job that could not be read is given as its error, and fails with it.
+        jobs: the jobs, with their names.
         first: 1-based index of the first job.
         total: number of jobs in the whole command.
     """
 
-    jobs: Sequence[tuple[str, Any | UserError]]
+    jobs: Sequence[NamedJob]
     first: int
     total: int
 
 
-def batched(jobs: Sequence[tuple[str, Any | UserError]], size: int) -> list[Batch]:
-    """Divide (name, job) pairs into batches of up to `size` jobs."""
+def batched(jobs: Sequence[NamedJob], size: int) -> list[Batch]:
+    """Divide the jobs of a command into batches of up to `size` jobs."""
     return [Batch(jobs[start : start + size], start + 1, len(jobs)) for start in range(0, len(jobs), size)]
 
 
 @dataclass
-class Summary:
-    """Results of all jobs of a command, or of one batch.
+class BatchResult:
+    """Results of the jobs of a batch.
 
     Attributes:
-        jobs: number of jobs.
-        device: device on which the jobs ran.
-        failed: name and error of each job that failed.
+        device: device on which the batch ran.
         lines: one line for each job that succeeded.
+        failed: name and error of each job that failed.
         speech_seconds: total length of the generated speech in seconds.
     """
 
-    jobs: int = 0
     device: str = ""
-    failed: list[tuple[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
     speech_seconds: float = 0.0
 
-    def add(self, part: Summary) -> None:
-        """Add the results of a batch."""
-        self.jobs += part.jobs
-        self.device = part.device
-        self.failed += part.failed
-        self.lines += part.lines
-        self.speech_seconds += part.speech_seconds
+    def print(self) -> None:
+        """Print the failures to standard error, and the lines of the other jobs to standard output.
 
-    def report(self, kind: str, output: Path, origin: str = "") -> int:
-        """Print the totals and the elapsed time. Return the exit code, which is 1 if a job failed.
-
-        Args:
-            kind: plural noun for the jobs, such as "clips".
-            origin: source of the jobs, such as " of input=FOLDER".
-
-        Raises:
-            UserError: If all jobs failed.
+        The name of a failed job is not repeated if its error begins with it.
         """
-        count = self.jobs - len(self.failed)
-        if not count:
-            raise UserError(f"all {self.jobs} {kind}{origin} failed; first error: {self.failed[0][1]}")
-        speech = f"{self.speech_seconds:.1f} s of speech in {time.perf_counter() - STARTED:.1f} s on {self.device}"
-        print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
-        return 1 if self.failed else 0
+        for name, error in self.failed:
+            line = error if error.startswith(name) else f"{name}: {error}"
+            print(printable(f"failed: {line}"), file=sys.stderr, flush=True)
+        for line in self.lines:
+            print(printable(line), flush=True)
 
 
-def print_results(result: Summary, repeat_names: bool = True) -> None:
-    """Print the failures of a batch to standard error, and the lines of its other jobs to standard output.
+def run_jobs(build: Callable[..., JobRunner], jobs: Sequence[NamedJob], c: RunConfig) -> int:
+    """Run the jobs of a command and print their results and the elapsed time. Return the exit code: 1 if some failed.
 
     Args:
-        repeat_names: whether to print the name of a failed job also where its error contains it.
+        build: creates the `JobRunner` of a process from the index of its GPU. It is pickled.
+
+    Raises:
+        UserError: If all jobs failed.
     """
-    for name, error in result.failed:
-        is_named = name in error and not repeat_names
-        line = error if is_named else f"{name}: {error}"
-        print(printable(f"failed: {line}"), file=sys.stderr, flush=True)
-    for line in result.lines:
-        print(printable(line), flush=True)
+    failed = []
+    speech_seconds = 0.0
+    with writable(c.output):
+        for result in run_batches(build, batched(jobs, c.batch_size), c):
+            result.print()
+            failed += result.failed
+            speech_seconds += result.speech_seconds
+    if len(failed) == len(jobs):
+        raise UserError(f"all {len(jobs)} {c.unit} failed; first error: {failed[0][1]}")
+    count = f"{len(jobs) - len(failed)} of {len(jobs)} {c.unit} in {Path(c.output)}"
+    elapsed = time.perf_counter() - STARTED
+    print(printable(f"{count}: {speech_seconds:.1f} s of speech in {elapsed:.1f} s on {result.device}"))
+    return 1 if failed else 0
 
 
 @dataclass
@@ -145,30 +142,30 @@ class PreparedBatch:
     """A batch whose input files have been read.
 
     Attributes:
-        summary: results of the batch, including the jobs that have failed so far.
+        result: results of the batch, including the jobs that have failed so far.
         is_only_job: whether the batch is the command's only job. Its error is then raised instead of reported.
         ready: name and prepared job of each job that did not fail.
     """
 
-    summary: Summary
+    result: BatchResult
     is_only_job: bool
     ready: list[tuple[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def recording_errors(self, name: str) -> Iterator[None]:
-        """Add an error in this block to the summary, as the failure of the job `name`."""
+        """Add an error in this block to the result, as the failure of the job `name`."""
         try:
             yield
         except Exception as error:
             if self.is_only_job:
                 raise
             line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
-            self.summary.failed.append((name, line))
+            self.result.failed.append((name, line))
 
 
-class JobRunner(Work[Batch, Summary]):
+class JobRunner:
     """Base class for running jobs in three steps: prepare, generate, write. The constructor loads the models, once per
-    process.
+    process. The interface is that of `engine.processes.Work`.
 
     On an accelerator, a thread prepares the next batch while the current one is generated and written; on a CPU both
     would share its cores. So `prepare` must not change what `generate` and `write` read.
@@ -200,18 +197,18 @@ class JobRunner(Work[Batch, Summary]):
         """Number of batches to prepare in advance."""
         return int(not str(self.device).startswith("cpu"))
 
-    def run(self, batch: Batch) -> Summary:
+    def run(self, batch: Batch) -> BatchResult:
         """Prepare, generate and write the jobs of a batch."""
         return self.run_batch(self.prepare_batch(batch))
 
-    def run_all(self, batches: Iterable[Batch]) -> Iterator[Summary]:
+    def run_all(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         """Yield the result of each batch, in order. See `ahead`."""
         prepared = map(self.prepare_batch, batches)
         return map(self.run_batch, prefetched(prepared) if self.ahead else prepared)
 
     def prepare_batch(self, batch: Batch) -> PreparedBatch:
         """Read the files of a batch."""
-        prepared = PreparedBatch(Summary(len(batch.jobs), self.details), is_only_job=batch.total == 1)
+        prepared = PreparedBatch(BatchResult(self.details), is_only_job=batch.total == 1)
         for number, (name, job) in enumerate(batch.jobs, batch.first):
             progress = current()
             if progress and not prepared.is_only_job:
@@ -222,9 +219,8 @@ class JobRunner(Work[Batch, Summary]):
                 prepared.ready.append((name, self.prepare(job)))
         return prepared
 
-    def run_batch(self, batch: PreparedBatch) -> Summary:
+    def run_batch(self, batch: PreparedBatch) -> BatchResult:
         """Generate the results of a batch and write its files."""
-        summary = batch.summary
         ready = batch.ready
         try:
             results = self.generate([prepared for _, prepared in ready]) if ready else []
@@ -238,9 +234,9 @@ class JobRunner(Work[Batch, Summary]):
                     (result,) = self.generate([prepared])
                 with stage("writing"):
                     line, seconds = self.write(name, prepared, result)
-                summary.speech_seconds += seconds
-                summary.lines.append(line)
-        return summary
+                batch.result.lines.append(line)
+                batch.result.speech_seconds += seconds
+        return batch.result
 
 
 def prefetched(batches: Iterator[PreparedBatch]) -> Iterator[PreparedBatch]:
@@ -256,7 +252,7 @@ def prefetched(batches: Iterator[PreparedBatch]) -> Iterator[PreparedBatch]:
         pool.shutdown(wait=False)  # the thread may be waiting for a batch that never arrives
 
 
-def run_batches(build: Callable[..., JobRunner], batches: Sequence[Batch], c: RunConfig) -> Iterator[Summary]:
+def run_batches(build: Callable[..., JobRunner], batches: Sequence[Batch], c: RunConfig) -> Iterator[BatchResult]:
     """Return an iterator that runs the batches of a command, in this process or in several, and yields their results.
 
     Args:
@@ -273,7 +269,7 @@ def run_batches(build: Callable[..., JobRunner], batches: Sequence[Batch], c: Ru
 
 def run_in_processes(
     build: Callable[[int], JobRunner], batches: Sequence[Batch], count: int, ray: ClusterConfig | None = None
-) -> Iterator[Summary]:
+) -> Iterator[BatchResult]:
     """Run batches in other processes and yield their results in the order in which they finish.
 
     Args:
@@ -282,10 +278,12 @@ def run_in_processes(
         count: number of processes on this machine, which divide the CPU cores equally.
         ray: run the batches on a Ray cluster instead, which assigns cores and GPUs.
     """
+    from engine.processes import Lost, Processes, usable_cores
+
     if ray:
-        count = min(ray.workers, len(batches))
         from engine.cluster import Cluster
 
+        count = min(ray.workers, len(batches))
         executor = Cluster(ray, build)
     else:
         threads = max(1, usable_cores() // count)
@@ -293,7 +291,7 @@ def run_in_processes(
     with executor, stage("in other processes", len(batches), "batches") as step:
         for batch, result in executor.run(batches):
             if isinstance(result, Lost):
-                result = Summary(len(batch.jobs), failed=[(name, result.reason) for name, _ in batch.jobs])
+                result = BatchResult(failed=[(name, result.reason) for name, _ in batch.jobs])
             result.device = f"{count} processes, {executor.details}"
             yield result
             step()

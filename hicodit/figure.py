@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.evaluation.charts import chart_file
+from engine.charts import chart_file
 from engine.media.audio import mel_picture
 from hicodit.conditions.types import EXPRESSIONS, FPS, WINDOW_SECONDS
 from hicodit.pipeline import Speech

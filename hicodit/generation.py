@@ -27,7 +27,7 @@ from hicodit.conditions.types import FPS, Conditions, num_expression_windows
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
 from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
-from hicodit.samplers import sample
+from hicodit.samplers import SAMPLERS, SamplerInput
 from hicodit.settings import GuidanceScales, SamplerConfig
 
 OVERLAP_FRAMES = 25  # video frames that two consecutive windows share
@@ -128,7 +128,7 @@ def generate(
             window_generators += [
                 torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))
             ]
-        samples = sample(
+        inputs = SamplerInput(
             guided_posterior(model, window, scales),
             prompts,
             TOKENS_PER_FRAME * window.frames,
@@ -136,10 +136,10 @@ def generate(
             sampler,
             window_generators,
             normalised=scales.guidance_form == "normalised",
-            on_step=partial(on_step, clips),
-            device=device,
             graphs=graphs,
-        ).cpu()
+            on_step=partial(on_step, clips),
+        )
+        samples = SAMPLERS[sampler.method](inputs).cpu()
         for row, b, (_, end), span in zip(samples, clips, spans, token_spans):
             tokens[b][:, span] = row[:, : span.stop - span.start]
             if end < frames[b]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.batch_runner import JobRunner, Summary, batched, print_results, run_batches
+from engine.batch_runner import JobRunner
 from engine.device import pick_device
 from engine.faces.source import FaceSource
 from engine.faces.track import MOST_FACES, read_boxes
-from engine.files import all_or_none, writable
+from engine.files import all_or_none
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
 from engine.progress import stage
@@ -32,16 +33,9 @@ if TYPE_CHECKING:
     from hicodit.streaming import SpeechChunk
 
 
-def run(c: InferConfig, clips: list[Path]) -> int:
-    """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
-    build = partial(StreamRunner if c.stream else ClipRunner, c)
-    jobs = [(str(clip), clip) for clip in clips]
-    summary = Summary()
-    with writable(c.output):
-        for result in run_batches(build, batched(jobs, 1 if c.stream else c.batch_size), c):
-            print_results(result, repeat_names=False)
-            summary.add(result)
-    return summary.report("clips", Path(c.output), f" of input={c.input}")
+def runner_of(c: InferConfig) -> Callable[..., HiCoDiTRunner]:
+    """Return a function that creates the runner of a process, given the index of its GPU; see `run_jobs`."""
+    return partial(StreamRunner if c.stream else ClipRunner, c)
 
 
 class HiCoDiTRunner(JobRunner):

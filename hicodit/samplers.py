@@ -8,16 +8,15 @@ the number of tokens that each step reveals and, if independent of the posterior
 the first step. Tokens are drawn by inverse transform sampling. Each clip has its own generator, so that its sample does
 not depend on the rest of the batch.
 
-To add a sampler, write a function with an entry in `FUNCTIONS`, and add its name to `hicodit.settings.METHODS`, which
-is read before PyTorch is imported. Values that differ between steps are passed to step functions as tensors, as a graph
-is captured, or a function compiled, for each value of a Python number.
+To add a sampler, write a function with an entry in `SAMPLERS`, and add its name to `hicodit.settings.METHODS`, which is
+read before PyTorch is imported. Values that differ between steps are passed to step functions as tensors, as a graph is
+captured, or a function compiled, for each value of a Python number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,31 +32,50 @@ from hicodit.settings import METHODS, SamplerConfig
 Posterior = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-@dataclass
-class SamplerState:
-    """State of a sampling run: the tokens of a batch between fully masked and clean.
+class SamplerInput:
+    """A batch of partly masked tokens, and all that a sampler needs to replace the masks.
 
-    Attributes:
+    Args:
         posterior: the distribution to draw from.
-        tokens: (B, K, L), on the model's device.
-        masked: (B, K, L) bool, True at positions that are still masked, on the model's device.
-        total: (B,) initial number of masked positions, on the CPU.
-        lengths: (B,) number of frames of each clip, on the CPU.
+        tokens: (B, K, L), on the CPU.
+        lengths: (B,) number of frames of each clip, on the CPU. Padding stays masked.
+        mask_id: the token that stands for a masked position.
         config: settings of the sampler.
         generators: one per clip, on the model's device.
-        normalised: whether the posterior sums to one.
-        graphs: runs the step functions, as graphs on CUDA.
+        normalised: whether the posterior sums to one, so that the positions to reveal can be drawn in advance.
+        graphs: runs the step functions; by default they are called directly.
+        on_step: called after each step.
+
+    Attributes:
+        tokens: (B, K, L), on the model's device.
+        masked: (B, K, L) bool, True at masked positions, on the model's device.
+        total: (B,) number of masked positions, on the CPU.
     """
 
-    posterior: Posterior
-    tokens: Tensor
-    masked: Tensor
-    total: Tensor
-    lengths: Tensor
-    config: SamplerConfig
-    generators: list[torch.Generator]
-    normalised: bool
-    graphs: GraphedSteps
+    def __init__(
+        self,
+        posterior: Posterior,
+        tokens: Tensor,
+        lengths: Tensor,
+        mask_id: int,
+        config: SamplerConfig,
+        generators: list[torch.Generator],
+        normalised: bool = True,
+        graphs: GraphedSteps | None = None,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        device = generators[0].device
+        masked = (tokens == mask_id) & (torch.arange(tokens.shape[2]) < lengths[:, None])[:, None]
+        self.posterior = posterior
+        self.tokens = to_device(tokens, device)
+        self.masked = to_device(masked, device)
+        self.total = masked.flatten(1).sum(1)
+        self.lengths = lengths
+        self.config = config
+        self.generators = generators
+        self.normalised = normalised
+        self.graphs = graphs or GraphedSteps()
+        self.on_step = on_step
 
     def time(self, count: Tensor) -> Tensor:
         """Return the diffusion time (..., B) of clips with `count` (..., B) masked positions: the masked fraction."""
@@ -152,107 +170,65 @@ def ranked_step(
     return torch.where(reveal, drawn, tokens), masked & ~reveal
 
 
-def euler(state: SamplerState) -> Iterator[None]:
+def euler(inputs: SamplerInput) -> Tensor:
     """Reveal each masked token between t and t - h with probability h / t, and all remaining ones in the last step (as
-    in the paper).
+    in the paper). Return tokens (B, K, L).
 
     Time starts at the masked fraction: at 1, or lower if some tokens are known. If the posterior sums to one, the time
     at which a position is revealed is uniform and independent of the tokens, so that it is drawn in advance.
     """
-    config = state.config
-    start = state.time(state.total).double()
+    config = inputs.config
+    tokens = inputs.tokens
+    masked = inputs.masked
+    start = inputs.time(inputs.total).double()
     spaced = [torch.linspace(t, config.end, config.steps + 1, dtype=torch.float64) for t in start.tolist()]
     times = torch.stack(spaced, 1)  # (S + 1, B)
-    if state.normalised:
-        when, u = state.noise(2)
+    if inputs.normalised:
+        when, u = inputs.noise(2)
         scale = (config.steps * start / (start - config.end).clamp(min=1e-12)).to(when.dtype)
         step = ((1 - when) * to_device(scale, when.device)[:, None, None]).long().clamp(max=config.steps)
-        frames = revealed_frames(step, state.masked, len(times))
-        run = state.graphs(planned_step)
+        frames = revealed_frames(step, masked, len(times))
+        run = inputs.graphs(planned_step)
         for t, revealed in zip(to_device(times.float(), frames.device), frames):
-            state.tokens = run(state.posterior, state.tokens, t, revealed, u, config.temperature)
-            yield
-        return
-    run = state.graphs(thinned_step)
+            tokens = run(inputs.posterior, tokens, t, revealed, u, config.temperature)
+            inputs.on_step()
+        return tokens
+    run = inputs.graphs(thinned_step)
     last = torch.full_like(times[:1], math.inf)  # the last step reveals all that remains
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], last])
-    for t, rate in zip(*to_device(torch.stack([times, rates]).float(), state.tokens.device)):
-        state.tokens, state.masked = run(
-            state.posterior, state.tokens, state.masked, t, rate, state.noise(2), config.temperature
-        )
-        yield
+    for t, rate in zip(*to_device(torch.stack([times, rates]).float(), tokens.device)):
+        tokens, masked = run(inputs.posterior, tokens, masked, t, rate, inputs.noise(2), config.temperature)
+        inputs.on_step()
+    return tokens
 
 
-def confidence(state: SamplerState) -> Iterator[None]:
-    """Reveal the most probable candidates first, with a cosine unmasking schedule (MaskGIT, arXiv 2202.04200).
+def confidence(inputs: SamplerInput) -> Tensor:
+    """Reveal the most probable candidates first, with a cosine unmasking schedule (MaskGIT, arXiv 2202.04200). Return
+    tokens (B, K, L).
 
     After a fraction s of the steps, a fraction cos(pi / 2 * s) of the tokens is still masked. The Gumbel noise of the
     ranking is annealed to 0 in proportion to t.
     """
-    config = state.config
-    device = state.tokens.device
+    config = inputs.config
+    tokens = inputs.tokens
+    masked = inputs.masked
+    device = tokens.device
     fractions = [math.cos(math.pi / 2 * (step / config.steps)) for step in range(1, config.steps)]
-    remaining = [state.total, *(torch.floor(state.total * fraction) for fraction in fractions)]
-    remaining = torch.stack([*remaining, torch.zeros_like(state.total)])  # (S + 1, B)
-    times = state.time(remaining[:-1])  # (S, B)
+    remaining = [inputs.total, *(torch.floor(inputs.total * fraction) for fraction in fractions)]
+    remaining = torch.stack([*remaining, torch.zeros_like(inputs.total)])  # (S + 1, B)
+    times = inputs.time(remaining[:-1])  # (S, B)
     counts = to_device(remaining[:-1] - remaining[1:], device)
     scales = to_device((config.choice_noise * times).float(), device)
-    run = state.graphs(ranked_step)
+    run = inputs.graphs(ranked_step)
     for t, count, scale in zip(to_device(times.float(), device), counts, scales):
-        state.tokens, state.masked = run(
-            state.posterior, state.tokens, state.masked, t, count, state.noise(2), scale, config.temperature
-        )
-        yield
+        noise = inputs.noise(2)
+        tokens, masked = run(inputs.posterior, tokens, masked, t, count, noise, scale, config.temperature)
+        inputs.on_step()
+    return tokens
 
 
-FUNCTIONS: dict[str, Callable[[SamplerState], Iterator[None]]] = {  # each yields after a step
-    function.__name__: function for function in (euler, confidence)
-}
-assert tuple(FUNCTIONS) == tuple(METHODS)
-
-
-def sample(
-    posterior: Posterior,
-    tokens: Tensor,
-    lengths: Tensor,
-    mask_id: int,
-    config: SamplerConfig,
-    generators: list[torch.Generator],
-    normalised: bool = True,
-    on_step: Callable[[], object] = lambda: None,
-    device: torch.device | str = "cpu",
-    graphs: GraphedSteps | None = None,
-) -> Tensor:
-    """Replace `mask_id` in tokens (B, K, L) of `lengths` (B,) frames. Return them on `device`; padding stays `mask_id`.
-
-    Args:
-        posterior: the distribution to draw from.
-        tokens: (B, K, L), on the CPU.
-        lengths: (B,), on the CPU.
-        mask_id: the token that stands for a masked position.
-        config: the sampler and its settings.
-        generators: one per clip, on `device`.
-        normalised: whether the posterior sums to one, so that the positions to reveal can be drawn in advance.
-        on_step: called after each step.
-        device: the model's device.
-        graphs: runs the step functions; by default they are called directly.
-    """
-    device = torch.device(device)
-    masked = (tokens == mask_id) & (torch.arange(tokens.shape[2]) < lengths[:, None])[:, None]
-    state = SamplerState(
-        posterior,
-        to_device(tokens, device),
-        to_device(masked, device),
-        masked.flatten(1).sum(1),
-        lengths,
-        config,
-        generators,
-        normalised,
-        graphs or GraphedSteps(),
-    )
-    for _ in FUNCTIONS[config.method](state):
-        on_step()
-    return state.tokens
+SAMPLERS: dict[str, Callable[[SamplerInput], Tensor]] = {"euler": euler, "confidence": confidence}
+assert tuple(SAMPLERS) == tuple(METHODS)
 
 
 def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:

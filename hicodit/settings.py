@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.batch_runner import WORD_FILES, RunConfig
+from engine.batch_runner import WORD_FILES, NamedJob, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.detectors import DETECTORS, LANDMARKS
@@ -131,15 +131,18 @@ class ClipConfig:
 class InferConfig(RunConfig, ClipConfig):
     """Settings of `infer.py`."""
 
+    unit = "clips"
 
-def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
-    """Return the settings and clips of a job, after all checks that do not require loading a model."""
+
+def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
+    """Return the settings and the named clips, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
     set_limits(c.limits)
     c.check_requirements({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
     read_face(c.face)
     if c.stream:
         _check_stream(c)
+        c = replace(c, batch_size=1)  # a stream is printed as soon as it ends
     if c.face_box is not None:
         track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
@@ -148,7 +151,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     if len(clips) == 1:
         require_stream(clips[0], "video")
     with writable(c.output):
-        return c, clips
+        return c, [(str(clip), clip) for clip in clips]
 
 
 def _check_stream(c: InferConfig) -> None:

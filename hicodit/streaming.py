@@ -28,7 +28,7 @@ from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
 from hicodit.generation import guided_posterior, pad_for_graphs, pad_prompts
 from hicodit.model import TOKENS_PER_FRAME
-from hicodit.samplers import sample
+from hicodit.samplers import SAMPLERS, SamplerInput
 from hicodit.settings import StreamSettings, with_preset
 
 HOP = 4  # video frames: 160 ms
@@ -140,10 +140,16 @@ class SpeechStream:
         if pipeline.graphs.backend is not None:
             conditions = pad_for_graphs(conditions)
             prompt = pad_prompts(prompt, conditions, model.mask_id)
-        tokens = sample(
-            guided_posterior(model, conditions, self.guidance), prompt, torch.tensor([length]), model.mask_id,
-            self.sampler, [self.generator], device=pipeline.device, graphs=pipeline.graphs,
-        )  # fmt: skip
+        inputs = SamplerInput(
+            guided_posterior(model, conditions, self.guidance),
+            prompt,
+            torch.tensor([length]),
+            model.mask_id,
+            self.sampler,
+            [self.generator],
+            graphs=pipeline.graphs,
+        )
+        tokens = SAMPLERS[self.sampler.method](inputs)
         return tokens[0, :, before:length].cpu()
 
     def _crops(self) -> Crops:

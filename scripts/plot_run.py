@@ -28,8 +28,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine.arguments import Parser, within
+from engine.charts import chart_file
 from engine.errors import UserError, run_cli
-from engine.evaluation.charts import chart_file
 from engine.training.export import read_log
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib")

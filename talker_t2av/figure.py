@@ -11,7 +11,7 @@ from textwrap import shorten
 
 import numpy as np
 
-from engine.evaluation.charts import chart_file
+from engine.charts import chart_file
 from engine.media.audio import loudness, mel_picture
 from talker_t2av.model import FPS
 from talker_t2av.pipeline import Talk, TalkerPipeline

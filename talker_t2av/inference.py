@@ -6,30 +6,26 @@ Axes: N samples at 24 kHz, F frames at 25 per second.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import JobRunner, Summary, batched, print_results, run_batches
+from engine.batch_runner import JobRunner
 from engine.device import pick_device
-from engine.files import all_or_none, writable
+from engine.files import all_or_none
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
 from talker_t2av.figure import draw
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
-from talker_t2av.settings import InferConfig, Job, NamedJob, outputs_of
+from talker_t2av.settings import InferConfig, Job, outputs_of
 from talker_t2av.system import BUNDLED
 
 
-def run(c: InferConfig, jobs: list[NamedJob]) -> int:
-    """Run the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
-    summary = Summary()
-    with writable(c.output):
-        for result in run_batches(partial(TalkRunner, c), batched(jobs, c.batch_size), c):
-            print_results(result)
-            summary.add(result)
-    return summary.report("jobs", Path(c.output))
+def runner_of(c: InferConfig) -> Callable[..., TalkRunner]:
+    """Return a function that creates the runner of a process, given the index of its GPU; see `run_jobs`."""
+    return partial(TalkRunner, c)
 
 
 class TalkRunner(JobRunner):

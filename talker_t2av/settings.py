@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.batch_runner import WORD_FILES, RunConfig
+from engine.batch_runner import WORD_FILES, NamedJob, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
@@ -213,7 +213,6 @@ class InferConfig(RunConfig, Job):
 
 
 JOB_FIELDS = {field.name for field in fields(Job)}
-NamedJob = tuple[str, Job | UserError]  # with the error of a line that is not a valid job
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:

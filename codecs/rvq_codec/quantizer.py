@@ -6,6 +6,7 @@ Axes: B batch, C latent channels, D code channels, K codes per codebook, Q level
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.dac import WNConv1d
-from rvq_codec.config import RVQCodecConfig
+
+if TYPE_CHECKING:
+    from rvq_codec.codec import RVQCodecConfig
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from engine.training import distributed
 from engine.training.gan import GANTask
 from engine.training.task import Release
 from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
-from rvq_codec.codec import RVQCodec
-from rvq_codec.config import RVQCodecConfig
+from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
 
 # Fields that do not affect the network's shapes.

@@ -4,11 +4,12 @@ import os
 import signal
 import time
 from functools import partial
+from itertools import chain
 
 import pytest
 
 from engine import batch_runner
-from engine.batch_runner import JobRunner, Summary, batched, print_results, run_in_processes
+from engine.batch_runner import BatchResult, JobRunner, RunConfig, batched, run_in_processes, run_jobs
 from engine.errors import UserError
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
@@ -47,78 +48,68 @@ class Numbers(JobRunner):
         return f"{name}: batch {result}", 0.5
 
 
-def run(jobs, batch_size=2, **place):
-    chosen = batched([(f"job{job}", job) for job in jobs], batch_size)
-    batches = []
-    if place:
-        results = run_in_processes(Numbers, chosen, **place)
-    else:
-        results = Numbers(None, batches).run_all(chosen)
-    summary = Summary()
-    for result in results:
-        print_results(result)
-        summary.add(result)
-    return summary, batches
+def named(jobs):
+    return [(f"job{job}", job) for job in jobs]
+
+
+def failures(results):
+    return list(chain.from_iterable(result.failed for result in results))
 
 
 def test_a_single_batch_has_the_result_that_it_has_among_others():
-    batches = batched([(f"job{job}", job) for job in [1, 2, 5]], 2)
-    runner = Numbers(None, [])
+    batches = batched(named([1, 2, 5]), 2)
+    runner = Numbers(None)
     assert [runner.run(batch) for batch in batches] == [*runner.run_all(batches)]
 
 
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeypatch):
-    summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11])
-    assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
-    unforeseen = "unexpected ZeroDivisionError: by nothing"
-    errors = ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
-    assert summary.lines == ["job1: batch [1]", "job5: batch [5, 7]", "job11: batch [11]"]
-    assert summary.failed == [*zip(["job2", "job4", "job6", "job7", "job15"], errors)]
-    out, err = capsys.readouterr()
-    assert out == "job1: batch [1]\njob5: batch [5, 7]\njob11: batch [11]\n"
-    assert err.splitlines()[0] == "failed: job2: 2 is even" and len(err.splitlines()) == 5
+    batches = []
     monkeypatch.setattr(batch_runner, "STARTED", time.perf_counter() - 3.0)
-    assert summary.report("jobs", tmp_path) == 1
-    line = capsys.readouterr().out
-    assert line.startswith(f"3 of 8 jobs in {tmp_path}: 1.5 s of speech in 3.") and line.endswith(" s on cpu\n")
+    settings = RunConfig(output=str(tmp_path), batch_size=2)
+    assert run_jobs(partial(Numbers, None, batches), named([1, 2, 4, 6, 5, 7, 15, 11]), settings) == 1
+    assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:-1] == ["job1: batch [1]", "job5: batch [5, 7]", "job11: batch [11]"]
+    total = out.splitlines()[-1]
+    assert total.startswith(f"3 of 8 jobs in {tmp_path}: 1.5 s of speech in 3.") and total.endswith(" s on cpu")
+    unforeseen = "unexpected ZeroDivisionError: by nothing"
+    assert err.splitlines() == ["failed: job2: 2 is even", "failed: job4: 4 is even", "failed: job6: 6 is even",
+                                "failed: job7: the disk is full", f"failed: job15: {unforeseen}"]  # fmt: skip
 
 
 def test_exit_code_0_without_failures_and_an_error_if_all_jobs_fail(tmp_path, capsys):
-    assert run([1, 3, 5])[0].report("clips", tmp_path) == 0
-    summary, batches = run([2, 4])
-    assert not batches and capsys.readouterr().err == "failed: job2: 2 is even\nfailed: job4: 4 is even\n"
-    with pytest.raises(UserError, match="all 2 clips of input=x failed; first error: 2 is even"):
-        summary.report("clips", tmp_path, " of input=x")
+    settings = RunConfig(output=str(tmp_path))
+    assert run_jobs(partial(Numbers, None), named([1, 3, 5]), settings) == 0
+    capsys.readouterr()
+    with pytest.raises(UserError, match="all 2 jobs failed; first error: 2 is even"):
+        run_jobs(partial(Numbers, None), named([2, 4]), settings)
+    assert capsys.readouterr().err == "failed: job2: 2 is even\nfailed: job4: 4 is even\n"
 
 
-def test_a_name_that_its_error_contains_is_repeated_on_request_only(capsys):
-    result = Summary(2, failed=[("a.mp4", "a.mp4 is not a video"), ("b.mp4", "the disk is full")])
-    print_results(result, repeat_names=False)
+def test_a_name_with_which_its_error_begins_is_not_repeated(capsys):
+    BatchResult(failed=[("a.mp4", "a.mp4 is not a video"), ("b.mp4", "the disk is full")]).print()
     assert capsys.readouterr().err == "failed: a.mp4 is not a video\nfailed: b.mp4: the disk is full\n"
-    print_results(result)
-    assert capsys.readouterr().err.startswith("failed: a.mp4: a.mp4 is not a video\n")
 
 
 def test_a_job_that_is_alone_in_its_batch_fails_as_others_do():
-    assert run([1, 3, 2])[0].failed == [("job2", "2 is even")]
+    assert failures(Numbers(None).run_all(batched(named([1, 3, 2]), 2))) == [("job2", "2 is even")]
 
 
 @pytest.mark.parametrize(("job", "message"), [(2, "2 is even"), (7, "the disk is full")])
-def test_the_error_of_a_single_job_is_raised(job, message, capsys):
+def test_the_error_of_a_single_job_is_raised(job, message, tmp_path, capsys):
     with pytest.raises(UserError, match=message):
-        run([job])
+        run_jobs(partial(Numbers, None), named([job]), RunConfig(output=str(tmp_path)))
     assert not capsys.readouterr().err
 
 
-def test_a_batch_that_kills_its_process_fails_alone(tmp_path, capsys):
-    summary, _ = run([1, 3, 5, 9, 11, 4, 13], count=2)
-    out, err = capsys.readouterr()
-    assert sorted(out.splitlines()) == ["job11: batch [11]", "job13: batch [13]", "job1: batch [1, 3]",
-                                        "job3: batch [1, 3]"]  # fmt: skip
+def test_a_batch_that_kills_its_process_fails_alone():
+    results = list(run_in_processes(Numbers, batched(named([1, 3, 5, 9, 11, 4, 13]), 2), 2))
+    lines = sorted(chain.from_iterable(result.lines for result in results))
+    assert lines == ["job11: batch [11]", "job13: batch [13]", "job1: batch [1, 3]", "job3: batch [1, 3]"]
     died = "its process died, 2 times (signal 9)"
-    assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
-    assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
-    assert summary.report("jobs", tmp_path) == 1
+    assert sorted(failures(results)) == [("job4", "4 is even"), ("job5", died), ("job9", died)]
+    assert sum(result.speech_seconds for result in results) == 2.0
+    assert {result.device for result in results} == {"2 processes, cpu"}
 
 
 class OnDevice(JobRunner):
@@ -163,15 +154,14 @@ def test_a_ray_worker_without_a_gpu_must_run_on_the_cpu():
 
 
 @pytest.mark.slow
-def test_a_batch_that_kills_its_process_fails_alone_on_a_ray_cluster(capsys):
+def test_a_batch_that_kills_its_process_fails_alone_on_a_ray_cluster():
     ray = pytest.importorskip("ray")
+    batches = batched(named([1, 3, 5, 9, 11, 4, 13]), 2)
     try:
-        summary, _ = run([1, 3, 5, 9, 11, 4, 13], count=1, ray=ClusterConfig(workers=2))
+        results = list(run_in_processes(Numbers, batches, 1, ClusterConfig(workers=2)))
     finally:
         ray.shutdown()
-    out, err = capsys.readouterr()
-    lines = [line for line in out.splitlines() if line.startswith("job")]
-    assert sorted(line.partition(":")[0] for line in lines) == ["job1", "job11", "job13", "job3"]
+    names = {line.partition(":")[0] for result in results for line in result.lines}
+    assert names == {"job1", "job11", "job13", "job3"}
     died = "its process died, 3 times"
-    assert {f"failed: job5: {died}", f"failed: job9: {died}", "failed: job4: 4 is even"} <= set(err.splitlines())
-    assert len(summary.failed) == 3
+    assert sorted(failures(results)) == [("job4", "4 is even"), ("job5", died), ("job9", died)]

@@ -9,6 +9,7 @@ import soundfile
 from drawn_faces import scene, talking_head
 from omegaconf import OmegaConf
 
+from engine.batch_runner import run_jobs
 from engine.config import compose, load, plain
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
@@ -20,7 +21,8 @@ from hicodit.settings import GuidanceScales, InferConfig, read_settings, with_pr
 
 
 def run(config):
-    return inference.run(*read_settings(config))
+    settings, clips = read_settings(config)
+    return run_jobs(inference.runner_of(settings), clips, settings)
 
 
 def config(release, source, output, **changes):

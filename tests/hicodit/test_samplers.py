@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hicodit.samplers import sample, sample_by_inverse_cdf
+from hicodit.samplers import SAMPLERS, SamplerInput, sample_by_inverse_cdf
 from hicodit.settings import METHODS, SamplerConfig
 
 N = 5
@@ -44,7 +44,8 @@ def run(method, lengths, log_q=None, known=None, seed=0, **settings):
     config = SamplerConfig(method, **settings)
     tokens = torch.full((len(lengths), K, max(lengths)), N)
     tokens = tokens if known is None else known
-    posterior.tokens = sample(posterior, tokens, torch.tensor(lengths), N, config, generators, normalised)
+    inputs = SamplerInput(posterior, tokens, torch.tensor(lengths), N, config, generators, normalised)
+    posterior.tokens = SAMPLERS[method](inputs)
     return posterior
 
 

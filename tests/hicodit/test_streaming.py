@@ -6,6 +6,7 @@ import torch
 from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
+from engine.batch_runner import run_jobs
 from engine.config import compose
 from engine.errors import UserError
 from hicodit import inference
@@ -62,7 +63,8 @@ def test_streaming_memory_is_bounded_also_without_a_face(pipeline):
 def test_the_command_line_streams(clip, release, tmp_path, capsys):
     base = compose("infer", [])
     given = {"weights": str(release), "input": str(clip), "output": str(tmp_path), "stream": True, "lookahead": 0.2}
-    assert inference.run(*read_settings(OmegaConf.merge(base, given))) == 0
+    settings, clips = read_settings(OmegaConf.merge(base, given))
+    assert run_jobs(inference.runner_of(settings), clips, settings) == 0
     assert "first audio after " in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{clip.stem}.mp4", f"{clip.stem}.wav"]
     with pytest.raises(UserError, match="stream=true does not support face"):

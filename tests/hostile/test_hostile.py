@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch_runner import Summary, print_results
+from engine.batch_runner import BatchResult
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -80,7 +80,7 @@ def test_a_closed_pipe_on_standard_output_is_not_an_error(words, code):
 
 def test_control_characters_of_file_names_are_not_printed(capsys):
     names = ["\x1b[2Jgone", "\u202egpj", "\x9b31m", "plain é 你"]
-    print_results(Summary(failed=[("line\nbreak", "no such file")], lines=names))
+    BatchResult(failed=[("line\nbreak", "no such file")], lines=names).print()
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["?[2Jgone", "?gpj", "?31m", "plain é 你"]
     assert printed.err == "failed: line break: no such file\n"

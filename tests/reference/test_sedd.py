@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hicodit.diffusion import LogLinearNoise, log_expm1, weighted_score_entropy
-from hicodit.samplers import sample
+from hicodit.samplers import SamplerInput, euler
 from hicodit.settings import SamplerConfig
 from tests.reference import sedd
 
@@ -63,7 +63,7 @@ def test_euler_sampler_draws_from_the_distribution_of_sedds_race(predictor, exce
     config = SamplerConfig("euler", steps=STEPS)
     lengths = torch.tensor([2 * PAIRS])
     start = torch.full((1, 2 * PAIRS), N)
-    ours = sample(Pairs(), start[:, None], lengths, N, config, [random], normalised=excess == 0)
+    ours = euler(SamplerInput(Pairs(), start[:, None], lengths, N, config, [random], normalised=excess == 0))
     columns = [N + 1] * STEPS + [N]
     uniforms = (torch.rand(1, 2 * PAIRS, c, generator=random, dtype=torch.float64) for c in columns)
     theirs, _, _ = sedd.race_sampler(score, start, STEPS, NOISE, N, predictor, uniforms)

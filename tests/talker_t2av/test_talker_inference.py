@@ -14,6 +14,7 @@ import soundfile
 from omegaconf import OmegaConf
 from talker_fixtures import face_file, save_talker, voice_file
 
+from engine.batch_runner import run_jobs
 from engine.config import compose
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
@@ -36,7 +37,8 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def run(config):
-    return inference.run(*read_settings(config))
+    settings, jobs = read_settings(config)
+    return run_jobs(inference.runner_of(settings), jobs, settings)
 
 
 def config(files, output, **changes):

@@ -19,8 +19,7 @@ from engine.nn.dac import DACEncoder
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from engine.official import rename_all
 from engine.release import load_strict
-from rvq_codec.codec import build_decoder
-from rvq_codec.config import RVQCodecConfig
+from rvq_codec.codec import RVQCodecConfig, build_decoder
 from rvq_codec.quantizer import ResidualQuantizer
 from rvq_codec.upstream import RULES
 from tests.golden.runners import Case, runner
