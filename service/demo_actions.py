@@ -154,7 +154,7 @@ class Demo:
         changes = {"steps": int(steps), "temperature": float(temperature), "guidance": float(guidance)}
         self.talker.sampling = replace(self.talker.sampling, **changes)
         prepared = self.talker.prepare(job)
-        talk = self.talker.finish([prepared])[0]
+        talk = self.talker.generate([prepared])[0]
         folder = self._new_folder()
         with stage("writing the files"):
             write_talk(job, mode, talk, folder)

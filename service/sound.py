@@ -19,7 +19,7 @@ from service.service import Service
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
-from talker_t2av.pipeline import PAUSE
+from talker_t2av.pipeline import PAUSE_FRAMES
 
 FORMATS = {  # by name: media type, and what ffmpeg is told
     "wav": ("audio/wav", ["-f", "wav"]),
@@ -47,7 +47,7 @@ async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncI
     loop = asyncio.get_running_loop()
     for number, part in enumerate(parts_of(prepared)):
         if number:
-            yield torch.zeros(1, 1, PAUSE * HOP)
+            yield torch.zeros(1, 1, PAUSE_FRAMES * HOP)
         patches: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()
         put = partial(loop.call_soon_threadsafe, patches.put_nowait)
         decoder = StreamDecoder(service.talker.system.speech)

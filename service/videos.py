@@ -191,7 +191,7 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
 
     tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
     results = [await service.generate("talker_t2av", ticket) for ticket in tickets]
-    talk = await asyncio.to_thread(talker.complete, prepared, *results)
+    talk = await asyncio.to_thread(talker.decode, prepared, *results)
     video.remarks = [without_folders(remark) for remark in talk.remarks]
     await asyncio.to_thread(talk.save, video.path("video1.mp4"))
 

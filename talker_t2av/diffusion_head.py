@@ -1,5 +1,8 @@
 """Diffusion heads, which generate the next patch of a stream from the hidden state of the language model.
 
+A head has three conditions: mu, the hidden state of the language model before the patch, which classifier-free guidance
+drops; the frames before the patch; and a global condition, the speaker embedding or the first frame of the motion.
+
 Axes: N examples (2 B rows when sampling with guidance), C channels, P frames of a patch, K context frames, D width, G
 width of the global condition, n solver steps.
 """

@@ -19,7 +19,7 @@ from engine.errors import UserError
 # published probabilities of dropping mu and the context frames in training
 DROP_MU = 0.1
 DROP_COND = 0.05
-ZERO_SHARE = 0.04  # fraction of the steps whose velocity CFG-Zero* sets to zero
+ZERO_FRACTION = 0.04  # fraction of the steps whose velocity CFG-Zero* sets to zero
 TIME_MEAN = -0.4  # mean of the logits of the training times, whose standard deviation is 1
 
 
@@ -35,7 +35,7 @@ def solver_times(steps: int, sway: float = 1.0) -> Tensor:
 
 def zero_steps(steps: int) -> int:
     """Return the number of initial steps that CFG-Zero* skips (arXiv 2503.18886): one for up to 48 steps."""
-    return max(1, math.floor(ZERO_SHARE * (steps + 1)))
+    return max(1, math.floor(ZERO_FRACTION * (steps + 1)))
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor, zero_star: bool = True) -> Tensor:

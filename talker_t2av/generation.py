@@ -4,12 +4,12 @@ A batch joins all requests at once and steps until they finish. A stream joins a
 requests as they arrive, and `talker_t2av.particles` joins several copies of a request.
 
 A mode defines whether speech and motion are generated, given or absent. Given frames of a generated stream are a
-prefix, which the decoder continues. Slot j of the sequence contains speech patch j and motion patch j - delay, as in
-training.
+prefix, which the decoder continues. Position j of the sequence contains speech patch j and motion patch j - delay, as
+in training.
 
 In training, the hidden state after the token of the last patch is labelled as stop, and the two states before it are
 unlabelled. By default, the first positive stop prediction therefore ends a row. The official routines wait for three
-consecutive ones (`LoopRules`, talker_t2av/official.py).
+consecutive ones (`StoppingRules`, talker_t2av/official.py).
 
 The KV cache is allocated once, for a fixed number of rows and a length that is a multiple of `BUCKET`, and reused for
 later requests. It grows if a request needs more tokens, up to the backbone's maximum position. Rows are contiguous:
@@ -123,7 +123,7 @@ class Plan:
         known: (B, N, n, D) part of the tokens that does not depend on generated frames.
         noise: (B, N, C, P).
         condition: (B, G) speaker embedding, or first frame of the motion.
-        first_test, stop_hits: (B,) see `LoopRules`.
+        first_test, stop_hits: (B,) see `StoppingRules`.
     """
 
     known: Tensor
@@ -139,7 +139,7 @@ class BatchedDecoder:
     Finished rows are removed automatically. The rest of the batch only affects rounding.
 
     Args:
-        places: maximum number of concurrent rows.
+        max_rows: number of slots, the maximum number of concurrent rows.
         use_stop: whether the stop head ends rows. It never does if a given stream determines the length.
         check_every: steps between two checks of the stop predictions, which synchronise with the device. Results do not
             depend on it, but rows may be computed past their end. Default: 1 on a CPU, where an extra patch costs more
@@ -148,19 +148,20 @@ class BatchedDecoder:
         backend: see `GraphedStep`.
 
     Attributes:
+        rows_per_request: number of rows that a request takes.
         active: running rows, in the order of their slots.
         patch: result of the last step.
         length: N.
     """
 
-    drafts = 1  # number of rows per request
+    rows_per_request = 1
 
     def __init__(
         self,
         model: TalkerT2AV,
         mode: Mode,
         sampling: Sampling,
-        places: int = 1,
+        max_rows: int = 1,
         use_stop: bool = True,
         check_every: int | None = None,
         compile: bool = False,
@@ -171,9 +172,9 @@ class BatchedDecoder:
         self.device = model.device
         self.mode = mode
         self.sampling = sampling
-        self.places = places
+        self.max_rows = max_rows
         self.check_every = check_every or (1 if self.device.type == "cpu" else 4)
-        self.asks_stop = use_stop and mode.open_ended
+        self.uses_stop_head = use_stop and mode.open_ended
         self.streams: list[Stream] = [s for s in ("speech", "motion") if getattr(mode, s) == "generated"]
         self.delay = c.delay if mode.motion == "generated" else 0
         self.lag = {"speech": 0, "motion": self.delay}
@@ -191,8 +192,8 @@ class BatchedDecoder:
 
     @property
     def free(self) -> int:
-        """Return the number of requests that can join now."""
-        return (self.places - len(self.active)) // self.drafts
+        """Number of requests that can join now."""
+        return (self.max_rows - len(self.active)) // self.rows_per_request
 
     def needs(self, request: Request) -> tuple[int, int]:
         """Return the maximum number of steps of a request, and the number of cached tokens after these steps.
@@ -220,10 +221,10 @@ class BatchedDecoder:
         Raises:
             UserError: See `needs`.
         """
-        assert len(self.active) < self.places, "no slot is free"
+        assert len(self.active) < self.max_rows, "no slot is free"
         c = self.model.config
         size = c.patch_size
-        place = len(self.active)
+        slot = len(self.active)
         limit, tokens = self.needs(request)
         request = map_tensors(lambda x: to_device(x, self.device), request)
         with half_precision(self.device, self.model.dtype):
@@ -235,22 +236,22 @@ class BatchedDecoder:
         if noise is None:
             noise = {s: seeded_noise(request, s, shapes[s], limit - self.lag[s]) for s in self.streams}
         condition = {"speech": request.speaker, "motion": request.first_motion}
-        self.plan.known[place, :limit] = known
+        self.plan.known[slot, :limit] = known
         for s in self.streams:
-            self.plan.noise[s][place, : len(noise[s])] = to_device(noise[s], self.device)
-            self.plan.condition[s][place] = condition[s]
+            self.plan.noise[s][slot, : len(noise[s])] = to_device(noise[s], self.device)
+            self.plan.condition[s][slot] = condition[s]
             frames = getattr(request, s)  # frames of the prefix in whole patches, zero-padded
             frames = F.pad(frames, (0, 0, c.context * size, -len(frames) % size))
-            self.state.context[s][place] = frames[len(frames) - c.context * size :]
+            self.state.context[s][slot] = frames[len(frames) - c.context * size :]
         if like is None:
             position = torch.arange(len(prompt), device=prompt.device)[None]
-            cache = KeyValues(self.cache[place : place + 1, ..., : len(prompt), :], position)
+            cache = KeyValues(self.cache[slot : slot + 1, ..., : len(prompt), :], position)
             visible = position[..., None] >= position[:, None]
-            self.state.hidden[place] = self.model.continue_cache(cache, prompt[None], visible, position)[0]
+            self.state.hidden[slot] = self.model.continue_cache(cache, prompt[None], visible, position)[0]
         else:
             other = self.active.index(like)
-            self.state.hidden[place] = self.state.hidden[other]
-            self.cache[place] = self.cache[other]
+            self.state.hidden[slot] = self.state.hidden[other]
+            self.cache[slot] = self.cache[other]
         first_test = max(request.rules.first_test, request.min_patches + self.delay)
         for tensor, number in (
             (self.state.index, 0),
@@ -260,20 +261,20 @@ class BatchedDecoder:
             (self.plan.first_test, first_test),
             (self.plan.stop_hits, request.rules.stop_hits),
         ):
-            tensor[place].fill_(number)  # `tensor[place] = number` would synchronise, as it copies from the host
+            tensor[slot].fill_(number)  # `tensor[slot] = number` would synchronise, as it copies from the host
         self.active.append(row)
         return row
 
     @torch.no_grad()
-    def step(self, ask: bool = False) -> list[Row]:
+    def step(self, check_stop: bool = False) -> list[Row]:
         """Generate one patch of all rows. Return the rows that finished with it, which have been removed.
 
         Args:
-            ask: check the stop predictions now, regardless of `check_every`.
+            check_stop: check the stop predictions now, regardless of `check_every`.
         """
         rows = [*self.active]
         # With CUDA graphs, the number of rows is rounded up to a power of two, so that there are few graphs.
-        count = len(rows) if self.run_step.backend is None else min(self.places, 1 << (len(rows) - 1).bit_length())
+        count = len(rows) if self.run_step.backend is None else min(self.max_rows, 1 << (len(rows) - 1).bit_length())
         self.before_step()
         streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
         tokens = -(-max(row.tokens for row in rows) // BUCKET) * BUCKET
@@ -283,14 +284,16 @@ class BatchedDecoder:
         drawn = {s: patch[: len(rows)] for s, patch in patches.items()}
         stop = None if stop is None else stop[: len(rows)]
         self.patch = Patch(drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
-        for place, row in enumerate(rows):
+        for slot, row in enumerate(rows):
             for s in streams:
                 if row.index >= self.lag[s]:
-                    row.patches[s].append(drawn[s][place])
+                    row.patches[s].append(drawn[s][slot])
             row.index += 1
         ends = [row.limit for row in rows]
-        ask = ask or self.steps_taken % self.check_every == 0 or any(row.index >= row.limit for row in rows)
-        if self.asks_stop and ask:
+        check_stop = (
+            check_stop or self.steps_taken % self.check_every == 0 or any(row.index >= row.limit for row in rows)
+        )
+        if self.uses_stop_head and check_stop:
             ends = self.state.end[: len(rows)].cpu().tolist()
         ended = [(row, end) for row, end in zip(rows, ends) if row.end is None and end <= row.index]
         for row, end in ended:
@@ -318,7 +321,7 @@ class BatchedDecoder:
             self._allocate(tokens)
         # With a delay, the first steps generate no motion.
         begin = tuple(s for s in self.streams if not self.lag[s])
-        counts = {min(self.places, 1 << power) for power in range(self.places.bit_length() + 1)}
+        counts = {min(self.max_rows, 1 << power) for power in range(self.max_rows.bit_length() + 1)}
         for count in sorted(counts):
             for length in range(BUCKET, tokens + BUCKET, BUCKET):
                 for streams in dict.fromkeys([begin, tuple(self.streams)]):
@@ -332,12 +335,12 @@ class BatchedDecoder:
         for row in rows:
             if row not in self.active:
                 continue
-            place = self.active.index(row)
+            slot = self.active.index(row)
             last = self.active.pop()
             if last is not row:
-                self.active[place] = last
+                self.active[slot] = last
                 for x in tensors_of((self.state, self.plan, self.cache)):
-                    x[place] = x[len(self.active)]
+                    x[slot] = x[len(self.active)]
 
     def result(self, row: Row) -> Result:
         """Return the new frames of a finished row."""
@@ -362,7 +365,7 @@ class BatchedDecoder:
             while waiting or self.active:
                 for _ in range(min(self.free, len(waiting))):
                     joined.append(self.join(waiting.popleft()))
-                running = sum(row.end is None for row in self.active) // self.drafts
+                running = sum(row.end is None for row in self.active) // self.rows_per_request
                 self.step()
                 on_step(running)
         finally:
@@ -374,7 +377,7 @@ class BatchedDecoder:
         row = self.join(request)
         try:
             while row.end is None:
-                self.step(ask=True)
+                self.step(check_stop=True)
                 yield self.patch
         finally:
             self.leave(row)
@@ -427,7 +430,7 @@ class BatchedDecoder:
         hits = state.hits
         end = state.end
         stop = None
-        if self.asks_stop:
+        if self.uses_stop_head:
             stop = self.model.head_stop(hidden).sigmoid()
             hits = torch.where((stop >= 0.5) & (index >= plan.first_test), hits + 1, 0)
             end = torch.where(hits >= plan.stop_hits, torch.minimum(end, index), end)
@@ -444,7 +447,7 @@ class BatchedDecoder:
         length = -(-tokens // BUCKET) * BUCKET
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(self.places, *shape, dtype=dtype, device=self.device)
+            return torch.zeros(self.max_rows, *shape, dtype=dtype, device=self.device)
 
         with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
             index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))

@@ -52,7 +52,7 @@ class TalkRunner(JobRunner):
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:
         """Generate the results of a batch."""
-        return self.pipeline.finish(batch)
+        return self.pipeline.generate(batch)
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
         """Write the files of a job atomically. Return a summary line and the length of the speech in seconds."""

@@ -168,61 +168,74 @@ class TrainingForward:
     pos_weight: Tensor
 
 
-def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: float = 1.0) -> TrainingForward:
+def embed_tokens(
+    model: TalkerT2AV, batch: Mapping[str, Tensor], layout: SpanLayout, speech: PatchStream, motion: PatchStream
+) -> Tensor:
+    """Embed the sequences of a batch, (B, T, D): task token, text, and the patches in place of their placeholders.
+
+    Position j of the patches of a row starts at start + step * j, and the token of a stream is at offset `turns`.
+    Tokens of both streams at the same position are added.
+
+    Args:
+        model: the model.
+        batch: see `training_forward`.
+        layout: positions of the patches.
+        speech, motion: the streams of the batch in patches.
+    """
+    device = batch["speech"].device
+    task = torch.where(layout.with_motion, T2AV, TTS)
+    embeds = torch.cat(
+        [model.task_embedding(to_device(task, device))[:, None], model.embed_text(batch["input_ids"])], 1
+    )
+    delay = model.config.delay
+    start = layout.start
+    step = layout.step
+    filled = torch.where(layout.with_motion, torch.maximum(speech.patches, motion.patches + delay), speech.patches)
+    filled = torch.minimum(filled, layout.slots // step)  # (B,) patches that replace placeholders
+
+    place = torch.arange(embeds.shape[1], device=start.device)
+    row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
+    moving = layout.with_motion[row]
+    speech_tokens = model.speech_tokens(*speech.gather(row, slot))
+    speech_tokens = speech_tokens + model.motion_pad_emb[0] * to_device(~moving[:, None], device)
+    motion_tokens = model.motion_tokens(*motion.gather(row[moving], slot[moving] - delay))
+    replaced = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
+    embeds = embeds.masked_fill(to_device(replaced, device)[..., None], 0)
+    for stream, tokens, rows in (("speech", speech_tokens, slice(None)), ("motion", motion_tokens, moving)):
+        at = torch.stack([row, start[row] + step[row] * slot + layout.turns[stream][row]])[:, rows]
+        embeds = embeds.index_put(tuple(to_device(at, device)), tokens.to(embeds.dtype), accumulate=True)
+    return embeds
+
+
+def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], head_fraction: float = 1.0) -> TrainingForward:
     """Run the backbone and collect the examples of both heads, each repeated `repeats` times.
 
     Args:
         batch: of `talker_t2av.data.collate`. All except ids, phonemes, latents and embeddings should be on the host,
             where shapes and places are computed.
-        share: fraction of the patches on which the heads are trained, drawn at random.
+        head_fraction: fraction of the patches on which the heads are trained, drawn at random.
     """
     c = model.config
-    device = batch["speech"].device
     layout = SpanLayout.of(c, batch)
-    with_motion = layout.with_motion
-    start = layout.start
-    slots = layout.slots
-    step = layout.step
-    turns = layout.turns
-    task = torch.where(with_motion, T2AV, TTS)
-    embeds = torch.cat(
-        [model.task_embedding(to_device(task, device))[:, None], model.embed_text(batch["input_ids"])], 1
-    )
-    mask = F.pad(batch["attention_mask"], (1, 0), value=1)
-
     speech = PatchStream.of(batch["speech"], batch["speech_frames"], c.patch_size)
     motion = PatchStream.of(batch["motion"], batch["motion_frames"], c.patch_size)
-    filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
-    filled = torch.minimum(filled, slots // step)
-
-    # The tokens of the first `filled` patches replace the placeholders. Slot j starts at start + step * j, and the
-    # token of a stream is at offset `turns`. Tokens of both streams at the same position are added.
-    place = torch.arange(embeds.shape[1], device=start.device)
-    row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
-    moving = with_motion[row]
-    tokens = model.speech_tokens(*speech.gather(row, slot))
-    tokens = tokens + model.motion_pad_emb[0] * to_device(~moving[:, None], device)
-    moves = model.motion_tokens(*motion.gather(row[moving], slot[moving] - c.delay))
-    replaced = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
-    embeds = embeds.masked_fill(to_device(replaced, device)[..., None], 0)
-    for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
-        at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
-        embeds = embeds.index_put(tuple(to_device(at, device)), value.to(embeds.dtype), accumulate=True)
+    embeds = embed_tokens(model, batch, layout, speech, motion)
+    mask = F.pad(batch["attention_mask"], (1, 0), value=1)
 
     attended = None  # transformers would synchronise to check for padding; this check is on the host
     if not bool(mask.all()):
-        causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=device).tril()
-        attended = causal & to_device(mask.bool(), device)[:, None, None]
+        causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=embeds.device).tril()
+        attended = causal & to_device(mask.bool(), embeds.device)[:, None, None]
     hidden = model.backbone(embeds, {"full_attention": attended})
     frames = batch["motion"]
-    first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(task), c.motion_dim)
+    first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(frames), c.motion_dim)
     return TrainingForward(
         embeds,
         mask,
         hidden,
-        _examples(c, hidden, layout, "speech", speech, batch["speaker"], share),
-        _examples(c, hidden, layout, "motion", motion, first_motion, share),
-        *(to_device(x, device) for x in layout.stop_labels(c)),
+        _examples(c, hidden, layout, "speech", speech, batch["speaker"], head_fraction),
+        _examples(c, hidden, layout, "motion", motion, first_motion, head_fraction),
+        *(to_device(x, embeds.device) for x in layout.stop_labels(c)),
     )
 
 
@@ -284,15 +297,16 @@ def stop_labels(
     return labels, torch.where(rows > 0, (last * ends).sum() / rows.clamp(min=1), 1.0)
 
 
-def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float = POSITIVE_SHARE) -> Tensor:
+def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, factor: float = POSITIVE_SHARE) -> Tensor:
     """Return the binary cross-entropy of logits (B, T) over the labelled positions; 0 without labels.
 
     Args:
-        pos_weight: result of `stop_labels`. Positive labels have the weight `share` * pos_weight.
+        pos_weight: result of `stop_labels`. Positive labels have the weight `factor` * pos_weight.
+        factor: see `TalkerConfig.stop_share`.
     """
     counted = labels != IGNORED
     loss = F.binary_cross_entropy_with_logits(
-        logits.float(), labels.clamp(min=0).float(), reduction="none", pos_weight=share * pos_weight
+        logits.float(), labels.clamp(min=0).float(), reduction="none", pos_weight=factor * pos_weight
     )
     return (loss * counted).sum() / counted.sum().clamp(min=1)
 
@@ -319,7 +333,13 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
 
 
 def _examples(
-    c: TalkerConfig, hidden: Tensor, layout: SpanLayout, name: str, stream: PatchStream, given: Tensor, share: float
+    c: TalkerConfig,
+    hidden: Tensor,
+    layout: SpanLayout,
+    name: str,
+    stream: PatchStream,
+    given: Tensor,
+    head_fraction: float,
 ) -> Examples:
     """Collect the examples of stream `name`: each patch is predicted from the previous position and the frames before
     it.
@@ -330,8 +350,8 @@ def _examples(
     tokens = hidden.shape[1]
     chosen = layout.examples(name, stream.patches, count)
     position = layout.begin[name][:, None] + layout.step[:, None] * torch.arange(count) - 1
-    if share < 1:
-        chosen &= torch.rand(chosen.shape, device=chosen.device) < share
+    if head_fraction < 1:
+        chosen &= torch.rand(chosen.shape, device=chosen.device) < head_fraction
     row, patch = chosen.nonzero(as_tuple=True)
     row = row.repeat_interleave(c.repeats)
     patch = patch.repeat_interleave(c.repeats)

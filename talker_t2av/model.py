@@ -206,7 +206,7 @@ class TalkerT2AV(Pretrained):
         return hidden[:, -1].float()
 
     @classmethod
-    def from_released(cls, source: str | Path | dict[str, Tensor], config: TalkerConfig | None = None) -> TalkerT2AV:
+    def from_upstream(cls, source: str | Path | dict[str, Tensor], config: TalkerConfig | None = None) -> TalkerT2AV:
         """Load the official checkpoint, a folder or file of safetensors or a state dict, in float32 and eval mode.
 
         Sizes are inferred from tensor shapes. Stored rotary tables are used, missing ones are computed.
@@ -215,7 +215,7 @@ class TalkerT2AV(Pretrained):
             UserError: If a file or tensor is missing, or a shape does not match `config`.
         """
         state = source if isinstance(source, dict) else upstream.read_safetensors(source)
-        config = config or TalkerConfig(**upstream.released_fields(state))
+        config = config or TalkerConfig(**upstream.upstream_fields(state))
         with torch.device("meta"):
             model = cls(config)
         model.load_tensors(state, "the state dict" if isinstance(source, dict) else source)

@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from talker_t2av.model import FPS, MAX_FRAMES, TalkerConfig
-from talker_t2av.request import LoopRules, Request
+from talker_t2av.request import Request, StoppingRules
 from talker_t2av.system import MotionStats
 
 HITS = 3
 # First stop test of the two routines with motion.
-WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)
+WAITING = StoppingRules(HITS, first_test=7, motion_waits=True, trim=False)
 MIN_FRAMES = 25  # frames before the first stop test of `generate_speech`
 # patches by which the result may exceed the reference
 EXTRA_SPEECH = 25
@@ -81,7 +81,7 @@ def library_method(
         prefix,
         max_patches=-(-reference // size) - prefix + extra,
         prefix_has_motion=not moving,
-        rules=WAITING if moving else LoopRules(HITS, MIN_FRAMES // size),
+        rules=WAITING if moving else StoppingRules(HITS, MIN_FRAMES // size),
     )
 
 

@@ -33,7 +33,7 @@ TIMES = 8  # diffusion times at which the motion head is evaluated
 SHARPNESS = 80.0  # decrease of the log weight per unit of mean squared error; chosen on 20 clips (docs/LOG.md)
 
 
-def why_not(model: TalkerT2AV) -> str:
+def unsupported_reason(model: TalkerT2AV) -> str:
     """Return the reason why a model cannot weight candidates, for an error message, or "" if it can.
 
     Weights are losses of the motion head after the speech of the same patch, which requires that it was trained in this
@@ -50,18 +50,18 @@ class Particles(BatchedDecoder):
     sufficiently. All requests are added before the first step and removed after the last one.
 
     Args:
-        places: maximum number of concurrent requests.
+        max_requests: maximum number of concurrent requests.
     """
 
-    def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, places: int = 1, **how: Any) -> None:
-        self.drafts = sampling.particles
-        if reason := why_not(model):
+    def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, max_requests: int = 1, **how: Any) -> None:
+        self.rows_per_request = sampling.particles
+        if reason := unsupported_reason(model):
             raise UserError(
-                f"sampling.particles={self.drafts}: the model cannot weight candidates ({reason}); set "
+                f"sampling.particles={self.rows_per_request}: the model cannot weight candidates ({reason}); set "
                 "sampling.particles=1"
             )
         sampling = replace(sampling, temperature=sampling.particle_temperature)
-        super().__init__(model, mode, sampling, places * self.drafts, **how)
+        super().__init__(model, mode, sampling, max_requests * self.rows_per_request, **how)
         self.times = torch.linspace(0.5 / TIMES, 1 - 0.5 / TIMES, TIMES, device=self.device)
 
     @property
@@ -71,13 +71,13 @@ class Particles(BatchedDecoder):
     @torch.no_grad()
     def join(self, request: Request, **how: Any) -> Row:
         """Add the candidates of a request. Return the first one."""
-        assert self.free, "no place is free"
+        assert self.free, "no slot is free"
         if not self.active:
             self.requests: list[Request] = []
             self.ancestors: list[Tensor] = []  # (B,) ancestor row of each row, for each step
-            self.log_weights = torch.zeros(0, self.drafts, device=self.device)  # (R, n)
+            self.log_weights = torch.zeros(0, self.rows_per_request, device=self.device)  # (R, n)
         first = None
-        for i in range(self.drafts):
+        for i in range(self.rows_per_request):
             row = super().join(replace(request, seed=seed_for(request.seed, "draft", i)), like=first, **how)
             first = first or row
         self.requests.append(request)
@@ -97,7 +97,7 @@ class Particles(BatchedDecoder):
         weights.
         """
         index = self.active[0].index
-        count = self.drafts
+        count = self.rows_per_request
         if index == 0:
             self.given = self.given_motion()
         errors = self.errors(index) * self.given["counts"][index][:, None]
@@ -124,7 +124,7 @@ class Particles(BatchedDecoder):
         limits = [row.limit for row in self.active]
         steps = torch.arange(max(limits))
         given = []
-        for request, limit in zip(self.requests, limits[:: self.drafts]):
+        for request, limit in zip(self.requests, limits[:: self.rows_per_request]):
             motion = request.motion.cpu()
             number = request.prefix + steps - c.delay  # frames of the patch
             frames = F.pad(motion, (0, 0, c.context * size, (len(steps) + 1) * size))
@@ -146,7 +146,7 @@ class Particles(BatchedDecoder):
         """
         given = self.given
         head = self.model.motion_cfm.estimator
-        n = self.drafts
+        n = self.rows_per_request
         patch = given["patch"][index][:, None]
         noise = given["noise"][index]
         t = self.times[:, None, None]
@@ -173,14 +173,14 @@ class Particles(BatchedDecoder):
     def result(self, row: Row) -> Result:
         """Return the most likely candidate of the request whose first candidate is `row`."""
         first = self.ended.index(row)
-        return self.draft(first + self.best[first // self.drafts])
+        return self.candidate(first + self.best[first // self.rows_per_request])
 
-    def draft(self, place: int) -> Result:
+    def candidate(self, slot: int) -> Result:
         """Return the speech of the candidate that finished in a slot, from the patches of its ancestors."""
-        row = self.ended[place]
+        row = self.ended[slot]
         patches = []
         for index in range(len(self.lines) - 1, -1, -1):
-            patches.append(self.ended[place].patches["speech"][index])
-            place = self.lines[index][place]
+            patches.append(self.ended[slot].patches["speech"][index])
+            slot = self.lines[index][slot]
         speech = torch.stack(patches[::-1])[: row.end].flatten(0, 1)
         return Result(speech, None, row.end < row.limit)

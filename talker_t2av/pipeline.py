@@ -45,11 +45,11 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
-CUT_OFF = "truncated at the maximum length: see max_seconds"  # a remark about the result
-TEMPLATE = 32  # tokens of a prompt in addition to its text
-PAUSE = 5  # pause between two parts of a long text in frames
-PARTS_AT_ONCE = 8  # maximum number of rows of a batch
-KEPT = 2  # number of idle decoders to keep for later jobs, with their memory and graphs
+TRUNCATED = "truncated at the maximum length: see max_seconds"  # a remark about the result
+TEMPLATE_TOKENS = 32  # tokens of a prompt in addition to its text
+PAUSE_FRAMES = 5  # pause between two parts of a long text in frames
+MAX_BATCH = 8  # requests of a single job that are generated at once
+MAX_IDLE_DECODERS = 2  # idle decoders that are kept for later jobs, with their memory and graphs
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,14 +206,14 @@ class TalkerPipeline:
 
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
         """Run several jobs. Those of the same mode form a batch."""
-        return list(self.finish([self.prepare(job) for job in jobs]))
+        return list(self.generate([self.prepare(job) for job in jobs]))
 
     @property
     def longest_part(self) -> int:
         """Maximum number of cached tokens for a part of a text, where each byte may be a token."""
         c = self.system.model.config
         patches = -(-MAX_FRAMES // c.patch_size)
-        tokens = TEMPLATE + self.sampling.text_bytes + tokens_per_patch(c.order, moving=True) * patches
+        tokens = TEMPLATE_TOKENS + self.sampling.text_bytes + tokens_per_patch(c.order, has_motion=True) * patches
         return min(tokens, self.system.model.llm.config.max_position_embeddings)
 
     def save_voice(self, recording: str | Path, path: str | Path) -> None:
@@ -231,10 +231,12 @@ class TalkerPipeline:
             return prepare_job(job, self.system, self.sampling.text_bytes)
 
     @contextmanager
-    def decoder(self, mode: Mode, places: int, single: bool = False) -> Iterator[BatchedDecoder]:
+    def decoder(self, mode: Mode, max_requests: int, single: bool = False) -> Iterator[BatchedDecoder]:
         """Yield a decoder for exclusive use, which is reused for later jobs of the same kind.
 
         Args:
+            mode: mode of the requests.
+            max_requests: maximum number of concurrent requests.
             single: generate a single candidate, even if `sampling.particles` is larger.
         """
         decoder_class = BatchedDecoder
@@ -242,19 +244,19 @@ class TalkerPipeline:
             from talker_t2av.particles import Particles
 
             decoder_class = Particles
-        key = decoder_class, mode, self.sampling, places, self.system.model
+        key = decoder_class, mode, self.sampling, max_requests, self.system.model
         decoder = self._idle.pop(key, None)
         if decoder is None:
-            decoder = decoder_class(self.system.model, mode, self.sampling, places, compile=self.compile)
+            decoder = decoder_class(self.system.model, mode, self.sampling, max_requests, compile=self.compile)
         try:
             yield decoder
         finally:
             decoder.active.clear()
             self._idle[key] = decoder
-            for other in [*self._idle][:-KEPT]:
+            for other in [*self._idle][:-MAX_IDLE_DECODERS]:
                 self._idle.pop(other, None)
 
-    def finish(self, prepared: Sequence[PreparedJob]) -> list[Talk]:
+    def generate(self, prepared: Sequence[PreparedJob]) -> list[Talk]:
         """Generate the results of prepared jobs in order. Jobs of the same mode form a batch."""
         groups: dict[tuple[str, str], list[int]] = {}
         for index, each in enumerate(prepared):
@@ -266,15 +268,15 @@ class TalkerPipeline:
             requests = [request for index in indices for request in prepared[index].requests]
             max_steps = sum(step_limit(model, request, mode) for request in requests)
             seconds = max_steps * model.config.patch_size / FPS
-            places = min(len(requests), max(len(indices), PARTS_AT_ONCE))
+            max_requests = min(len(requests), max(len(indices), MAX_BATCH))
             with (
                 stage(f"sampling at most {seconds:.1f} s", max_steps, "patches") as count,
-                self.decoder(mode, places) as decoder,
+                self.decoder(mode, max_requests) as decoder,
             ):
                 results = iter(decoder.generate(requests, count))
             for index in indices:
                 parts = islice(results, len(prepared[index].requests))
-                talks[index] = self.complete(prepared[index], *parts)
+                talks[index] = self.decode(prepared[index], *parts)
         return [talks[index] for index in range(len(prepared))]
 
     @torch.no_grad()
@@ -289,8 +291,8 @@ class TalkerPipeline:
             UserError: See `prepare_job`.
         """
         prepared = self.prepare(job)
-        fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
-        face = Face(self.system, prepared)
+        new_motion: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
+        face = FaceRenderer(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
         done = 0
         last = None
@@ -298,34 +300,42 @@ class TalkerPipeline:
             for number, request in enumerate(prepared.requests):
                 sound_begins = number > 0  # after a pause
                 motion_begins = number > 0
-                for wave in self._waves(decoder, prepared, request, fresh):
+                for wave in self._waves(decoder, prepared, request, new_motion):
                     wave = wave[: limit - done] if limit is not None else wave
                     if sound_begins and len(wave):
-                        wave = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave])
+                        wave = np.concatenate([np.zeros(PAUSE_FRAMES * HOP, np.float32), wave])
                         sound_begins = False
-                    if motion_begins and fresh:
-                        fresh.insert(0, bridge(last, fresh[0][0]))
+                    if motion_begins and new_motion:
+                        new_motion.insert(0, interpolate_pause(last, new_motion[0][0]))
                         motion_begins = False
                     done += len(wave)
-                    last = fresh[-1][-1] if fresh else last
-                    frames = face.show(fresh)
-                    fresh.clear()
+                    last = new_motion[-1][-1] if new_motion else last
+                    frames = face.render(new_motion)
+                    new_motion.clear()
                     if frames is not None and prepared.surroundings is not None:
                         frames = np.stack([*prepared.surroundings.paste(frames)])
                     if len(wave) or frames is not None:
                         yield Chunk(wave, frames)
 
     def _waves(
-        self, decoder: BatchedDecoder, prepared: PreparedJob, request: Request, fresh: list[Tensor]
+        self, decoder: BatchedDecoder, prepared: PreparedJob, request: Request, new_motion: list[Tensor]
     ) -> Iterator[np.ndarray]:
-        """Yield audio (n,) as patches are generated, and append their motion to `fresh`."""
+        """Yield audio (n,) as patches are generated, and append their motion to `new_motion`.
+
+        Args:
+            decoder: a decoder without running rows.
+            prepared: the job.
+            request: one of its requests.
+            new_motion: list to which the motion (P, Dm) of each patch is appended before its audio is yielded; the
+                caller empties it.
+        """
         size = self.system.model.config.patch_size
         steps = decoder.stream(request)
         if prepared.wave is not None:
             position = 0
             for step in steps:
                 if step.motion is not None:
-                    fresh.append(step.motion[0])
+                    new_motion.append(step.motion[0])
                     yield prepared.wave[position : position + size * HOP]
                     position += size * HOP
             return
@@ -337,7 +347,7 @@ class TalkerPipeline:
             for step in steps:
                 waiting.append(step.speech)
                 if step.motion is not None:
-                    fresh.append(step.motion[0])
+                    new_motion.append(step.motion[0])
                 if step.motion is not None or prepared.mode.motion != "generated":
                     yield waiting.popleft()
             if not request.rules.trim:
@@ -348,46 +358,47 @@ class TalkerPipeline:
             wave = piece[0, 0].clamp(-1, 1).cpu().numpy()
             yield wave[skip:]
             skip = max(0, skip - len(wave))
-        if fresh:
+        if new_motion:
             yield np.zeros(0, np.float32)
 
     @torch.no_grad()
-    def complete(self, prepared: PreparedJob, *results: Result) -> Talk:
+    def decode(self, prepared: PreparedJob, *results: Result) -> Talk:
         """Decode the results of the requests of a job.
 
         The parts of a long text are separated by pauses, during which the motion is interpolated.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
-        wave = prepared.wave
-        motions: list[Tensor] = []
-        for result in results:
-            if result.motion is None:
-                continue
-            if motions:
-                motions.append(bridge(motions[-1][-1], result.motion[0]))
-            motions.append(result.motion)
+        motions = join_motion(results)
         with stage("decoding"):
-            if wave is None:
-                # All parts have the same prefix, which the decoder of the speech codec needs.
-                before = to_device(prepared.requests[0].speech, self.system.device)
-                begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
-                end = begin + prepared.frames * HOP if prepared.frames else None
-                pause = torch.zeros(PAUSE * HOP, device=self.system.device)
-                waves: list[Tensor] = []
-                for result in results:
-                    if waves:
-                        waves.append(pause)
-                    decoded = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0]
-                    waves.append(decoded.clamp(-1, 1)[begin:end])
-                wave = torch.cat(waves).cpu().numpy()
-            frames = Face(self.system, prepared).show(motions)
+            wave = self.decode_speech(prepared, results) if prepared.wave is None else prepared.wave
+            frames = FaceRenderer(self.system, prepared).render(motions)
         motion = self.system.stats.restore(torch.cat(motions)).cpu() if motions else None
         speech = None if results[0].speech is None else torch.cat([result.speech for result in results]).cpu()
         stopped = all(result.stopped for result in results)
         remarks = prepared.remarks
         if prepared.mode.open_ended and not stopped:
-            remarks += (CUT_OFF,)
+            remarks += (TRUNCATED,)
         return Talk(np.asarray(wave), frames, speech, motion, stopped, remarks, prepared.surroundings)
+
+    def decode_speech(self, prepared: PreparedJob, results: Sequence[Result]) -> np.ndarray:
+        """Decode the generated speech of a job (N,), with a pause between the parts of a long text.
+
+        Args:
+            prepared: the job, which sets the length of the speech if its motion is given.
+            results: results of its requests, with speech.
+        """
+        # All parts have the same prefix, which the decoder of the speech codec needs.
+        before = to_device(prepared.requests[0].speech, self.system.device)
+        begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
+        end = begin + prepared.frames * HOP if prepared.frames else None
+        pause = torch.zeros(PAUSE_FRAMES * HOP, device=self.system.device)
+        waves: list[Tensor] = []
+        for result in results:
+            if waves:
+                waves.append(pause)
+            decoded = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0]
+            waves.append(decoded.clamp(-1, 1)[begin:end])
+        return torch.cat(waves).cpu().numpy()
 
 
 def _job(mode: str, text: str, **more: Any) -> Job:
@@ -399,14 +410,34 @@ def _job(mode: str, text: str, **more: Any) -> Job:
     return Job(mode, text, **{name: str(value) if isinstance(value, Path) else value for name, value in more.items()})
 
 
-def bridge(start: Tensor, end: Tensor) -> Tensor:
-    """Interpolate motion (`PAUSE`, Dm) linearly between two frames (Dm,), exclusive."""
-    weight = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
+def join_motion(results: Sequence[Result]) -> list[Tensor]:
+    """Return the normalised motion chunks (f, Dm) of the results, with interpolated pauses between them.
+
+    The list is empty if no motion was generated.
+    """
+    chunks: list[Tensor] = []
+    for result in results:
+        if result.motion is None:
+            continue
+        if chunks:
+            chunks.append(interpolate_pause(chunks[-1][-1], result.motion[0]))
+        chunks.append(result.motion)
+    return chunks
+
+
+def interpolate_pause(start: Tensor, end: Tensor) -> Tensor:
+    """Interpolate the motion of a pause (PAUSE_FRAMES, Dm) linearly between the frames before and after it (Dm,)."""
+    weight = torch.arange(1, PAUSE_FRAMES + 1, device=start.device)[:, None] / (PAUSE_FRAMES + 1)
     return start + weight * (end - start)
 
 
-class Face:
-    """Renders the face of a job in chunks."""
+class FaceRenderer:
+    """Renders the face of a job in chunks.
+
+    Args:
+        system: the networks.
+        prepared: the job. If it generates no face, nothing is rendered.
+    """
 
     def __init__(self, system: TalkerSystem, prepared: PreparedJob) -> None:
         self.system = system
@@ -416,16 +447,16 @@ class Face:
             self.identity = system.motion.identity(to_device(prepared.picture, system.device))
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
-    def show(self, patches: list[Tensor]) -> np.ndarray | None:
+    def render(self, chunks: list[Tensor]) -> np.ndarray | None:
         """Render frames (F, S, S, 3) of new normalised motion chunks (f, Dm). Return None if there is nothing to
         render.
 
         The first call also renders the prefix if it belongs to the result. Frames after the end of given audio are
         skipped.
         """
-        if self.identity is None or not patches:
+        if self.identity is None or not chunks:
             return None
-        new = self.system.stats.restore(torch.cat(patches))
+        new = self.system.stats.restore(torch.cat(chunks))
         motion = torch.cat([to_device(self.before, new.device), new])
         self.before = self.before[:0]
         if self.remaining is not None:

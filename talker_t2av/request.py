@@ -22,9 +22,9 @@ Stream = Literal["speech", "motion"]
 ORDERS: dict[str, tuple[Stream, Stream]] = {"av": ("speech", "motion"), "va": ("motion", "speech")}
 
 
-def tokens_per_patch(order: str, moving: bool) -> int:
+def tokens_per_patch(order: str, has_motion: bool) -> int:
     """Return the number of tokens per patch, which is two for interleaved streams."""
-    return 2 if order in ORDERS and moving else 1
+    return 2 if order in ORDERS and has_motion else 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Sampling(Group, prefix="sampling."):
 
 
 @dataclass(frozen=True)
-class LoopRules:
+class StoppingRules:
     """Stopping rules of a row. The defaults follow training; talker_t2av/official.py has those of the official
     routines.
 
@@ -132,4 +132,4 @@ class Request:
     seed: int = 0
     task_first: bool = True
     prefix_has_motion: bool = True
-    rules: LoopRules = LoopRules()
+    rules: StoppingRules = StoppingRules()

@@ -26,7 +26,7 @@ from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import ASSETS
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from talker_t2av.text import TalkerTokenizer
-from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_released
+from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_upstream
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_real"
@@ -141,7 +141,7 @@ class TalkerSystem:
         if self.codecs.get(part):
             return self.codecs[part]
         if not self.part_names:
-            return find_released(self.folder, part)
+            return find_upstream(self.folder, part)
         if part not in self.part_names:
             raise UserError(f"{self.folder} was trained without a {part} codec: set codecs.{part}=FOLDER")
         kinds = CODECS.get(part, (VoiceEncoder.kind,))
@@ -214,9 +214,9 @@ def load_model(folder: str | Path) -> tuple[TalkerT2AV, Path]:
     folder = release_folder(folder)
     if (folder / "config.yaml").is_file():
         return TalkerT2AV.from_pretrained(folder), folder
-    weights = find_released(folder, "model")
-    tokenizer = find_released(folder, "tokenizer")
-    return TalkerT2AV.from_released(weights), tokenizer.parent
+    weights = find_upstream(folder, "model")
+    tokenizer = find_upstream(folder, "tokenizer")
+    return TalkerT2AV.from_upstream(weights), tokenizer.parent
 
 
 def load_speech(folder: str | Path) -> Codec:

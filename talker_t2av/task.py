@@ -34,7 +34,7 @@ from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.layers import Block
 from talker_t2av.losses import count_elements, phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
-from talker_t2av.particles import why_not
+from talker_t2av.particles import unsupported_reason
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.system import MotionStats, check_codecs, load_model, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
@@ -62,7 +62,7 @@ class TalkerTask(Task):
         init: initial model with the same sizes and tokenizer: a release folder, or a folder with the upstream files.
         guided_layers: layers of the backbone with a head that is trained to attend to the current text position; see
             `alignment`. Requires data.train.phonemes.
-        head_share: fraction of the patches on which the diffusion heads are trained in a step. The heads dominate the
+        head_fraction: fraction of the patches on which the diffusion heads are trained per step. The heads dominate the
             cost of a step, while the auxiliary losses train the backbone on every patch.
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `upstream.warm_start`.
@@ -82,7 +82,7 @@ class TalkerTask(Task):
         tokenizer: str | Mapping[str, str] | None = None,
         init: str | None = None,
         guided_layers: Sequence[int] = (),
-        head_share: float = 1.0,
+        head_fraction: float = 1.0,
         warm_start: Mapping[str, str] | None = None,
         freeze_embeddings: bool = False,
         sampling: Mapping[str, Any] | None = None,
@@ -94,7 +94,7 @@ class TalkerTask(Task):
         self.sampling = Sampling(**(sampling or {}))
         self.validation = validation
         self.recipe = recipe
-        if why_not(self.model):
+        if unsupported_reason(self.model):
             self.sampling = replace(self.sampling, particles=1)
         if distributed.is_main():
             check_codecs(codecs)
@@ -106,11 +106,11 @@ class TalkerTask(Task):
                 f"task.model.llm.vocab_size={rows} must be at least {self.words.vocab_size} for this tokenizer"
             )
         self.guided_layers = guided_layers
-        self.head_share = head_share
+        self.head_fraction = head_fraction
         layers = self.model.llm.config.num_hidden_layers
         if any(not 0 <= layer < layers for layer in guided_layers):
             raise UserError(f"task.guided_layers={list(guided_layers)}: layers must be from 0 to {layers - 1}")
-        require_range("task.head_share", head_share, 0.0, 1.0)
+        require_range("task.head_fraction", head_fraction, 0.0, 1.0)
         self.codecs = dict(codecs)
         self.tokenizer = tokenizer
         self.stats_file = stats
@@ -163,7 +163,7 @@ class TalkerTask(Task):
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Return the losses of a batch; see `data.collate`."""
         with Alignment(self.model, self.guided_layers if "pointer" in batch else ()) as alignment:
-            forward = training_forward(self.model, batch, self.head_share if self.training else 1.0)
+            forward = training_forward(self.model, batch, self.head_fraction if self.training else 1.0)
         losses = training_losses(self.model, forward)
         more = {}
         if "phoneme" in batch and self.model.config.phonemes:

@@ -52,7 +52,7 @@ MOTION_STD = (
 )  # fmt: skip
 
 
-def find_released(folder: Path, part: str) -> Path:
+def find_upstream(folder: Path, part: str) -> Path:
     """Find the file in `folder` or its subfolders that contains a part of `FILES`, identified by its tensor names.
 
     The file with the shortest path is used. For sharded checkpoints the folder is returned. A tokenizer next to the
@@ -62,7 +62,7 @@ def find_released(folder: Path, part: str) -> Path:
     found = [path for pattern in patterns for path in folder.rglob(pattern)]
     found.sort(key=lambda path: (len(path.parts), path))
     if part == "tokenizer":
-        model = find_released(folder, "model")
+        model = find_upstream(folder, "model")
         found.sort(key=lambda path: path.parent not in (model, model.parent))
     for path in found:
         if mark.encode() in _tensor_names(path):
@@ -133,7 +133,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
 
 
-def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
+def upstream_fields(state: dict[str, Tensor]) -> dict[str, Any]:
     """Infer fields of `TalkerConfig` from the tensor shapes of a released checkpoint.
 
     The number of heads is inferred from the rotary tables, if any. Other fields, such as patch size, delay and context,

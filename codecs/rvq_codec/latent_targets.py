@@ -36,9 +36,9 @@ class CumulativeNorm(nn.BatchNorm1d):
         mean = self.running_mean.clone()
         var = self.running_var.clone()
         y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)  # they become those of the batch
-        share = self.num_batches_tracked.add_(1).double().reciprocal()
+        fraction = self.num_batches_tracked.add_(1).double().reciprocal()
         for average, of_batch in ((self.running_mean, mean), (self.running_var, var)):
-            average.copy_((1 - share) * average + share * of_batch)
+            average.copy_((1 - fraction) * average + fraction * of_batch)
         return y
 
 

@@ -92,10 +92,10 @@ class ArcFace(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ArcFace:
         """Load an `arcface_torch` file in eval mode. The depth is inferred from the parameter names."""
-        return cls.from_released(read_state(path), path)
+        return cls.from_upstream(read_state(path), path)
 
     @classmethod
-    def from_released(cls, state: dict[str, Tensor], source: str | Path) -> ArcFace:
+    def from_upstream(cls, state: dict[str, Tensor], source: str | Path) -> ArcFace:
         """Create the network from the tensors of `state`, strictly, in eval mode."""
         state = rename_all(state, ((r"^module\.", ""),))
         blocks = tuple(len(numbered(state, f"layer{stage}.{{}}.bn1.weight")) for stage in range(1, 5))

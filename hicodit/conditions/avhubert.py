@@ -184,10 +184,10 @@ class AVHubert(nn.Module):
         if not isinstance(state, dict):
             raise UserError(f"{path} has no entry 'model': not an AV-HuBERT checkpoint")
         state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        return cls.from_released(state, path, content.get("cfg") or content.get("args"))
+        return cls.from_upstream(state, path, content.get("cfg") or content.get("args"))
 
     @classmethod
-    def from_released(cls, state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubert:
+    def from_upstream(cls, state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubert:
         """Create the network from the tensors of `state` (released names), strictly; see `released_config`."""
         ours = our_state(state)
         config = released_config(ours, settings)

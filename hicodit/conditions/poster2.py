@@ -309,7 +309,7 @@ class POSTER2(nn.Module):
         return self.logits(self.normalise(faces))[:, order]
 
     @classmethod
-    def from_released(
+    def from_upstream(
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
         """Create the network from the state dict of a checkpoint. Loading is strict, except for unused tensors."""
@@ -325,4 +325,4 @@ class POSTER2(nn.Module):
         orders = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
         if len(orders) != 1:
             raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which determines the class order")
-        return cls.from_released(read_state(path, "state_dict"), orders[0], path)
+        return cls.from_upstream(read_state(path, "state_dict"), orders[0], path)

@@ -245,7 +245,7 @@ class WavLMEncoder(nn.Module):
         return self(_checked(wave)[None])[0]
 
     @classmethod
-    def from_released(
+    def from_upstream(
         cls,
         state: Mapping[str, Tensor],
         settings: Mapping[str, Any] | None = None,
@@ -282,7 +282,7 @@ class WavLMEncoder(nn.Module):
             raise UserError(
                 f"{path} not found: download it with python scripts/download_checkpoints.py talker_t2av --to DIR"
             )
-        return cls.from_released(read_state(path, "model"), source=path)
+        return cls.from_upstream(read_state(path, "model"), source=path)
 
 
 def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

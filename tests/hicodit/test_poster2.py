@@ -10,7 +10,7 @@ from tests.rehearsal.stand_ins import official
 @torch.no_grad()
 def test_classes_are_put_in_the_order_of_the_expressions():
     faces = torch.rand(1, 3, 96, 96)
-    model = POSTER2.from_released(official("conditions/poster_v2_7"), CLASSES["raf"])
+    model = POSTER2.from_upstream(official("conditions/poster_v2_7"), CLASSES["raf"])
     own = model.logits(model.normalise(faces))
     given = model(faces)
     assert given.shape == (1, 7) and given.std() > 0

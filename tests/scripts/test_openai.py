@@ -29,7 +29,7 @@ from service.app import make_app
 from service.limits import ServeLimits
 from service.service import Service
 from service.voices import Voices
-from talker_t2av.pipeline import CUT_OFF, Job
+from talker_t2av.pipeline import TRUNCATED, Job
 from tests.forked import free_port
 from tests.media_files import comment_of
 from tests.waiting import wait_until
@@ -202,7 +202,7 @@ def test_a_face_is_a_picture_and_its_voice_a_recording_of_the_request(client, mo
     data = {"prompt": TEXT, "min_seconds": 0.48, "max_seconds": 0.48}
     answer = client._client.post(f"{client.base_url}videos", data=data, files=files).json()
     video = finished(client, client.videos.retrieve(answer["id"]))
-    assert (video.status, video.remarks) == ("completed", [CUT_OFF])
+    assert (video.status, video.remarks) == ("completed", [TRUNCATED])
     (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(answer["id"]).content)
     assert len(list(read_video(tmp_path / "talk.mp4", 25))) == 12
 

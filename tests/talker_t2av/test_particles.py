@@ -36,7 +36,7 @@ def run(model, requests, sampling=SAMPLING):
 
 def all_drafts(decoder):
     """The speech (B, F, C) of all drafts that are alive at the end."""
-    return torch.stack([decoder.draft(place).speech for place in range(len(decoder.ended))])
+    return torch.stack([decoder.candidate(slot).speech for slot in range(len(decoder.ended))])
 
 
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])

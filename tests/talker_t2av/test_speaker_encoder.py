@@ -32,12 +32,12 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
     settings = WAVLM | changes
     state = released_names.speaker_encoder(encoder.state_dict(), settings["feat_extract_norm"])
     loss = {"loss_calculator.projection.weight": torch.zeros(3)}
-    again = WavLMEncoder.from_released(state | loss, settings)
+    again = WavLMEncoder.from_upstream(state | loss, settings)
     wave = torch.randn(4000)
     assert torch.equal(again.embed(wave), encoder.embed(wave))
     del state["bn.weight"]
     with pytest.raises(UserError, match=r"head\.bn\.weight"):
-        WavLMEncoder.from_released(state, settings)
+        WavLMEncoder.from_upstream(state, settings)
 
 
 def test_voice_encoder_release(tmp_path):

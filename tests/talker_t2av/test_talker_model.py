@@ -48,13 +48,13 @@ def test_a_released_state_loads_with_and_without_its_optional_keys():
     full["spk.some.weight"] = full["pretrained_speech_encoder.x"] = torch.zeros(2)
     lean = {key: value for key, value in full.items() if not key.endswith(DROPPED)}
     for state in (full, lean):
-        loaded = TalkerT2AV.from_released(state, model.config)
+        loaded = TalkerT2AV.from_upstream(state, model.config)
         torch.testing.assert_close(answer(loaded), answer(model))
         assert loaded.llm.lm_head.weight is loaded.llm.model.embed_tokens.weight
         assert not loaded.training
     lean.pop("head_stop.proj.bias")
     with pytest.raises(UserError, match=r"head_stop\.proj\.bias"):
-        TalkerT2AV.from_released(lean, model.config)
+        TalkerT2AV.from_upstream(lean, model.config)
 
 
 def test_a_stored_rotary_table_is_used_as_it_is():
@@ -64,7 +64,7 @@ def test_a_stored_rotary_table_is_used_as_it_is():
     for key in state:
         if key.endswith("rope.w"):
             state[key] = state[key].bfloat16()
-    rounded = TalkerT2AV.from_released(state, model.config)
+    rounded = TalkerT2AV.from_upstream(state, model.config)
     assert rounded.speech_patch_encoder.rope.w.dtype == torch.float32
     assert not torch.allclose(answer(rounded), exact, atol=1e-6)
     assert any(key.endswith("rope.w") for key in stored(rounded))  # and kept in a release of ours
@@ -78,7 +78,7 @@ def test_shards_are_merged_and_a_missing_one_is_named(tmp_path):
     halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
     for i, part in enumerate(halves, 1):
         save_file({k: state[k].contiguous() for k in part}, tmp_path / f"model-0000{i}-of-00002.safetensors")
-    torch.testing.assert_close(answer(TalkerT2AV.from_released(tmp_path, model.config)), answer(model))
+    torch.testing.assert_close(answer(TalkerT2AV.from_upstream(tmp_path, model.config)), answer(model))
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="does not contain the shard model-00001-of-00002"):
         read_safetensors(tmp_path)

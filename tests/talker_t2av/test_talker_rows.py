@@ -11,7 +11,7 @@ from talker_fixtures import assert_close, generate, request, tiny_model
 
 from talker_t2av.generation import BUCKET, BatchedDecoder, tensors_of
 from talker_t2av.particles import Particles
-from talker_t2av.request import MODES, LoopRules, Sampling
+from talker_t2av.request import MODES, Sampling, StoppingRules
 from tests.gpu.dying_graphs import DyingOutputs
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
@@ -45,7 +45,7 @@ def test_rows_that_join_and_finish_equal_single_rows(mode, delay, order, given):
     model = tiny_model(delay, context=2, order=order)
     decoder = BatchedDecoder(model, MODES[mode], SAMPLING, 5, backend=DyingOutputs())
     # The cache grows for the long prompt, which joins late.
-    rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
+    rules = [StoppingRules(), StoppingRules(stop_hits=2), StoppingRules(), StoppingRules(), StoppingRules(first_test=4)]
     asked = [
         request(length, seed, max_patches=3 + 2 * seed, rules=own, **given)
         for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))

@@ -118,7 +118,7 @@ def test_the_phoneme_head_learns_phonemes_of_the_frames(root, tmp_path):
     samples = [({"key": f"clip_{i}", "text": said, "frames": 17}, latents) for i, said in enumerate(TEXTS)]
     write_split(tmp_path / "shards" / "train", samples, 2, symbols=SYMBOLS)
     model = MODEL | {"phonemes": 1 + len(SYMBOLS)}
-    task = make_task(root, model=model, tokenizer=text, guided_layers=[1], head_share=0.5)
+    task = make_task(root, model=model, tokenizer=text, guided_layers=[1], head_fraction=0.5)
     stats = root / "shards" / "train" / "index.json"
     few = {"root": tmp_path / "shards", "tasks": ["tts"], "tokenizer": text, "stats": stats}
     pairs = TalkerPairs(**few, phonemes=model["phonemes"])

@@ -22,7 +22,7 @@ def _hubert(case: Case) -> avhubert.AVHubert:
     """The case's network. Targets and masks of pre-training are not even filled: they are large."""
     state = case.weights(lambda key: rename(key, avhubert.RULES) is not None)
     said = {key: case.config[key] for key in ("encoder_attention_heads", "layer_norm_first") if key in case.config}
-    return avhubert.AVHubert.from_released(state, case.name, said)
+    return avhubert.AVHubert.from_upstream(state, case.name, said)
 
 
 @runner("avhubert_preproc")
@@ -111,7 +111,7 @@ def face_alignment(case: Case) -> dict[str, np.ndarray]:
 @runner("arcface_iresnet")
 @torch.no_grad()
 def iresnet(case: Case) -> dict[str, Tensor]:
-    model = arcface.ArcFace.from_released(case.weights(), case.name)
+    model = arcface.ArcFace.from_upstream(case.weights(), case.name)
     faces = torch.from_numpy(_rgb(case.inputs["image_bgr"])).movedim(-1, -3).float() / 255
     picture = arcface.prepare_faces(faces if faces.ndim == 4 else faces[None])
     embedding = model.embed(picture)

@@ -65,7 +65,7 @@ def talker(case: Case) -> TalkerT2AV:
         motion_weight=c["motion_cfm_weight"],
         **drop_rates(case),
     )
-    return TalkerT2AV.from_released(part_weights(case), config)
+    return TalkerT2AV.from_upstream(part_weights(case), config)
 
 
 @runner("rope")

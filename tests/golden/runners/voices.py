@@ -92,7 +92,7 @@ def complete(case: Case) -> dict[str, Tensor]:
 @runner("wavlm")
 @torch.no_grad()
 def run_wavlm(case: Case) -> dict[str, Tensor]:
-    encoder = WavLMEncoder.from_released(
+    encoder = WavLMEncoder.from_upstream(
         complete(case), wavlm_settings(case.config), case.config.get("normalize", True), case.name
     )
     if "wav" in case.inputs:
@@ -184,7 +184,7 @@ def run_ge2e_audio(case: Case) -> dict[str, Tensor]:
 def run_poster(case: Case) -> dict[str, Tensor]:
     weights = case.weights()
     names = tuple(map(str, range(len(weights["VIT.head.linear.weight"]))))  # in the network's own order
-    model = POSTER2.from_released(weights, names, case.name)
+    model = POSTER2.from_upstream(weights, names, case.name)
     picture = case.inputs["image_rgb"]
     pictures = picture if picture.ndim == 4 else picture[None]
     x = model.normalise(pictures.permute(0, 3, 1, 2).float() / 255)
