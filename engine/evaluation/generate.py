@@ -20,7 +20,7 @@ from engine.files import write_json
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from engine.metrics.speech import FPS
+from engine.metrics.metric import FPS
 from engine.processes import Lost, Processes, Work
 from engine.progress import track
 from engine.settings import ClusterConfig

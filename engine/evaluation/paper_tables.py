@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import UserError
-from engine.metrics.registry import METRICS
+from engine.metrics.registry import FIGURES, metric_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PaperTable:
     def stated(self) -> set[str]:
         """Figures for which the table states a value."""
         values = [dict(zip(self.columns, row)) for row in self.rows.values()]
-        return {name for row in values for name, value in row.items() if value is not None and name in METRICS}
+        return {name for row in values for name, value in row.items() if value is not None and name in FIGURES}
 
     def heads(self) -> list[str]:
         """Return the column titles."""
@@ -78,9 +78,9 @@ def paper_lines(tables: Iterable[PaperTable], figures: Iterable[str]) -> list[st
 
 def title_of(column: str) -> str:
     """Return the title of a column, with an arrow that points to better values."""
-    if column not in METRICS:
+    if column not in FIGURES:
         return column
-    figure = METRICS[column].figures[column]
+    figure = metric_of(column).figures[column]
     return figure.title + {1: " ↑", -1: " ↓", 0: ""}[figure.better]
 
 

@@ -20,8 +20,7 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
-from engine.metrics.metric import wave_of
-from engine.metrics.speech import FPS
+from engine.metrics.metric import FPS, wave_of
 from engine.settings import require_range
 
 RATE = 24_000  # sample rate of the audio of a rendered face

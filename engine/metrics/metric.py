@@ -3,7 +3,7 @@
 Each file of this package contains a metric, or several related ones, with reference, licence and requirements. A metric
 computes one or more figures, the columns of a table; `engine.metrics.registry` maps their names to metrics.
 
-To add a metric, write a subclass of `Metric` with `figures` and `measure`, and add it to `CLASSES` of the registry. Its
+To add a metric, write a subclass of `Metric` with `figures` and `measure`, and add it to `METRICS` of the registry. Its
 figures can then be named in `metrics=[...]`, in `columns` of configs/table/*.yaml and in a recipe's `validate_metrics`.
 
 Axes: N samples, F rows of features, D features.
@@ -26,6 +26,7 @@ from engine.media.audio import read_audio, resample_wave
 
 Rows = Mapping[str, Mapping[str, Any]]  # maps each clip to its measurement
 WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
+FPS = 25  # video frames per second
 CACHED = 8  # cache size for recent waveforms and videos, which are shared by several systems
 
 

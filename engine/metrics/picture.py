@@ -18,8 +18,7 @@ from torch import Tensor
 from engine.device import to_device
 from engine.media.pictures import fit_frames
 from engine.media.video import read_video
-from engine.metrics.metric import Figure, Metric, Take
-from engine.metrics.speech import FPS
+from engine.metrics.metric import FPS, Figure, Metric, Take
 
 # side of SSIM's Gaussian window in pixels
 WINDOW = 11

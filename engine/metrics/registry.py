@@ -1,35 +1,47 @@
-"""Registry of all metrics, by the names of their figures."""
+"""Registry of all metrics, by the names of their figures. The module of a metric is imported when a figure is used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from engine.errors import UserError
-from engine.metrics.emotion import Emotion
-from engine.metrics.frechet import FID, FVD
-from engine.metrics.lip_sync import LipSync
-from engine.metrics.mcd import MCD
-from engine.metrics.metric import Bitrate, Metric, Stated
-from engine.metrics.phonemes import DurationDistance, PhonemeErrors
-from engine.metrics.picture import Reconstruction
-from engine.metrics.quality import DNSMOS, ESTOI, PESQ, STOI, UTMOS
-from engine.metrics.speaker import OwnVoice, SpeakerSimilarity
-from engine.metrics.speech import Endings, MouthOpening, PitchContour, Prosody, Synchrony
-from engine.metrics.words import LipWords, WordErrors
+from engine.instantiate import target
+from engine.metrics.metric import Metric
 
-CLASSES = (
-    WordErrors, LipWords, PhonemeErrors, DNSMOS, UTMOS, MCD, LipSync, Emotion, SpeakerSimilarity, PESQ, STOI, ESTOI,
-    DurationDistance, FID, FVD, Bitrate, OwnVoice, Prosody, PitchContour, Synchrony, Endings, Reconstruction,
-    MouthOpening, Stated,
-)  # fmt: skip
-METRICS: dict[str, type[Metric]] = {figure: metric for metric in CLASSES for figure in metric.figures}
+METRICS = {  # figures of each class of this package
+    "words.WordErrors": ("wer", "wer_free", "wer_shuffled", "wer_free_shuffled", "letter_errors", "cer"),
+    "words.LipWords": ("wer_lips",),
+    "phonemes.PhonemeErrors": ("per",),
+    "quality.DNSMOS": ("dnsmos",),
+    "quality.UTMOS": ("utmos",),
+    "mcd.MCD": ("mcd",),
+    "lip_sync.LipSync": ("lse_c", "lse_d"),
+    "emotion.Emotion": ("emotion_accuracy", "emotion_similarity"),
+    "speaker.SpeakerSimilarity": ("speaker_similarity",),
+    "quality.PESQ": ("pesq_wide", "pesq_narrow"),
+    "quality.STOI": ("stoi",),
+    "quality.ESTOI": ("estoi",),
+    "phonemes.DurationDistance": ("duration_distance",),
+    "frechet.FID": ("fid",),
+    "frechet.FVD": ("fvd",),
+    "metric.Bitrate": ("bitrate",),
+    "speaker.OwnVoice": ("own_voice_first", "voice_similarity"),
+    "speech.Prosody": ("pitch_range_correlation", "energy_correlation", "pitch_range_right_way", "energy_right_way"),
+    "speech.PitchContour": ("f0_correlation", "log_f0_rmse"),
+    "speech.Synchrony": ("synchrony", "synchrony_late", "synchrony_early"),
+    "speech.Endings": ("ends_in_time", "ends_late", "ends_cut", "runs_away", "length_error"),
+    "picture.Reconstruction": ("psnr", "ssim", "mouth_psnr", "mouth_movement", "eyes_psnr", "eyes_movement"),
+    "speech.MouthOpening": ("mouth_opening",),
+    "metric.Stated": ("evaluations",),
+}
+FIGURES = {figure: name for name, figures in METRICS.items() for figure in figures}  # class of each figure
 
 
 def metric_of(figure: str) -> type[Metric]:
     """Return the class that measures a figure."""
-    if figure not in METRICS:
-        raise UserError(f"metric {figure!r} is unknown; available: {', '.join(METRICS)}")
-    return METRICS[figure]
+    if figure not in FIGURES:
+        raise UserError(f"metric {figure!r} is unknown; available: {', '.join(FIGURES)}")
+    return target(f"engine.metrics.{FIGURES[figure]}")
 
 
 def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:

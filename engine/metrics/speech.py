@@ -28,10 +28,9 @@ from engine.evaluation.statistics import correlation
 from engine.instantiate import target
 from engine.media.audio import loudness, resample_wave
 from engine.media.video import read_video
-from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
+from engine.metrics.metric import CACHED, FPS, Figure, Metric, Rows, Take, wave_of
 
 RATE = 24_000
-FPS = 25  # video frames per second
 WINDOW = 0.01  # seconds per power measurement
 PITCH_HOP = 0.016  # seconds per frame of `pitch`
 FRAMES = 1 / PITCH_HOP  # a second

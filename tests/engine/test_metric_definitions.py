@@ -17,7 +17,7 @@ from engine.media.audio import read_audio
 from engine.metrics import lip_sync
 from engine.metrics.frechet import frechet_distance
 from engine.metrics.metric import Sound, Take
-from engine.metrics.registry import metric_of
+from engine.metrics.registry import METRICS, metric_of
 from engine.metrics.words import count_errors
 from engine.torch_files import read_checkpoint
 
@@ -45,6 +45,12 @@ def figures(name: str, made: Take, truth: Take, protocol: str | None = None, wei
     metric = kind(protocol or kind.protocols[0], weights)
     metric.load()
     return metric.measure(made, truth)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_registry_lists_the_figures_of_each_metric(name):
+    kind = metric_of(METRICS[name][0])
+    assert kind.__name__ == name.partition(".")[2] and tuple(kind.figures) == METRICS[name]
 
 
 # --- words ---

@@ -12,7 +12,7 @@ from benchmarks.claims import CLAIMS
 from benchmarks.hicodit_models import LOSSES
 from engine.config import compose
 from engine.errors import UserError
-from engine.metrics.registry import METRICS
+from engine.metrics.registry import FIGURES
 from scripts import benchmark
 
 
@@ -50,7 +50,7 @@ def test_claims_are_settings_of_the_recipes_and_columns_of_tables(claim):
     entry = CLAIMS[claim]
     evaluation = compose("evaluate", entry["evaluate"])
     assert evaluation.corpus or "table=grid" in entry["evaluate"]
-    assert set(entry["figures"]) <= set(METRICS) and set(entry.get("losses", ())) <= set(LOSSES)
+    assert set(entry["figures"]) <= set(FIGURES) and set(entry.get("losses", ())) <= set(LOSSES)
     plain = compose("train", entry["train"]) if "train" in entry else None
     for name, variant in entry["variants"].items():
         assert set(variant) <= {"train", "derive", "weights", "generate", "model"}
