@@ -1,4 +1,4 @@
-"""Networks of the published sizes, on the meta device."""
+"""Networks of the published sizes, on the meta device, and recipes with the values that papers state."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import WavLMConfig
 
-from engine.config import compose, plain
+from engine.config import compose, load, plain
 from engine.metrics.lip_sync import SyncNet
 from engine.official import rename_all
 from engine.release import _no_larger_than, load_strict
@@ -88,3 +89,30 @@ def test_a_full_size_codec_passes_the_size_check_of_its_release(codec, recipe):
         state = codec.from_arguments(arguments).stored()
         with _no_larger_than(state, codec.max_extra_tensors, codec.max_extra_params):
             codec.from_arguments(arguments)
+
+
+TABLE = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper_values.yaml")))
+CASES = [
+    pytest.param(recipe, row, id=f"{recipe} {row['setting']}") for recipe in TABLE for row in TABLE[recipe]["values"]
+]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """Return each recipe, composed once."""
+    return {recipe: load("train", [f"experiment={recipe}", *about["words"]]) for recipe, about in TABLE.items()}
+
+
+@pytest.mark.parametrize(("recipe", "row"), CASES)
+def test_a_recipe_has_the_value_of_its_paper(composed, recipe, row):
+    value = OmegaConf.select(composed[recipe], row["setting"], throw_on_missing=True)
+    value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    assert value == row["value"], f"section {row['section']}: {row['states']}"
+
+
+@pytest.mark.parametrize("setting", ["delay=1", "order=av", "order=va"])
+def test_ablations_of_the_talker_reach_model_and_data(setting):
+    words = ["experiment=talker_paper", *TABLE["talker_paper"]["words"], f"task.model.{setting}"]
+    config = load("train", words)
+    model = TalkerConfig(**OmegaConf.to_container(config.task.model, resolve=True))
+    assert (config.data.train.delay, config.data.train.order) == (model.delay, model.order) != (0, "add")

@@ -147,11 +147,11 @@ def test_ranks_of_a_step_have_similar_lengths(ranks, least, streams):
 
 @pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
 def test_a_run_that_resumes_with_another_world_size_repeats_no_sample(streams):
-    """8 ranks begin an epoch, 16 ranks with half the batch size read the rest."""
+    """8 ranks begin an epoch, 16 ranks with half the batch size and half as many samples a step read the rest."""
     data = LogNormal(streams, 4000)
     eight = MicroBatches(data, 8, 0, by_length=True, step=64)
     begun = {sample for number in range(480) for sample in eight.samples(number)}  # 96 %
-    sixteen = MicroBatches(data, 4, 0, by_length=True, step=64)
+    sixteen = MicroBatches(data, 4, 0, by_length=True, step=32)
     number = sixteen.resume(eight.state(480))
     rest = {sample for k in range(40) for sample in sixteen.samples(number + k)}
     assert len(begun) == 3840 and len(rest) == 160 and begun.isdisjoint(rest)

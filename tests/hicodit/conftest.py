@@ -3,6 +3,7 @@
 import pytest
 import torch
 from drawn_faces import talking_head
+from made_clips import made_clip
 from shard_files import write_split
 
 from engine.media.video import write_video
@@ -33,14 +34,13 @@ def corpus(release, tmp_path_factory):
         samples = []
         for i, frames in enumerate((12, 15, 13, 16, 30, 13)):
             level = torch.randint(0, 16, (frames, 1), generator=g)
-            tensors = {
+            words = {
                 "mouth": (level * 16).to(torch.uint8)[:, :, None].expand(-1, 48, 48).contiguous(),
-                "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
-                "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
-                "expression": ((i + torch.arange(-(-2 * frames // 25))) % 7).to(torch.uint8),
                 "phoneme": (level[:, 0] % 5).to(torch.uint8),
                 "tokens": level.repeat_interleave(2, 0).expand(-1, 12).to(torch.int16).contiguous(),
             }
-            samples.append(({"key": f"{split}_{i}", "frames": frames, "text": "bin blue at alpha one now"}, tensors))
+            clip = made_clip(frames, g, **words)
+            clip["expression"] = (clip["expression"] + i) % 7
+            samples.append(({"key": f"{split}_{i}", "frames": frames, "text": "bin blue at alpha one now"}, clip))
         write_split(root / split, samples, 4, digests={"rvq": digest})
     return root

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from drawn_faces import talking_head
+from made_clips import made_clip
 from shard_files import write_split
 
 from engine.errors import UserError
@@ -101,16 +102,9 @@ def test_validation_generates_speech_from_the_video_files(release, tmp_path, mon
     recordings.mkdir()
     write_video(recordings / "head.mp4", talking_head(20), 25)
     info = {"key": "head", "frames": 20, "text": "bin blue at alpha one now", "source": "head.mp4"}
-    blank = {  # crops that show nothing
-        "mouth": torch.zeros(20, 48, 48, dtype=torch.uint8),
-        "faces": torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
-        "ge2e": torch.ones(256) / 16,
-        "expression": torch.zeros(2, dtype=torch.uint8),
-        "phoneme": torch.zeros(20, dtype=torch.uint8),
-        "tokens": torch.zeros(40, 12, dtype=torch.int16),
-    }
+    stored = made_clip(20, torch.Generator(), mouth=torch.zeros(20, 48, 48, dtype=torch.uint8))  # shows nothing
     codec = RVQCodec.from_pretrained(release.parent / "codec")
-    write_split(tmp_path / "seen", [(info, blank)], 1, digests={"rvq": codec.digest()})
+    write_split(tmp_path / "seen", [(info, stored)], 1, digests={"rvq": codec.digest()})
     settings = {"validate_splits": ["seen"], "validate_metrics": [], "validate_corpus": str(recordings)}
     task = make_task(tmp_path, release, sampler={"steps": 2}, **settings).eval()
     used = []

@@ -1,8 +1,9 @@
-"""Media files, releases and job lists that are damaged, too large, silent, not finite, or not what their name says."""
+"""Media files, releases, others' checkpoints, job lists: damaged, too large, silent, or not what their name says."""
 
 from __future__ import annotations
 
 import shutil
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +16,24 @@ from safetensors.torch import load_file, save_file
 
 from engine.media.audio import read_audio, read_voice, write_wav
 from engine.media.video import read_video
+from engine.release import load_strict
 from engine.settings import LIMITS, Limits, set_limits
 from engine.torch_files import read_checkpoint, read_matrix
 from engine.training.export import Release, write
+from hicodit.conditions.avhubert import AVHubert
+from hicodit.conditions.poster2 import POSTER2
 from hicodit.system import HiCoDiTSystem
+from lia_x import LiaX
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.settings import InferConfig, read_jobs
+from talker_t2av.speaker.encoder import WavLMEncoder
+from talker_t2av.system import TalkerSystem
 from talker_t2av.text import TalkerTokenizer
 from tests.hostile.rows_files import file
 from tests.media_files import ffmpeg
+from whisperx_vae import WhisperXVAE
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CLIP = ASSETS / "demo" / "silent.mp4"
@@ -227,4 +235,48 @@ CASES = [
     ("video: a folder", read_video, "is a folder"),
     ("write: not a number", lambda folder: write_wav(folder / "a.wav", np.array([NAN]), 16_000), "not finite"),
     ("picture: 16k", read_huge_picture, "more than 67,108,864"),
+]
+
+TENSOR = {"a": torch.zeros(1)}
+TRUNCATED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.cut off"
+FILES = [  # reader, file name, content (None: the file is missing), pattern of the error
+    (AVHubert.from_pretrained, "a.pt", TRUNCATED, "not .*: create or download it"),
+    (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
+    (WavLMEncoder.from_pretrained, "a.pth", {"model": TENSOR}, "not a WavLM-ECAPA speaker encoder"),
+    (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),
+    (LiaX.from_pretrained, "lia-x.pt", {"dec.rgb2.up.kernel": torch.zeros(4, 4)}, "low-pass"),
+    (WhisperXVAE.from_pretrained, "a.ckpt", [1, 2], "a list"),
+    (TalkerSystem, "absent", None, "weights folder not found"),
+]
+STATES = [  # state_dict for a layer with a weight of shape (1, 2), pattern of the error
+    (TENSOR | {"weight": torch.zeros(1, 2)}, "unexpected tensor 'a'"),
+    ({"weight": torch.zeros(3, 2)}, r"shape \(3, 2\), .* \(1, 2\)"),
+]
+
+
+def torch_script(folder: Path) -> None:
+    torch.save([1], folder / "a.ckpt")
+    with zipfile.ZipFile(folder / "a.ckpt", "a") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    WhisperXVAE.from_pretrained(folder)
+
+
+def two_files(folder: Path) -> None:
+    for name in ("a.ckpt", "b.ckpt"):
+        (folder / name).write_bytes(b"")
+    WhisperXVAE.from_pretrained(folder)
+
+
+def load_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    load_strict(torch.nn.Linear(2, 1, bias=False), state, "a.pt")
+
+
+CASES += [
+    *(
+        (f"upstream: {name}, {number}", file(name, content, read), line)
+        for number, (read, name, content, line) in enumerate(FILES)
+    ),
+    *((f"upstream: {line}", partial(load_state, state=state), line) for state, line in STATES),
+    ("upstream: TorchScript", torch_script, "TorchScript"),
+    ("upstream: two checkpoints", two_files, "contains 2 checkpoints"),
 ]

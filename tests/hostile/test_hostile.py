@@ -21,10 +21,10 @@ from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
-from tests.hostile import rows_files, rows_media, rows_upstream, rows_values
+from tests.hostile import rows_files, rows_media, rows_values
 from tests.hostile.rows_files import MEMORY
 
-CASES = [*rows_files.CASES, *rows_media.CASES, *rows_upstream.CASES, *rows_values.CASES]
+CASES = [*rows_files.CASES, *rows_media.CASES, *rows_values.CASES]
 ROOT = Path(__file__).resolve().parents[2]
 
 

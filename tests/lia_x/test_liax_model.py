@@ -1,10 +1,17 @@
-"""LIA-X as a whole, at toy size. Axes: T frames, S side."""
+"""LIA-X as a whole: chunks and pictures at toy size, bfloat16 with the bundled weights. Axes: T frames, S side."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
+from engine.metrics.picture import psnr
 from lia_x import LiaX, LiaXConfig
+from talker_t2av.pipeline import TalkerPipeline
+from talker_t2av.system import load_motion
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def test_chunks_do_not_change_the_result():
@@ -28,3 +35,20 @@ def test_images_to_and_from_bytes():
     assert identity_to_tensor(frames[0], 24).shape == (3, 24, 24)
     flat = np.full((60, 40, 3), 255, np.uint8)
     assert torch.equal(identity_to_tensor(flat, 24), torch.ones(3, 24, 24))
+
+
+@torch.no_grad()
+def test_the_bundled_codec_draws_nearly_the_same_faces():
+    codec = load_motion(ASSETS / "lia_x_tiny")
+    g = torch.Generator().manual_seed(0)
+    face = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=g), codec.size, mode="bilinear")[0] * 2 - 1
+    motion = codec.encode(face[None]) + 0.3 * torch.randn(3, codec.channels, generator=g)
+    plain = codec.decode(motion, face)
+    codec.dtype = torch.bfloat16
+    half = codec.decode(motion, face)
+    assert half.dtype == torch.float32 and not torch.equal(half, plain)
+    assert psnr(half.clamp(-1, 1), plain.clamp(-1, 1)) > 45
+
+
+def test_the_pipeline_draws_in_the_models_precision():
+    assert TalkerPipeline.from_pretrained(precision="bf16").system.motion.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The scripts of scripts/cluster with a fake `srun` and `scontrol`: what a SLURM cluster would run."""
+"""Shell scripts: setup.sh, and scripts/cluster with a fake `srun` and `scontrol`, as a SLURM cluster runs them."""
 
 import os
 import signal
@@ -87,3 +87,10 @@ def test_preparation_starts_ray_on_all_nodes(cluster, tmp_path):
         "bin/ray", "symmetric-run", "--address", "node7:6379", "--num-cpus", str(cores), "--", "bin/python",
         "scripts/prepare_data.py", "executor=ray", "ray.address=auto", f"ray.workers={2 * cores}", "output=a b",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["dev", "nosuch"], ["dev,nosuch"]])
+def test_unknown_extra_is_refused_in_one_line_with_exit_code_2(words):
+    done = subprocess.run(["bash", ROOT / "scripts" / "setup.sh", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: there is no extra nosuch; choose from") and done.stderr.count("\n") == 1

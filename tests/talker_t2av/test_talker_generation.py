@@ -1,4 +1,4 @@
-"""The decoder does what training does, in all modes; batches change nothing; ends and guards."""
+"""The decoder does what training does, in all modes; where it ends, also as the official program does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from talker_fixtures import all_frames, generate, request, tiny_model, utterance
 
 from engine.errors import UserError
+from talker_t2av import official
 from talker_t2av.data import SequenceFormat
 from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.losses import training_forward
 from talker_t2av.request import MODES, Sampling
+from talker_t2av.system import MotionStats
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 
@@ -147,3 +149,29 @@ def test_half_precision_is_close_and_repeats_itself():
         assert b.speech.dtype == torch.float32 and not torch.equal(a.speech, b.speech)
         torch.testing.assert_close(a.speech, b.speech, atol=0.1, rtol=0.05)
         torch.testing.assert_close(a.motion, b.motion, atol=0.1, rtol=0.05)
+
+
+# frames of a patch, channels
+SIZE = 4
+SPEECH = 32
+MOTION = 40
+
+
+@pytest.mark.parametrize(("prefix", "reference", "limit"), [(0, 41, 11 + 25), (9, 41, 11 - 3 + 25), (8, 8, 0 + 25)])
+def test_speech_may_be_25_patches_longer_than_its_reference(prefix, reference, limit):
+    request = official.library_method(
+        tiny_model().config, [1, 2], torch.zeros(256), torch.zeros(prefix, SPEECH), reference
+    )
+    assert (request.prefix, request.max_patches) == (-(-prefix // SIZE), limit)
+    assert request.rules.first_test == 25 // SIZE
+
+
+def test_speech_and_motion_may_exceed_their_reference_by_15_patches_less_the_delay():
+    config = tiny_model(delay=2).config
+    request = official.library_method(config, [1], torch.zeros(256), torch.zeros(8, SPEECH), 41, torch.zeros(MOTION))
+    assert (request.prefix, request.max_patches) == (2, 11 - 2 + 15 - 2)
+    stats = MotionStats(torch.zeros(MOTION), torch.ones(MOTION))
+    request = official.inference_script(
+        config, stats, [1], torch.zeros(256), torch.zeros(40, SPEECH), torch.zeros(44, MOTION), prefix_seconds=0.5
+    )
+    assert (request.prefix, len(request.motion), request.max_patches) == (3 + 2, 12, 13 - 5 + 15 - 2)

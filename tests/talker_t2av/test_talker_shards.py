@@ -5,15 +5,14 @@ from collections import Counter
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DM, DS, MODEL, STATS, latents, releases, save_talker
+from talker_fixtures import DM, DS, STATS, latents, releases, save_talker
 
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
 from engine.training.batches import MicroBatches
 from talker_t2av.data import TalkerExamples, TalkerPairs
 from talker_t2av.system import codec_digests
-from talker_t2av.task import TalkerTask
-from tests.tiny import fit, same
+from tests.tiny import same
 from whisperx_vae import WhisperXVAE
 
 TEXTS = ["lay blue", "set red now", "bin green at two", "place", "a b c", "with five soon", "now"]
@@ -49,12 +48,6 @@ def pairs(root, tasks=("t2av", "tts"), **shards):
     return TalkerPairs(root / "shards", tasks=tasks, codecs=codecs(root), stats=index(root), shards=shards)
 
 
-def train(root, data, run, **changes):
-    torch.manual_seed(0)
-    task = TalkerTask(MODEL, codecs(root), index(root))
-    return fit(task, data, run, **changes)
-
-
 @pytest.mark.parametrize("task", ["t2av", "tts"])
 def test_an_example_holds_the_tokenised_text_and_the_stored_latents(root, task):
     found = examples(root, task)
@@ -69,15 +62,6 @@ def test_an_example_holds_the_tokenised_text_and_the_stored_latents(root, task):
         torch.testing.assert_close(item["motion"], (tensors["motion"][:whole].float() - 0.1) / 0.5)
         prompt = found.words.prompt(TEXTS[i])
         assert item["input_ids"][: len(prompt)].tolist() == prompt and found.info(i)["key"] == f"clip{i}"
-
-
-def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(root, tmp_path):
-    changes = {"by_length": True}
-    state, losses = train(root, pairs(root, window=2, streams=2), tmp_path / "whole", steps=4, **changes)
-    train(root, pairs(root, window=2, streams=2), tmp_path / "parts", steps=2, **changes)
-    changes["workers"] = 1
-    resumed, found = train(root, pairs(root, window=2, streams=2), tmp_path / "parts", steps=4, **changes)
-    assert losses == found and same(state, resumed)
 
 
 def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root):

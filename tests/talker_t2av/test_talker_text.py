@@ -1,10 +1,110 @@
-"""The tokenizer that is made here."""
+"""Texts as bytes and as phonemes, and the training targets that follow from knowing when each phoneme sounds."""
 
+import os
+import signal
+
+import numpy as np
 import pytest
+import torch
+from talker_fixtures import tiny_model
 
 from engine.errors import UserError
+from talker_t2av.alignment import Alignment, align, token_classes
+from talker_t2av.losses import training_forward
+from talker_t2av.phonemes import SYMBOLS, phonemizer
 from talker_t2av.settings import Job
-from talker_t2av.text import TalkerTokenizer, byte_tokenizer, split_text
+from talker_t2av.text import TalkerTokenizer, byte_tokenizer, phoneme_tokenizer, split_text
+
+WORDS = phoneme_tokenizer("en-us")
+
+
+@pytest.mark.parametrize(
+    ("text", "phonemes"),
+    [
+        ("set blue by hotel four now", "s 'E t b l 'u: b aI h oU t 'E l f 'o@ n 'aU <.>"),
+        ("It costs $3, Dr. Ray?", "I t k 'O2 s t s d '0 l 3 T r 'i: <,> d '0 k t 3 <.> r 'eI <?>"),
+        ("naïve; x-ray!", "n aI 'i: v <,> 'E k s r 'eI <!>"),
+    ],
+)
+def test_a_text_has_one_token_per_phoneme_and_pause(text, phonemes):
+    tokens = WORDS.tokenizer.convert_ids_to_tokens(WORDS.prompt(text))
+    assert tokens == ["<|user|>", *phonemes.split(), "<|assistant|>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("say 你好", "the text contains the letter '你': this model supports en-us, in Latin letters"),
+        (" ?! ", "contains nothing to speak"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(text, error):
+    with pytest.raises(UserError, match=error):
+        WORDS.prompt(text)
+
+
+def test_the_reader_is_started_again_if_it_died_or_the_process_forked():
+    read = phonemizer("en-us")
+    before = read("again")
+    os.kill(read._process.pid, signal.SIGKILL)
+    read._process.wait()
+    assert read("again") == before
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if read("again") == before else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert read("again") == before
+
+
+def test_a_release_says_that_its_tokens_are_phonemes(tmp_path):
+    WORDS.save(tmp_path)
+    (tmp_path / "config.yaml").write_text("text: {kind: phonemes, language: en-us}\n")
+    assert TalkerTokenizer.from_pretrained(tmp_path).prompt("Hello there.") == WORDS.prompt("Hello there.")
+
+
+def test_frames_are_aligned_with_the_phonemes_spoken_in_them():
+    ids = WORDS.prompt("my map, my map")  # repeated words: only the order tells them apart
+    classes = token_classes(WORDS, SYMBOLS)
+    said = [0, 0] + [c for token in ids[1:-1] for c in [classes[token]] * 3] + [0]
+    said[4:7] = []  # a phoneme too short for its own frame
+    tokens = np.zeros((2, len(ids) + 3), int)
+    frames = np.zeros((2, len(said) + 4), int)
+    tokens[:, : len(ids)] = classes[ids]
+    frames[:, : len(said)] = said
+    path = align(tokens, np.full(2, len(ids)), frames)
+    assert classes[ids[0]] == 0
+    assert (np.diff(path) >= 0).all() and (path < len(ids)).all()
+    assert (classes[np.array(ids)[path[0]]] == frames[0]).all()
+    assert set(path[0, : len(said)].tolist()) >= set(range(len(ids) - 1)) - {1, 2}
+
+
+def test_the_alignment_loss_is_the_log_attention_on_the_phonemes_of_the_next_patch():
+    model = tiny_model()
+    torch.manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(0, 99, (2, 15)),
+        "attention_mask": torch.ones(2, 15, dtype=torch.long),
+        "speech_span": torch.tensor([[9, 14], [9, 12]]),
+        "speech": torch.randn(2, 20, 4),
+        "speech_frames": torch.tensor([20, 12]),
+        "motion": torch.zeros(2, 0, 5),
+        "motion_frames": torch.zeros(2, dtype=torch.long),
+        "speaker": torch.randn(2, 256),
+        "pointer": (torch.arange(20) // 3).expand(2, -1),
+    }
+    with Alignment(model, [1]) as alignment:
+        forward = training_forward(model, batch)
+    loss = alignment.loss(batch, forward.mask, 4)
+    model.llm.config._attn_implementation = "eager"
+    seen = model.llm.model(inputs_embeds=forward.embeds, output_attentions=True).attentions[1][:, 0]
+    missed = []
+    for row, patches in enumerate((5, 3)):
+        for patch in range(patches):
+            first = 1 + 4 * patch // 3
+            last = 1 + (4 * patch + 3) // 3
+            missed.append(-seen[row, 9 + patch, first : last + 1].sum().log())
+    torch.testing.assert_close(loss, torch.stack(missed).mean())
+    assert not model.llm.model.layers[1].self_attn._forward_pre_hooks
 
 
 def test_any_text_fits_into_bytes(tmp_path):
