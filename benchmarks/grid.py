@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, run_program, took
-from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, PREPOSITIONS, UNSEEN, VERBS
+from corpora.preparation.sources_grid import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, PREPOSITIONS, UNSEEN, VERBS
 from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
 from corpora.synthetic.expression import Pose, prosody
 from corpora.synthetic.face import Face, draw_motion

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from corpora.preparation.clip import SourceClip
-from corpora.preparation.sources_studio import grid
+from corpora.preparation.sources_grid import grid
 from engine.codec import load_like
 from engine.evaluation.validation import Share
 from engine.media.audio import read_audio

@@ -8,7 +8,7 @@ from engine.errors import UserError, require_librosa
 for name in (
     "corpora.preparation.filters", "corpora.preparation.job", "corpora.preparation.media",
     "corpora.preparation.networks", "corpora.preparation.sources_listed",
-    "corpora.preparation.sources_studio", "corpora.synthetic.corpus", "engine.training.trainer", "hicodit.inference",
+    "corpora.preparation.sources_grid", "corpora.synthetic.corpus", "engine.training.trainer", "hicodit.inference",
     "hicodit.task", "lia_x.task", "matplotlib.pyplot", "talker_t2av.inference", "talker_t2av.task", "torch._dynamo",
     "torch.distributed.fsdp", "transformers.models.whisper", "pytest",
 ):  # fmt: skip

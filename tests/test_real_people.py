@@ -7,7 +7,7 @@ import pytest
 from corpora.preparation.clip import WorkItem
 from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops
-from corpora.preparation.sources_studio import grid
+from corpora.preparation.sources_grid import grid
 from engine.media.audio import read_audio
 from engine.metrics.grid_recogniser import GridRecogniser
 from engine.metrics.words import GRID as RECOGNISER

@@ -52,7 +52,7 @@ class SourceClip:
         motion: a torch file (T, Dm) of motion codes.
         span: start and end of the clip within the files in seconds. None: the whole files.
         face: (x, y, height), position of the face in pixels of a frame with this height, or for height 0 as fractions
-            of width and height. None: selected by the step `face`.
+            of width and height. None: selected by the stage `face`.
         packed: (tar file, offset, size) of paths that are within tar files.
     """
 
@@ -81,9 +81,9 @@ class Outcome:
     """Outcome of a clip.
 
     Attributes:
-        stage, reason: step that rejected the clip, and the reason; "" if its sample was written.
+        stage, reason: stage that rejected the clip, and the reason; "" if its sample was written.
         machine_fault: whether the machine may be the cause instead of the clip.
-        seconds: wall-clock and CPU time by step.
+        seconds: wall-clock and CPU time by stage.
         frames: number of frames of the clip at 25 per second.
     """
 
@@ -101,9 +101,9 @@ class WorkItem:
     Attributes:
         info: description by the source.
         root: folder of its paths.
-        work: work folder of its shard.
-        shard, places: an earlier shard with its sample; offset and size of KEY.json and KEY.safetensors.
-        unchanged: steps whose results are copied from that shard.
+        work: folder in which the samples of its shard are collected.
+        shard, members: an earlier shard with its sample; (offset, size) of KEY.json and KEY.safetensors in it.
+        unchanged: stages whose results are copied from that shard.
         frames: (T, H, W, 3) uint8 RGB, None without video.
         wave: (N,) float32, N = T * 960.
         wave16: (N16,), T * 640.
@@ -124,7 +124,7 @@ class WorkItem:
     root: Path
     work: Path | None = None
     shard: Path | None = None
-    places: Sequence[Sequence[int]] = ()
+    members: Sequence[Sequence[int]] = ()
     unchanged: frozenset[str] = frozenset()
     frames: np.ndarray | None = None
     all_frames: np.ndarray | None = None
@@ -165,7 +165,7 @@ class WorkItem:
 
     def _face_blocks(self) -> Iterator[np.ndarray]:
         """Yield blocks (n, H, W, 3) of `face_frames`, `length` frames in all."""
-        assert self.face_frames is not None, "the step face comes first"
+        assert self.face_frames is not None, "the stage `face` comes first"
         remaining = self.length
         for block in self.face_frames:
             yield block[:remaining]
@@ -194,13 +194,13 @@ class WorkItem:
             self.unpacked = None
 
 
-class Step:
-    """A preparation step, which modifies the clip, or raises a UserError with the reason for rejecting it.
+class Stage:
+    """A preparation stage, which modifies the clip, or raises a UserError with the reason for rejecting it.
 
     Attributes:
-        needs: "frames" for a step that skips clips without video, else "".
-        reusable: False for a step that always runs because it modifies frames or audio for later steps.
-        tensors, facts: names of the tensors and JSON values that the step adds to a sample.
+        needs: "frames" for a stage that skips clips without video, else "".
+        reusable: False for a stage that always runs because it modifies frames or audio for later stages.
+        tensors, facts: names of the tensors and JSON values that the stage adds to a sample.
     """
 
     needs: ClassVar[str] = ""
@@ -216,8 +216,8 @@ class Step:
         raise NotImplementedError
 
 
-class Encoder(Step):
-    """A step that computes features with a network.
+class Encoder(Stage):
+    """A stage that computes features with a network.
 
     Attributes:
         network: the network, whose weights are part of the digests.

@@ -1,4 +1,4 @@
-"""Wrappers of third-party networks that steps use, called with audio (N,) float32.
+"""Wrappers of third-party networks that stages use, called with audio (N,) float32.
 
 Speech and language recognisers return a `Transcript`, and emotion recognisers a label for each input; both have a
 `name`. Speaker counters return the speaking time of each speaker in seconds, longest first. Enhancers return enhanced
@@ -141,12 +141,12 @@ class VoiceWindows:
     It detects changes of speakers, but not simultaneous speakers or turns shorter than about a second.
 
     Args:
-        least: minimum cosine of windows with the same voice.
+        min_cosine: minimum cosine of windows with the same voice.
     """
 
-    def __init__(self, least: float = 0.65, device: str = "auto") -> None:
+    def __init__(self, min_cosine: float = 0.65, device: str = "auto") -> None:
         self.encoder = GE2EEncoder(pick_device(device))
-        self.least = least
+        self.min_cosine = min_cosine
 
     def __call__(self, wave: np.ndarray) -> list[float]:
         """Return the duration of the main voice and that of all other voices in a waveform (N,), in seconds.
@@ -160,7 +160,7 @@ class VoiceWindows:
             raise UserError("no speech was found in the audio")
         windows = self.encoder.network.embed_utterance(speech, return_partials=True, rate=4)[1]  # (W, 256)
         likeness = windows @ windows.T / np.outer(*2 * [np.linalg.norm(windows, axis=1)])
-        fraction = (likeness[likeness.mean(0).argmax()] >= self.least).mean()  # windows with the main voice
+        fraction = (likeness[likeness.mean(0).argmax()] >= self.min_cosine).mean()  # windows with the main voice
         return [float(fraction * seconds), float((1 - fraction) * seconds)]
 
 

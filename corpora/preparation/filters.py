@@ -15,14 +15,14 @@ from typing import Any
 import jiwer
 import numpy as np
 
-from corpora.preparation.clip import RATE, RATE16, MachineFault, Step, WorkItem
+from corpora.preparation.clip import RATE, RATE16, MachineFault, Stage, WorkItem
 from corpora.preparation.engines import Transcript
 from engine.errors import UserError
 from engine.media.audio import resample_wave
 
 
 def transcribe(clip: WorkItem, recogniser: Any) -> Transcript:
-    """Return the transcript of a clip. Each recogniser runs once for all steps."""
+    """Return the transcript of a clip. Each recogniser runs once for all stages."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
     return clip.transcripts[recogniser.name]
@@ -33,54 +33,56 @@ def normalise_text(text: str) -> str:
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 
-class Language(Step):
+class Language(Stage):
     """Keeps clips in given languages.
 
     Args:
         recogniser: detects the language.
         languages: languages to keep.
-        least: minimum probability of the language.
+        min_probability: minimum probability of the language.
     """
 
     facts = ("language",)
 
-    def __init__(self, recogniser: Any, languages: list[str], least: float = 0.5) -> None:
+    def __init__(self, recogniser: Any, languages: list[str], min_probability: float = 0.5) -> None:
         self.recogniser = recogniser
         self.languages = languages
-        self.least = least
+        self.min_probability = min_probability
 
     def __call__(self, clip: WorkItem) -> None:
         transcript = transcribe(clip, self.recogniser)
         if transcript.language not in self.languages:
             raise UserError(f"language {transcript.language}, expected {', '.join(self.languages)}")
-        if transcript.probability < self.least:
+        if transcript.probability < self.min_probability:
             raise UserError(
-                f"language {transcript.language} with probability {transcript.probability:.2f}, under {self.least}"
+                f"language {transcript.language} with probability {transcript.probability:.2f}, under {self.min_probability}"
             )
         clip.facts["language"] = transcript.language
 
 
-class SingleSpeaker(Step):
+class SingleSpeaker(Stage):
     """Keeps clips with a single speaker.
 
     Args:
         counter: measures the speaking time of each speaker.
-        others: maximum total speaking time of other speakers in seconds.
+        max_other_seconds: maximum total speaking time of other speakers in seconds.
     """
 
-    def __init__(self, counter: Callable[[np.ndarray], list[float]], others: float = 0.5) -> None:
+    def __init__(self, counter: Callable[[np.ndarray], list[float]], max_other_seconds: float = 0.5) -> None:
         self.counter = counter
-        self.others = others
+        self.max_other_seconds = max_other_seconds
 
     def __call__(self, clip: WorkItem) -> None:
         seconds = self.counter(clip.wave16)
         if not seconds:
             raise UserError("no speech detected")
-        if sum(seconds[1:]) > self.others:
-            raise UserError(f"other speakers talk for {sum(seconds[1:]):.1f} s, at most {self.others:g} s are allowed")
+        if sum(seconds[1:]) > self.max_other_seconds:
+            raise UserError(
+                f"other speakers talk for {sum(seconds[1:]):.1f} s, at most {self.max_other_seconds:g} s are allowed"
+            )
 
 
-class Enhance(Step):
+class Enhance(Stage):
     """Removes background noise from the audio.
 
     Args:
@@ -104,21 +106,21 @@ class Enhance(Step):
         clip.transcripts.clear()
 
 
-class Transcription(Step):
+class Transcription(Stage):
     """Keeps clips whose text matches the audio. Without a text, two recognisers must agree.
 
     Args:
         recogniser: transcribes every clip.
         second: second recogniser for clips without a text, whose text becomes that of `recogniser`.
-        most: maximum WER (as a fraction) of clips to keep.
+        max_wer: maximum WER (as a fraction) of clips to keep.
     """
 
     facts = ("text",)
 
-    def __init__(self, recogniser: Any, second: Any = None, most: float = 0.3) -> None:
+    def __init__(self, recogniser: Any, second: Any = None, max_wer: float = 0.3) -> None:
         self.recogniser = recogniser
         self.second = second
-        self.most = most
+        self.max_wer = max_wer
 
     def __call__(self, clip: WorkItem) -> None:
         found = transcribe(clip, self.recogniser).text
@@ -136,8 +138,10 @@ class Transcription(Step):
         if not expected:
             raise UserError("its text is empty" if text is not None else "no words were recognised")
         rate = jiwer.wer(expected, other)
-        if rate > self.most:
+        if rate > self.max_wer:
             whose = "its text" if text is not None else "a second recogniser"
-            raise UserError(f"the recognised words differ from {whose}: word error rate {rate:.2f}, over {self.most:g}")
+            raise UserError(
+                f"the recognised words differ from {whose}: word error rate {rate:.2f}, over {self.max_wer:g}"
+            )
         if text is None:
             clip.facts["text"] = found

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from corpora.preparation.clip import FPS, Outcome, WorkItem
+from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
-from corpora.preparation.steps import Steps, earlier_samples, without_device
+from corpora.preparation.stage_runner import StageRunner, earlier_samples, without_device
 from engine.cluster import Cluster
 from engine.config import plain
 from engine.errors import UserError
@@ -46,44 +46,33 @@ def prepare(config: DictConfig) -> None:
     reuse = Path(config.reuse) if config.reuse else None
     clips = Counter[tuple[Path, bool]]()  # number of clips by split folder and rejection
     frames = 0
-    steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # number of clips, wall-clock seconds, CPU seconds
-    with writable(output), _executor(config, partial(Steps, stages, config.device, source.symbols)) as executor:
+    times: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # by stage: clips, wall-clock and CPU seconds
+    with writable(output), _executor(config, partial(StageRunner, stages, config.device, source.symbols)) as executor:
         digests, fingerprints = executor.details
         features = {"digests": digests, "symbols": source.symbols}
         writers: dict[str, SplitWriter] = {}
         for name, described in listed.items():
-            listing = dumps([[clip.key, clip.source, clip.text] for clip in described])
             plan = {"split": name, "stages": settings, "clips_per_shard": config.clips_per_shard, **features}
-            plan |= {"clips": len(described), "listing": hashlib.sha256(listing).hexdigest()[:16]}
+            plan |= {"clips": len(described), "listing": _listing_digest(described)}
             in_place = reuse is not None and (reuse / name).resolve() == (output / name).resolve()
             keys = [clip.key for clip in described]
             writers[name] = SplitWriter(
                 output / name, keys, config.clips_per_shard, plan, stages=fingerprints, replace=in_place
             )
-
-        def items() -> Iterator[WorkItem]:
-            """Yield the clips that remain, shard by shard."""
-            for name, writer in writers.items():
-                described = {clip.key: clip for clip in listed[name]}
-                for shard in writer.shards:
-                    work, keys = writer.begin(shard)
-                    earlier = earlier_samples(reuse / name, shard, fingerprints) if reuse and keys else {}
-                    for key in keys:
-                        yield WorkItem(described[key], source.root, work, **earlier.get(key, {}))
-
         count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.shards)
+        items = _remaining_items(source.root, listed, writers, reuse, fingerprints)
         started = time.monotonic()
-        for item, outcome in _patient(track(executor.run(items()), count, "clips"), config.patience):
+        for item, outcome in _patient(track(executor.run(items), count, "clips"), config.patience):
             if outcome.stage:
                 reject_sample(item.work, item.info.key, item.info.source, outcome.stage, outcome.reason)
             writers[item.work.parent.name].settle(item.work)
             clips[item.work.parent, bool(outcome.stage)] += 1
             frames += outcome.frames
             for name, seconds in outcome.seconds.items():
-                steps[name] += (1, *seconds)
+                times[name] += (1, *seconds)
         if clips:
             workers = config.ray.workers if config.executor == "ray" else config.workers
-            _print_speed(steps, clips.total(), frames / FPS, time.monotonic() - started, workers)
+            _print_speed(times, clips.total(), frames / FPS, time.monotonic() - started, workers)
     features["stages"] = [{"name": name, "settings": stage} for name, stage in settings.items()]
     for name, writer in writers.items():
         index = writer.finish({"split": name, **features})
@@ -94,11 +83,42 @@ def prepare(config: DictConfig) -> None:
         )
 
 
-def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seconds: float, workers: int) -> None:
-    """Print the number of clips, and the wall-clock and CPU time of the workers, for each step."""
-    total = max(sum(wall for _, wall, _ in steps.values()), 1e-9)
+def _listing_digest(clips: list[SourceClip]) -> str:
+    """Return a digest of the keys, sources and texts of the clips of a split, in order."""
+    listing = dumps([[clip.key, clip.source, clip.text] for clip in clips])
+    return hashlib.sha256(listing).hexdigest()[:16]
+
+
+def _remaining_items(
+    root: Path,
+    listed: Mapping[str, list[SourceClip]],
+    writers: Mapping[str, SplitWriter],
+    reuse: Path | None,
+    fingerprints: Mapping[str, str],
+) -> Iterator[WorkItem]:
+    """Yield the clips that are not in the output yet, shard by shard.
+
+    Args:
+        root: folder of the source.
+        listed: clips by split.
+        writers: writer of each split.
+        reuse: output folder of an earlier job, whose unchanged tensors are copied. None: nothing is copied.
+        fingerprints: see `StageRunner`.
+    """
+    for name, writer in writers.items():
+        described = {clip.key: clip for clip in listed[name]}
+        for shard in writer.shards:
+            work, keys = writer.begin(shard)
+            earlier = earlier_samples(reuse / name, shard, fingerprints) if reuse and keys else {}
+            for key in keys:
+                yield WorkItem(described[key], root, work, **earlier.get(key, {}))
+
+
+def _print_speed(times: dict[str, np.ndarray], count: int, duration: float, seconds: float, workers: int) -> None:
+    """Print the number of clips, and the wall-clock and CPU time of the workers, for each stage."""
+    total = max(sum(wall for _, wall, _ in times.values()), 1e-9)
     print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
-    for name, (clips, wall, processor) in steps.items():
+    for name, (clips, wall, processor) in times.items():
         print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
     speed = f"{count / seconds:.2f} clips/s, {duration / seconds:.2f} s of clips per second"
     print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
@@ -124,26 +144,30 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
 
 
 def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
-    """Create the executor of the steps: processes of this machine, or a Ray cluster."""
+    """Create the executor of the stages: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
         return Processes(config.workers, start, config.clip_timeout)
     return Cluster(ClusterConfig(**config.ray), start, config.clip_timeout)
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:
-    """Yield clips with their outcomes. Suspected machine faults are held back until a clip without one follows."""
-    row = []
+    """Yield clips with their outcomes. Suspected machine faults are held back until a clip without one follows.
+
+    Raises:
+        UserError: If `patience` consecutive clips failed in a way of which the machine may be the cause.
+    """
+    held_back = []
     for item, outcome in results:
         if isinstance(outcome, Lost):
             outcome = Outcome("crash", outcome.reason, machine_fault=True)
-        row.append((item, outcome))
+        held_back.append((item, outcome))
         if not outcome.machine_fault:
-            yield from row
-            row = []
-        elif len(row) >= patience:
+            yield from held_back
+            held_back = []
+        elif len(held_back) >= patience:
             raise UserError(
                 f"{patience} clips in a row failed, the last one ({item.info.source}) in stage {outcome.stage}: "
                 f"{outcome.reason}; the clips are probably not the cause and will be retried; raise patience to "
                 "allow more failures"
             )
-    yield from row
+    yield from held_back

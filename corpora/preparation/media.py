@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
+from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Stage, WorkItem
 from engine.errors import UserError
 from engine.evaluation.clips import words_of
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_landmarks
@@ -25,7 +25,7 @@ from engine.untrusted import parse_json
 from hicodit.data import FACE_DETECTOR
 
 
-class Decode(Step):
+class Decode(Stage):
     """Decodes a clip: frames at 25 per second, audio at 24 and 16 kHz, both trimmed to the shorter; and its text.
 
     Args:
@@ -102,7 +102,7 @@ class Decode(Step):
         return frames[:count]
 
 
-class Face(Step):
+class Face(Stage):
     """Tracks a face. Clips in which it is not visible for long enough are rejected.
 
     Args:
@@ -160,7 +160,7 @@ class Face(Step):
         return (x * height / lines / width, y / lines) if lines else (x, y)
 
 
-class Wave(Step):
+class Wave(Stage):
     """Stores the audio (N,) int16 at 24 kHz, for training speech codecs."""
 
     tensors = ("wave",)

@@ -1,4 +1,4 @@
-"""Steps that compute features with networks.
+"""Stages that compute features with networks.
 
 Axes: T video frames (25 per second), J half seconds, F face crops, S image side, E lip feature width, K token
 levels, Ds / Dm speech / motion channels.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem
+from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Stage, WorkItem
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.crops import centre_square, portrait_square
@@ -43,7 +43,7 @@ from talker_t2av.system import load_motion, load_speaker, load_speech
 BLOCK = 64  # frames per batch of a motion codec: a minute of large float frames takes many GB
 
 
-class Crops(Step):
+class Crops(Stage):
     """Stores mouth crops (T, S, S) and face crops (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
@@ -108,7 +108,7 @@ class FaceIdentity(Lip):
         clip.tensors["face_identity"] = _half(self.encoders.identity(faces.to(self.device) / 255))
 
 
-class Phonemes(Step):
+class Phonemes(Stage):
     """Stores the phoneme (T,) of each frame, if the source has labels.
 
     Args:
@@ -162,7 +162,7 @@ class Expression(Encoder):
         clip.tensors["expression"] = classes.to(torch.uint8)
 
 
-class HeardExpression(Step):
+class HeardExpression(Stage):
     """Computes the expression (J,) of the voice in each half second, HiCoDiT's condition in training.
 
     It is the label of the source, or else recognised from the surrounding audio; `NO_EXPRESSION` if unknown.
@@ -213,7 +213,7 @@ class GE2E(Encoder):
 
 
 class CodecEncoder(Encoder):
-    """An encoder step whose network is a codec, which is loaded by `load` and has `name` in the digests."""
+    """An encoder stage whose network is a codec, which is loaded by `load` and has `name` in the digests."""
 
     name: ClassVar[str]
     load: ClassVar[Callable[[str], Any]]
@@ -280,7 +280,7 @@ class Motion(CodecEncoder):
         clip.tensors["motion"] = _half(torch.cat(motion))
 
 
-class Portraits(Step):
+class Portraits(Stage):
     """Stores square face images as JPEG (see `lia_x.data.pack_portraits`), for training LIA-X.
 
     Args:
@@ -316,7 +316,7 @@ def face_square(clip: WorkItem, crop: str) -> Square:
     height, width = clip.frames.shape[1:3]
     if crop == "centre":
         return Square(*centre_square(height, width))
-    assert clip.track is not None, "the step face comes first"
+    assert clip.track is not None, "the stage face comes first"
     return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 

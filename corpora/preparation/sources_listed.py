@@ -28,7 +28,7 @@ FACTS = ("text", "speaker", "language", "expression")
 Row = Mapping[str, Any]  # as it stands: id, start, end; if known, x, y with a height (0: fractions), and FACTS
 
 
-def listed(
+def talker_t2av_data(
     root: str | Path,
     table: str | None = None,
     listing: str | None = None,

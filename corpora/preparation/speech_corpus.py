@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.preparation.sources_studio import find_files, grid
+from corpora.preparation.sources_grid import find_files, grid
 from engine.errors import UserError
 from engine.files import write_json, write_text
 from engine.media.audio import read_audio, write_wav

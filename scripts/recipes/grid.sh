@@ -72,7 +72,7 @@ import json
 import sys
 from pathlib import Path
 
-from corpora.preparation.sources_studio import grid
+from corpora.preparation.sources_grid import grid
 
 root, protocol, speakers, wanted = sys.argv[1:]
 chosen = None if speakers == "null" else [name.strip() for name in speakers.strip("[]").split(",")]

@@ -9,7 +9,7 @@ import time
 import torch
 from safetensors.torch import load
 
-from corpora.preparation.clip import Encoder, Step
+from corpora.preparation.clip import Encoder, Stage
 from engine.errors import UserError
 from engine.shards.writer import read_members
 
@@ -22,7 +22,7 @@ def read_sample(folder):
     return json.loads(members["json"]), load(members["safetensors"])
 
 
-class Brightness(Step):
+class Brightness(Stage):
     """A feature of the pictures, and disasters by the name of the clip."""
 
     tensors = ("motion",)
@@ -49,7 +49,7 @@ class Brightness(Step):
         clip.tensors["motion"] = torch.from_numpy(clip.frames.mean((1, 2))).half()
 
 
-class Colour(Step):
+class Colour(Stage):
     """A feature of the pictures that notes in a file for which clips it was computed."""
 
     needs = "frames"
@@ -65,7 +65,7 @@ class Colour(Step):
         clip.tensors["colour"] = torch.from_numpy(clip.frames.mean((0, 1, 2))) * self.scale
 
 
-class Missing(Step):
+class Missing(Stage):
     """A stage whose package is not there."""
 
     def __init__(self):

@@ -45,16 +45,16 @@ def test_clips_of_other_languages_are_refused():
 )
 def test_clips_of_two_or_no_speakers_are_refused(seconds, kept):
     with nullcontext() if kept else pytest.raises(UserError):
-        SingleSpeaker(lambda wave: seconds, others=0.5)(clip())
+        SingleSpeaker(lambda wave: seconds, max_other_seconds=0.5)(clip())
 
 
 def test_transcription_against_the_text_and_between_recognisers():
     listens = Hears("Hello, there. It's me!")
     both = clip("hello there it's me")
     Language(listens, ["en"])(both)
-    Transcription(listens, most=0.0)(both)
+    Transcription(listens, max_wer=0.0)(both)
     assert listens.calls == 1  # once for all stages
-    with pytest.raises(UserError, match=r"differ from its text: word error rate 0\.50, over 0\.3"):
+    with pytest.raises(UserError, match=r"differ from its text: WER 0\.50, over 0\.3"):
         Transcription(listens)(clip("hello where is me"))
     with pytest.raises(UserError, match="its text is empty"):
         Transcription(listens)(clip("..."))

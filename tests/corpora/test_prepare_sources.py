@@ -14,8 +14,8 @@ from drawn_faces import scene
 from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, Face, read_text
 from corpora.preparation.sources import folder, held_out, lrs2, lrs3, voxceleb2
-from corpora.preparation.sources_listed import emilia, listed, youtube_ids
-from corpora.preparation.sources_studio import grid
+from corpora.preparation.sources_grid import grid
+from corpora.preparation.sources_listed import emilia, talker_t2av_data, youtube_ids
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -101,8 +101,8 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
     (tmp_path / "list.txt").write_text("one.pt\n")
     write_csv(tmp_path / "t.csv", [{"motion_pt_path": "one.pt", "wav_path": "s/one.wav", "text": "from the table"}])
     for source, words in (
-        (listed(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
-        (listed(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
+        (talker_t2av_data(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
+        (talker_t2av_data(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
     ):
         (info,) = source.clips("train")
         clip = WorkItem(info, source.root)
@@ -112,7 +112,7 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
         assert torch.equal(clip.tensors["motion"], torch.ones(25, 40).half()) and len(clip.wave) == 25 * 960
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"bad\.tar cannot be read"):
-        listed(tmp_path, table="t.csv", tars="*.tar")
+        talker_t2av_data(tmp_path, table="t.csv", tars="*.tar")
 
 
 def by_split(source):

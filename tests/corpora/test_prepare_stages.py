@@ -13,7 +13,7 @@ from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
 from corpora.preparation.sources import synthetic
-from corpora.preparation.steps import Steps
+from corpora.preparation.stage_runner import StageRunner
 from engine import device
 from engine.config import load as load_config
 from engine.errors import UserError
@@ -67,10 +67,10 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pytest.importorskip("resemblyzer")
     source = synthetic(corpus)
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"])
-    pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
+    pipeline = StageRunner(chosen_stages(config, source), "cpu", source.symbols)
     outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
-    assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
+    assert set(outcome.seconds) == {*pipeline.stages, "write"} and outcome.frames == FRAMES
     facts, made = read_sample(tmp_path)
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
@@ -134,14 +134,14 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words += ["stages.lip.use=true", "stages.face_identity.use=true", "stages.lip.encoders.folder=null"]
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
     source = synthetic(corpus)
-    pipeline = Steps(chosen_stages(load_config("prepare", words), source), "cpu", None)
+    pipeline = StageRunner(chosen_stages(load_config("prepare", words), source), "cpu", None)
     outcome = pipeline.run(WorkItem(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
     _, made = read_sample(tmp_path)
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
     for stage in (Decode(), Face(), Crops({"kind": "upstream"})):
         stage(clip)
-    lip, identity = (pipeline.steps[name].encoders for name in ("lip", "face_identity"))
+    lip, identity = (pipeline.stages[name].encoders for name in ("lip", "face_identity"))
     with torch.inference_mode():
         expected = lip.lip(clip.tensors["mouth"][None] / 255, torch.tensor([FRAMES]))[0]
         faces = clip.tensors["faces"].permute(0, 3, 1, 2) / 255
@@ -187,11 +187,11 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
 
 
 def test_worker_processes_share_the_gpus(monkeypatch):
-    """Steps and the engines in them, which ask for a device themselves, get the GPU of their process."""
+    """Stages and the engines in them, which ask for a device themselves, get the GPU of their process."""
     monkeypatch.setattr(device, "_own_gpu", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     stages = {"mean": {"_target_": "tests.corpora.preparation_fakes.Mean"}}
     for number, index in ((None, 0), (0, 0), (1, 1), (2, 0), (3, 1)):
-        steps = Steps(stages, "auto", None, number)
-        assert steps.steps["mean"].device == device.pick_device("auto") == torch.device("cuda", index)
+        runner = StageRunner(stages, "auto", None, number)
+        assert runner.stages["mean"].device == device.pick_device("auto") == torch.device("cuda", index)

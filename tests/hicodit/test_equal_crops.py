@@ -40,8 +40,8 @@ def drawn_clip(path: Path, frames: np.ndarray) -> Path:
 def in_preparation(clip: Path) -> WorkItem:
     """Return what preparation makes of a clip."""
     item = WorkItem(SourceClip("clip", clip.name), clip.parent)
-    for step in (Decode(), Face(), Crops({})):
-        step(item)
+    for stage in (Decode(), Face(), Crops({})):
+        stage(item)
     return item
 
 

@@ -1,6 +1,6 @@
-"""Runs the preparation steps of a clip and writes its sample to the work folder of its shard.
+"""Runs the preparation stages of a clip and writes its sample to the work folder of its shard.
 
-Results are deterministic. Tensors of an earlier shard whose step, networks and settings are unchanged are copied from
+Results are deterministic. Tensors of an earlier shard whose stage, networks and settings are unchanged are copied from
 it.
 """
 
@@ -23,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Step, WorkItem
+from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Stage, WorkItem
 from engine.device import pick_device, use_gpu
 from engine.errors import UserError
 from engine.files import checksum
@@ -39,20 +39,20 @@ FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
 LONGEST_REASON = 300
 
 
-class Steps(Work[WorkItem, Outcome]):
-    """All preparation steps in order.
+class StageRunner(Work[WorkItem, Outcome]):
+    """Runs all preparation stages in order. Each worker process has one.
 
     Args:
-        stages: settings of the steps by name.
+        stages: settings of the stages by name.
         device: device of the networks.
         symbols: phonemes of the source.
         number: index of the worker process, which uses one thread and one of the GPUs. None: not a worker.
 
     Attributes:
-        steps: steps by name.
+        stages: stages by name.
         digests: digests of the weights of their networks.
-        fingerprints: hash of each step (eight hex digits) that depends on its settings and weights, and on those of
-            earlier steps that modify frames or audio.
+        fingerprints: hash of each stage (eight hex digits) that depends on its settings and weights, and on those of
+            earlier stages that modify frames or audio.
         details: (digests, fingerprints).
     """
 
@@ -66,9 +66,9 @@ class Steps(Work[WorkItem, Outcome]):
         if number is not None:
             torch.set_num_threads(1)
             cv2.setNumThreads(1)
-            use_gpu(number)  # of the steps and of the engines in them
+            use_gpu(number)  # of the stages and of the engines in them
         offered = {"device": pick_device(device), "symbols": symbols}
-        self.steps: dict[str, Step] = {}
+        self.stages: dict[str, Stage] = {}
         self.digests: dict[str, str] = {}
         self.fingerprints: dict[str, str] = {}
         self.details = self.digests, self.fingerprints
@@ -77,33 +77,32 @@ class Steps(Work[WorkItem, Outcome]):
             kind = target(config["_target_"])
             parameters = inspect.signature(kind).parameters
             extra = {key: value for key, value in offered.items() if key in parameters}
-            step = self.steps[name] = build(OmegaConf.create(dict(config)), **extra)
-            digests = step.digests()
+            stage = self.stages[name] = build(OmegaConf.create(dict(config)), **extra)
+            digests = stage.digests()
             self.digests |= digests
-            # What found the faces follows from the settings, and shards from before it was recorded still hold.
+            # The detector follows from the settings; shards in which it was not recorded yet remain valid.
             weights = {feature: digest for feature, digest in digests.items() if feature != FACE_DETECTOR}
             made_by = [name, without_device(config), weights, symbols if "symbols" in extra else None]
             self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
-            if not step.reusable:
+            if not stage.reusable:
                 before.append(made_by)
 
-    def _needed(self, clip: WorkItem) -> Iterator[tuple[str, Step]]:
-        """Yield the steps that a clip needs: not those whose results are copied, unless other steps read theirs."""
-        needed = {step.needs for name, step in self.steps.items() if step.reusable and name not in clip.unchanged}
-        for name, step in self.steps.items():
-            skipped = name in clip.unchanged and (step.reusable or step.needs not in {"", *needed})
-            if not skipped and (step.needs != "frames" or clip.info.video is not None):
-                yield name, step
+    def _needed(self, clip: WorkItem) -> Iterator[tuple[str, Stage]]:
+        """Yield the stages that a clip needs: not those whose results are copied, unless other stages read theirs."""
+        needed = {stage.needs for name, stage in self.stages.items() if stage.reusable and name not in clip.unchanged}
+        for name, stage in self.stages.items():
+            skipped = name in clip.unchanged and (stage.reusable or stage.needs not in {"", *needed})
+            if not skipped and (stage.needs != "frames" or clip.info.video is not None):
+                yield name, stage
 
     @torch.inference_mode()
-    def run(self, item: WorkItem) -> Outcome:
-        """Run all steps on a clip and write its sample. The outcome of a rejected clip contains the reason."""
-        clip = item
+    def run(self, clip: WorkItem) -> Outcome:
+        """Run all stages on a clip and write its sample. The outcome of a rejected clip contains the reason."""
         try:
             if clip.unchanged:
                 self._copy_unchanged(clip)
-            for name, step in self._needed(clip):
-                if (outcome := _run(name, step, clip)) is not None:
+            for name, stage in self._needed(clip):
+                if (outcome := _run(name, stage, clip)) is not None:
                     return outcome
         finally:
             clip.close()
@@ -117,11 +116,11 @@ class Steps(Work[WorkItem, Outcome]):
     def _copy_unchanged(self, clip: WorkItem) -> None:
         """Copy unchanged tensors of an earlier shard. If the description of the clip has changed, nothing is copied."""
         with _timed("reuse", clip), clip.shard.open("rb", buffering=0) as file:
-            steps = [self.steps[name] for name in clip.unchanged]
-            facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})
+            stages = [self.stages[name] for name in clip.unchanged]
+            facts, tensors = read_sample(file, clip.members, {name for stage in stages for name in stage.tensors})
             if facts.get("input") == input_digest(clip.info):
                 clip.tensors |= tensors
-                clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
+                clip.earlier_facts = {name: facts[name] for stage in stages for name in stage.facts}
                 return
         clip.unchanged = frozenset()
         del clip.seconds["reuse"]  # nothing was reused
@@ -141,7 +140,7 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
         unchanged = frozenset(name for name, value in fingerprints.items() if listing["stages"].get(name) == value)
         samples = {each["key"]: each["members"] for each in listing["samples"]}
         return {
-            key: {"shard": tar, "places": (members["json"], members["safetensors"]), "unchanged": unchanged}
+            key: {"shard": tar, "members": (members["json"], members["safetensors"]), "unchanged": unchanged}
             for key, members in samples.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -171,11 +170,11 @@ def _timed(name: str, clip: WorkItem) -> Iterator[None]:
     clip.seconds[name] = wall + time.perf_counter() - start[0], processor + sum(os.times()[:4]) - start[1]
 
 
-def _run(name: str, step: Step, clip: WorkItem) -> Outcome | None:
-    """Run a step. Return the outcome of a clip that fails; an error that no clip can cause ends the job."""
+def _run(name: str, stage: Stage, clip: WorkItem) -> Outcome | None:
+    """Run a stage. Return the outcome of a clip that fails; an error that no clip can cause ends the job."""
     with _timed(name, clip):
         try:
-            step(clip)
+            stage(clip)
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
