@@ -55,7 +55,8 @@ class Language(Stage):
             raise UserError(f"language {transcript.language}, expected {', '.join(self.languages)}")
         if transcript.probability < self.min_probability:
             raise UserError(
-                f"language {transcript.language} with probability {transcript.probability:.2f}, under {self.min_probability}"
+                f"language {transcript.language} with probability {transcript.probability:.2f}, "
+                f"under {self.min_probability:g}"
             )
         clip.facts["language"] = transcript.language
 
@@ -140,8 +141,6 @@ class Transcription(Stage):
         rate = jiwer.wer(expected, other)
         if rate > self.max_wer:
             whose = "its text" if text is not None else "a second recogniser"
-            raise UserError(
-                f"the recognised words differ from {whose}: word error rate {rate:.2f}, over {self.max_wer:g}"
-            )
+            raise UserError(f"the recognised words differ from {whose}: WER {rate:.2f}, over {self.max_wer:g}")
         if text is None:
             clip.facts["text"] = found
