@@ -21,10 +21,10 @@ from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
-from hicodit.evaluate import stored_conditions
 from hicodit.model import HiCoDiT, ModelConfig, positions_of, rows_of
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from hicodit.system import CODECS, HiCoDiTSystem
+from hicodit.validation import stored_conditions
 
 TIMES = (0.25, 0.75)  # of the loss: the middle of each half
 LOW = 2  # levels in `score_entropy_low` of every variant, as in the paper

@@ -1,4 +1,4 @@
-"""Speech generation for the clips of an evaluation or validation."""
+"""Speech generation for the clips of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,32 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import ALONE, ByClip, Share, measure_outputs, spread
 from engine.faces.source import FaceSource
-from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
-from engine.media.video import write_video
 from engine.metrics.metric import wave_of
-from engine.metrics.registry import metrics_of
 from engine.nn.ge2e import GE2EEncoder
 from engine.settings import override, require_choice
-from hicodit.conditions.types import Conditions, Crops
-from hicodit.data import HiCoDiTDataset
-from hicodit.generation import generate, sampling_windows
-from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
+from hicodit.conditions.types import Crops
+from hicodit.generation import sampling_windows
+from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from hicodit.settings import with_preset
 
-# clips per split whose files a validation keeps
-WAVES = 4
-VIDEOS = 2
 EXPRESSIONS = ("own", "shuffled", "exchanged")
 
 
@@ -120,88 +109,3 @@ def exchange(classes: np.ndarray) -> np.ndarray:
     first = classes[0]
     last = classes[-1]
     return np.where(classes == first, last, np.where(classes == last, first, classes))
-
-
-def evaluate_clips(
-    pipeline: HiCoDiTPipeline,
-    data: HiCoDiTDataset,
-    recogniser: Path | None,
-    clips: int,
-    folder: Path,
-    metrics: Sequence[str],
-    share: Share = ALONE,
-    corpus: Path | None = None,
-) -> dict[str, ByClip]:
-    """Measure a share of `clips` prepared clips, with speech generated only from their video.
-
-    Four waveforms are written to `folder`, and two videos of the mouth crops from which speech was
-    generated, except when it was generated from stored features.
-
-    Args:
-        recogniser: recogniser for WER, see `words_by`.
-        metrics: names of `engine.metrics.registry`. The ground truth is decoded from the ground-truth tokens.
-        corpus: folder of the original recordings, whose files are then processed as in inference. None: speech is
-            generated from the crops or features in the shards.
-
-    Raises:
-        UserError: If a recording is not in `corpus`, or no face is found in it.
-    """
-    chosen = spread(len(data), clips)
-    own = share.range(len(chosen))
-    samples = [data.read(chosen[i]) for i in own]
-    if not own:
-        return {}
-    infos, stored = zip(*samples)
-    mouths = [clip.get("mouth") for clip in stored]  # crops of `corpus` replace them
-    order = sorted(range(len(stored)), key=lambda i: len(stored[i]["phoneme"]))
-    spoken: dict[int, np.ndarray] = {}
-    model = pipeline.system.model
-    for start in range(0, len(order), 16):
-        group = order[start : start + 16]
-        if corpus is None:
-            conditions = stored_conditions(pipeline, [stored[i] for i in group])
-        else:
-            crops = [pipeline.crops(corpus / infos[i]["source"]) for i in group]
-            conditions = pipeline.conditions(crops)
-            for i, clip in zip(group, crops):
-                mouths[i] = clip.mouth
-        seeds = [own.start + i for i in group]
-        tokens = generate(model, conditions, pipeline.sampler, pipeline.guidance, seeds, graphs=pipeline.graphs)
-        spoken |= zip(group, pipeline.decode(tokens))
-    waves = [spoken[i] for i in range(len(stored))]
-    rate = pipeline.codec.sample_rate
-    for n, info, mouth, wave in zip(range(WAVES)[own.start :], infos, mouths, waves):
-        write_wav(folder / f"{info['key']}.wav", wave, rate)
-        if n < VIDEOS and mouth is not None:
-            enlarged = np.asarray(mouth).repeat(4, 1).repeat(4, 2)
-            write_video(folder / f"{info['key']}.mp4", enlarged[..., None].repeat(3, 3), FPS, wave, rate)
-    compared = any(metric.needs_truth for metric in metrics_of(metrics))
-    true = pipeline.decode([clip["tokens"].T for clip in stored]) if compared else None
-    texts = [info["text"] for info in infos]
-    device = str(pipeline.device)
-    return measure_outputs(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
-
-
-@torch.inference_mode()
-def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Tensor]]) -> Conditions:
-    """Encode the conditions of prepared clips (`HiCoDiTDataset.read`), from their crops or stored features.
-
-    Each classified frame uses the nearest stored face crop.
-    """
-    system = pipeline.system
-    if "lip" in clips[0]:
-
-        def padded(name: str) -> Tensor:
-            return to_device(pad_sequence([clip[name] for clip in clips], True), pipeline.device)
-
-        identity = system.model.adapt_identity(padded("face_identity").float().mean(1))
-        frames = torch.tensor([len(clip["lip"]) for clip in clips])
-        return Conditions(padded("lip").float(), identity, padded("expression"), frames)
-    crops = []
-    for clip in clips:
-        frames = len(clip["mouth"])
-        faces = clip["faces"]
-        pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
-        expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
-        crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_face_indices(frames)].numpy(), expression))
-    return pipeline.conditions(crops)

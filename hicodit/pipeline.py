@@ -224,6 +224,25 @@ class HiCoDiTPipeline:
         Raises:
             UserError: If the video is not readable or shorter than 0.2 s, or no face is found.
         """
+        name = Path(video).name if isinstance(video, str | Path) else "the clip"
+        for path, (frames, track) in zip(strips or repeat(None), self.track_faces(video, face, face_box)):
+            with stage(f"{name}: cutting out the face", len(track), "frames"):
+                crops = self.crop_track(frames, track, path)
+            if path is not None:
+                from engine.faces.strip import write_faces
+                from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
+
+                track = track.scaled(frames.display_size[1] / frames.size[1])
+                write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
+            yield crops
+
+    def track_faces(
+        self, video: Video, face: str | int = "largest", face_box: Any = None
+    ) -> Iterator[tuple[ClipFrames, FaceTrack]]:
+        """Yield the frames of a clip, large enough for the crops, and the track with landmarks of each selected face.
+
+        See `all_crops` for the arguments.
+        """
         if isinstance(video, str | Path):
             name = str(video)
             frames = ClipFrames(video, FPS)
@@ -239,23 +258,14 @@ class HiCoDiTPipeline:
                 tracks = self._find_tracks(frames, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
-        for path, track in zip(strips or repeat(None), tracks):
-            with stage(f"{label}: cutting out the face", len(track), "frames"):
-                clip, track = frames.sharper(track)
-                if callable(self.face_source.landmarks):
-                    track = add_landmarks(clip, track, self.face_source.landmarks)
-                crops = self.crop_track(clip, track, path)
-            if path is not None:
-                from engine.faces.strip import write_faces
-                from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
+        for track in tracks:
+            frames_of_face, track = frames.sharper(track)
+            if callable(self.face_source.landmarks):
+                with stage(f"{label}: finding the landmarks", len(track), "frames"):
+                    track = add_landmarks(frames_of_face, track, self.face_source.landmarks)
+            yield frames_of_face, track
 
-                track = track.scaled(clip.display_size[1] / clip.size[1])
-                write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
-            yield crops
-
-    def _find_tracks(
-        self, frames: ArrayFrames | ClipFrames, name: str, face: str | int, face_box: Any
-    ) -> list[FaceTrack]:
+    def _find_tracks(self, frames: ClipFrames, name: str, face: str | int, face_box: Any) -> list[FaceTrack]:
         """Return the tracks of the selected faces: from a landmark file, from `face_box`, or by the detector."""
         landmarks = self.face_source.landmarks
         if isinstance(landmarks, Path):

@@ -20,7 +20,7 @@ from engine.codec import load_codec
 from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, spread
-from engine.faces.source import CASCADE, FaceSource
+from engine.faces.source import CASCADE
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
@@ -33,8 +33,10 @@ from hicodit.data import FACE_DETECTOR, FEATURE_TENSORS, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
 from hicodit.model import CONDITIONS, TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
+from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
+from hicodit.validation import Recordings, evaluate_clips
 
 MIN_TIME = 1e-3  # minimum time in training; independent of the schedule's eps and the sampler's end
 VALIDATION_BATCH = 8
@@ -127,16 +129,12 @@ class HiCoDiTTask(Task):
             )
         made = (read_json(index).get("digests") or {}) if index else {}
         self.features = {name: made[name] for name in (*FEATURE_TENSORS, FACE_DETECTOR) if name in made}
-        self.validate_corpus = Path(validate_corpus) if validate_corpus else None
         if init:
             self._start_from(init, new_tokens)
         self._freeze(frozen)
-        if self.validate_corpus and not self.trains_lips_only:
-            self._face_source()  # fail early if its package is missing
-
-    def _face_source(self) -> FaceSource:
-        """Return the detector and landmarks of the shards. The task does not keep them, as tasks are copied."""
-        return FaceSource.from_name(self.features.get(FACE_DETECTOR, CASCADE), self.shards)
+        self.recordings = None
+        if validate_corpus and not self.trains_lips_only:
+            self.recordings = Recordings(Path(validate_corpus), self.features.get(FACE_DETECTOR, CASCADE), shards)
 
     def _freeze(self, frozen: Sequence[str]) -> None:
         """Freeze parts of the system, and find out whether the lip encoder alone remains."""
@@ -289,9 +287,6 @@ class HiCoDiTTask(Task):
 
         One process measures the losses, as their random numbers are drawn sequentially.
         """
-        from hicodit.evaluate import evaluate_clips
-        from hicodit.pipeline import HiCoDiTPipeline
-
         if self.trains_lips_only:
             return self.measure_lips() if share.first else {}
         results: dict[str, float | ByClip] = {}
@@ -299,7 +294,7 @@ class HiCoDiTTask(Task):
         device = self.system.model.null_lip.device
         sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
         codec = load_codec(self.codec, CODECS)
-        face_source = self._face_source() if self.validate_corpus else None
+        face_source = self.recordings.face_source if self.recordings else None
         pipeline = HiCoDiTPipeline(self.system, codec, sampler, self.guidance, device, face_source)
         if not self.system.encoders.learns:  # inference verifies the digests of their weights
             self.system.encoders.expected = dict(self.features)
@@ -315,7 +310,7 @@ class HiCoDiTTask(Task):
                 folder / split,
                 self.validate_metrics,
                 share,
-                self.validate_corpus,
+                self.recordings,
             )
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results

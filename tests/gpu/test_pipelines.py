@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.cuda_graph import GraphedSteps
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions
-from hicodit.evaluate import stored_conditions
 from hicodit.generation import generate
 from hicodit.model import FLOAT32_MODULES, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
+from hicodit.validation import stored_conditions
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.tiny import HICODIT
 

@@ -24,12 +24,12 @@ from hicodit.conditions.poster2 import CLASSES, POSTER2, CrossAttention
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.conditions.upstream import UpstreamEncoderConfig, UpstreamEncoders
 from hicodit.data import HiCoDiTDataset
-from hicodit.evaluate import evaluate_clips, stored_conditions
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
+from hicodit.validation import evaluate_clips, stored_conditions
 from rvq_codec import RVQCodec
 from tests.rehearsal.stand_ins import official
 from tests.releases import write_release
