@@ -136,6 +136,7 @@ def generate(
             sampler,
             window_generators,
             normalised=scales.guidance_form == "normalised",
+            device=device,
             graphs=graphs,
             on_step=partial(on_step, clips),
         )

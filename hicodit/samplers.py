@@ -41,14 +41,15 @@ class SamplerInput:
         lengths: (B,) number of frames of each clip, on the CPU. Padding stays masked.
         mask_id: the token that stands for a masked position.
         config: settings of the sampler.
-        generators: one per clip, on the model's device.
+        generators: one per clip, on `device`.
         normalised: whether the posterior sums to one, so that the positions to reveal can be drawn in advance.
+        device: the model's device.
         graphs: runs the step functions; by default they are called directly.
         on_step: called after each step.
 
     Attributes:
-        tokens: (B, K, L), on the model's device.
-        masked: (B, K, L) bool, True at masked positions, on the model's device.
+        tokens: (B, K, L), on `device`.
+        masked: (B, K, L) bool, True at masked positions, on `device`.
         total: (B,) number of masked positions, on the CPU.
     """
 
@@ -61,10 +62,11 @@ class SamplerInput:
         config: SamplerConfig,
         generators: list[torch.Generator],
         normalised: bool = True,
+        device: torch.device | str = "cpu",
         graphs: GraphedSteps | None = None,
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
-        device = generators[0].device
+        device = torch.device(device)
         masked = (tokens == mask_id) & (torch.arange(tokens.shape[2]) < lengths[:, None])[:, None]
         self.posterior = posterior
         self.tokens = to_device(tokens, device)

@@ -147,6 +147,7 @@ class SpeechStream:
             model.mask_id,
             self.sampler,
             [self.generator],
+            device=pipeline.device,
             graphs=pipeline.graphs,
         )
         tokens = SAMPLERS[self.sampler.method](inputs)
