@@ -34,8 +34,8 @@ LONG = [
         "rehearsal/test_rehearsal", "hicodit/test_inference", "engine/test_parallel",
         "rehearsal/test_grid_recipe", "talker_t2av/test_talker_pipeline", "hicodit/test_hard_videos",
         "corpora/test_synthetic_corpus", "corpora/test_prepare_job", "talker_t2av/test_evaluation_tables",
-        "engine/test_kills", "scripts/test_late_errors", "hicodit/test_task", "hicodit/test_pipeline",
-        "engine/test_trainer", "talker_t2av/test_talker_inference",
+        "engine/test_kills", "engine/test_plan", "scripts/test_late_errors", "hicodit/test_task",
+        "hicodit/test_pipeline", "engine/test_trainer", "talker_t2av/test_talker_inference",
     )
 ]  # fmt: skip
 

@@ -27,6 +27,7 @@ class Listed(ToySet):
         return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
 
     def prefetch(self, spans):
+        assert all(first < last for first, last in spans)  # an empty block has nothing to fetch
         self.prefetched = spans
 
 

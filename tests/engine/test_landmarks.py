@@ -21,6 +21,7 @@ from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
 from engine.faces.track import track_of_boxes
 from engine.media.video import write_video
+from engine.metrics.lips import LipOpening
 from hicodit.conditions.align import mouth_poses
 
 SHAPE = np.stack([np.arange(68) % 9 - 4.0, np.arange(68) // 9 - 3.0], 1)  # of 68 landmarks round their middle
@@ -31,18 +32,20 @@ class Rectangle:
     def __init__(self, left, top, right, bottom):
         self.left, self.top, self.right, self.bottom = (lambda v=v: v for v in (left, top, right, bottom))
         self.width = lambda: right - left + 1
+        self.area = lambda: (right - left + 1) * (bottom - top + 1)
 
 
 @pytest.fixture
 def fake_dlib(monkeypatch):
     """Replaces dlib, which an extra installs: the face is a bright dot, and the landmarks lie around it."""
-    calls = SimpleNamespace(looks=0, boxes=[], found=True)
+    calls = SimpleNamespace(looks=0, boxes=[], sizes=[], found=True)
 
     def dot(picture):
+        calls.sizes.append(picture.shape[:2])
         rows, columns = np.nonzero(picture[..., 0] > 128)
         return np.array([columns.mean(), rows.mean()])
 
-    def detect(picture):
+    def detect(picture, doublings=0):
         calls.looks += 1
         x, y = dot(picture).round().astype(int).tolist()
         return [Rectangle(x - 50, y - 50, x + 49, y + 49)] if calls.found else []
@@ -50,12 +53,15 @@ def fake_dlib(monkeypatch):
     def predict(picture, box):
         calls.boxes.append((box.left(), box.top(), box.right(), box.bottom()))
         points = dot(picture) + 6 * SHAPE
-        return SimpleNamespace(parts=lambda: [SimpleNamespace(x=x, y=y) for x, y in points])
+        parts = [SimpleNamespace(x=x, y=y) for x, y in points]
+        return SimpleNamespace(parts=lambda: parts, part=parts.__getitem__)
 
     fake = SimpleNamespace(
         get_frontal_face_detector=lambda: detect, shape_predictor=lambda path: predict, rectangle=Rectangle
     )
     monkeypatch.setitem(sys.modules, "dlib", fake)
+    models = SimpleNamespace(pose_predictor_model_location=lambda: "")
+    monkeypatch.setitem(sys.modules, "face_recognition_models", models)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["x"]))
     return calls
 
@@ -88,6 +94,14 @@ def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_d
     fake_dlib.found = False  # then the place that dlib's box usually has in the tracked one
     assert np.abs(add_landmarks([clip], track, Dlib68()).landmarks - gap).max() < 1e-9
     assert all(abs(right - left - 195) <= 1 for left, _, right, _ in fake_dlib.boxes[-2::-3][:16])
+
+
+def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
+    small, _ = dots(2)  # of 120 x 160 pixels
+    large = small.repeat(3, 1).repeat(3, 2)
+    openings = [LipOpening()(frames) for frames in (small, large)]
+    assert fake_dlib.sizes == [(256, 341)] * 3 + [(360, 480)] * 3  # the face in one frame, the lips in both
+    assert np.allclose(openings, openings[0][0])
 
 
 def test_dlib_finds_drawn_faces():

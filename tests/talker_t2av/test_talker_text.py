@@ -56,12 +56,6 @@ def test_the_reader_is_started_again_if_it_died_or_the_process_forked():
     assert read("again") == before
 
 
-def test_a_release_says_that_its_tokens_are_phonemes(tmp_path):
-    WORDS.save(tmp_path)
-    (tmp_path / "config.yaml").write_text("text: {kind: phonemes, language: en-us}\n")
-    assert TalkerTokenizer.from_pretrained(tmp_path).prompt("Hello there.") == WORDS.prompt("Hello there.")
-
-
 def test_frames_are_aligned_with_the_phonemes_spoken_in_them():
     ids = WORDS.prompt("my map, my map")  # repeated words: only the order tells them apart
     classes = token_classes(WORDS, SYMBOLS)
