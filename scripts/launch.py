@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import config_from_args, parse_args, run
 
 from engine.training.signals import REQUEUE
 
@@ -24,6 +24,13 @@ GRACE = 270  # seconds from a stop signal to SIGKILL; scripts/cluster/train.sbat
 
 def main() -> int:
     args = parse_args(["--signals-to-handle", SIGNALS, *sys.argv[1:]])
+    try:
+        processes = config_from_args(args)[0].nproc_per_node
+        if processes < 1:
+            raise ValueError(f"--nproc_per_node={processes} must be at least 1")
+    except (ValueError, AssertionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     codes: list[int] = []
     close = PContext.close
 
@@ -36,7 +43,7 @@ def main() -> int:
     PContext.close = patient_close
     try:
         run(args)
-    except ValueError as error:  # an invalid argument; a failed process raises ChildFailedError
+    except ValueError as error:  # an unknown --rdzv_backend; a failed process raises ChildFailedError
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SignalException as stopped:
