@@ -97,20 +97,6 @@ class ToyGAN(Task):
         return Release("toy", {"width": 8}, "generator", "Toy", "An autoencoder.", "load('FOLDER')")
 
 
-class ToyRegression(Task):
-    """One part, learns x -> 2 x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Linear(4, 4)
-
-    def parts(self) -> dict[str, nn.Module]:
-        return {"model": self.model}
-
-    def forward(self, batch, part):
-        return {"loss": (self.model(batch["x"]) - 2 * batch["x"]).square().mean()}
-
-
 class ToyBlock(nn.Module):
     """(B, 8) -> (B, 8)."""
 

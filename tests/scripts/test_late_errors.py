@@ -98,9 +98,9 @@ def folder(tmp_path_factory):
 def other_run(folder):
     """The run of another model."""
     from engine.training.trainer import Trainer
-    from tests.engine.toy_task import CONFIG, ToyRegression, ToySet
+    from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
-    Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, folder / "other").fit()
+    Trainer(ToyGAN(), ToySet(), CONFIG | {"steps": 1}, folder / "other").fit()
 
 
 def files(root):
