@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def logging_is_as_before():
         if handler not in handlers and not isinstance(handler, LogCaptureHandler):
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture
+def spy(monkeypatch) -> Callable[[Any, str], Mock]:
+    """Returns a function that replaces OWNER.NAME by a mock, which does the same and knows its calls."""
+
+    def watch(owner: Any, name: str) -> Mock:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, create_autospec(original, side_effect=original))
+        return getattr(owner, name)
+
+    return watch
 
 
 @pytest.fixture(scope="session")

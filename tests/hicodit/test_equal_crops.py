@@ -54,53 +54,51 @@ def in_service(pipeline: HiCoDiTPipeline, clip: Path) -> None:
         assert client.get(f"/v1/videos/{name}").json()["status"] == "completed"
 
 
-def check(clip: Path, release: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> WorkItem:
-    """Assert that all programs cut the same pictures; return what preparation makes."""
-    folder.mkdir(exist_ok=True)
-    used = []
-    run = HiCoDiTPipeline.run
+@pytest.fixture
+def check(release, tmp_path, monkeypatch, spy):
+    """Asserts that all programs cut the same pictures from a clip; gives what preparation makes."""
 
-    def noting(self, crops, *arguments, **settings):
-        used.extend(crops)
-        return run(self, crops, *arguments, **settings)
+    def check(clip: Path) -> WorkItem:
+        run = spy(HiCoDiTPipeline, "run")
+        monkeypatch.setattr(demo_actions.TalkerPipeline, "from_pretrained", lambda *_, **__: None)
 
-    monkeypatch.setattr(HiCoDiTPipeline, "run", noting)
-    monkeypatch.setattr(demo_actions.TalkerPipeline, "from_pretrained", lambda *_, **__: None)
+        jobs = ClipRunner(InferConfig(weights=str(release), input=str(clip), output=str(tmp_path / "infer")))
+        jobs.generate([jobs.prepare(clip)])
+        write_outputs([Clip("clip", None, Take(source=clip), {})], tmp_path, "cpu", str(release))
+        demo_actions.Demo(tmp_path, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
+        pipeline = jobs.pipelines.for_clip(clip)
+        in_service(pipeline, clip)
 
-    jobs = ClipRunner(InferConfig(weights=str(release), input=str(clip), output=str(folder / "infer")))
-    jobs.generate([jobs.prepare(clip)])
-    write_outputs([Clip("clip", None, Take(source=clip), {})], folder, "cpu", str(release))
-    demo_actions.Demo(folder, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
-    pipeline = jobs.pipelines.for_clip(clip)
-    in_service(pipeline, clip)
+        used = [crops for call in run.call_args_list for crops in call.args[1]]
+        assert len(used) == 4
+        prepared = in_preparation(clip)
+        mouth = prepared.tensors["mouth"].numpy()
+        length = prepared.length
+        track = prepared.face_track
+        for crops in used:
+            assert np.array_equal(crops.mouth[:length], mouth)
+            assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
+            assert np.array_equal(crops.voice_faces, used[0].voice_faces)
+        config = pipeline.system.encoders.config
+        at = np.array(pipeline.system.voice_face_indices(len(track))) * config.picture_every
+        assert np.array_equal(prepared.crop_faces(config, at), used[0].voice_faces)
+        return prepared
 
-    assert len(used) == 4
-    prepared = in_preparation(clip)
-    mouth = prepared.tensors["mouth"].numpy()
-    length = prepared.length
-    track = prepared.face_track
-    for crops in used:
-        assert np.array_equal(crops.mouth[:length], mouth)
-        assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
-        assert np.array_equal(crops.voice_faces, used[0].voice_faces)
-    config = pipeline.system.encoders.config
-    at = np.array(pipeline.system.voice_face_indices(len(track))) * config.picture_every
-    assert np.array_equal(prepared.crop_faces(config, at), used[0].voice_faces)
-    return prepared
+    return check
 
 
-def test_crops_of_drawn_faces_are_equal(release, tmp_path, monkeypatch):
-    check(drawn_clip(tmp_path / "head.mp4", talking_head(FRAMES)), release, tmp_path, monkeypatch)
+def test_crops_of_drawn_faces_are_equal(check, tmp_path):
+    check(drawn_clip(tmp_path / "head.mp4", talking_head(FRAMES)))
 
 
-def test_crops_of_a_small_face_in_a_large_frame_are_equal(release, tmp_path, monkeypatch):
+def test_crops_of_a_small_face_in_a_large_frame_are_equal(check, tmp_path):
     """The face is tracked in frames of 640 pixels and cut from larger ones, beyond preparation's `max_side`."""
     frames = scene(16, [lambda i: (600 + 2 * i, 200, 200)], (900, 1600))
-    prepared = check(drawn_clip(tmp_path / "far.mp4", frames), release, tmp_path, monkeypatch)
+    prepared = check(drawn_clip(tmp_path / "far.mp4", frames))
     assert prepared.frames.shape[2] == 1280 and max(prepared.face_frames.size) > 640
 
 
 @pytest.mark.skipif(not GRID.is_dir(), reason="needs ../shared/grid, real clips that are not in the repository")
 @pytest.mark.parametrize("speaker", ["s1", "s31", "s34"])
-def test_crops_of_real_faces_are_equal(release, tmp_path, monkeypatch, speaker):
-    check(min((GRID / speaker).glob("*.mp4")), release, tmp_path, monkeypatch)
+def test_crops_of_real_faces_are_equal(check, speaker):
+    check(min((GRID / speaker).glob("*.mp4")))

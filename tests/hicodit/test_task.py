@@ -17,9 +17,9 @@ from shard_files import write_split
 
 from engine.errors import UserError
 from engine.evaluation.validation import Share
-from engine.faces.clip import find_faces
 from engine.media.video import read_video, write_video
 from engine.shards.reader import ShardSplit
+from hicodit import pipeline
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import FACE_DETECTOR, HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
@@ -99,7 +99,7 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
     assert all(0 <= error <= 100 for error in errors.values())
 
 
-def test_validation_generates_speech_from_the_video_files(release, tmp_path, monkeypatch):
+def test_validation_generates_speech_from_the_video_files(release, tmp_path, spy):
     recordings = tmp_path / "recordings"
     recordings.mkdir()
     write_video(recordings / "head.mp4", talking_head(20), 25)
@@ -109,20 +109,13 @@ def test_validation_generates_speech_from_the_video_files(release, tmp_path, mon
     write_split(tmp_path / "seen", [(info, stored)], 1, digests={"rvq": codec.digest()})
     settings = {"validate_splits": ["seen"], "validate_metrics": [], "validate_corpus": str(recordings)}
     task = make_task(tmp_path, release, sampler={"steps": 2}, **settings).eval()
-    used = []
-    conditions = HiCoDiTPipeline.conditions
-
-    def noting(self, crops, *arguments):
-        used.extend(crops)
-        return conditions(self, crops, *arguments)
-
-    monkeypatch.setattr(HiCoDiTPipeline, "conditions", noting)
-    searches = []
-    monkeypatch.setattr("hicodit.pipeline.find_faces", lambda *arguments: searches.append(1) or find_faces(*arguments))
+    conditions = spy(HiCoDiTPipeline, "conditions")
+    searches = spy(pipeline, "find_faces")
     copy.deepcopy(task).measure(tmp_path / "out", Share(0, 1))
     task.measure(tmp_path / "again", Share(0, 1))
     expected = HiCoDiTPipeline(task.system, codec, task.sampler, task.guidance).crops(recordings / "head.mp4")
-    assert len(searches) == 2  # one by `expected`: both validations share the tracks
+    assert searches.call_count == 2  # one by `expected`: both validations share the tracks
+    used = [crops for call in conditions.call_args_list for crops in call.args[1]]
     assert len(used) == 2 and expected.mouth.any()
     assert all(np.array_equal(crops.mouth, expected.mouth) for crops in used)
     shown = read_video(tmp_path / "out" / "seen" / "head.mp4", 25)

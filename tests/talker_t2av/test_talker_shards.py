@@ -1,7 +1,5 @@
 """Talker-T2AV from prepared shards: examples, pairs and their order, what is skipped."""
 
-from unittest.mock import create_autospec
-
 import pytest
 import torch
 from shard_files import write_split
@@ -48,7 +46,7 @@ def test_an_example_holds_the_tokenised_text_and_the_stored_latents(root, task):
         assert item["input_ids"][: len(prompt)].tolist() == prompt and examples.info(i)["key"] == f"clip{i}"
 
 
-def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root, monkeypatch):
+def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root, spy):
     codecs = releases(root / "releases")
     data = TalkerPairs(
         root, tasks=["t2av", "tts"], codecs=codecs, stats=root / "train/index.json", shards={"window": 2}
@@ -57,9 +55,8 @@ def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root, mo
     seen = [index for number in range(7) for index in batches.samples(number)]
     assert sorted(seen) == list(range(7)) and data.blocks.sizes == [2, 2, 2, 1]
     for examples in data.sets:
-        shards = examples.shards
-        monkeypatch.setattr(shards, "read", create_autospec(shards.read, side_effect=shards.read))
-        monkeypatch.setattr(shards.files, "prefetch", create_autospec(shards.files.prefetch))
+        spy(examples.shards, "read")
+        spy(examples.shards.files, "prefetch")
     batches[3]
     for examples in data.sets:
         read = {f"{call.args[0] // 2:06d}" for call in examples.shards.read.call_args_list}
