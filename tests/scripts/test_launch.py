@@ -65,7 +65,9 @@ def test_processes_of_a_failed_run_are_not_waited_for(monkeypatch):
     assert processes.timeouts == [30]
 
 
-@pytest.mark.parametrize("argument", ["--nproc_per_node=many", "--nnodes=few", "--nnodes=0", "--nproc_per_node=0", "--rdzv_backend=post"])
+@pytest.mark.parametrize(
+    "argument", ["--nproc_per_node=many", "--nnodes=few", "--nnodes=0", "--nproc_per_node=0", "--rdzv_backend=post"]
+)
 def test_an_invalid_argument_is_one_line(monkeypatch, capsys, argument):
     monkeypatch.setattr("sys.argv", ["launch", argument, "train.py"])
     assert launch.main() == 2
