@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.device import to_device
 from talker_t2av.flow_matching import FlowDraws
-from talker_t2av.model import FPS, POSITIVE_SHARE, TalkerConfig, TalkerT2AV
+from talker_t2av.model import FPS, STOP_WEIGHT, TalkerConfig, TalkerT2AV
 from talker_t2av.request import ORDERS, T2AV, TTS
 
 IGNORED = -100
@@ -252,7 +252,9 @@ def training_losses(
     losses = {
         "speech": model.speech_cfm.loss(s.x1, s.mu, s.cond, s.global_cond, speech),
         "motion": model.config.motion_weight * model.motion_cfm.loss(m.x1, m.mu, m.cond, m.global_cond, motion),
-        "stop": stop_loss(model.head_stop(forward.hidden), forward.labels, forward.pos_weight, model.config.stop_share),
+        "stop": stop_loss(
+            model.head_stop(forward.hidden), forward.labels, forward.pos_weight, model.config.stop_weight
+        ),
     }
     losses["loss"] = sum(losses.values())
     return losses
@@ -297,12 +299,12 @@ def stop_labels(
     return labels, torch.where(rows > 0, (last * ends).sum() / rows.clamp(min=1), 1.0)
 
 
-def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, factor: float = POSITIVE_SHARE) -> Tensor:
+def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, factor: float = STOP_WEIGHT) -> Tensor:
     """Return the binary cross-entropy of logits (B, T) over the labelled positions; 0 without labels.
 
     Args:
         pos_weight: result of `stop_labels`. Positive labels have the weight `factor` * pos_weight.
-        factor: see `TalkerConfig.stop_share`.
+        factor: see `TalkerConfig.stop_weight`.
     """
     counted = labels != IGNORED
     loss = F.binary_cross_entropy_with_logits(

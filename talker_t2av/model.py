@@ -46,9 +46,7 @@ RATE16 = 16_000
 HOP = RATE // FPS
 HOP16 = RATE16 // FPS
 MAX_FRAMES = 30 * FPS  # window of the speech encoder
-POSITIVE_SHARE = (
-    0.3  # weight of positive stop labels in the released program, relative to the ratio of negatives to positives
-)
+STOP_WEIGHT = 0.3  # of the released program; see `TalkerConfig.stop_weight`
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class TalkerConfig(Group, prefix="model."):
             `talker_t2av.request.ORDERS`).
         repeats: number of times that each example is used in a training step.
         motion_weight: weight of the motion loss.
-        stop_share: weight of positive labels of the stop loss, relative to the ratio of continue to stop labels: 0.3 in
-            the released program, 1 in the paper.
+        stop_weight: weight of positive labels of the stop loss, relative to the ratio of continue to stop labels: 0.3
+            in the released program, 1 in the paper.
         drop_mu, drop_cond: probabilities of dropping the hidden state and the context patches when training the
             diffusion heads.
         phonemes: number of classes, including silence, of an auxiliary loss that predicts the phoneme of each frame
@@ -86,7 +84,7 @@ class TalkerConfig(Group, prefix="model."):
     max_positions: int = setting(1024, 1, 2**20)
     repeats: int = setting(2, 1, 256)
     motion_weight: float = setting(10.0, 0.0, 1e6)
-    stop_share: float = setting(POSITIVE_SHARE, 0.0, 100.0)
+    stop_weight: float = setting(STOP_WEIGHT, 0.0, 100.0)
     drop_mu: float = setting(DROP_MU, 0.0, 1.0)
     drop_cond: float = setting(DROP_COND, 0.0, 1.0)
     order: str = "add"
@@ -234,8 +232,11 @@ class TalkerT2AV(Pretrained):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> TalkerT2AV:
+        settings = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
+        if "stop_share" in settings:  # in releases before 2026-11-26
+            settings["stop_weight"] = settings.pop("stop_share")
         with torch.device("meta"):
-            return cls(TalkerConfig(**without_retired(arguments["model"], {"guidance_limit": None}, "model.")))
+            return cls(TalkerConfig(**settings))
 
     def stored(self) -> dict[str, Tensor]:
         return upstream.stored(self)

@@ -15,7 +15,7 @@ from talker_t2av import flow_matching as flow
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_features
 from talker_t2av.layers import Block, PatchEncoder, Rotary, rotate
 from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
-from talker_t2av.model import POSITIVE_SHARE, StopPredictor, TalkerConfig, TalkerT2AV
+from talker_t2av.model import STOP_WEIGHT, StopPredictor, TalkerConfig, TalkerT2AV
 from talker_t2av.upstream import LM_HEAD, complete
 from tests.golden.runners import Case, runner
 
@@ -244,7 +244,7 @@ def run_training_forward(case: Case) -> dict[str, Any]:
         "stop_labels": forward.labels,
         "stop_logits_selected": model.head_stop(forward.hidden)[forward.labels != IGNORED],
         "stop_pos_weight_raw": forward.pos_weight,
-        "stop_pos_weight_used": POSITIVE_SHARE * forward.pos_weight,
+        "stop_pos_weight_used": STOP_WEIGHT * forward.pos_weight,
         "motion_is_dummy": torch.tensor(int(dummy)),
         "grad_norm": gradient_norms(model, case.meta["grad_norm_keys"]),
     }
