@@ -5,6 +5,7 @@ program named beside them. What needs a package of the extra `metrics` is skippe
 """
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -94,34 +95,21 @@ def test_the_recogniser_with_a_grammar_and_its_dictionary(voice, tmp_path):
         metric_of("wer")(f"grammar:{tmp_path}").check()
 
 
-class Qwen3ASR:
-    """Processor and model in the shapes of transformers: of prompt and answer tokens, only the answer is decoded."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.language = None
-
-    def apply_transcription_request(self, audio, language, return_tensors):
-        assert audio[0].ndim == 1 and return_tensors == "pt"
-        self.language = language
-        return BatchFeature({"input_ids": torch.arange(7)[None], "input_features": torch.zeros(1, 128, 20)})
-
-    def generate(self, input_ids, input_features, max_new_tokens):
-        return torch.cat([input_ids, torch.tensor([[70, 71]])], 1)
-
-    def decode(self, tokens, return_format):
-        assert tokens.tolist() == [70, 71] and return_format == "transcription_only"
-        return self.text
-
-
 def test_errors_by_qwen3_asr(voice, monkeypatch):
     """Punctuation and spaces do not count; Chinese has a character error rate alone."""
-    stand_in = Qwen3ASR("你好 四界！")
-    monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (stand_in, stand_in))
+    inputs = {"input_ids": torch.arange(7)[None], "input_features": torch.zeros(1, 128, 20)}
+    asr = Mock()  # processor and model in the shapes of transformers
+    asr.apply_transcription_request.return_value = BatchFeature(inputs)
+    asr.generate.return_value = torch.cat([inputs["input_ids"], torch.tensor([[70, 71]])], 1)
+    asr.decode.return_value = "你好 四界！"
+    monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (asr, asr))
     said = Take(Sound(voice, RATE), text="你好，世界。", language="zh")
     row = figures("cer", said, said, "qwen3-asr")
-    assert row["cer"] == (1, 4) and "wer" not in row
-    assert stand_in.language == "zh" and row["heard"] == "你好 四界！"
+    assert row["cer"] == (1, 4) and "wer" not in row and row["heard"] == "你好 四界！"
+    asked = asr.apply_transcription_request.call_args.kwargs
+    assert asked["language"] == "zh" and asked["audio"][0].ndim == 1
+    assert asr.decode.call_args.args[0].tolist() == [70, 71]  # the answer alone, without the prompt
+    assert asr.decode.call_args.kwargs == {"return_format": "transcription_only"}
 
 
 # --- emotion ---
