@@ -1,7 +1,5 @@
 """A web server of files on this machine that truncates, corrupts and refuses as it is told."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import defaultdict

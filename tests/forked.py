@@ -1,7 +1,5 @@
 """New processes for tests, forked from a server that has imported what they need: each starts in no time."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -1,7 +1,5 @@
 """A stand-in of the Hugging Face hub in a folder, where huggingface_hub would send requests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from unittest.mock import create_autospec
 

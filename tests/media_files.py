@@ -1,7 +1,5 @@
 """Calls of ffmpeg that make and inspect media files."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path

@@ -7,8 +7,6 @@ Every fault is planted in a copy of the tracked files; the working tree is not t
 not noticed, or if its line is no longer in the code. A change that rewrites a line of the table rewrites its row.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A release of a task's present weights, without a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Prepared shards of a few random samples, written as the format says, for tests of those who read them."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

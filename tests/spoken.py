@@ -1,7 +1,5 @@
 """Speech of espeak-ng, for tests of what recognises words and voices."""
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 
 from corpora.synthetic.speech import Synthesizer, Utterance

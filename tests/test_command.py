@@ -1,7 +1,5 @@
 """`speaking-faces`, the console command, and the errors of `infer.py` before it imports torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

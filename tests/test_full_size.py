@@ -1,7 +1,5 @@
 """Networks of the published sizes, on the meta device, and recipes with the values that papers state."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Imports respect the layers and have no cycle; the source root `codecs/` does not shadow Python's `codecs`."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A new codec needs one entry in the table of a model."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

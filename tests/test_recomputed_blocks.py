@@ -1,7 +1,5 @@
 """Activation checkpointing and compilation of blocks change no loss and no gradient."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

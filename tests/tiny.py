@@ -1,7 +1,5 @@
 """Sizes of tiny networks that several tests share, and a plain loop that trains a task."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

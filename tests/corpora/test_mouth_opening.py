@@ -1,7 +1,5 @@
 """The reading of mouth openings from pictures, on voices and mouth tracks that its fit never saw."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pytest

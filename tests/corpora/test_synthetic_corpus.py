@@ -1,7 +1,5 @@
 """The synthetic corpus: deterministic, resumable, with disjoint splits and faces that show what is said."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

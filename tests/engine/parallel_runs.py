@@ -4,8 +4,6 @@ A job: {"run": folder, "changes": of CONFIG, "node": processes that count as one
 Writes RUN/weights.pt, the averages, and RUN/facts.json: what only the running processes can tell.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """CUDA graphs of a step, with a mock of the graphs that runs on the CPU."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

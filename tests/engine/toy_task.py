@@ -1,7 +1,5 @@
 """Tasks and datasets of a few hundred parameters that exercise the trainer."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@
 alone; exit code 1 if there are such. `scripts/check_golden.py` calls it.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import sys

@@ -7,8 +7,6 @@ Write them anew only for a change that is meant to change training, and say in t
 Axes: B batch, T video frames, L = 2 T token frames, K token levels, F latent frames, N samples, S picture side.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """Wrong numbers are seen in cases of every kind."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

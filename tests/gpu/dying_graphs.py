@@ -1,7 +1,5 @@
 """A stand-in for CUDA graphs on a CPU, whose outputs die as those of a card do."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable

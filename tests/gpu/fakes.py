@@ -3,8 +3,6 @@
 Without a driver PyTorch runs no backward pass of CUDA tensors: tests/gpu/test_cards.py does.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections import Counter

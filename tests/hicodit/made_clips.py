@@ -1,7 +1,5 @@
 """Made-up clips for shards of HiCoDiT, as the tiny encoders take them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

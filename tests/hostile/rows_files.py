@@ -1,7 +1,5 @@
 """File names, checkpoints, shard indexes, configurations and `_target_` paths from an untrusted source."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

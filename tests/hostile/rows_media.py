@@ -1,7 +1,5 @@
 """Media files, releases, others' checkpoints, job lists: damaged, too large, silent, or not what their name says."""
 
-from __future__ import annotations
-
 import shutil
 import zipfile
 from functools import partial

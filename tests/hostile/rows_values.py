@@ -1,7 +1,5 @@
 """Settings, sizes and tensors that no function can use: each value is refused by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

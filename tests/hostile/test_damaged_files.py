@@ -3,8 +3,6 @@
 `DAMAGED=500 pytest tests/hostile/test_damaged_files.py` tries 500 changes of each file.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

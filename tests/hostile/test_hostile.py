@@ -4,8 +4,6 @@
 is a pattern of the error. No case may write outside its folder, run its payload, or use 2 GiB of memory.
 """
 
-from __future__ import annotations
-
 import re
 import resource
 import subprocess

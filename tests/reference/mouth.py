@@ -4,8 +4,6 @@ Axes: T frames, P landmarks, H height, W width. Points are (x, y) in pixels; a m
 picture points. Landmarks are numbered as iBUG 300-W does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

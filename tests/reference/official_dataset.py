@@ -6,8 +6,6 @@ The product trains on prepared shards, whose audio and motion have one length, a
 Axes: N samples at 24 kHz, N16 at 16 kHz, Fm motion frames, Dm motion channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 The product reads released names only. Here its tables are inverted over the official key lists.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

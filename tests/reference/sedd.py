@@ -7,8 +7,6 @@ Axes: B batch, L sequence, N real tokens (ids 0..N-1; id N is the mask), V = N +
 Any leading shape works where a docstring says `...`; a time or noise level broadcasts against it from the left.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """Small stand-ins of released files: official names, formats and keys, made-up values."""
 
-from __future__ import annotations
-
 import json
 import math
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """Small trees in the layouts of the data sets that the documentation names, of cartoon faces and the bundled voice."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -4,8 +4,6 @@ Commands are taken from code blocks and sentences; commands.yaml has the small w
 the pages in the folder WORK, each in a new process.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -3,8 +3,6 @@
 Axes: F frames, N samples.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The tables of the synthetic corpus, by their short commands, on a corpus of cartoon faces that hum."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Axes: R requests, n drafts, S steps, F frames, P frames of a patch, C channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 
 import numpy as np

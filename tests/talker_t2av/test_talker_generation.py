@@ -1,7 +1,5 @@
 """The decoder does what training does, in all modes; where it ends, also as the official program does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """`infer.py model=talker_t2av` as a person uses it: files out, many jobs, one line for every kind of mistake."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

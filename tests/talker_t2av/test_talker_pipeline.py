@@ -1,7 +1,5 @@
 """From files to speech and faces: four jobs, streams that add up, what is given stays as it is."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock

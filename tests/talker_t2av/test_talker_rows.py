@@ -3,8 +3,6 @@
 Axes: B rows, S steps.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from talker_fixtures import assert_close, generate, request, tiny_model

@@ -1,7 +1,5 @@
 """Golden cases `sedd_*`: absorbing-state diffusion, its loss, its samplers, and a small SEDD network."""
 
-from __future__ import annotations
-
 import torch
 
 from hicodit import diffusion as dd

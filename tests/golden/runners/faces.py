@@ -3,8 +3,6 @@
 Axes: B batch, T video frames, E model width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Golden cases `epfg_*`: multi-condition guidance. The cases also hold two readings, B and C, that are not offered."""
 
-from __future__ import annotations
-
 import torch
 
 from hicodit.diffusion import LogLinearNoise, log_expm1

@@ -1,7 +1,5 @@
 """Runners for the LIA-X cases, `liax_*`. Axes: B images, C channels, S side."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

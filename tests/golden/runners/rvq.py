@@ -1,7 +1,5 @@
 """Runners of the RVQ codec, its discriminators and its losses. Axes: B batch, C channels, Q levels, T frames."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Axes: B batch, T tokens, C channels, P frames of a patch, n solver steps.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Axes: B batch, T tokens, F speech frames, Fm motion frames, P frames of a patch, S steps, D width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Axes: B batch, N samples, T frames, K hidden states, C channels.
 """
 
-from __future__ import annotations
-
 import ast
 from typing import Any
 from unittest import mock

@@ -3,8 +3,6 @@
 Axes: B batch, N samples, T latent frames, C channels, M mel bands, F mel frames.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from dataclasses import asdict
