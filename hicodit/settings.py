@@ -19,7 +19,10 @@ from engine.media.ffmpeg import require_stream
 from engine.settings import FACE_BOX, SEED, SEEDS, WHICH_FACE, Group, group, make, override, set_limits, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
-METHODS = {"euler": "as in the paper", "confidence": "as in MaskGIT"}  # functions of hicodit/samplers.py
+METHODS = {  # functions of hicodit/samplers.py
+    "euler": "as in the paper",
+    "confidence": "as in MaskGIT",
+}
 GUIDANCE_FORMS = ("literal", "normalised")  # see hicodit/guidance.py
 TRACK_SUFFIXES = "_face.png", "_face.json"  # suffixes of the image and the JSON file of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")

@@ -59,7 +59,7 @@ def test_the_recipe_of_the_page_about_extending_composes(tmp_path, monkeypatch):
     (tmp_path / "configs" / "experiment" / "hicodit_footage.yaml").write_text(recipe)
     monkeypatch.setattr("engine.config.CONFIGS", tmp_path / "configs")
     config = load("train", ["experiment=hicodit_footage", "data.footage=clips"])
-    assert config.init == "assets/hicodit_tiny" and config.data.train.source == "clips/shards/train"
+    assert config.init == "assets/hicodit_grid" and config.data.train.source == "clips/shards/train"
     assert "stages.crops.encoders.kind=tiny" in config.data.make.shards
 
 

@@ -6,7 +6,8 @@ configs/task/encoders/NAME.yaml:
 - a config, a `Group` with `kind`, `lip_dim`, `face_dim`, `mouth_size`, `face_size`, `picture_every` and the methods
   `crop_mouth` and `crop_faces`, as `hicodit.conditions.encoders.TinyEncoderConfig`;
 - a class that is constructed from it, with `config`, `learns` and the three encoders `lip`, `identity` and
-  `expression`, as `hicodit.conditions.encoders.ConditionEncoders`, which is the base class of trained encoders.
+  `expression`, as `hicodit.conditions.encoders.ConditionEncoders`, the base class of trained encoders, whose docstring
+  states what the three receive and return.
 """
 
 from __future__ import annotations

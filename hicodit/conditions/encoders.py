@@ -201,7 +201,7 @@ FRONTS = {"strided": StridedFront, "residual": ResidualFront}
 
 
 class TinyLipEncoder(nn.Module):
-    """Maps grey mouth crops (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
+    """Maps grey mouth crops (B, T, H, W) to lip features (B, T, E). Long clips are encoded in windows.
 
     It consists of an image front end, a convolution over five frames, and temporal attention.
     """
@@ -219,7 +219,12 @@ class TinyLipEncoder(nn.Module):
         self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Map mouth crops (B, T, H, W) in [0, 1] with frames (B,) valid frames to lip features (B, T, E)."""
+        """Map mouth crops (B, T, H, W) to lip features (B, T, E).
+
+        Args:
+            mouth: crops in [0, 1], or uint8 in evaluation mode.
+            frames: (B,) number of valid frames of each clip, on the host.
+        """
         if self.training:  # no windows: all FSDP ranks must run the blocks equally often
             return self._encode(mouth, frames)
         return encode_in_windows(self._encode, mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
@@ -268,8 +273,9 @@ class ConditionEncoders(nn.Module):
 
     Attributes:
         learns: whether the encoders are trained with the model and part of its state, see `encoders_learn`.
-        lip: maps mouth crops (B, T, S, S) in [0, 1] and their numbers of valid frames (B,) to features (B, T, lip_dim).
-            Its `phoneme_head` is None, or maps the features to phoneme logits for the auxiliary loss.
+        lip: maps mouth crops (B, T, S, S), in [0, 1] in training and uint8 in inference, and their numbers of valid
+            frames (B,), on the host, to features (B, T, lip_dim). `to_unit_range` converts either. Its `phoneme_head`
+            is None, or maps the features to phoneme logits for the auxiliary loss.
         identity: maps face crops (B, F, 3, S', S') in [0, 1] to embeddings (B, face_dim).
         expression: maps face crops (n, 3, S', S') in [0, 1] to logits of `EXPRESSIONS` (n, 7).
     """
