@@ -127,7 +127,7 @@ class UpstreamEncoders:
 
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Map mouth crops (B, T, S, S), in [0, 1] or uint8, to lip features (B, T, E). Long clips are encoded in windows."""
+        """Map mouth crops (B, T, S, S), in [0, 1] or uint8, to lip features (B, T, E), long clips in windows."""
         return encode_in_windows(self.network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     @torch.no_grad()
