@@ -34,7 +34,8 @@ from engine.cuda_graph import CudaGraphs, GraphedSteps
 from engine.errors import UserError, printable
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions, num_expression_windows
-from hicodit.generation import generate, guided_posterior
+from hicodit.generation import generate
+from hicodit.guidance import guided_posterior
 from hicodit.layers import attend
 from hicodit.model import FLOAT32_MODULES, TOKENS_PER_FRAME, HiCoDiT
 from hicodit.pipeline import HiCoDiTPipeline

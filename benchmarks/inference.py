@@ -55,8 +55,8 @@ from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.types import FPS, Conditions, num_expression_windows
 from hicodit.conditions.upstream import UpstreamEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.generation import generate, guided_posterior, sampling_windows
-from hicodit.guidance import combine
+from hicodit.generation import generate, sampling_windows
+from hicodit.guidance import combine, guided_posterior
 from hicodit.model import FLOAT32_MODULES, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset

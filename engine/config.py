@@ -115,9 +115,6 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
         if field is not None:
             raise UserError(f"{word}: {name} has a default and cannot be removed: set another value")
         return word
-    if key == name and _is_mapping(config_name, name):
-        key = f"++{name}"  # names of systems, splits and figures are user-defined
-        word = f"{key}{equals}{text}"
     is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
     if is_added and field is None and find_schema(config_name, name.rpartition(".")[0]):
         raise UserError(f"unknown setting {name!r}; {nearest(name, _names(config_name, []))}")
@@ -126,21 +123,32 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: set a value, or omit it")
     parsed = _parsed(word)
-    is_value = parsed is not None and not parsed.is_sweep_override()
-    if name in _groups() and is_value and isinstance(parsed.value(), int | float):
+    is_number = parsed is not None and not parsed.is_sweep_override() and isinstance(parsed.value(), int | float)
+    if name in _groups() and is_number:
         raise UserError(f"{word} does not exist; {nearest(text, options(name))}")
+    if key == name and _is_mapping(config_name, name):
+        key = f"++{name}"  # names of systems, splits and figures are user-defined
+    return f"{key}={quoted(text) if _needs_quotes(text, parsed, field, sweep) else text}"
+
+
+def _needs_quotes(text: str, parsed: Override | None, field: tuple[dataclasses.Field, Any] | None, sweep: bool) -> bool:
+    """Return whether Hydra would reject or misread a text.
+
+    Args:
+        text: the value of an override.
+        parsed: the override as parsed by Hydra; None: it cannot be parsed.
+        field: dataclass field and type of the setting. None: no dataclass has it.
+    """
     is_text = field is not None and kind_of(field[1])[0] is str
     if text == "null" or "${" in text or (field is not None and not is_text):
-        return word
+        return False
     if parsed is None:
-        return f"{key}={quoted(text)}"
+        return True
     if not is_text or (sweep and parsed.is_sweep_override()):
-        return word
-    value = None if parsed.is_sweep_override() else parsed.value()
+        return False
     is_quoted = text[0] in "'\"" and text[-1] == text[0]
-    if is_quoted or value == text:
-        return word
-    return f"{key}={quoted(text)}"
+    is_unchanged = not parsed.is_sweep_override() and parsed.value() == text
+    return not is_quoted and not is_unchanged
 
 
 def _is_mapping(config_name: str, name: str) -> bool:

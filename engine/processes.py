@@ -111,6 +111,29 @@ class _Process:
         self.since = time.monotonic()
         return details
 
+    def finish_task(self) -> tuple[Any, int]:
+        """Remove and return the current task."""
+        self.since = time.monotonic()
+        return self.tasks.popleft()
+
+    def restart(self) -> list[tuple[Any, int]]:
+        """End the process and start it again. Return its queued tasks, which are removed."""
+        tasks = list(self.tasks)
+        self.tasks.clear()
+        self.end()
+        self.start()
+        return tasks
+
+    def poll(self, timeout: float) -> tuple[str, Any]:
+        """Return the next message, see `receive`; ("waiting", None) if there is none yet, or ("late", reason) if the
+        current task takes longer than `timeout` seconds.
+        """
+        if self.connection.poll():
+            return self.receive()
+        if time.monotonic() - self.since > timeout:
+            return "late", f"it took longer than {timeout:g} s"
+        return "waiting", None
+
     def receive(self) -> tuple[str, Any]:
         """Return the next message of `_serve`, or ("died", reason)."""
         try:
@@ -184,39 +207,34 @@ class Processes(Generic[Item, Result]):
             busy = [each for each in self.processes if each.tasks]
             if not busy:
                 return
-            left = min(each.since for each in busy) + self.timeout - time.monotonic()
-            wait([each.connection for each in busy], timeout=min(max(0.05, left), 60))
+            remaining = min(each.since for each in busy) + self.timeout - time.monotonic()
+            wait([each.connection for each in busy], timeout=min(max(0.05, remaining), 60))
             for each in busy:
-                if each.connection.poll():
-                    word, result = each.receive()
-                elif time.monotonic() - each.since > self.timeout:
-                    word = "late"
-                    result = Lost(f"it took longer than {self.timeout:g} s")
-                else:
-                    continue
+                word, result = each.poll(self.timeout)
                 if word == "ready":
                     each.is_ready(result)
-                    continue
-                if word == "refused" and each.starts > 1 and len(self.processes) > 1:
+                elif word == "refused" and each.starts > 1 and len(self.processes) > 1:
                     print(f"{result}; {len(self.processes) - 1} processes continue", file=sys.stderr, flush=True)
                     self.processes.remove(each)
                     each.end()
                     again.extend(each.tasks)
-                    continue
-                if word in ("refused", "error"):
+                elif word in ("refused", "error"):
                     raise UserError(result)
-                item, attempt = each.tasks.popleft()
-                each.since = time.monotonic()
-                if word in ("died", "late"):
-                    # Any of its tasks may have ended the process, as later tasks are prepared concurrently.
-                    again.extend((later, number + (word == "died")) for later, number in each.tasks)
-                    each.tasks.clear()
-                    each.end()
-                    each.start()
-                if word == "died" and attempt < ATTEMPTS:
-                    again.append((item, attempt + 1))
-                    continue
-                yield item, Lost(f"its process died, {ATTEMPTS} times ({result})") if word == "died" else result
+                elif word == "done":
+                    item, _ = each.finish_task()
+                    yield item, result
+                elif word == "late":
+                    item, _ = each.finish_task()
+                    again.extend(each.restart())
+                    yield item, Lost(result)
+                elif word == "died":
+                    item, attempt = each.finish_task()
+                    # A later task may have ended the process, too, as it was prepared concurrently.
+                    again.extend((later, number + 1) for later, number in each.restart())
+                    if attempt < ATTEMPTS:
+                        again.append((item, attempt + 1))
+                    else:
+                        yield item, Lost(f"its process died, {ATTEMPTS} times ({result})")
 
     def _give_tasks(self, fresh: Iterator[tuple[Item, int]], again: deque[tuple[Item, int]]) -> None:
         """Assign tasks to the processes that accept them, idle processes first. Retries precede new items."""

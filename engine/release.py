@@ -241,12 +241,16 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
 
 
 def average(
-    states: list[dict[str, Tensor]], shares: list[float], prefixes: tuple[str, ...] = ("",)
+    states: list[dict[str, Tensor]], weights: list[float], prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, Tensor]:
     """Return the first state dict, with floating-point tensors whose names start with a prefix averaged over all state
     dicts.
 
-    `shares` are the weights of the state dicts, normalised to sum 1.
+    Args:
+        weights: weight of each state dict in the average; they need not sum to 1.
+
+    Raises:
+        UserError: If names or shapes of the tensors differ, or no name starts with a prefix.
     """
     first = states[0]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
@@ -260,8 +264,10 @@ def average(
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
     if not names:
         raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")
-    weights = [share / sum(shares) for share in shares]
-    return first | {name: sum(w * state[name] for w, state in zip(weights, states)) for name in names}
+    averaged = {}
+    for name in names:
+        averaged[name] = sum(weight / sum(weights) * state[name] for weight, state in zip(weights, states))
+    return first | averaged
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:

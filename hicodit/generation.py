@@ -11,7 +11,6 @@ N codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,53 +21,14 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.cuda_graph import GraphedSteps
 from engine.device import to_device
 from engine.errors import UserError
-from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, num_expression_windows
-from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import combine
-from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
+from hicodit.guidance import guided_posterior
+from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
 from hicodit.samplers import SAMPLERS, SamplerInput
 from hicodit.settings import GuidanceScales, SamplerConfig
 
 OVERLAP_FRAMES = 25  # video frames that two consecutive windows share
 RESAMPLED_FRAMES = 5  # last frames of a window, whose tokens the next window samples again
-
-
-@dataclass(frozen=True)
-class GuidedPosterior:
-    """The guided posterior of a batch of clips: all guidance branches in one forward pass.
-
-    Attributes:
-        model: the score network.
-        conditioning: tensors that do not depend on the diffusion time. A CUDA graph of a step copies them, so that it
-            can be reused for other clips.
-        scales: guidance scales.
-    """
-
-    model: HiCoDiT
-    conditioning: Conditioning
-    scales: GuidanceScales
-
-    def __call__(self, tokens: Tensor, t: Tensor, frames: Tensor | None) -> Tensor:
-        """Return log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
-        sigma = LogLinearNoise().sigma(t.float())
-        positions = None
-        if frames is not None:
-            clip = torch.arange(len(tokens), device=tokens.device)[:, None]
-            positions = [(clip, of_level) for of_level in frames.unbind(1)]
-        with half_precision(tokens.device, self.model.dtype):
-            log_p = self.model(tokens, sigma, self.conditioning, positions)  # log posteriors of each branch
-        if frames is not None:
-            batch, levels, count = frames.shape
-            log_p = log_p.unflatten(1, (levels, batch, count)).transpose(1, 2)
-        return combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
-
-
-def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior:
-    """Prepare the guided posterior of a batch of clips: everything that does not depend on diffusion time."""
-    with half_precision(conditions.lip.device, model.dtype):
-        conditioning = model.prepare(conditions, scales.branches)
-    return GuidedPosterior(model, conditioning, scales)
 
 
 @torch.inference_mode()

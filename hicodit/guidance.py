@@ -12,15 +12,58 @@ equation is ambiguous, so that two forms of it are implemented. With W = w_ident
 
 See docs/reproduce.md for a comparison of both forms on a validation split.
 
-Axes: G guidance branches, N real tokens.
+Axes: B clips, K token levels, L token frames, M requested frames of a level, G guidance branches, N real tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from engine.precision import half_precision
+from hicodit.conditions.types import Conditions
+from hicodit.diffusion import LogLinearNoise, log_expm1
+from hicodit.model import Conditioning, HiCoDiT
 from hicodit.settings import GuidanceScales
+
+
+@dataclass(frozen=True)
+class GuidedPosterior:
+    """The guided posterior of a batch of clips: all guidance branches in one forward pass.
+
+    Attributes:
+        model: the score network.
+        conditioning: tensors that do not depend on the diffusion time. A CUDA graph of a step copies them, so that it
+            can be reused for other clips.
+        scales: guidance scales.
+    """
+
+    model: HiCoDiT
+    conditioning: Conditioning
+    scales: GuidanceScales
+
+    def __call__(self, tokens: Tensor, t: Tensor, frames: Tensor | None) -> Tensor:
+        """Return log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
+        sigma = LogLinearNoise().sigma(t.float())
+        positions = None
+        if frames is not None:
+            clip = torch.arange(len(tokens), device=tokens.device)[:, None]
+            positions = [(clip, of_level) for of_level in frames.unbind(1)]
+        with half_precision(tokens.device, self.model.dtype):
+            log_p = self.model(tokens, sigma, self.conditioning, positions)  # log posteriors of each branch
+        if frames is not None:
+            batch, levels, count = frames.shape
+            log_p = log_p.unflatten(1, (levels, batch, count)).transpose(1, 2)
+        return combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
+
+
+def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior:
+    """Prepare the guided posterior of a batch of clips: everything that does not depend on diffusion time."""
+    with half_precision(conditions.lip.device, model.dtype):
+        conditioning = model.prepare(conditions, scales.branches)
+    return GuidedPosterior(model, conditioning, scales)
 
 
 def combine(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:

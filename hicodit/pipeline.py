@@ -436,11 +436,14 @@ class HiCoDiTPipeline:
 
         chosen = with_arguments(StreamSettings(), settings, ("seed", "identity"))
         stream = SpeechStream(self, chosen, seed, identity)
-        for block in iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames:
-            for frame in [block] if block.ndim == 3 else block:
-                if (chunk := stream.push(frame)) is not None and len(chunk.wave):
+        blocks = iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames
+        for block in blocks:
+            for frame in block[None] if block.ndim == 3 else block:
+                chunk = stream.push(frame)
+                if chunk is not None and len(chunk.wave):
                     yield chunk
-        if (chunk := stream.finish()) is not None and len(chunk.wave):
+        chunk = stream.finish()
+        if chunk is not None and len(chunk.wave):
             yield chunk
 
     def __call__(

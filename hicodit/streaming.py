@@ -26,7 +26,8 @@ from engine.faces.detectors import HaarDetector, with_points
 from engine.faces.landmarks import add_landmarks
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
-from hicodit.generation import guided_posterior, pad_for_graphs, pad_prompts
+from hicodit.generation import pad_for_graphs, pad_prompts
+from hicodit.guidance import guided_posterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import SAMPLERS, SamplerInput
 from hicodit.settings import StreamSettings, with_preset

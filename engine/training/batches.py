@@ -200,25 +200,25 @@ class Order:
         streams.
         """
         sizes = torch.tensor(blocks.sizes)
-        first = sizes.cumsum(0) - sizes
-        order = torch.randperm(len(sizes), generator=draw)
-        ranks = torch.arange(len(sizes)).repeat_interleave(sizes[order])
-        offset = first[order] - (sizes[order].cumsum(0) - sizes[order])
-        items = torch.arange(len(ranks)) + offset[ranks]
+        ends = sizes.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        order = torch.randperm(len(sizes), generator=draw).tolist()
+        items = torch.cat([torch.arange(starts[block], ends[block]) for block in order])
+        ranks = torch.arange(len(order)).repeat_interleave(sizes[order])  # position in `order` of each item's block
         each = len(items) // blocks.streams
         count = each * blocks.streams
         items = items[:count].view(blocks.streams, each)
         ranks = ranks[:count].view(blocks.streams, each)
         windows = (ranks - ranks[:, :1]) // blocks.window
         mixed = (windows + torch.rand(windows.shape, generator=draw, dtype=torch.float64)).argsort(1)
-        begin = ranks[:, 0].tolist()
-        end = ranks[:, -1].tolist()
+        first_ranks = ranks[:, 0].tolist()
+        last_ranks = ranks[:, -1].tolist()
 
         def spans(stream: int, window: int) -> list[tuple[int, int]]:
             """Return the spans [first, last) of the items of each block in a window and the next one."""
-            at = begin[stream] + window * blocks.window
-            blocks_ahead = order[at : min(at + 2 * blocks.window, end[stream] + 1)].tolist()
-            return [(int(first[i]), int(first[i] + sizes[i])) for i in blocks_ahead if sizes[i]]
+            begin = first_ranks[stream] + window * blocks.window
+            end = min(begin + 2 * blocks.window, last_ranks[stream] + 1)
+            return [(starts[block], ends[block]) for block in order[begin:end] if starts[block] < ends[block]]
 
         return cls(items.gather(1, mixed), windows, spans)
 

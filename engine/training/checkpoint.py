@@ -122,14 +122,17 @@ class Checkpoints:
                     for leftover in self.root.glob(".step-*"):
                         shutil.rmtree(leftover, ignore_errors=True)
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=self._group is None)
-            with self._together():  # each process checks its own files; the main process also wrote `.metadata`
-                own = [*staging.glob(f"__{distributed.rank()}_*"), *[staging / ".metadata"] * distributed.is_main()]
+            with self._together():  # each process reads its own files
+                own = sorted(staging.glob(f"__{distributed.rank()}_*"))
+                if distributed.is_main():
+                    own.insert(0, staging / ".metadata")
                 written = {path.name: _fingerprint(path) for path in own}
-            shares = distributed.gather(written, self._group)
-            info = info | {"step": step, "files": {name: of for share in shares for name, of in sorted(share.items())}}
+            files = {}
+            for written_by_rank in distributed.gather(written, self._group):
+                files |= written_by_rank
             with self._together():
                 if distributed.is_main():
-                    self._commit(staging, final, info)
+                    self._commit(staging, final, info | {"step": step, "files": files})
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
             if distributed.is_main():
                 shutil.rmtree(staging, ignore_errors=True)

@@ -224,7 +224,10 @@ class Trainer:
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
-            losses = [self._backward(part, micro, *each) for micro, each in enumerate(zip(micro_batches, factors))]
+            losses = [
+                self._backward(part, micro, batch, factor)
+                for micro, (batch, factor) in enumerate(zip(micro_batches, factors))
+            ]
             grad_norm = self._clip(part)
             self._stop_unless_finite(grad_norm, part, losses)
             for group in optimiser.param_groups:
@@ -291,7 +294,7 @@ class Trainer:
         for number, each in zip(self._numbers(self.config.accumulate), losses):
             if not each["loss"].isfinite():
                 bad += self.batches.samples(number)
-        samples = [sample for share in distributed.gather(bad) for sample in share]
+        samples = [sample for samples_of_rank in distributed.gather(bad) for sample in samples_of_rank]
         listed = ", ".join(map(str, samples[:MOST_SAMPLES])) + (", ..." if len(samples) > MOST_SAMPLES else "")
         where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
         distributed.fail(
