@@ -62,7 +62,22 @@ class RVQCodecConfig(Group):
         return self.hop if self.decoder == "vocos" else math.prod(self.conv_ratios)
 
 
+def build_quantizer(config: RVQCodecConfig) -> ResidualQuantizer:
+    """Create the residual quantiser of a config, with random weights."""
+    return ResidualQuantizer(
+        config.levels,
+        config.latent_channels,
+        config.codebook_size,
+        config.codebook_dim,
+        config.normalize,
+        config.quantizer_dropout,
+        config.commitment,
+        config.codebook,
+    )
+
+
 def build_decoder(config: RVQCodecConfig) -> VocosDecoder | DACDecoder:
+    """Create the decoder of a config, with random weights."""
     if config.decoder == "conv":
         return DACDecoder(config.latent_channels, config.conv_width, config.conv_ratios)
     blocks = config.vocos_dim, config.vocos_intermediate, config.vocos_layers
@@ -83,7 +98,7 @@ class RVQCodec(Codec):
                 f"{config.decoder_hop}: they must be equal"
             )
         self.encoder = DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh)
-        self.quantizer = ResidualQuantizer(config)
+        self.quantizer = build_quantizer(config)
         self.decoder = build_decoder(config)
         self.hop = config.decoder_hop
         self.sample_rate = config.sample_rate

@@ -6,7 +6,6 @@ Axes: B batch, C latent channels, D code channels, K codes per codebook, Q level
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,6 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.dac import WNConv1d
-
-if TYPE_CHECKING:
-    from rvq_codec.codec import RVQCodecConfig
 
 
 @dataclass(frozen=True)
@@ -38,19 +34,22 @@ class Quantized:
 class VectorQuantizer(nn.Module):
     """One level of quantisation: project C -> D, select the nearest codebook row, project D -> C.
 
-    If `normalize`, L2-normalised vectors are compared, but the looked-up row is not normalised. With D == C there are
-    no projections.
+    With D == C there are no projections.
+
+    Args:
+        channels: C.
+        codes: K.
+        dim: D.
+        normalize: compare L2-normalised vectors. The looked-up row is not normalised.
     """
 
-    def __init__(self, config: RVQCodecConfig):
+    def __init__(self, channels: int, codes: int, dim: int, normalize: bool = True):
         super().__init__()
-        self.normalize = config.normalize
-        channels = config.latent_channels
-        dim = config.codebook_dim
+        self.normalize = normalize
         self.projected = channels != dim
         self.in_project = WNConv1d(channels, dim, 1) if self.projected else nn.Identity()
         self.out_project = WNConv1d(dim, channels, 1) if self.projected else nn.Identity()
-        self.codebook = nn.Embedding(config.codebook_size, dim)
+        self.codebook = nn.Embedding(codes, dim)
 
     def distances(self, e: Tensor) -> Tensor:
         """Return squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the expanded form of the
@@ -82,15 +81,29 @@ class VectorQuantizer(nn.Module):
 class ResidualQuantizer(nn.Module):
     """Residual quantiser of Q levels, each of which quantises the residual of the previous ones.
 
-    In training, a fraction `quantizer_dropout` of a batch only uses the first n levels, with n uniform in 1..Q.
+    Args:
+        levels: Q.
+        channels, codes, dim, normalize: see `VectorQuantizer`.
+        dropout: fraction of a training batch that only uses the first n levels, with n uniform in 1..Q.
+        commitment, codebook: weights of the losses.
     """
 
-    def __init__(self, config: RVQCodecConfig):
+    def __init__(
+        self,
+        levels: int,
+        channels: int,
+        codes: int,
+        dim: int,
+        normalize: bool = True,
+        dropout: float = 0.5,
+        commitment: float = 0.25,
+        codebook: float = 1.0,
+    ):
         super().__init__()
-        self.dropout = config.quantizer_dropout
-        self.commitment = config.commitment
-        self.codebook = config.codebook
-        self.quantizers = nn.ModuleList(VectorQuantizer(config) for _ in range(config.levels))
+        self.dropout = dropout
+        self.commitment = commitment
+        self.codebook = codebook
+        self.quantizers = nn.ModuleList(VectorQuantizer(channels, codes, dim, normalize) for _ in range(levels))
 
     def forward(self, z: Tensor, levels: int | None = None) -> Quantized:
         """Quantise (B, C, T) with the first `levels` levels.

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import UserError
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
-from rvq_codec.quantizer import ResidualQuantizer
+from rvq_codec.codec import build_quantizer
 from tests.rehearsal.stand_ins import maskgct
 from tests.tiny import RVQ
 
@@ -32,7 +32,7 @@ def test_released_files(tmp_path):
 
 def test_quantizer_dropout_masks_sum_and_losses():
     torch.manual_seed(0)
-    quantizer = ResidualQuantizer(SMALL)
+    quantizer = build_quantizer(SMALL)
     z = torch.randn(64, 12, 5)
     quantizer.dropout = 1.0
     dropped = quantizer.train()(z)
@@ -50,7 +50,7 @@ def test_warm_start_beats_random_books_and_restart_fills_dead_codes():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 12, generator=generator)
     latents = 30 * torch.randn(2000, 6, generator=generator) @ mixing + 100  # far from zero and of large scale
-    quantizer = ResidualQuantizer(SMALL).eval()
+    quantizer = build_quantizer(SMALL).eval()
     z = latents.T[None]
 
     def error():
@@ -82,7 +82,7 @@ def test_warm_start_beats_random_books_and_restart_fills_dead_codes():
 def test_codes_are_searched_in_float32_under_autocast():
     """In half precision a good part of the nearest codes would be others."""
     torch.manual_seed(0)
-    quantizer = ResidualQuantizer(RVQCodecConfig(latent_channels=32)).eval()
+    quantizer = build_quantizer(RVQCodecConfig(latent_channels=32)).eval()
     z = torch.randn(2, 32, 200)
     whole = quantizer(z)
     with torch.autocast("cpu", torch.bfloat16):

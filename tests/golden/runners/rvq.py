@@ -17,8 +17,7 @@ from engine.nn.dac import DACEncoder
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from engine.official import rename_all
 from engine.release import load_strict
-from rvq_codec.codec import RVQCodecConfig, build_decoder
-from rvq_codec.quantizer import ResidualQuantizer
+from rvq_codec.codec import RVQCodecConfig, build_decoder, build_quantizer
 from rvq_codec.upstream import RULES
 from tests.golden.runners import Case, runner
 
@@ -84,7 +83,7 @@ def _run_encoder(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _run_decoder(case: Case) -> dict[str, Tensor]:
     config = config_of(case.config)
-    quantizer = ResidualQuantizer(config).eval()
+    quantizer = build_quantizer(config).eval()
     decoder = build_decoder(config).eval()
     state = rename_all(case.weights(), RULES if config.decoder == "vocos" else ((r"^model", "decoder.model"),))
     load_strict(quantizer, _strip(state, "quantizer."), case.name)
@@ -125,7 +124,7 @@ def _margin(quantizer, z: Tensor) -> Tensor:
 
 
 def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
-    quantizer = ResidualQuantizer(config_of(case.config)).train()
+    quantizer = build_quantizer(config_of(case.config)).train()
     load_strict(quantizer, case.weights(), case.name)
     z = case.inputs["z"].clone().requires_grad_()
     result = quantizer(z)
