@@ -317,7 +317,7 @@ def choose_metrics(config: DictConfig, figures: list[str], split: str | None, de
             why = f"grammar={grammar} is not a file" if grammar else "none is given"
             raise UserError(f"protocol.wer=grammar requires grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
-        chosen |= dict.fromkeys(names, metric(protocol + argument, Path(config.weights), device))
+        chosen |= dict.fromkeys(names, metric(protocol + argument, Path(config.downloads), device))
     return {figure: chosen[figure] for figure in figures}
 
 

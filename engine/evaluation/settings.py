@@ -95,7 +95,7 @@ class EvaluateConfig(Group):
     clips: int | None = setting(None, 1, 10**7, "number of clips, evenly spread over the manifest; null: all")
     columns: list[str] = setting(NEEDED, about="metrics of the table, in the order of its columns")
     metrics: Any = setting(None, about="the metrics to measure, such as [wer,stoi]; null: those of the table")
-    weights: str = setting("checkpoints", about="folder of the metrics' networks (download_checkpoints.py metrics)")
+    downloads: str = setting("checkpoints", about="folder of the metrics' networks (download_checkpoints.py metrics)")
     video: str = setting(
         "source",
         choices=("source", "output"),

@@ -24,7 +24,7 @@ SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer t
 PROMPTS="${PROMPTS:-/usr/share/asterisk/sounds}"   # SIZE=cpu: of apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-g722
 REPORT="${REPORT:-outputs/grid}"          # reports of the evaluation: test, and new
 NEW_SPEAKERS="${NEW_SPEAKERS:-$new}"      # speakers that do not train, all of whose sentences are the report `new`; empty: none
-WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scripts/download_checkpoints.py metrics
+DOWNLOADS="${DOWNLOADS:-checkpoints}"     # networks of the metrics: python scripts/download_checkpoints.py metrics
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
 
 check_grid
@@ -86,7 +86,7 @@ EOF
 
 score() { # $1: name of the manifest and of the report's folder
     $PYTHON "$here/scripts/evaluate.py" table=grid model=hicodit "generate.weights=$RUN/release" \
-        "generate.codec=$TOKENIZER/release" "manifest=$REPORT/$1.jsonl" "weights=$WEIGHTS" "output=$REPORT/$1" ${EVALUATE:-}
+        "generate.codec=$TOKENIZER/release" "manifest=$REPORT/$1.jsonl" "downloads=$DOWNLOADS" "output=$REPORT/$1" ${EVALUATE:-}
 }
 
 evaluate() {
