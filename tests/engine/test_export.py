@@ -1,20 +1,17 @@
-"""Export of a run as a release, averages and 8-bit copies of releases, and releases on the Hugging Face Hub."""
+"""Export of a run as a release, and averages and 8-bit copies of releases."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
 from toy_task import CONFIG, ToyGAN, ToySet
 
-from engine import hub
 from engine.errors import UserError
 from engine.release import average, read_release, save_release
 from engine.training.export import export, last_validation
 from engine.training.trainer import Trainer
 from scripts import export as script
-from tests.hub_stand_in import use_endpoint
 
 RECORD = {
     "command": "python train.py experiment=toy",
@@ -169,31 +166,3 @@ def test_compact_stores_large_matrices_in_8_bits(releases, tmp_path, call):
     assert torch.equal(exact, read_release(tmp_path / "a", "toy")[1]["big.w"].half())
     call("--compact", "a", "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < size / 2
-
-
-# --- the hub ---
-
-
-def test_a_release_on_the_hub_is_downloaded_and_cached(stand_in_hub, monkeypatch):
-    save_release(stand_in_hub / "someone/toy", "toy", {"width": 8}, {"w": torch.arange(3.0)}, "card")
-    config, state = read_release("someone/toy", "toy")
-    assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
-    hub._snapshot.cache_clear()
-    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
-    assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
-    assert [call.kwargs["local_files_only"] for call in hub.snapshot_download.call_args_list] == [False, True]
-    for offline, line in ((False, "cannot be reached"), (True, r"\(HF_HUB_OFFLINE is set\)")):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(
-            UserError, match=f"^someone/other is not a local folder, and there is no cached copy .*{line}"
-        ):
-            read_release("someone/other", "toy")
-
-
-def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):
-    (tmp_path / "assets").mkdir()
-    for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
-        with pytest.raises(UserError, match="weights folder not found"):
-            read_release(place, "toy")
-    with pytest.raises(UserError, match="it could not be downloaded from the hub"):
-        read_release("someone/else", "toy")

@@ -1,14 +1,17 @@
-"""Publishing releases on a local replacement of the Hugging Face Hub."""
+"""Publishing releases on a stand-in of the Hugging Face Hub, and reading them from there."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from drawn_faces import talking_head
 from huggingface_hub import HfApi, ModelCard, constants
 
+from engine import hub
 from engine.errors import UserError
 from engine.publish import publish
+from engine.release import read_release, save_release
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.hub_stand_in import use_endpoint
@@ -58,3 +61,28 @@ def test_an_unreachable_hub_is_a_one_line_error(release, monkeypatch):
     with pytest.raises(UserError, match="someone/toy could not be published") as error:
         publish(release, {}, "someone/toy", "mit", False)
     assert "\n" not in str(error.value)
+
+
+def test_a_release_on_the_hub_is_downloaded_and_cached(stand_in_hub, monkeypatch):
+    save_release(stand_in_hub / "someone/toy", "toy", {"width": 8}, {"w": torch.arange(3.0)}, "card")
+    config, state = read_release("someone/toy", "toy")
+    assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
+    hub._snapshot.cache_clear()
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
+    assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
+    assert [call.kwargs["local_files_only"] for call in hub.snapshot_download.call_args_list] == [False, True]
+    for offline, line in ((False, "cannot be reached"), (True, r"\(HF_HUB_OFFLINE is set\)")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(
+            UserError, match=f"^someone/other is not a local folder, and there is no cached copy .*{line}"
+        ):
+            read_release("someone/other", "toy")
+
+
+def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):
+    (tmp_path / "assets").mkdir()
+    for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
+        with pytest.raises(UserError, match="weights folder not found"):
+            read_release(place, "toy")
+    with pytest.raises(UserError, match="it could not be downloaded from the hub"):
+        read_release("someone/else", "toy")
