@@ -1,4 +1,4 @@
-"""The recipe of docs/one_card.md on a stand-in for GRID: WER by training step, from bundled and from random weights.
+"""The recipe of docs/grid.md on a stand-in for GRID: WER by training step, from bundled and from random weights.
 
 The stand-in has GRID's folders, names, frames, audio and alignments, with cartoon faces and synthetic voices that no
 bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is spoken as its

@@ -20,7 +20,7 @@ def test_every_command_has_a_row_and_every_row_a_command(tmp_path):
 def test_the_documentation_is_walked(tmp_path):
     failed, passed_over = walk.walk(tmp_path / "work")
     assert failed == 0
-    # docs/one_card.md, from a folder of clips to a talking face, by LoRA on stand-ins of the released weights
+    # docs/releasing.md, from a folder of clips to a talking face, by LoRA on stand-ins of the released weights
     assert (tmp_path / "work" / "runs" / "talker_finetune" / "release" / "model.safetensors").is_file()
     assert list((tmp_path / "work" / "outputs").glob("*.mp4"))
     if passed_over:
