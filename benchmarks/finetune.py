@@ -2,7 +2,7 @@
 and a figure.
 
 The person is one of the corpus's voices that no bundled weights were trained on, the sentences are of a split that they
-were not trained on either. The steps are those of docs/releasing.md, the bundled weights stand in for the released ones,
+were not trained on either. The steps are those of docs/releasing.md, bundled weights stand in for the released ones,
 so their own recipe with low-rank updates stands in for experiment=talker_finetune, whose tokenizer is another. Rank,
 rate, batch and number of steps are those of that experiment. Choose others on `--split val`. Finished work is skipped.
 """
