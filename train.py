@@ -28,7 +28,7 @@ Examples:
 python train.py experiment=hicodit_synthetic
 python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
-python train.py experiment=talker_synthetic_3 data.tasks=[t2av] init=assets/talker_t2av_tiny lora.rank=8 run=runs/new
+python train.py experiment=talker_synthetic data.tasks=[t2av] init=assets/talker_t2av_real lora.rank=8 run=runs/new
 python train.py -m experiment=hicodit_synthetic trainer.lr=3e-4,6e-4
 python train.py experiment=hicodit_synthetic --help
 """

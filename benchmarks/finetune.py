@@ -35,13 +35,13 @@ from engine.untrusted import read_json
 
 VOICES = 40  # none of them in the training of the bundled weights
 SEED = 1  # of the footage; the corpus has 0
-BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
+BUNDLED = ROOT / "assets" / "talker_t2av_real"
 FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
 FACES = 5  # faces per row of the figure
 PREPARE = """source=folder stages.face.use=false stages.crops.use=false stages.phonemes.use=false
 stages.expression.use=false stages.ge2e.use=false stages.rvq.use=false stages.motion.crop=centre"""
-TRAIN = """experiment=talker_synthetic_3 data.make=null data.held_out=[] data.tasks=[t2av] data.train.phonemes=null
-data.train.tts_root=null task.guided_layers=[] task.validation=null trainer.warmup=20 trainer.min_lr_ratio=0.01
+TRAIN = """experiment=talker_synthetic data.make=null data.held_out=[] data.tasks=[t2av] data.train.phonemes=null
+task.guided_layers=[] task.validation=null trainer.warmup=20 trainer.min_lr_ratio=0.01
 trainer.ema_decay=0 trainer.by_length=false trainer.batch_size=8 trainer.log_every=20 trainer.checkpoint_every=100"""
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     seconds = film(footage, args)
     yield took("footage", begin, minutes=round(seconds / 60, 1))
     begin = time.monotonic()
-    codecs = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
+    codecs = {"speech": "whisperx_vae_speech", "motion": "lia_x_real", "speaker": "voice_tiny"}
     codecs = {stream: ROOT / "assets" / name for stream, name in codecs.items()}
     stages = [f"stages.{s}.{'encoder' if s == 'speaker' else 'codec'}={folder}" for s, folder in codecs.items()]
     where = [f"source.root={footage}", f"output={shards}", f"reuse={shards}", f"device={args.device}"]

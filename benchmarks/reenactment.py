@@ -41,7 +41,7 @@ EVERY = 10  # frames from one embedding to the next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--codecs", nargs="+", default=["assets/lia_x_tiny"], help=f"releases of LIA-X, or {COPY}")
+    parser.add_argument("--codecs", nargs="+", default=["assets/lia_x_real"], help=f"releases of LIA-X, or {COPY}")
     parser.add_argument("--people", nargs="*", type=Path, default=[], help="folders of clips, one for each person")
     parser.add_argument("--clips", type=within(1), default=4, help="number of clips per person, evenly spaced by name")
     parser.add_argument("--drawn", type=Path, help="synthetic corpus")

@@ -78,7 +78,8 @@ def build_task(
     """
     model = read_config(f"task/model/{name}") | changes
     if name.startswith("talker"):
-        return TalkerTask(model, {}, freeze_embeddings=freeze_embeddings)
+        tokenizer = {"kind": "phonemes", "language": "en-us"} if model.get("phonemes") else None
+        return TalkerTask(model, {}, tokenizer=tokenizer, freeze_embeddings=freeze_embeddings)
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
         sizes = RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"])
         RVQCodec(sizes).save(f"{folder}/codec", "")
@@ -108,7 +109,7 @@ def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
     patches = -(-frames // c.patch_size)
     with_motion = torch.arange(rows) < -(-rows // 2)
     return {
-        "input_ids": torch.randint(200, (rows, words + patches)),
+        "input_ids": torch.randint(c.llm["vocab_size"], (rows, words + patches)),
         "attention_mask": torch.ones(rows, words + patches, dtype=torch.long),
         "speech_span": torch.tensor([[words, words + patches]]).expand(rows, -1).clone(),
         "speech": torch.randn(rows, frames, c.speech_dim),

@@ -66,8 +66,8 @@ python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded 
 MODELS = {"hicodit": "hicodit.evaluate", "talker_t2av": "talker_t2av.evaluate"}
 CODECS = {  # class, and the bundled release
     "rvq_codec": ("rvq_codec.codec.RVQCodec", "assets/rvq_tiny"),
-    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_tiny"),
-    "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_tiny"),
+    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_speech"),
+    "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_real"),
 }
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {  # arguments of protocols: classes of packages that `engine` does not import

@@ -8,7 +8,7 @@ Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from engine.codec import load_like
 from engine.errors import UserError
-from engine.hub import check_release, release_folder
+from engine.hub import check_release
 from engine.media.audio import resample
 from engine.nn.audio_losses import CompressedSpectrumLoss, DisturbanceLoss, MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
 from engine.nn.vocos import ConvNeXtBlock
-from engine.release import read_release, release_kind
 from engine.shards.recordings import load_waves
 from engine.training.gan import GANTask
 from engine.training.task import Release
@@ -97,8 +96,6 @@ class WhisperXVAETask(GANTask):
         decoder_only: train only the decoder, on samples of the posterior, so that the latents of `init` do not change.
         whisper: folder or hub name of a transformers Whisper model.
         init: initial release instead of random weights. The decoder is then not trained on features.
-        parts_of: release folders, also of other speech codecs, whose tensors initialise those of equal name and shape;
-            earlier folders have priority. The decoder is then not trained on features.
         validation: `root`, `splits` and `clips` (per split). None disables it.
     """
 
@@ -116,18 +113,14 @@ class WhisperXVAETask(GANTask):
         decoder_only: bool = False,
         whisper: str | None = None,
         init: str | None = None,
-        parts_of: Sequence[str] = (),
         validation: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         config = WhisperXVAEConfig(**codec)
         self.codec = load_like(WhisperXVAE, init, config) if init else WhisperXVAE(config)
-        if init and parts_of:
-            raise UserError("task.init and task.parts_of: set only one of them")
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
-            _copy_parts(self.codec, parts_of)
         self.frozen_whisper = whisper is not None
         self.decoder_only = decoder_only
         if self.frozen_whisper:
@@ -154,7 +147,7 @@ class WhisperXVAETask(GANTask):
             waves = load_waves(targets["root"], targets["split"], targets["clips"], config.sample_rate)
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
             self.targets.fit([torch.from_numpy(wave) for wave in waves])
-            self.targets_until = 0 if init or parts_of else targets["until"]
+            self.targets_until = 0 if init else targets["until"]
             self.noise = targets["noise"]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -229,16 +222,6 @@ class WhisperXVAETask(GANTask):
             usage="from whisperx_vae import WhisperXVAE\n\n"
             'latents = WhisperXVAE.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
-
-
-def _copy_parts(codec: WhisperXVAE, folders: Sequence[str]) -> None:
-    """Copy all tensors of the releases with a matching name and shape to `codec`; earlier folders have priority."""
-    own = codec.state_dict()
-    for folder in reversed(folders):
-        folder = release_folder(folder)
-        _, found = read_release(folder, release_kind(folder))
-        own |= {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
-    codec.load_state_dict(own)
 
 
 def _load_whisper(codec: WhisperXVAE, name: str) -> None:

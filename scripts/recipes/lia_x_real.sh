@@ -28,8 +28,8 @@ train() {
 }
 
 measure() {
-    $PYTHON "$here/scripts/benchmark.py" reenactment --codecs copy "$here/assets/lia_x_tiny" "$RUN/release" \
-        --people $(printf "$GRID/%s " $HELD_OUT) --drawn "$DRAWN" --codes "$here/assets/lia_x_tiny" \
+    $PYTHON "$here/scripts/benchmark.py" reenactment --codecs copy "$here/assets/lia_x_real" "$RUN/release" \
+        --people $(printf "$GRID/%s " $HELD_OUT) --drawn "$DRAWN" --codes "$here/assets/lia_x_real" \
         --out "$RUN/measured" ${MEASURE:-}
 }
 

@@ -37,7 +37,7 @@ shards() {
     $PYTHON "$here/scripts/prepare_data.py" source.root="$VOICES" output="$VOICES/shards/talker" \
         reuse="$VOICES/shards/talker" "${codecs[@]}" ${SHARDS:-}
     $PYTHON "$here/scripts/prepare_data.py" source.root="$FACES" source.all_symbols=true \
-        output="$FACES/shards/talker_phonemes" reuse="$FACES/shards/talker_phonemes" stages.motion.crop=centre \
+        output="$FACES/shards/talker" reuse="$FACES/shards/talker" stages.motion.crop=centre \
         stages.motion.codec="$here/assets/lia_x_real" stages.face.use=false stages.crops.use=false \
         stages.expression.use=false "${codecs[@]}" ${SHARDS:-}
 }
@@ -45,7 +45,7 @@ shards() {
 speech() {
     if [ -d "$SPEECH/release" ]; then echo "$SPEECH/release is there"; return; fi
     $PYTHON "$here/train.py" experiment=talker_real "data.corpus=$FACES" "data.speech=$VOICES" "data.tasks=[tts]" \
-        task.head_share=0.5 trainer.batch_size=32 trainer.steps=1600 trainer.lr=8e-4 trainer.schedule=constant \
+        task.head_fraction=0.5 trainer.batch_size=32 trainer.steps=1600 trainer.lr=8e-4 trainer.schedule=constant \
         trainer.ema_decay=0.995 "run=$SPEECH" ${TRAIN_SPEECH:-}
 }
 

@@ -35,7 +35,7 @@ from tests.corpora.preparation_fakes import read_sample
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
-TALKER = {"speech": "assets/whisperx_vae_tiny", "motion": "assets/lia_x_tiny", "speaker": "assets/voice_tiny"}
+TALKER = {"speech": "assets/whisperx_vae_speech", "motion": "assets/lia_x_real", "speaker": "assets/voice_tiny"}
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_images_to_and_from_bytes():
 
 @torch.no_grad()
 def test_the_bundled_codec_draws_nearly_the_same_faces():
-    codec = load_motion(ASSETS / "lia_x_tiny")
+    codec = load_motion(ASSETS / "lia_x_real")
     g = torch.Generator().manual_seed(0)
     face = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=g), codec.size, mode="bilinear")[0] * 2 - 1
     motion = codec.encode(face[None]) + 0.3 * torch.randn(3, codec.channels, generator=g)

@@ -53,7 +53,7 @@ EVALUATE = [
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
     (f"{SHARDS} splits=[nope]", "no split nope"),
-    (f"{SHARDS} stages.rvq.codec=assets/lia_x_tiny", "contains a model of kind 'lia_x'"),
+    (f"{SHARDS} stages.rvq.codec=assets/lia_x_real", "contains a model of kind 'lia_x'"),
 ]
 SCRIPTS = [
     ("export sounds out", "sounds has no checkpoint to export"),
