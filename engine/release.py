@@ -168,7 +168,7 @@ def save_release(
 ) -> Path:
     """Write a release folder atomically: `folder` contains either the whole release or its previous contents.
 
-    Tensors keep their dtypes. Pass `to_float16(state)` or `compact(state)` for smaller files.
+    Tensors keep their dtypes. Pass `to_float16(state)`, or that of `engine.training.export.compact`, for smaller files.
 
     Args:
         files: folder whose files are copied into the release, such as those of a tokenizer.
@@ -216,58 +216,6 @@ def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 SCALE = "::scale"  # suffix of the scales of a quantised tensor
-COMPACT_FROM = 4096  # minimum number of elements of a quantised tensor
-
-
-def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return `to_float16(state)` with large matrices quantised to int8: a quarter of the size in float32.
-
-    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 scale per row: the
-    maximum magnitude of the row divided by 127, so that the rounding error is at most 0.4 % of it. `read_release`
-    dequantises.
-
-    Args:
-        exact: name prefixes of tensors that stay in half precision.
-    """
-    out = to_float16(state)
-    for key, value in state.items():
-        large = value.is_floating_point() and value.ndim >= 2 and value.numel() >= COMPACT_FROM
-        if large and not key.startswith(exact):
-            rows = value.detach().float().flatten(1)
-            scale = rows.abs().amax(1).clamp_min(1e-12) / 127
-            out[key] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
-            out[key + SCALE] = scale
-    return out
-
-
-def average(
-    states: list[dict[str, Tensor]], weights: list[float], prefixes: tuple[str, ...] = ("",)
-) -> dict[str, Tensor]:
-    """Return the first state dict, with floating-point tensors whose names start with a prefix averaged over all state
-    dicts.
-
-    Args:
-        weights: weight of each state dict in the average; they need not sum to 1.
-
-    Raises:
-        UserError: If names or shapes of the tensors differ, or no name starts with a prefix.
-    """
-    first = states[0]
-    shapes = [{name: value.shape for name, value in state.items()} for state in states]
-    for other in shapes[1:]:
-        unlike = sorted(name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name))
-        if unlike:
-            raise UserError(
-                f"the releases have different models: {unlike[0]} is missing from one of them or differs in shape; "
-                "average releases of one model"
-            )
-    names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
-    if not names:
-        raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")
-    averaged = {}
-    for name in names:
-        averaged[name] = sum(weight / sum(weights) * state[name] for weight, state in zip(weights, states))
-    return first | averaged
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:
@@ -335,17 +283,6 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
         if codec.is_dir() and _kind(codec) in (*kinds, None):
             return str(codec)
     return name
-
-
-def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write a copy of a release with changed tensors. The card and further files, such as a tokenizer, are copied."""
-    kind = release_kind(source)
-    card = source / "README.md"
-    config, state = read_release(source, kind)
-    save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
-    for path in source.iterdir():
-        if path.is_file() and not path.is_symlink() and not (out / path.name).exists():
-            shutil.copyfile(path, out / path.name)
 
 
 def without_retired(settings: Mapping[str, Any], retired: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

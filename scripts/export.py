@@ -30,9 +30,9 @@ from torch import Tensor
 
 from engine.arguments import Parser
 from engine.errors import UserError, run_cli
-from engine.release import average, compact, read_release, release_kind, rewrite_release, to_float16
+from engine.release import read_release, release_kind, to_float16
 from engine.training import checkpoint
-from engine.training.export import export
+from engine.training.export import average, compact, export, rewrite_release
 
 
 def main() -> None:

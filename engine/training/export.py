@@ -1,4 +1,5 @@
-"""Export of a training run to a release folder: averaged weights of a checkpoint, config, and a model card.
+"""Export of a training run to a release folder: averaged weights of a checkpoint, config, and a model card. Conversion
+of releases: `compact` quantises the weights of one, `average` averages those of several.
 
 At its start a run writes RUN/release.json with the contents of its release except for the weights. A release can then
 be created from this file, a checkpoint and the log, without the model's code, its data or the training processes.
@@ -7,19 +8,20 @@ be created from this file, a checkpoint and the log, without the model's code, i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import report_os_errors, write_json
 from engine.publish import front_matter
-from engine.release import save_release, to_float16
+from engine.release import SCALE, read_release, release_kind, save_release, to_float16
 from engine.training import checkpoint
 from engine.training.task import Release, Task
 from engine.untrusted import parse_json, read_json
@@ -31,6 +33,8 @@ FILES = "release_files"
 BASE = ".base_layer."
 A = ".lora_A.default.weight"
 B = ".lora_B.default.weight"
+
+COMPACT_FROM = 4096  # minimum number of elements of a quantised tensor
 
 
 def describe(run: Path, task: Task) -> None:
@@ -161,3 +165,65 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         parts.append(f"The run's whole config:\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(config)))}```")
     parts.append("No licence is stated: choose one before publishing the weights.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Return `to_float16(state)` with large matrices quantised to int8: a quarter of the size in float32.
+
+    A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 scale per row: the
+    maximum magnitude of the row divided by 127, so that the rounding error is at most 0.4 % of it. `read_release`
+    dequantises.
+
+    Args:
+        exact: name prefixes of tensors that stay in half precision.
+    """
+    out = to_float16(state)
+    for key, value in state.items():
+        large = value.is_floating_point() and value.ndim >= 2 and value.numel() >= COMPACT_FROM
+        if large and not key.startswith(exact):
+            rows = value.detach().float().flatten(1)
+            scale = rows.abs().amax(1).clamp_min(1e-12) / 127
+            out[key] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
+            out[key + SCALE] = scale
+    return out
+
+
+def average(
+    states: list[dict[str, Tensor]], weights: list[float], prefixes: tuple[str, ...] = ("",)
+) -> dict[str, Tensor]:
+    """Return the first state dict, with floating-point tensors whose names start with a prefix averaged over all state
+    dicts.
+
+    Args:
+        weights: weight of each state dict in the average; they need not sum to 1.
+
+    Raises:
+        UserError: If names or shapes of the tensors differ, or no name starts with a prefix.
+    """
+    first = states[0]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    for other in shapes[1:]:
+        unlike = sorted(name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name))
+        if unlike:
+            raise UserError(
+                f"the releases have different models: {unlike[0]} is missing from one of them or differs in shape; "
+                "average releases of one model"
+            )
+    names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
+    if not names:
+        raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")
+    averaged = {}
+    for name in names:
+        averaged[name] = sum(weight / sum(weights) * state[name] for weight, state in zip(weights, states))
+    return first | averaged
+
+
+def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Write a copy of a release with changed tensors. The card and further files, such as a tokenizer, are copied."""
+    kind = release_kind(source)
+    card = source / "README.md"
+    config, state = read_release(source, kind)
+    save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
+    for path in source.iterdir():
+        if path.is_file() and not path.is_symlink() and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)

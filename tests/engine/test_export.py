@@ -8,8 +8,8 @@ import torch
 from toy_task import CONFIG, ToyGAN, ToySet
 
 from engine.errors import UserError
-from engine.release import average, read_release, save_release
-from engine.training.export import export, last_validation
+from engine.release import read_release, save_release
+from engine.training.export import average, export, last_validation
 from engine.training.trainer import Trainer
 from scripts import export as script
 

@@ -5,7 +5,8 @@ import torch
 
 from engine.errors import UserError
 from engine.hub import check_release, release_folder
-from engine.release import compact, find_codec, read_release, save_release, weights_digest
+from engine.release import find_codec, read_release, save_release, weights_digest
+from engine.training.export import compact
 
 
 def state() -> dict[str, torch.Tensor]:
