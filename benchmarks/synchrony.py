@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     clips: dict[str, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
     for split in args.splits:
         source = ShardSplit(args.shards / split)
-        source.check_holds("wave")
+        source.check_contains("wave")
         for i in range(len(source)):
             info, tensors = source.read(i, ("mouth", "wave"))
             mouth, sound = features(tensors["mouth"], tensors["wave"], args.rate)

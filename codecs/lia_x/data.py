@@ -260,7 +260,7 @@ def held_out_frames(
 
 def _stored_portraits(root: str | Path, split: str, reading: Reading | None = None) -> ShardSplit:
     stored = ShardSplit(join(root, split), reading, least_frames=2)
-    stored.check_holds("portraits")
+    stored.check_contains("portraits")
     stored.require(*PORTRAITS)
     return stored
 

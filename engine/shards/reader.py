@@ -101,12 +101,12 @@ class ShardSplit:
         self.shards: list[dict[str, Any]] = self.index["shards"]
         self.sizes: list[int] = [shard["clips"] for shard in self.shards]
         with ThreadPoolExecutor(16) as pool:  # fetch remote files concurrently
-            frames, places, holds = zip(*pool.map(self._table, self.shards)) if self.shards else ((), (), ())
+            tables = list(pool.map(self._table, self.shards))
         if not sum(self.sizes):
             raise UserError(f"{source} has no samples: see its quarantine.jsonl for the reasons")
-        self.frames = torch.from_numpy(np.concatenate(frames))
-        self._places = np.concatenate(places)
-        self._holds = [names for shard in holds for names in shard]
+        self.frames = torch.from_numpy(np.concatenate([frames for frames, _, _ in tables]))
+        self._members = np.concatenate([members for _, members, _ in tables])
+        self._tensor_names = [names for _, _, names_of_samples in tables for names in names_of_samples]
         self._ends = np.cumsum(self.sizes)
         short = self.frames.numpy() < least_frames
         self._drop(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
@@ -124,9 +124,11 @@ class ShardSplit:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
         handle = self._open(shard)
-        listed = self._holds[index] if names is None else self._holds[index].intersection(names)
+        listed = self._tensor_names[index]
+        if names is not None:
+            listed = listed.intersection(names)
         try:
-            info, tensors = read_sample(handle, self._places[index].tolist(), names)
+            info, tensors = read_sample(handle, self._members[index].tolist(), names)
             if not tensors.keys() >= listed:
                 raise ValueError(f"{info['key']} has no {', '.join(sorted(listed - tensors.keys()))}")
             return info, tensors
@@ -138,10 +140,9 @@ class ShardSplit:
 
     def require(self, *names: str) -> None:
         """Skip samples without one of these tensors, such as clips without video, and print their number."""
-        without = np.array([not holds.issuperset(names) for holds in self._holds])
-        held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
-        lacking = ", ".join(name for name in names if name not in held)
-        self._drop(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
+        incomplete = np.array([not contained.issuperset(names) for contained in self._tensor_names])
+        missing = [name for name in names if any(name not in contained for contained in self._tensor_names)]
+        self._drop(incomplete, f"as they have no {', '.join(missing)}", f"with {', '.join(names)}: prepare that too")
 
     def blocks(self) -> Blocks | None:
         """Return the shards as blocks, or None if all samples are shuffled together."""
@@ -156,13 +157,13 @@ class ShardSplit:
 
     def check_made_with(self, digests: dict[str, str]) -> None:
         """Check that the digests of the weights in use equal those of the weights that computed the features."""
-        self.check_holds(*digests)
+        self.check_contains(*digests)
         for name, digest in digests.items():
             if (stored := self.index["digests"][name]) != digest:
                 use = f"{name} {digest} is in use: use the original weights, or prepare the shards again"
                 raise UserError(f"{self.source} was prepared with {name} {stored}, but {use}")
 
-    def check_holds(self, *names: str) -> None:
+    def check_contains(self, *names: str) -> None:
         """Check that the split contains features with these names."""
         for name in names:
             if not (self.index.get("digests") or {}).get(name):
@@ -179,9 +180,9 @@ class ShardSplit:
         print(f"{self.source}: {rows.sum()} of {len(rows)} samples are skipped, {which}", file=sys.stderr)
         self.sizes = [int((~part).sum()) for part in np.split(rows, self._ends[:-1])]
         self._ends = np.cumsum(self.sizes)
-        self._holds = [self._holds[i] for i in np.flatnonzero(~rows)]
+        self._tensor_names = [self._tensor_names[i] for i in np.flatnonzero(~rows)]
         self.frames = self.frames[torch.from_numpy(~rows)]
-        self._places = self._places[~rows]
+        self._members = self._members[~rows]
 
     def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str]]]:
         """Return for the n samples of a shard: frames (n,), offset and size of KEY.json and KEY.safetensors (n, 2, 2),
@@ -194,18 +195,18 @@ class ShardSplit:
             stated = sidecar["bytes"], sidecar["crc32"], len(rows)
             frames = np.array([sample["frames"] for sample in rows], np.int64)
             members = [[s["members"]["json"], s["members"]["safetensors"]] for s in rows]
-            places = np.array(members, np.int64).reshape(-1, 2, 2)
-            everything = frozenset(sidecar["tensors"])  # not listed in older shards
-            lacking = [tuple(sample.get("lacks", ())) for sample in rows]
-            distinct = {lacks: everything.difference(lacks) for lacks in {*lacking}}
-            holds = [distinct[lacks] for lacks in lacking]
+            members = np.array(members, np.int64).reshape(-1, 2, 2)
+            all_names = frozenset(sidecar["tensors"])
+            missing = [tuple(sample.get("lacks", ())) for sample in rows]
+            distinct = {names: all_names.difference(names) for names in set(missing)}  # samples share these sets
+            tensor_names = [distinct[names] for names in missing]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
         if stated != (shard["bytes"], shard["crc32"], shard["clips"]):
             raise UserError(f"{name} does not belong to this index.json: copy both again")
-        if (places < 0).any() or (places.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
+        if (members < 0).any() or (members.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
             raise UserError(f"{name} is damaged: a sample lies outside its shard; copy it or prepare it again")
-        return frames, places, holds
+        return frames, members, tensor_names
 
     def _open(self, shard: int) -> BinaryIO:
         if shard not in self._handles:
@@ -221,19 +222,19 @@ class ShardSplit:
 
 
 def read_sample(
-    file: BinaryIO, places: Sequence[Sequence[int]], names: Collection[str] | None
+    file: BinaryIO, members: Sequence[Sequence[int]], names: Collection[str] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON of a sample, and its tensors with the given names (None: all tensors), from an open shard.
 
     Args:
-        places: offset and size of KEY.json and of KEY.safetensors.
+        members: offset and size of KEY.json and of KEY.safetensors.
 
     Raises:
         ValueError, KeyError, TypeError: If the shard is damaged.
     """
-    info = parse_json(bytes(_bytes(file, *places[0])), "a sample")
+    info = parse_json(bytes(_bytes(file, *members[0])), "a sample")
     safe_name(info["key"], "a sample's key")  # used as a file name in validation
-    return info, _tensors(file, *places[1], names)
+    return info, _tensors(file, *members[1], names)
 
 
 def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:

@@ -109,7 +109,7 @@ class StoredWaves:
 
     def __init__(self, root: str | Path, split: str, rate: int, shards: Mapping[str, Any] | None = None) -> None:
         self.shards = ShardSplit(join(root, split), Reading(**(shards or {})))
-        self.shards.check_holds("wave")
+        self.shards.check_contains("wave")
         self.shards.require("wave")
         if rate != self.rate:
             raise UserError(

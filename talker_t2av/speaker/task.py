@@ -29,7 +29,7 @@ FRAMES_A_SECOND = 100
 def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
     """Return keys, voice numbers (n,) and GE2E embeddings (n, 256) of the clips of a prepared split."""
     clips = ShardSplit(source)
-    clips.check_holds("ge2e")
+    clips.check_contains("ge2e")
     rows = [clips.read(i, ("ge2e",)) for i in range(len(clips))]
     try:
         voices = torch.tensor([int(info["speaker"]) for info, _ in rows])
