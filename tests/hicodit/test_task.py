@@ -102,7 +102,9 @@ def test_the_lip_encoder_learns_alone(corpus, release, batch):
 def test_validation_generates_speech_from_the_video_files(release, tmp_path, spy):
     recordings = tmp_path / "recordings"
     recordings.mkdir()
-    write_video(recordings / "head.mp4", talking_head(20), 25)
+    frames = np.full((20, 360, 1280, 3), 150, np.uint8)  # larger than those in which the face is tracked
+    frames[:, 50:178, 800:928] = talking_head(20)
+    write_video(recordings / "head.mp4", frames, 25)
     info = {"key": "head", "frames": 20, "text": "bin blue at alpha one now", "source": "head.mp4"}
     stored = made_clip(20, torch.Generator(), mouth=torch.zeros(20, 48, 48, dtype=torch.uint8))  # shows nothing
     codec = RVQCodec.from_pretrained(release.parent / "codec")
