@@ -68,19 +68,9 @@ def iter_video(
     """
     path = check_readable(path)
     check_complete(path)
-    # The first `scale` and `-reinit_filter 0` are for frames that change their size: ffmpeg would else begin anew in
-    # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
-    # may begin after the audio does: its first frame then stands from time zero on, so that frame and sample indices
-    # share their origin. After a gap in the time stamps, `print` logs the time of the next frame.
-    gap = f"lte(t-if(isnan(prev_selected_t),0,prev_selected_t),{LIMITS.gap})"
-    filters = [f"select='if({gap},1,0*print(t,16))'", "scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced"]
-    filters += [f"fps={fps!r}:start_time=0"]
-    filters += ["scale=w='max(1,round(iw*clip(sar,0.25,4)))':h=ih", "setsar=1"]
-    if max_side is not None:
-        filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
-    # PPM images state their own size, which after rotation and scaling is ffmpeg's to decide.
-    arguments = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
+    arguments = ["-map", "0:V:0", "-vf", ",".join(_filters(fps, max_side)), "-fps_mode", "passthrough"]
     arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
+    # PPM images state their size, which is not known in advance because of rotation and scaling.
     arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
     call = command("-v", "level+info", "-nostats", "-reinit_filter", "0", *source(path, span), *arguments)
     count = 0
@@ -113,6 +103,29 @@ def iter_video(
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def _filters(fps: float, max_side: int | None) -> list[str]:
+    """Return ffmpeg's filters of `iter_video`, in order."""
+    is_near = f"lte(t-if(isnan(prev_selected_t),0,prev_selected_t),{LIMITS.gap})"
+    filters = [
+        # Drops the frames after a gap in the time stamps and logs their times, see `_check_times`.
+        f"select='if({is_near},1,0*print(t,16))'",
+        # Scales frames of another size to that of the first frame. Without it and `-reinit_filter 0`, ffmpeg would
+        # restart all filters at such a frame, at time zero.
+        "scale=iw:ih",
+        # Deinterlaces only frames that are marked as interlaced.
+        "bwdif=mode=send_frame:deint=interlaced",
+        # Repeats the first frame from time zero on if the video stream begins after the audio, so that frame and sample
+        # indices share their origin.
+        f"fps={fps!r}:start_time=0",
+        # Makes pixels square.
+        "scale=w='max(1,round(iw*clip(sar,0.25,4)))':h=ih",
+        "setsar=1",
+    ]
+    if max_side is not None:
+        filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
+    return filters
 
 
 def _check_times(path: Path, log: bytes) -> None:

@@ -178,9 +178,9 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.op
 
 def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) -> list[list[nn.Parameter]]:
     """Group `parameters` for gradient clipping: those of each module in `apart`, and all others."""
-    left = {id(p): p for p in parameters}
-    groups = [[left.pop(id(p)) for p in module.parameters() if id(p) in left] for module in apart]
-    return [group for group in (list(left.values()), *groups) if group]
+    remaining = {id(p): p for p in parameters}
+    groups = [[remaining.pop(id(p)) for p in module.parameters() if id(p) in remaining] for module in apart]
+    return [group for group in (list(remaining.values()), *groups) if group]
 
 
 def begin_state(optimiser: torch.optim.Optimizer) -> None:
