@@ -1,6 +1,6 @@
 """What tests/gpu shows on tensors without data, on real GPUs: one for steps, sampling, resuming; two for NCCL.
 
-    python scripts/check_gpu.py --cards 2 --only tests two_cards    # runs all of tests/gpu and writes a record
+    python scripts/check_gpu.py --gpus 2 --only tests two_gpus    # runs all of tests/gpu and writes a record
 
 Without the cards each test is skipped and says so.
 """

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from benchmarks import card, collectives
-from benchmarks.card import Machine, Rates, judge
+from benchmarks import collectives, gpu_checks
+from benchmarks.gpu_checks import Machine, Rates, judge
 from engine.errors import exit_process
 from engine.training import distributed
 from scripts import check_gpu
@@ -64,7 +64,7 @@ def test_a_check_that_raises_is_a_failure_and_the_others_run(tmp_path, monkeypat
     def broken(size):
         raise RuntimeError("CUDA error:\nan illegal memory access")
 
-    monkeypatch.setattr(card, "build_hicodit", broken)
+    monkeypatch.setattr(gpu_checks, "build_hicodit", broken)
     code, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch, "hicodit", "talker")
     assert code == 1 and lines["hicodit"]["verdict"] == "FAIL"
     assert lines["hicodit"]["note"] == "RuntimeError: CUDA error: an illegal memory access"

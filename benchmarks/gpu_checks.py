@@ -59,7 +59,7 @@ REPLAYED = 2e-6  # assumed minimum time of a small kernel in a CUDA graph in sec
 MIB = 2**20
 # Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
 SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
-TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
+TWO_GPUS = "two_gpus or killed_rank"  # of tests/gpu/test_cards.py
 LINKED = 0.6  # fraction of the link rate that collectives must reach
 PATIENCE = 900  # seconds for the tests
 DRIFT = 1e-3  # tolerance of latents with CUDA graphs
@@ -119,7 +119,7 @@ class Machine:
 
     Args:
         device: a CUDA device.
-        cards: number of GPUs that take part.
+        gpus: number of GPUs that take part.
         size: size of the models: base, or tiny for a test.
 
     Attributes:
@@ -130,9 +130,9 @@ class Machine:
     backend: CudaGraphs | None = None
     tests: Path = ROOT / "tests" / "gpu"
 
-    def __init__(self, device: torch.device, cards: int = 1, size: str = "base") -> None:
+    def __init__(self, device: torch.device, gpus: int = 1, size: str = "base") -> None:
         self.device = device
-        self.cards = cards
+        self.gpus = gpus
         self.size = size
         self.seconds, self.patches, self.step_seconds, self.samples, self.steps = SCALE[size]
 
@@ -200,7 +200,7 @@ class Machine:
         """Return the bus bandwidth in bytes/s of each collective between the GPUs."""
         with tempfile.TemporaryDirectory() as scratch:
             result = Path(scratch) / "result.json"
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.cards}"]
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
             command = [sys.executable, *launch, "-m", "benchmarks.collectives", "--json", str(result)]
             done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
             if not result.is_file():
@@ -240,7 +240,7 @@ def rates(machine: Machine) -> Iterator[Line]:
             yield line(name, value, unit, share * stated, 1.05 * stated, note)
 
 
-def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"not ({TWO_CARDS})") -> Iterator[Line]:
+def gpu_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"not ({TWO_GPUS})") -> Iterator[Line]:
     """Run tests of tests/gpu, by default all single-GPU tests. Skipped tests count as failed."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
@@ -256,15 +256,15 @@ def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"no
     yield Line(name, verdict, len(bad), "failed or skipped", 0, 0, note)
 
 
-def two_cards(machine: Machine) -> Iterator[Line]:
+def two_gpus(machine: Machine) -> Iterator[Line]:
     """Test DDP and FSDP2 over NCCL, and a run that continues after one of its processes was killed."""
-    if machine.cards > 1:
-        yield from card_tests(machine, "two cards", TWO_CARDS)
+    if machine.gpus > 1:
+        yield from gpu_tests(machine, "two GPUs", TWO_GPUS)
 
 
 def collectives(machine: Machine) -> Iterator[Line]:
     """Measure the bus bandwidth of NCCL collectives over all GPUs."""
-    if machine.cards < 2:
+    if machine.gpus < 2:
         return
     for name, value in machine.bandwidths().items():
         rate = machine.reading(f"{name} bytes/s", value) / 1e9
@@ -272,7 +272,7 @@ def collectives(machine: Machine) -> Iterator[Line]:
             yield Line(name, "WARN", rate, "GB/s", note=f"no data sheet of {machine.name} in benchmarks/plan.py")
             continue
         link = machine.card.link / 1e9
-        note = f"bus bandwidth of {machine.cards} cards; {LINKED:.0%} to 120 % of the data sheet's {link:g}"
+        note = f"bus bandwidth of {machine.gpus} GPUs; {LINKED:.0%} to 120 % of the data sheet's {link:g}"
         yield line(name, rate, "GB/s", LINKED * link, 1.2 * link, note)  # NVLink's switches add up sums themselves
 
 
@@ -461,7 +461,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
             raise UserError(f"{recipe}: {samples} samples of {seconds:g} s do not fit into the memory of the GPU")
         step = machine.reading(f"{recipe} step seconds", result["step_s"])
         how = f"{samples} samples of {seconds:g} s"
-        how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of a card that is not known")
+        how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of an unknown GPU")
         yield line(f"{recipe} step", step, "s", expected.step_s / 2, 2 * expected.step_s, f"{how}; half to twice that")
         memory = sum(expected.memory.values()) / 2**30
         gib = machine.reading(f"{recipe} GiB", result["peak_gib"])
@@ -489,9 +489,9 @@ def service(machine: Machine) -> Iterator[Line]:
 
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
-    "driver": versions, "rates": rates, "tests": card_tests, "graphs": graphs, "posteriors": posteriors,
+    "driver": versions, "rates": rates, "tests": gpu_tests, "graphs": graphs, "posteriors": posteriors,
     "flash": flash, "hicodit": hicodit, "talker": talker, "clip": clip, "training": train_steps, "service": service,
-    "two_cards": two_cards, "collectives": collectives,
+    "two_gpus": two_gpus, "collectives": collectives,
 }  # fmt: skip
 
 
