@@ -125,11 +125,13 @@ def envelope(power: Tensor) -> Tensor:
 
 
 def uniform(ends: tuple[float, float], *shape: int) -> Tensor:
+    """Draw uniform numbers between two ends."""
     low, high = ends
     return low + (high - low) * torch.rand(shape)
 
 
 def log_uniform(ends: tuple[float, float], *shape: int) -> Tensor:
+    """Draw numbers between two positive ends whose logarithms are uniform."""
     low, high = ends
     return low * (high / low) ** torch.rand(shape)
 

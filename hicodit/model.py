@@ -257,6 +257,7 @@ class HiCoDiT(nn.Module):
 
     @property
     def mask_id(self) -> int:
+        """Id of masked tokens."""
         return self.config.codes
 
     @property

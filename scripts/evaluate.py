@@ -80,6 +80,7 @@ ARGUMENTS = {  # arguments of protocols: classes of packages that `engine` does 
 @hydra.main(config_path=str(CONFIGS), config_name="evaluate", version_base="1.3")
 @runs(output="output")
 def evaluate_splits(config: DictConfig) -> int:
+    """Evaluate each split of `config`. Return the exit code: 1 if an output could not be read."""
     splits = list(config.split) or [None]
     if config.corpus and splits == [None]:
         raise UserError(f"corpus={config.corpus} requires split=[NAME], such as [seen]")

@@ -70,6 +70,7 @@ def main() -> None:
 
 
 def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
+    """Write the release of a checkpoint of a run. Return a description of it."""
     if not run.is_dir():
         raise UserError(f"no run in {run}: expected a folder written by train.py")
     return f"{export(run, out, step if best is None else best_step(run, best)).name} of {run}"
@@ -86,18 +87,25 @@ def best_step(run: Path, rule: str) -> int:
 
 
 def average_releases(sources: list[str], out: Path, prefixes: tuple[str, ...]) -> str:
-    folders, shares = zip(*map(split_weight, sources))
+    """Write the weighted average of releases, FOLDER:WEIGHT each. Return a description of it.
+
+    Args:
+        sources: the releases. Everything except the averaged tensors is copied from the first.
+        out: folder to write.
+        prefixes: prefixes of the tensors to average. Empty: all tensors.
+    """
+    folders, weights = zip(*map(split_weight, sources))
     kind = release_kind(folders[0])
     others = [read_release(folder, kind)[1] for folder in folders[1:]]
-    rewrite_release(folders[0], out, lambda first: to_float16(average([first, *others], list(shares), prefixes)))
-    return " + ".join(f"{share:g} x {folder}" for folder, share in zip(folders, shares))
+    rewrite_release(folders[0], out, lambda first: to_float16(average([first, *others], list(weights), prefixes)))
+    return " + ".join(f"{weight:g} x {folder}" for folder, weight in zip(folders, weights))
 
 
 def split_weight(text: str) -> tuple[Path, float]:
     """Split FOLDER:WEIGHT into folder and weight."""
-    folder, _, share = text.rpartition(":")
+    folder, _, weight = text.rpartition(":")
     try:
-        value = float(share)
+        value = float(weight)
     except ValueError:
         value = -1.0
     if not folder or not 0 < value < float("inf"):
@@ -106,6 +114,14 @@ def split_weight(text: str) -> tuple[Path, float]:
 
 
 def compact_release(release: Path, out: Path, exact: tuple[str, ...]) -> str:
+    """Write a release with large matrices in 8 bits. Return a description of it.
+
+    Args:
+        release: folder to read.
+        out: folder to write.
+        exact: prefixes of the tensors that stay unchanged.
+    """
+
     def smaller(state: dict[str, Tensor]) -> dict[str, Tensor]:
         unknown = [prefix for prefix in exact if not any(key.startswith(prefix) for key in state)]
         if unknown:

@@ -33,6 +33,7 @@ from engine.record import portable, record
 
 
 def line(p: Plan) -> str:
+    """Return the printed line of a plan: GiB of memory by part, GB exchanged, and seconds of a step by bottleneck."""
     memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in p.memory.items())
     sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in p.sent.items()) or "nothing"
     return (

@@ -158,6 +158,7 @@ class Tab:
 
 
 def status_line(kind: str, text: str) -> str:
+    """Return the HTML of a status message. `kind` is its CSS class, such as busy or error."""
     return f'<div class="status {kind}" role="status">{escape(text)}</div>'
 
 

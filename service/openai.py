@@ -70,6 +70,7 @@ class SpeechRequest(OurFields):
 
     @property
     def voice_name(self) -> str:
+        """Name of the voice, which OpenAI's clients send as a string or as {"id": name}."""
         return self.voice if isinstance(self.voice, str) else self.voice.get("id", "")
 
 

@@ -89,6 +89,7 @@ class Service:
 
     @cached_property
     def word_times(self) -> WordTimes:
+        """The aligner for word timestamps, loaded on first use."""
         return WordTimes()
 
     def find(self, name: str) -> Any:

@@ -73,6 +73,7 @@ class Video(BaseModel):
     _task: asyncio.Task | None = None
 
     def path(self, name: str) -> Path:
+        """Return the path of a file in the video's folder."""
         return Path(self._folder.name, name)
 
     async def save(self, name: str, upload: UploadFile) -> Path:

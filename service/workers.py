@@ -138,6 +138,7 @@ class HiCoDiTWorker(Worker):
             pipeline.warm_up(self.batch_size)
 
     def work(self) -> None:
+        """Run all waiting requests, after waiting for `GATHER` seconds for further ones."""
         self.running = self.take(1, wait=True)
         if self.running and self.batch_size > 1:
             time.sleep(GATHER)
@@ -147,6 +148,10 @@ class HiCoDiTWorker(Worker):
         self.running = []
 
     def generate(self, tickets: list[Ticket]) -> None:
+        """Generate the speech of requests of one pipeline as a batch, and end their tickets.
+
+        If the batch fails, each request runs separately.
+        """
         try:
             crops = [ticket.job for ticket in tickets]
             seeds = [ticket.seed for ticket in tickets]
@@ -172,6 +177,7 @@ class TalkerWorker(Worker):
 
     @property
     def running(self) -> list[Ticket]:
+        """Tickets of the requests in the batches."""
         return list(self.rows.values())
 
     def warm_up(self) -> None:
@@ -193,12 +199,14 @@ class TalkerWorker(Worker):
         return self.batches[mode]
 
     def work(self) -> None:
+        """Let waiting requests join, and advance all batches by one patch."""
         for ticket in self.take(self.batch_size - len(self.rows), wait=not self.rows):
             self.join_batch(ticket)
         for batch in self.batches.values():
             self.step(batch)
 
     def join_batch(self, ticket: Ticket) -> None:
+        """Add the request of a ticket to the running batch of its mode. End the ticket if that fails."""
         job = ticket.job
         try:
             row = self.batch(job.mode).join(job.requests[0])
@@ -207,6 +215,7 @@ class TalkerWorker(Worker):
             ticket.end(error)
 
     def step(self, batch: BatchedDecoder) -> None:
+        """Remove cancelled requests, generate one patch of the others, and end the tickets of finished ones."""
         for row in [row for row in batch.active if self.rows[row].cancelled()]:
             batch.leave(row)
             del self.rows[row]

@@ -252,6 +252,7 @@ class TalkerPairs:
         return max(map(len, self.sets))
 
     def load(self, index: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
+        """Return one example of each task; see `TalkerExamples.load`."""
         return [
             examples.load((index + self._offset(i)) % len(examples), generator) for i, examples in enumerate(self.sets)
         ]

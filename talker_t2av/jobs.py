@@ -57,6 +57,7 @@ class PreparedJob:
 
     @property
     def mode(self) -> Mode:
+        """State of both streams."""
         return MODES[self.job.mode]
 
 

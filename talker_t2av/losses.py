@@ -42,6 +42,7 @@ class PatchStream:
 
     @classmethod
     def of(cls, latents: Tensor, frames: Tensor, size: int) -> PatchStream:
+        """Divide latents (B, F, C) with `frames` (B,) valid frames into patches of `size` frames, zero-padded."""
         length = latents.shape[1]
         frames = frames.clamp(max=length)
         real = to_device(torch.arange(length, device=frames.device) < frames[:, None], latents.device)
@@ -88,6 +89,7 @@ class SpanLayout:
 
     @classmethod
     def of(cls, c: TalkerConfig, batch: Mapping[str, Tensor]) -> SpanLayout:
+        """Compute the layout of a batch of `talker_t2av.data.collate`."""
         with_motion = batch["motion_frames"] > 0
         span = batch["speech_span"] + (batch["speech_span"][:, :1] >= 0)
         start = span[:, 0]

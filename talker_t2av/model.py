@@ -155,6 +155,7 @@ class TalkerT2AV(Pretrained):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.task_embedding.weight.device
 
     def embed_text(self, ids: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Particles(BatchedDecoder):
 
     @property
     def free(self) -> int:
+        """Number of requests that can join now: none after the first step."""
         return 0 if any(row.index for row in self.active) else super().free
 
     @torch.no_grad()

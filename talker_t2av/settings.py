@@ -296,4 +296,5 @@ def is_voice(path: str | Path | None) -> bool:
 
 
 def is_picture(path: str | Path) -> bool:
+    """Return whether a file name is that of an image."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES

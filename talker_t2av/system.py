@@ -54,9 +54,11 @@ class MotionStats:
             )
 
     def normalise(self, motion: Tensor) -> Tensor:
+        """Normalise motion codes (F, Dm) on the CPU."""
         return (motion - self.mean) / self.std.clamp_min(1e-6)
 
     def restore(self, motion: Tensor) -> Tensor:
+        """Invert `normalise`, on any device."""
         std = to_device(self.std.clamp_min(1e-6), motion.device)
         mean = to_device(self.mean, motion.device)
         return motion * std + mean
@@ -129,6 +131,7 @@ class TalkerSystem:
 
     @property
     def device(self) -> torch.device:
+        """Device of all networks."""
         return self.model.device
 
     @property

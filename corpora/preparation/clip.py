@@ -72,6 +72,7 @@ class SourceClip:
 
     @property
     def source(self) -> str:
+        """Name of the clip in messages and records: its file, and its time span if it is a part of it."""
         name = self.video or self.audio or self.motion or self.key
         return name if self.span is None else f"{name} {self.span[0]:g}-{self.span[1]:g} s"
 
@@ -189,6 +190,7 @@ class WorkItem:
         return path
 
     def close(self) -> None:
+        """Delete the files that `path` extracted."""
         if self.unpacked is not None:
             self.unpacked.cleanup()
             self.unpacked = None
@@ -241,4 +243,5 @@ def make_key(path: str) -> str:
 
 
 def with_digest(key: str, path: str) -> str:
+    """Truncate a key and append a digest of the path, so that keys differ if paths do."""
     return f"{key[: LONGEST_KEY - 9]}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"

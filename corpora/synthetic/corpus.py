@@ -137,6 +137,7 @@ def loudness(wave: np.ndarray) -> np.ndarray:
 
 
 def clip_id(split: str, index: int) -> str:
+    """Return the name of a clip, such as train_000001."""
     return f"{split}_{index:06d}"
 
 
