@@ -128,9 +128,7 @@ class SplitWriter:
         self.shards = range(-(-len(keys) // per_shard))
         self.scratch = folder / ".work-process"
         self._made: set[int] = set()
-        self._unsettled: dict[
-            Path, tuple[int, int]
-        ] = {}  # maps each work folder to its shard and the number of remaining keys
+        self._unsettled: dict[Path, tuple[int, int]] = {}  # shard, and number of remaining keys, of each work folder
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for abandoned in folder.glob(".work-process*"):  # left by a killed process
@@ -205,51 +203,9 @@ class SplitWriter:
         """Join the samples of a shard, all of which must exist, and write its sidecar."""
         name = f"{shard:06d}"
         work = self.work(shard)
-        samples = []
-        rejected = []
-        sums = []
-        crc = size = 0
-
-        def chunks() -> Iterator[bytes]:
-            nonlocal crc, size
-            for key in self.shard_keys(shard):
-                if not (work / f"{key}.tar").is_file():
-                    rejected.append(json.loads((work / f"{key}.json").read_bytes()))
-                    continue
-                data = (work / f"{key}.tar").read_bytes()
-                members = {suffix: (size + offset, member) for suffix, offset, member in read_members(data)}
-                facts = json.loads(members["json"][1])
-                tensors = load(members["safetensors"][1])
-                places = {suffix: [offset, len(member)] for suffix, (offset, member) in members.items()}
-                sample = {"key": key, "frames": facts["frames"], "seconds": facts["seconds"], "members": places}
-                samples.append(sample | {"tensors": list(tensors)})
-                if (rows := tensors.get("motion")) is not None:
-                    sums.append((len(rows), torch.stack([rows.double().sum(0), rows.double().square().sum(0)])))
-                crc = zlib.crc32(data, crc)
-                size = size + len(data)
-                yield data
-            crc = zlib.crc32(END, crc)
-            size = size + len(END)
-            yield END
-
-        write_whole(self.folder / f"{name}.tar", chunks(), work / ".shard")
-        tensors = sorted({each for sample in samples for each in sample["tensors"]})
-        for sample in samples:  # list missing names, as most samples have all
-            lacks = sorted({*tensors}.difference(sample.pop("tensors")))
-            sample |= {"lacks": lacks} if lacks else {}
-        count, (total, square) = _total(sums)
-        sidecar = {
-            "version": VERSION,
-            "plan": self.plan,
-            "stages": self.stages,
-            "tensors": tensors,
-            "samples": samples,
-            "rejected": dict(Counter(each["stage"] for each in rejected)),
-            "quarantine": rejected,
-            "motion": {"count": count, "sum": total.tolist(), "square": square.tolist()} if count else None,
-            "bytes": size,
-            "crc32": crc,
-        }
+        contents = ShardContents()
+        write_whole(self.folder / f"{name}.tar", contents.join(work, self.shard_keys(shard)), work / ".shard")
+        sidecar = {"version": VERSION, "plan": self.plan, "stages": self.stages, **contents.describe()}
         write_whole(self.folder / f"{name}.json", [dumps(sidecar)], work / ".sidecar")
         shutil.rmtree(work, ignore_errors=True)
 
@@ -291,6 +247,76 @@ class SplitWriter:
             "clips": sum(shard["clips"] for shard in shards),
             "seconds": round(sum(shard["seconds"] for shard in shards), 3),
             "rejected": {stage: rejected[stage] for stage in sorted(rejected)},
+        }
+
+
+class ShardContents:
+    """Joins samples to a tar file and describes them.
+
+    Attributes:
+        samples: row of each sample in the sidecar, except for the names that it lacks.
+        tensor_names: names of the tensors of each sample.
+        motion_sums: number of frames, and sums (2, D) of motion and its square, of each sample with motion.
+        rejected: reasons for rejected samples.
+        size, crc: size and CRC-32 of the tar file.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[dict[str, Any]] = []
+        self.tensor_names: list[set[str]] = []
+        self.motion_sums: list[tuple[int, torch.Tensor]] = []
+        self.rejected: list[dict[str, Any]] = []
+        self.size = 0
+        self.crc = 0
+
+    def join(self, work: Path, keys: Sequence[str]) -> Iterator[bytes]:
+        """Yield the bytes of the tar file, from the finished samples in a work folder."""
+        for key in keys:
+            path = work / f"{key}.tar"
+            if path.is_file():
+                data = path.read_bytes()
+                self._add(key, data)
+                yield self._counted(data)
+            else:
+                self.rejected.append(json.loads((work / f"{key}.json").read_bytes()))
+        yield self._counted(END)
+
+    def _add(self, key: str, data: bytes) -> None:
+        """Add the sample that starts at the current end of the tar file."""
+        positions = {}
+        contents = {}
+        for suffix, offset, member in read_members(data):
+            positions[suffix] = [self.size + offset, len(member)]
+            contents[suffix] = member
+        facts = json.loads(contents["json"])
+        tensors = load(contents["safetensors"])
+        self.samples.append({"key": key, "frames": facts["frames"], "seconds": facts["seconds"], "members": positions})
+        self.tensor_names.append(set(tensors))
+        motion = tensors.get("motion")
+        if motion is not None:
+            sums = torch.stack([motion.double().sum(0), motion.double().square().sum(0)])
+            self.motion_sums.append((len(motion), sums))
+
+    def _counted(self, data: bytes) -> bytes:
+        self.size += len(data)
+        self.crc = zlib.crc32(data, self.crc)
+        return data
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entries of the sidecar, once all bytes have been yielded."""
+        all_names = set().union(*self.tensor_names)
+        for sample, names in zip(self.samples, self.tensor_names):
+            if names != all_names:  # missing names are stored, as most samples contain all
+                sample["lacks"] = sorted(all_names - names)
+        count, (total, square) = _total(self.motion_sums)
+        return {
+            "tensors": sorted(all_names),
+            "samples": self.samples,
+            "rejected": dict(Counter(each["stage"] for each in self.rejected)),
+            "quarantine": self.rejected,
+            "motion": {"count": count, "sum": total.tolist(), "square": square.tolist()} if count else None,
+            "bytes": self.size,
+            "crc32": self.crc,
         }
 
 
