@@ -71,24 +71,24 @@ def verify_once(path: Path, crc32: int) -> None:
     the disk, or in the temporary folder if that is read-only. One process per machine reads the file, while others
     wait.
     """
-    about = path.stat()
-    key = repr((path.name, about.st_size, about.st_mtime_ns, crc32)).encode()
-    name = f"verified-{hashlib.blake2b(key, digest_size=16).hexdigest()}"
-    beside = path.parent / ".verified" / name
-    if beside.exists():
+    status = path.stat()
+    content = repr((path.name, status.st_size, status.st_mtime_ns, crc32)).encode()
+    name = f"verified-{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+    shared_marker = path.parent / ".verified" / name
+    if shared_marker.exists():
         return
-    place = repr((str(path.resolve()), about.st_ino)).encode()
-    note = _scratch() / f"{name}-{hashlib.blake2b(place, digest_size=16).hexdigest()}"
-    with FileLock(note.with_suffix(".lock")):
-        if note.exists() or beside.exists():
+    location = repr((str(path.resolve()), status.st_ino)).encode()
+    local_marker = _scratch() / f"{name}-{hashlib.blake2b(location, digest_size=16).hexdigest()}"
+    with FileLock(local_marker.with_suffix(".lock")):
+        if local_marker.exists() or shared_marker.exists():
             return
         if checksum(path) != crc32:
             raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
         try:
-            beside.parent.mkdir(exist_ok=True)
-            beside.touch()
+            shared_marker.parent.mkdir(exist_ok=True)
+            shared_marker.touch()
         except OSError:  # such as a read-only disk
-            note.touch()
+            local_marker.touch()
 
 
 def _scratch() -> Path:
@@ -125,7 +125,7 @@ class SplitFiles:
         self.cache = Path(cache)
         self.limit = limit
         self._slots: tuple[int, threading.Semaphore] | None = None
-        self._asked: set[str] = set()
+        self._requested: set[str] = set()  # names of shards that are being fetched in the background
         if self.remote:  # a new index has a separate cache
             known = json.dumps([source, self.index], sort_keys=True).encode()
             self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()
@@ -135,7 +135,7 @@ class SplitFiles:
                 raise UserError(f"the shard cache of {limit / 1e9:g} GB is too small for {source}: set {least}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_slots": None, "_asked": set()}
+        return self.__dict__ | {"_slots": None, "_requested": set()}
 
     def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
         name = f"{shard['name']}.json"
@@ -163,17 +163,17 @@ class SplitFiles:
             return
         if self._slots is None or self._slots[0] != os.getpid():  # threads do not survive a fork
             self._slots = (os.getpid(), threading.Semaphore(AHEAD))
-            self._asked = set()
+            self._requested = set()
         for shard in shards:
-            if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
-                self._asked.add(shard["name"])
+            if shard["name"] not in self._requested and not (self.folder / f"{shard['name']}.tar").is_file():
+                self._requested.add(shard["name"])
                 # No pool: a process would not exit before the last download of its pool.
                 threading.Thread(target=self._fetch_ahead, args=(shard,), daemon=True).start()
 
     def _fetch_ahead(self, shard: dict[str, Any]) -> None:
         with self._slots[1], suppress(UserError):
             self._fetched(f"{shard['name']}.tar", shard)
-        self._asked.discard(shard["name"])
+        self._requested.discard(shard["name"])
 
     def _fetched(self, name: str, shard: dict[str, Any] | None = None) -> Path:
         """Return the cached copy of a file, fetching it if necessary. Shards are verified."""
@@ -194,10 +194,11 @@ class SplitFiles:
             else:
                 raise UserError(f"shard {url} is damaged: checksum mismatch after two downloads")
             os.replace(arrival, path)
-            self._make_room(path)
+            self._evict(path)
         return path
 
-    def _make_room(self, newest: Path) -> None:
+    def _evict(self, newest: Path) -> None:
+        """Delete the least recently used shards until the cache is within its limit."""
         copies = []
         for path in self.cache.glob("*/*.tar"):
             with suppress(FileNotFoundError):  # another process may delete concurrently
