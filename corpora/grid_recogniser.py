@@ -246,20 +246,24 @@ class GridRecogniserTask(Task):
         return batch["labels"].numel()
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Return the losses of a batch of `GridSentences`."""
+        """Return the losses of a batch of `GridSentences`.
+
+        They are `sentence`, the negative log posterior of the spoken sentence among all sentences of the grammar,
+        `ctc`, and `words`, the cross-entropy of the frames with a known word, whose weight decreases during training.
+        """
         with torch.autocast("cpu", enabled=False):
             mel, lengths = change(batch["wave"], self.recogniser.config.bands)
         scores = self.recogniser(mel)
         count, frames = scores.shape[:2]
         sizes = torch.full((count,), frames), torch.full((count,), batch["words"].shape[1])
         ctc = F.ctc_loss(scores.transpose(0, 1), batch["words"], *sizes, reduction="none")
-        share = (sentence_scores(scores) + ctc).mean()
+        sentence = (sentence_scores(scores) + ctc).mean()
         middles = REDUCTION * (torch.arange(frames) + 0.5) / lengths[:, None]
         labels = batch["labels"].gather(1, middles.long().clamp(max=batch["labels"].shape[1] - 1))
         words = F.nll_loss(scores.flatten(0, 1), labels.flatten(), ignore_index=UNKNOWN)
         fading = 5 * max(0.1, 1 - 2 * self.step / self.steps)
-        loss = share + 0.2 * ctc.mean() + fading * words
-        return {"loss": loss, "share": share.detach(), "ctc": ctc.mean().detach(), "words": words.detach()}
+        loss = sentence + 0.2 * ctc.mean() + fading * words
+        return {"loss": loss, "sentence": sentence.detach(), "ctc": ctc.mean().detach(), "words": words.detach()}
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:

@@ -170,8 +170,8 @@ def capture_graphs(
     if graphs.backend is None:
         return
     device = next(model.parameters()).device
-    most = 1 << (batch_size - 1).bit_length()
-    for batch in [1 << power for power in range(most.bit_length())]:
+    max_batch = 1 << (batch_size - 1).bit_length()
+    for batch in [1 << power for power in range(max_batch.bit_length())]:
         for seconds in range(1, sampler.window + 1):
             length = int(FPS) * seconds
             for frames in (length, length - 1):

@@ -63,9 +63,9 @@ def main() -> None:
     whole = total / trainer.steps
     plans = []
     each_gpu = {gpus: max(1, min(trainer.batch_size, round(whole / gpus))) for gpus in args.gpus}
-    most = max(2, *each_gpu.values())
+    max_samples = max(2, *each_gpu.values())
     shards = max(args.gpus) > 1
-    pair = measure_samples(model, sizes, trainer, rows, args.seconds, most, shards)
+    pair = measure_samples(model, sizes, trainer, rows, args.seconds, max_samples, shards)
     for gpus in args.gpus:
         samples = each_gpu[gpus]
         padding = padding_of(trainer, gpus, each_gpu[gpus])

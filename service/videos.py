@@ -182,13 +182,13 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
     """Generate a talking face."""
     talker = service.talker
     prepared = await asyncio.to_thread(talker.prepare, job)
-    most = sum(request.max_patches for request in prepared.requests)
+    max_patches = sum(request.max_patches for request in prepared.requests)
     patches = 0
 
     def count(_: torch.Tensor) -> None:
         nonlocal patches
         patches += 1
-        video.progress = min(90, 90 * patches // most)
+        video.progress = min(90, 90 * patches // max_patches)
 
     tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
     results = [await service.generate("talker_t2av", ticket) for ticket in tickets]

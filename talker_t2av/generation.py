@@ -202,12 +202,14 @@ class BatchedDecoder:
             UserError: If there is no patch to generate, or the tokens exceed the backbone's maximum position.
         """
         limit = step_limit(self.model, request, self.mode)
-        most = self.model.llm.config.max_position_embeddings
+        max_tokens = self.model.llm.config.max_position_embeddings
         if limit < 1:
             raise UserError(f"nothing to generate: {limit} patches remain after the prefix")
         prompt = len(request.prompt) + request.task_first + self.per_patch * request.prefix
-        if (tokens := prompt + self.per_patch * limit) > most:
-            raise UserError(f"{prompt} tokens of text and prefix and {limit} patches exceed {most}: use a shorter text")
+        if (tokens := prompt + self.per_patch * limit) > max_tokens:
+            raise UserError(
+                f"{prompt} tokens of text and prefix and {limit} patches exceed {max_tokens}: use a shorter text"
+            )
         return limit, tokens
 
     @torch.no_grad()
@@ -397,8 +399,8 @@ class BatchedDecoder:
             The next state, the new patches (B, P, C), the last token (B, D), and the stop probability (B,).
         """
         row = torch.arange(len(cache), device=cache.device)
-        most = plan.known.shape[1] - 1  # clamp unused and finished rows to valid indices
-        known = plan.known[row, state.index.clamp(max=most)]
+        last = plan.known.shape[1] - 1  # clamp unused and finished rows to valid indices
+        known = plan.known[row, state.index.clamp(max=last)]
         hidden = state.hidden
         context = dict(state.context)
         patches = {}
@@ -408,7 +410,7 @@ class BatchedDecoder:
                 if s not in streams:
                     continue
                 number = state.index - self.lag[s]
-                noise = plan.noise[s][row, number.clamp(0, most)]
+                noise = plan.noise[s][row, number.clamp(0, last)]
                 with half_precision(noise.device, self.model.dtype):
                     patch = self.heads[s].sample(
                         hidden, context[s].transpose(1, 2), plan.condition[s], noise, self.schedules[s],

@@ -130,8 +130,8 @@ def count_elements(c: TalkerConfig, batch: Mapping[str, Tensor]) -> dict[str, in
     counts = {"stop": int((layout.stop_labels(c)[0] != IGNORED).sum())}
     for stream in ("speech", "motion"):
         patches = -(-batch[f"{stream}_frames"].clamp(max=batch[stream].shape[1]) // c.patch_size)
-        most = -(-batch[stream].shape[1] // c.patch_size)
-        counts[stream] = int(layout.examples(stream, patches, most).sum())
+        count = -(-batch[stream].shape[1] // c.patch_size)
+        counts[stream] = int(layout.examples(stream, patches, count).sum())
     if "phoneme" in batch:
         counts["phoneme"] = int(batch["speech_frames"].clamp(max=batch["phoneme"].shape[1]).sum())
     if "pointer" in batch:

@@ -105,9 +105,11 @@ class Job(Group):
         if not self.text.strip() and self.mode in ("t2av", "tts"):
             raise UserError(f"mode={self.mode} requires text")
         size = len(self.text.encode(errors="replace"))
-        most = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
-        if size > most:
-            raise UserError(f"the text has {size:,} bytes, at most {most:,} are supported: split it into several jobs")
+        max_bytes = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
+        if size > max_bytes:
+            raise UserError(
+                f"the text has {size:,} bytes, at most {max_bytes:,} are supported: split it into several jobs"
+            )
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
                 raise UserError(f"mode={self.mode} requires the file {name}")

@@ -155,25 +155,33 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     raise UserError(f"the tokenizer's chat template cannot be used ({why}): expected that of Qwen3")
 
 
-def split_text(text: str, most: int) -> list[str]:
-    """Split text into parts of at most `most` bytes: at sentences if possible, else at clauses, else at words."""
-    if len(text.encode()) <= most:
+def split_text(text: str, max_bytes: int) -> list[str]:
+    """Split a text at sentences if possible, else at clauses, else at words.
+
+    Args:
+        text: the text.
+        max_bytes: maximum length of a part in UTF-8 bytes.
+
+    Raises:
+        UserError: If a word is longer.
+    """
+    if len(text.encode()) <= max_bytes:
         return [text]
     pieces = [text]
     for end in (SENTENCE, CLAUSE, WORD):
         pieces = [
             part
             for piece in pieces
-            for part in (re.split(end, piece) if len(piece.strip().encode()) > most else [piece])
+            for part in (re.split(end, piece) if len(piece.strip().encode()) > max_bytes else [piece])
             if part.strip()
         ]
     parts = [""]
     for piece in pieces:
-        if len(piece.strip().encode()) > most:
+        if len(piece.strip().encode()) > max_bytes:
             raise UserError(
-                f"{piece.strip()[:30]!r}... has neither space nor punctuation within {most} bytes: split it"
+                f"{piece.strip()[:30]!r}... has neither space nor punctuation within {max_bytes} bytes: split it"
             )
-        if len((parts[-1] + piece).strip().encode()) > most:
+        if len((parts[-1] + piece).strip().encode()) > max_bytes:
             parts.append("")
         parts[-1] += piece
     return [part.strip() for part in parts]

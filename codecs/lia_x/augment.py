@@ -109,10 +109,10 @@ def replace_wall(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = []
     for frame in frames:
         hsv = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)
-        least = (KEY_HUE[0], KEY_SATURATION, KEY_VALUE)
-        most = (KEY_HUE[1], 255, 255)
-        share = cv2.GaussianBlur(cv2.inRange(hsv, least, most), (0, 0), 0.8)[..., None] / np.float32(255)
-        out.append((share * wall + (1 - share) * frame).round().astype(np.uint8))
+        lowest = (KEY_HUE[0], KEY_SATURATION, KEY_VALUE)
+        highest = (KEY_HUE[1], 255, 255)
+        alpha = cv2.GaussianBlur(cv2.inRange(hsv, lowest, highest), (0, 0), 0.8)[..., None] / np.float32(255)
+        out.append((alpha * wall + (1 - alpha) * frame).round().astype(np.uint8))
     return np.stack(out)
 
 

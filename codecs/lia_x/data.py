@@ -191,8 +191,8 @@ class RealAndDrawn:
         self.weights = region_weights(size, regions)[0, 0].numpy()
         names = people.speakers()
         counts = Counter(names)
-        most = max(counts.values())
-        turns = [people_repeats * round(most / counts[name]) for name in names]
+        largest = max(counts.values())
+        turns = [people_repeats * round(largest / counts[name]) for name in names]
         self.items = [(drawn, index) for index in range(len(drawn)) for _ in range(drawn_repeats)]
         self.items += [(people, index) for index, count in enumerate(turns) for _ in range(count)]
 

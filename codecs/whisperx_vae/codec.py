@@ -178,10 +178,11 @@ class WhisperXVAE(Codec):
         The waveform is not cropped to a multiple of the hop: all samples affect the last frames.
         """
         frames = self.checked_frames(wave)
-        most = self.config.max_frames
-        if frames > most:
+        max_frames = self.config.max_frames
+        if frames > max_frames:
             raise UserError(
-                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: expected at most {most * self.hop}"
+                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: expected at most "
+                f"{max_frames * self.hop}"
             )
         return self.project(wave, self.pooled_states(mel, frames))
 
@@ -209,20 +210,20 @@ class WhisperXVAE(Codec):
         """
         self.checked_frames(wave)
         frames = wave.shape[-1] // self.hop
-        most = self.config.max_frames
+        max_frames = self.config.max_frames
         wave = wave.to(self.in_proj.weight_g.device)
         wave16 = resample(wave[:, 0], self.sample_rate, RATE)
-        if frames <= most:
+        if frames <= max_frames:
             return self.encode_window(wave[..., : frames * self.hop], self.mel(wave16))
         latents = wave.new_empty(len(wave), frames, self.channels)
-        margin = most // 8
-        starts = [*range(0, frames - most, most - 2 * margin), frames - most]
+        margin = max_frames // 8
+        starts = [*range(0, frames - max_frames, max_frames - 2 * margin), frames - max_frames]
         for start in starts:
-            piece = wave[..., start * self.hop : (start + most) * self.hop]
+            piece = wave[..., start * self.hop : (start + max_frames) * self.hop]
             first = start * self.hop * RATE // self.sample_rate
             found = self.encode_window(piece, self.mel(wave16[:, first:]))
             skipped = margin if start else 0
-            latents[:, start + skipped : start + most] = found[:, skipped:]
+            latents[:, start + skipped : start + max_frames] = found[:, skipped:]
         return latents
 
     @torch.no_grad()

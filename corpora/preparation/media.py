@@ -91,11 +91,11 @@ class Decode(Stage):
         """Read all frames. Reading stops when the clip becomes too long, to bound memory."""
         frames = None
         count = 0
-        most = int((self.max_seconds + self.max_mismatch) * FPS)
+        max_frames = int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
             if frames is None:  # memory is used as it is filled
-                frames = np.empty((most, *block.shape[1:]), np.uint8)
-            if count + len(block) > most:
+                frames = np.empty((max_frames, *block.shape[1:]), np.uint8)
+            if count + len(block) > max_frames:
                 raise UserError(f"longer than {self.max_seconds:g} s")
             frames[count : count + len(block)] = block
             count += len(block)

@@ -188,15 +188,15 @@ def existing(root: str | Path) -> Path:
 
 
 def divided(
-    root: Path, clips: list[tuple[str, SourceClip]], split_of: Mapping[str, str] | None = None, **shares: float
+    root: Path, clips: list[tuple[str, SourceClip]], split_of: Mapping[str, str] | None = None, **fractions: float
 ) -> Source:
     """Create a source for a data set without splits: groups of clips are held out for `val` and `test`.
 
     Args:
         clips: all clips in a fixed order, each with its group: a speaker, a video, or a file if speakers are unknown.
-        split_of: split of each held-out group. None: determined by `held_out` with `shares`.
+        split_of: split of each held-out group. None: determined by `held_out` with `fractions`.
     """
-    split_of = held_out((group for group, _ in clips), shares) if split_of is None else split_of
+    split_of = held_out((group for group, _ in clips), fractions) if split_of is None else split_of
     splits: dict[str, list[SourceClip]] = {"train": [], "val": [], "test": []}
     for group, clip in clips:
         splits[split_of.get(group, "train")].append(clip)
@@ -211,20 +211,20 @@ def _with_text(folder: str, name: str) -> SourceClip:
     )
 
 
-def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
+def held_out(groups: Iterable[str], fractions: Mapping[str, float]) -> dict[str, str]:
     """Return the split of each held-out group (a speaker, a video). Training groups are absent.
 
     A fraction above 0 selects at least one group, and at least one group remains for training.
 
     Args:
-        shares: fraction of the groups by split.
+        fractions: fraction of the groups by split.
     """
-    for split, share in shares.items():
-        require_range(f"the fraction of the split {split}", share, 0.0, 0.9)
+    for split, fraction in fractions.items():
+        require_range(f"the fraction of the split {split}", fraction, 0.0, 0.9)
     names = sorted(set(groups), key=lambda name: hashlib.sha256(name.encode()).digest())
     found: dict[str, str] = {}
-    for split, share in shares.items():
-        count = min(max(1, round(share * len(names))) if share else 0, len(names) - len(found) - 1)
+    for split, fraction in fractions.items():
+        count = min(max(1, round(fraction * len(names))) if fraction else 0, len(names) - len(found) - 1)
         found |= dict.fromkeys(names[len(found) :][: max(0, count)], split)
     return found
 

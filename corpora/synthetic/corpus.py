@@ -100,9 +100,9 @@ def splice(
 ) -> tuple[np.ndarray, list[tuple[str, float, float]], float]:
     """Join two takes of a text at a word in the middle of the first: waveform, phonemes, time of the change."""
     starts = np.array([first.phonemes[i][1] for i in first.words])
-    share = starts * first.rate / len(first.wave)
-    near = np.flatnonzero((share > 0.3) & (share < 0.65))
-    word = int(rng.choice(near)) if len(near) else int(np.abs(share - 0.5).argmin())
+    position = starts * first.rate / len(first.wave)
+    near = np.flatnonzero((position > 0.3) & (position < 0.65))
+    word = int(rng.choice(near)) if len(near) else int(np.abs(position - 0.5).argmin())
     i = first.words[word]
     j = second.words[word]
     cut = float(starts[word])

@@ -71,9 +71,9 @@ def draw_change(rng: np.random.Generator) -> tuple[str, str]:
     return (flat, lively) if rng.random() < 0.5 else (lively, flat)
 
 
-def blend(first, second, share: float):
-    """Mix two prosodies or two poses, with weight `share` of the second."""
-    return type(first)(*(a + (b - a) * share for a, b in zip(vars(first).values(), vars(second).values())))
+def blend(first, second, weight: float):
+    """Mix two prosodies or two poses, with weight `weight` of the second."""
+    return type(first)(*(a + (b - a) * weight for a, b in zip(vars(first).values(), vars(second).values())))
 
 
 def prosody(expression: str, intensity: float) -> Prosody:
@@ -88,5 +88,5 @@ def pose(expression: str, intensity: float) -> Pose:
 
 def ease(times: np.ndarray, change: float, first: Pose, second: Pose) -> list[Pose]:
     """Return the pose at each time (T,) in seconds. The transition at `change` lasts a quarter second."""
-    share = 0.5 - 0.5 * np.cos(np.pi * np.clip((times - change) / 0.24 + 0.5, 0, 1))
-    return [blend(first, second, float(value)) for value in share]
+    weight = 0.5 - 0.5 * np.cos(np.pi * np.clip((times - change) / 0.24 + 0.5, 0, 1))
+    return [blend(first, second, float(value)) for value in weight]

@@ -116,9 +116,9 @@ def shade(colour, factor: float) -> tuple[int, int, int]:
     return _rgb([value * factor for value in colour])
 
 
-def mix(a, b, share: float) -> tuple[int, int, int]:
-    """Mix `share` of colour `b` into colour `a`."""
-    return _rgb([x * (1 - share) + y * share for x, y in zip(a, b)])
+def mix(a, b, weight: float) -> tuple[int, int, int]:
+    """Mix colour `b` into colour `a`, with weight `weight` from 0 to 1."""
+    return _rgb([x * (1 - weight) + y * weight for x, y in zip(a, b)])
 
 
 def fixed(points: ArrayLike) -> np.ndarray:
@@ -238,8 +238,8 @@ def _shading(who: Identity, canvas: np.ndarray, inside: np.ndarray, light: float
     colour = np.array(who.skin, np.float32) * (level * (0.5 + 0.5 * light))[..., None]
     cheek = 0.12 * np.exp(-(((np.abs(x - 64) - 19) / 8) ** 2) - ((y - 77) / 7) ** 2)[..., None]
     colour = colour * (1 - cheek) + np.array([214, 92, 84], np.float32) * cheek
-    share = (inside.astype(np.float32) / 255)[..., None]
-    canvas[:] = np.clip(canvas * (1 - share) + colour * share, 0, 255).astype(np.uint8)
+    alpha = (inside.astype(np.float32) / 255)[..., None]
+    canvas[:] = np.clip(canvas * (1 - alpha) + colour * alpha, 0, 255).astype(np.uint8)
 
 
 def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
@@ -253,8 +253,8 @@ def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
     moustache = [64 - 15, 64, 64 + 15, 64 + 13, 64, 64 - 13], who.mouth_y - np.array([3, 10, 3, 6, 11.5, 6])
     fill(mask, np.stack(moustache, 1), 255)
     mask = cv2.GaussianBlur(np.minimum(mask, inside), (0, 0), 2.0)
-    share = (mask.astype(np.float32) / 255 * 0.75 * who.beard)[..., None]
-    canvas[:] = (canvas * (1 - share) + np.array(who.hair, np.float32) * share).astype(np.uint8)
+    alpha = (mask.astype(np.float32) / 255 * 0.75 * who.beard)[..., None]
+    canvas[:] = (canvas * (1 - alpha) + np.array(who.hair, np.float32) * alpha).astype(np.uint8)
 
 
 def _nose(who: Identity, canvas: np.ndarray) -> None:

@@ -130,8 +130,8 @@ def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
 
 
 def _open_word(rng: np.random.Generator) -> str:
-    words, shares = open_words()
-    return words[int(np.searchsorted(shares, rng.random() * shares[-1]))]
+    words, cumulative = open_words()
+    return words[int(np.searchsorted(cumulative, rng.random() * cumulative[-1]))]
 
 
 def _open_slot(rng: np.random.Generator, name: str) -> str:
@@ -216,6 +216,6 @@ def language_model(count: int = 20_000, closed: bool = False) -> str:
     lines += [f"{math.log10(single[word]):.4f} {word} {math.log10(rest[word]):.4f}" for word in vocabulary]
     lines += ["", "\\2-grams:"]
     for (first, second), times in sorted(pairs.items()):
-        share = (1 - rest[first]) * times / total[first] + rest[first] * single[second]
-        lines.append(f"{math.log10(share):.4f} {first} {second}")
+        probability = (1 - rest[first]) * times / total[first] + rest[first] * single[second]
+        lines.append(f"{math.log10(probability):.4f} {first} {second}")
     return "\n".join([*lines, "", "\\end\\", ""])

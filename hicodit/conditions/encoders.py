@@ -51,12 +51,12 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
     if bool(whole.all()):
         return encoder(to_unit_range(mouth), frames)
     if bool(whole.any()):
-        most = int(frames[whole].max())
+        longest = int(frames[whole].max())
         short = to_device(whole.nonzero()[:, 0], mouth.device)
         long = to_device((~whole).nonzero()[:, 0], mouth.device)
-        encoded = encoder(to_unit_range(mouth[short, :most]), frames[whole])
+        encoded = encoder(to_unit_range(mouth[short, :longest]), frames[whole])
         out = mouth.new_zeros(*mouth.shape[:2], encoded.shape[-1], dtype=encoded.dtype)
-        out[short, :most] = encoded
+        out[short, :longest] = encoded
         out[long] = encode_in_windows(encoder, mouth[long], frames[~whole], window, context)
         return out
     parts = []
