@@ -11,6 +11,7 @@ import pytest
 from engine import batch_runner
 from engine.batch_runner import BatchResult, JobRunner, RunConfig, batched, run_in_processes, run_jobs
 from engine.errors import UserError
+from engine.progress import current, showing
 from engine.settings import ClusterConfig, check_place
 from tests.waiting import wait_until
 
@@ -75,6 +76,19 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeyp
     unforeseen = "unexpected ZeroDivisionError: by nothing"
     assert err.splitlines() == ["failed: job2: 2 is even", "failed: job4: 4 is even", "failed: job6: 6 is even",
                                 "failed: job7: the disk is full", f"failed: job15: {unforeseen}"]  # fmt: skip
+
+
+def test_progress_counts_the_jobs_of_all_batches():
+    prefixes = []
+
+    class Noting(Numbers):
+        def prepare(self, job):
+            prefixes.append(current().prefix)
+            return job
+
+    with showing():
+        list(Noting(None).run_all(batched(named([1, 3, 5]), 2)))
+    assert prefixes == ["1/3 ", "2/3 ", "3/3 "]
 
 
 def test_exit_code_0_without_failures_and_an_error_if_all_jobs_fail(tmp_path, capsys):

@@ -132,10 +132,13 @@ def test_a_sample_does_not_depend_on_its_batch(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_known_tokens_are_kept(method):
-    known = torch.full((1, K, 8), N)
-    known[:, :, :3] = 2
-    x = run(method, [8], torch.randn(K, N).log_softmax(-1), known, steps=4).tokens
-    assert (x[:, :, :3] == 2).all() and (x < N).all()
+    """Of one clip the first three frames, of the other all."""
+    known = torch.full((2, K, 8), N)
+    known[0, :, :3] = 2
+    known[1] = 2
+    seen = run(method, [8, 8], torch.randn(K, N).log_softmax(-1), known, steps=4)
+    assert (seen.tokens[0, :, :3] == 2).all() and (seen.tokens[1] == 2).all() and (seen.tokens < N).all()
+    assert all(time > 0 for times in seen.times for time in times)  # also where no token is masked
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.shards.reader import ShardSplit
 from engine.training.batches import MicroBatches
 from talker_t2av.data import TalkerExamples, TalkerPairs
+from talker_t2av.model import MAX_FRAMES
 from talker_t2av.system import codec_digests
 from tests.tiny import same
 from whisperx_vae import WhisperXVAE
@@ -44,6 +45,28 @@ def test_an_example_holds_the_tokenised_text_and_the_stored_latents(root, task):
         torch.testing.assert_close(item["motion"], (tensors["motion"][:whole].float() - 0.1) / 0.5)
         prompt = examples.words.prompt(TEXTS[i])
         assert item["input_ids"][: len(prompt)].tolist() == prompt and examples.info(i)["key"] == f"clip{i}"
+
+
+def test_a_window_of_a_clip_over_30_seconds_is_drawn(tmp_path):
+    """Speech and motion of a frame are its number, which tells where a window begins."""
+    frames = MAX_FRAMES + 20
+    numbers = torch.arange(frames)[:, None].half()
+    tensors = {"speech": numbers.expand(-1, DS), "motion": numbers.expand(-1, DM), "speaker": torch.zeros(256).half()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    plain = {"motion_mean": [0.0] * DM, "motion_std": [1.0] * DM}
+    write_split(tmp_path / "train", [({"key": "long", "text": "now", "frames": frames}, tensors)], 1, **plain)
+    examples = TalkerExamples(tmp_path / "train", stats=tmp_path / "train" / "index.json")
+    starts = set()
+    for seed in range(5):
+        item = examples.load(0, torch.Generator().manual_seed(seed))
+        start = int(item["speech"][0, 0])
+        starts.add(start)
+        for stream in ("speech", "motion"):
+            shown = item[stream][:, 0]
+            assert MAX_FRAMES - 4 < len(shown) <= MAX_FRAMES and shown.tolist() == list(
+                range(start, start + len(shown))
+            )
+    assert len(starts) > 1 and max(starts) <= 20
 
 
 def test_every_pair_occurs_once_per_epoch_and_its_shards_are_prefetched(root, spy):
