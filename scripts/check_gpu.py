@@ -1,7 +1,7 @@
 """Check whether a GPU works correctly and how close it is to its limits.
 
     python scripts/check_gpu.py                    # one GPU, under ten minutes
-    python scripts/check_gpu.py --gpus 8          # also DDP, FSDP2, a killed process, collectives
+    python scripts/check_gpu.py --gpus 8           # also DDP, FSDP2, a killed process, collectives
     python scripts/check_gpu.py --only rates graphs
 
 Prints a line per result. PASS: the value is within its range. WARN: within a factor of two of it, or something is not

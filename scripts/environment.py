@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 if find_spec("torch") is None or find_spec("engine") is None:
     print(
-        "error: the project's packages are not installed: bash scripts/setup.sh makes their environment, once, and "
-        "source .venv/bin/activate uses it",
+        "error: the project's packages are not installed: run `bash scripts/setup.sh` once, then "
+        "`source .venv/bin/activate`",
         file=sys.stderr,
     )
     sys.exit(2)

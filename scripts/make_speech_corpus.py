@@ -1,8 +1,8 @@
-"""Gather human and synthetic speech into one corpus, on which the speech codecs train.
+"""Create a corpus of human and synthetic speech for training the speech codecs.
 
 Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722, and a
-synthetic corpus. Splits: train; val and test (further sentences of GRID's training speakers); new (held-out speakers).
-Run the same command again to continue an interrupted call.
+synthetic corpus. Splits: train; val and test (other sentences of GRID's training speakers); new (held-out speakers).
+Run the same command again to continue after an interruption.
 """
 
 from __future__ import annotations

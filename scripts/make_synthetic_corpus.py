@@ -7,7 +7,7 @@ with larger numbers of clips to extend one.
 
 Version 2 has 460 voices that can be predicted from the faces; a split dev, half of it with training voices, for
 choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600 words in
-half of the clips. Version 3 is speech alone, by the same voices: open sentences of any words, and, in the split
+half of the clips. Version 3 has speech without video by the same voices: sentences of arbitrary words and, in the split
 `plain`, the sentences of assets/demo/sentences.txt by held-out voices."""
 
 from __future__ import annotations

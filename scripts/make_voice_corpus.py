@@ -1,7 +1,9 @@
-"""Gather human speech whose text is known, with the times of its phonemes, and synthetic speech into one corpus for
-Talker: GRID, the English prompts of Debian's package asterisk-core-sounds-en-g722, and the voices of the program flite,
-which were built from recordings of people. The splits are train, val and test (further sentences of the same speakers).
-Data: --grid and --prompts; --synthetic is a corpus of make_synthetic_corpus.py."""
+"""Create a speech corpus with texts and phoneme times for training Talker-T2AV, from human and synthetic speech.
+
+Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), the voices of
+the program flite, which were built from recordings of people, and a corpus of make_synthetic_corpus.py (--synthetic).
+Splits: train; val and test (other sentences of the same speakers).
+"""
 
 from __future__ import annotations
 

@@ -5,15 +5,15 @@
     python scripts/plan_run.py talker_paper trainer.global_batch_size=128 --seconds 6 --gpus 8 64 --json plan.json
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
-A training step of one process runs on tensors without data (benchmarks/fake_step.py). What several exchange and share
-follows from the sizes of parameters (benchmarks/plan.py); rates of the GPUs and their efficiency are stated there.
+A training step of one process is run on fake tensors (benchmarks/fake_step.py). Communication and sharding are computed
+from the sizes of the parameters (benchmarks/plan.py, which also states the rates and the efficiency of the GPUs).
 
-One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. Clips of a corpus differ in length, and a step
-takes as long as the longest batch of a rank: times are divided by the padding efficiency of log-normal lengths (median
-5 s, cropped at 10 s) in the recipe's order of batches. The samples of a step over all GPUs are
-trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least, so with more GPUs a step takes more
-samples, and the run fewer steps. Takes minutes for the models of the papers. Further words are settings of the recipe,
-as train.py takes them.
+A sample is a clip of `--seconds`, for Talker-T2AV a pair of clips. As the clips of a corpus differ in length and a step
+takes as long as the longest batch of a rank, times are divided by the padding efficiency of log-normal lengths (median
+5 s, cropped at 10 s) in the recipe's order of batches. A step has trainer.global_batch_size samples on all GPUs
+together, or else batch_size x accumulate, and at least one per GPU: with more GPUs than that, a step has more samples,
+and the run fewer steps. The command takes minutes for the models of the papers. Further arguments are settings of the
+recipe, as for train.py.
 """
 
 from __future__ import annotations
