@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from toy_task import CONFIG, ToyGAN, ToySet
 
 from engine.errors import UserError
@@ -66,6 +67,8 @@ def test_a_run_is_exported_with_averaged_weights_and_a_card(run, tmp_path, call)
         "`assets/old`",
     ):
         assert words in text
+    (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results  # what the hub shows
+    assert result.metric_type == "weight" and result.metric_value == pytest.approx(weight)
 
 
 def test_without_averages_the_last_weights_are_exported(tmp_path):

@@ -214,6 +214,15 @@ def test_a_small_face_is_cropped_from_frames_of_full_resolution(tmp_path):
     assert np.allclose(moved.boxes, 2 * track.boxes)
 
 
+@pytest.mark.parametrize("kept", [0, 2**30], ids=["decoded again", "kept in memory"])
+def test_a_limited_number_of_frames_is_read_as_often_as_asked(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("engine.faces.clip.KEPT", kept)
+    write_video(tmp_path / "a.mp4", scene(70, []), 25)
+    clip = ClipFrames(tmp_path / "a.mp4", 25.0, frames=60)
+    first, again = (np.concatenate(list(clip)) for _ in range(2))
+    assert len(first) == 60 and np.array_equal(first, again)
+
+
 @pytest.mark.parametrize(("speaker", "sound"), [(0, True), (1, True), (1, False)])
 def test_the_speaking_face_is_chosen(speaker, sound):
     """With audio, both mouths move and one of them with the loudness. Without, the other head only moves about."""
