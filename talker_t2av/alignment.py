@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from talker_t2av.model import TalkerT2AV
     from talker_t2av.text import TalkerTokenizer
 
-SKIPPED = 0.6  # cost of a token without frames; a frame of another phoneme has cost 1
-FARTHEST = 3  # maximum number of tokens between consecutive frames
-HEAD = 0
+SKIP_COST = 0.6  # of a token without frames; a frame with another phoneme costs 1
+MAX_ADVANCE = 3  # maximum number of tokens from one frame to the next
+GUIDED_HEAD = 0  # index of the guided attention head of a layer
 
 
 def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
@@ -43,12 +43,15 @@ def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
 
 
 def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return for each frame (B, F) the index of the spoken token: a monotonic path of minimum cost.
+    """Align frames with tokens by dynamic programming: a monotonic path of minimum cost.
 
     Args:
         tokens: (B, T) classes.
         lengths: (B,) lengths of the prompts.
         labels: (B, F) classes of the frames.
+
+    Returns:
+        The index of the token that is spoken in each frame, (B, F) int64.
     """
     rows, count = tokens.shape
     wrong = tokens[:, None] != labels[..., None]  # (B, F, T)
@@ -56,22 +59,27 @@ def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.nda
     cost = np.where(np.arange(count) < 2, 0.0, np.inf) + wrong[:, 0] + np.where(outside, np.inf, 0.0)
     back = np.zeros(wrong.shape, np.int8)
     for frame in range(1, labels.shape[1]):
-        steps = np.full((FARTHEST + 1, rows, count), np.inf)
-        for step in range(FARTHEST + 1):
-            steps[step, :, step:] = cost[:, : count - step] + SKIPPED * max(0, step - 1)
+        steps = np.full((MAX_ADVANCE + 1, rows, count), np.inf)
+        for step in range(MAX_ADVANCE + 1):
+            steps[step, :, step:] = cost[:, : count - step] + SKIP_COST * max(0, step - 1)
         back[:, frame] = steps.argmin(0)
         cost = steps.min(0) + wrong[:, frame]
         cost[outside] = np.inf
-    place = cost.argmin(1)
+    token = cost.argmin(1)
     path = np.empty(labels.shape, np.int64)
     for frame in range(labels.shape[1] - 1, -1, -1):
-        path[:, frame] = place
-        place = place - back[np.arange(rows), frame, place]
+        path[:, frame] = token
+        token = token - back[np.arange(rows), frame, token]
     return path
 
 
 class Alignment:
-    """Context manager that records the attention inputs of some layers. `loss` then guides one head of each layer."""
+    """Context manager that records the attention inputs of some layers. `loss` then guides one head of each layer.
+
+    Args:
+        model: the model.
+        layers: indices of the layers of its language model.
+    """
 
     def __init__(self, model: TalkerT2AV, layers: Sequence[int]) -> None:
         self.attentions = [model.llm.model.layers[i].self_attn for i in layers]
@@ -93,6 +101,7 @@ class Alignment:
         """Return the mean negative log attention (B, T) to the tokens of the next patch.
 
         Args:
+            batch: of `talker_t2av.data.collate`, with `pointer`.
             mask: (B, T), 1 at real tokens, including the task token at the start.
             size: frames per patch.
         """
@@ -105,17 +114,19 @@ class Alignment:
         start = batch["speech_span"][row, 0]
         row, query, first, last = to_device(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
         mask = to_device(mask, device)
-        place = torch.arange(mask.shape[1], device=device)
-        meant = (place >= first[:, None]) & (place <= last[:, None])
-        visible = (place <= query[:, None]) & mask.bool()[row]
+        position = torch.arange(mask.shape[1], device=device)
+        is_target = (position >= first[:, None]) & (position <= last[:, None])
+        visible = (position <= query[:, None]) & mask.bool()[row]
         losses = []
         for attention, hidden, (cos, sin) in self.inputs:
             width = attention.head_dim
-            q = attention.q_norm(F.linear(hidden, attention.q_proj.weight[HEAD * width : (HEAD + 1) * width]))
+            q = attention.q_norm(
+                F.linear(hidden, attention.q_proj.weight[GUIDED_HEAD * width : (GUIDED_HEAD + 1) * width])
+            )
             k = attention.k_norm(F.linear(hidden, attention.k_proj.weight[:width]))
             q, k = apply_rotary_pos_emb(q[:, None], k[:, None], cos, sin)
             scores = (q[:, 0] @ k[:, 0].transpose(1, 2))[row, query].float() * attention.scaling
             scores = scores.masked_fill(~visible, -torch.inf)
-            right = scores.masked_fill(~meant, -torch.inf).logsumexp(1)
-            losses.append((scores.logsumexp(1) - right).mean())
+            to_target = scores.masked_fill(~is_target, -torch.inf).logsumexp(1)
+            losses.append((scores.logsumexp(1) - to_target).mean())
         return torch.stack(losses).mean()
