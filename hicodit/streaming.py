@@ -33,9 +33,8 @@ from hicodit.samplers import SAMPLERS, SamplerInput
 from hicodit.settings import StreamSettings, with_preset
 
 HOP = 4  # video frames: 160 ms
-MIN_MARGIN = (
-    5  # minimum distance in video frames between the newest frame and a final token, if the look-ahead allows it
-)
+# Minimum distance in video frames between the newest frame and a final token, if the look-ahead allows it.
+MIN_MARGIN = 5
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +63,8 @@ class SpeechStream:
 
     Args:
         pipeline: a `HiCoDiTPipeline`.
+        settings: look-ahead, window and sampling steps.
+        seed: seed of the random numbers.
         identity: (256,) GE2E embedding of a voice. None: predicted from the face before the first audio.
     """
 
@@ -82,10 +83,11 @@ class SpeechStream:
         after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
         self.lookahead = lookahead
         self.margin = lookahead - after
-        self.sound = StreamDecoder(pipeline.codec, 2, TOKENS_PER_FRAME * after)
+        self.decoder = StreamDecoder(pipeline.codec, 2, TOKENS_PER_FRAME * after)
         self.frames: list[np.ndarray] = []  # recent frames, starting at frame `first`
         self.faces: dict[int, np.ndarray] = {}  # faces detected in every fifth frame, by frame index
-        self.first = self.received = 0  # `received`: total number of frames
+        self.first = 0  # index of the first recent frame
+        self.received = 0  # number of frames so far
         self.settled = 0  # number of video frames with final tokens
         # Final tokens (K, L), from frame `first` on.
         self.tokens = torch.zeros(pipeline.codec.levels, 0, dtype=torch.long)
@@ -102,8 +104,8 @@ class SpeechStream:
             )
         self.frames.append(frame.copy())  # a camera may reuse its buffer
         self.received += 1
-        due = self.settled + HOP + self.margin
-        return self._advance(last=False) if self.received >= due else None
+        is_hop_complete = self.received >= self.settled + HOP + self.margin
+        return self._advance(last=False) if is_hop_complete else None
 
     def finish(self) -> SpeechChunk | None:
         """Return the remaining audio, or None if there were no frames."""
@@ -115,6 +117,7 @@ class SpeechStream:
 
     @torch.inference_mode()
     def _advance(self, last: bool) -> SpeechChunk:
+        """Make the tokens of a hop final and decode the audio that they allow. `last`: of all remaining frames."""
         begin = time.perf_counter()
         new = self.tokens[:, :0]
         settle = self.received if last else self.settled + HOP
@@ -123,8 +126,8 @@ class SpeechStream:
             self.tokens = torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
-        sound = self.sound.push(new[None], last)
-        wave = np.zeros(0, np.float32) if sound is None else sound[0, 0].clamp(-1, 1).cpu().numpy()
+        decoded = self.decoder.push(new[None], last)
+        wave = np.zeros(0, np.float32) if decoded is None else decoded[0, 0].clamp(-1, 1).cpu().numpy()
         compute = time.perf_counter() - begin
         return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
 

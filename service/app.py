@@ -103,9 +103,8 @@ class LiveFace:
         self.settings = StreamSettings(**fields)
         self.rate = chooser.load_all()[0].codec.sample_rate
         self.count = 0  # number of frames so far
-        self.first: list[
-            np.ndarray
-        ] = []  # frames before the release is selected: one hop, for which no audio is due yet
+        # Frames before the release is selected: one hop, for which no audio can be generated yet.
+        self.first: list[np.ndarray] = []
         self.stream: SpeechStream | None = None
 
     def push(self, data: bytes) -> bytes:

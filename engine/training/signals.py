@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REQUEUE = (
-    75  # exit code of a run that was asked to stop, has saved a checkpoint and can continue; EX_TEMPFAIL in sysexits.h
-)
+# Exit code of a run that was asked to stop, has saved a checkpoint and can continue: EX_TEMPFAIL in sysexits.h.
+REQUEUE = 75
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ONE_PRESS = 3.0  # seconds within which two Ctrl-C count as one, as torchrun forwards that of the terminal
 

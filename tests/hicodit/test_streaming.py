@@ -54,7 +54,7 @@ def test_streaming_memory_is_bounded_also_without_a_face(pipeline):
         frame = HEAD[i % 80] if i < 140 or i >= 200 else np.zeros_like(HEAD[0])
         chunk = stream.push(frame)
         samples += len(chunk.wave) if chunk else 0
-        kept.append((len(stream.frames), len(stream.faces), stream.sound.latest is None))
+        kept.append((len(stream.frames), len(stream.faces), stream.decoder.latest is None))
     samples += len(stream.finish().wave)
     assert samples == 240 * 960
     assert max(frames for frames, _, _ in kept) <= 25 + 25 + 4 and max(found for _, found, _ in kept) <= 10
