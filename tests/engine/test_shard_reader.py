@@ -156,6 +156,15 @@ def test_the_cache_stays_below_its_limit(server, folder, tmp_path):
         remote(server, tmp_path, cache_gb=1.5 * size / 1e9)
 
 
+def test_the_shard_that_was_used_least_recently_is_deleted(server, folder, tmp_path):
+    size = (folder / "000000.tar").stat().st_size
+    for sample in (0, 5, 0, 10):  # of the first shard, the second, the first again, the third
+        remote(server, tmp_path, cache_gb=2.5 * size / 1e9)[sample]
+        time.sleep(0.02)
+    kept = {path.name for path in (tmp_path / "cache").glob("*/*.tar")}
+    assert kept == {"000000.tar", "000002.tar"}
+
+
 def test_prefetched_shards_are_downloaded_in_the_background(server, tmp_path):
     split = pickle.loads(pickle.dumps(remote(server, tmp_path)))
     split.prefetch([(5, 10), (15, 20)])
@@ -191,6 +200,14 @@ def test_other_url_schemes_use_fsspec_and_are_retried(folder, tmp_path, monkeypa
     monkeypatch.setattr(fsspec, "open", lambda url, mode: (_ for _ in ()).throw(RuntimeError("403 Forbidden")))
     with pytest.raises(UserError, match="could not be fetched: 403 Forbidden"):
         ShardSplit("memory://flaky/other", Reading(cache=str(tmp_path)))
+
+
+def test_a_file_in_a_store_that_is_larger_than_stated_is_refused(folder, tmp_path):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.put(str(folder), "/large/train", recursive=True)
+    memory.pipe("/large/train/000000.tar", bytes(2**20))
+    with pytest.raises(UserError, match=r"000000\.tar has more than the expected"):
+        ShardSplit("memory://large/train", Reading(cache=str(tmp_path)))[0]
 
 
 def test_a_shard_on_a_shared_disk_is_verified_once(copy, tmp_path, monkeypatch):

@@ -35,6 +35,13 @@ def test_silence_has_no_words():
     assert WordTimes().recognise(np.zeros(16_000), 16_000) == []
 
 
+def test_a_subtitle_has_at_most_seven_words_and_no_pause():
+    nine = [Word("word", i / 4, (i + 1) / 4) for i in range(9)]
+    assert [len(cue.text.split()) for cue in cues(nine)] == [7, 2]
+    apart = [Word("one", 0.0, 0.3), Word("two", 1.0, 1.3)]
+    assert [cue.text for cue in cues(apart)] == ["one", "two"]
+
+
 def test_words_are_written_as_json_and_subtitles(tmp_path):
     words = [Word("Set", 0.1, 0.3), Word("blue.", 0.3, 0.75), Word("Now", 3661.5, 3662.0)]
     lines = [(cue.text, cue.begin, cue.end) for cue in cues(words)]
