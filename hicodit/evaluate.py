@@ -48,14 +48,24 @@ def write_outputs(
     """Generate the missing speech FOLDER/ID.wav for the videos of clips. Clip i uses the seed seed + i.
 
     Args:
+        clips: clips of the evaluation.
+        folder: folder of the files.
+        device: device of the networks.
+        weights, codec: release folders of the model and of its tokenizer. None: the bundled model; its tokenizer.
+        precision: see `HiCoDiTPipeline.from_pretrained`.
         detector, face_landmarks: see `FaceSource.from_settings`. If both are None, those of training are used.
         sampler: name of a file in configs/sampler.
         sampling, guidance: settings that override it.
         voice: use the voice of each clip's prompt instead of the one predicted from the face.
-        chosen: slice of the batches to write.
-        other: ignored settings of other models.
         expressions: own, shuffled (those of another clip), or exchanged (first and last expression of the clip
             swapped).
+        seed: seed of the first clip.
+        batch_size: number of clips per batch.
+        chosen: slice of the batches to write.
+        other: ignored settings of other models.
+
+    Raises:
+        UserError: If a setting is invalid, or an existing output was generated from other inputs.
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
     face_source = FaceSource.from_settings(detector, face_landmarks) if detector or face_landmarks else None
@@ -63,45 +73,86 @@ def write_outputs(
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     pipeline.sampler = override(settings, sampling or {})
     pipeline.guidance = override(scales, guidance or {})
-    tokens = pipeline.codec
-    ge2e = GE2EEncoder(device) if voice else None
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
     facts |= {"voice": voice, "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
-    bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
+    tokenizer = pipeline.codec
+    bits = tokenizer.levels * np.log2(tokenizer.codes) * tokenizer.frame_rate
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
-    others = derangement(len(clips), np.random.default_rng(0))
+    writer = SpeechWriter(pipeline, clips, folder, GE2EEncoder(device) if voice else None, expressions, seed)
+    rows = 1 if voice else batch_size  # a batch has one voice
+    generate_missing(clips, folder, rows, writer.inputs, writer.write, seconds_of_video, chosen)
 
-    def crops_of(number: int, clip: Clip) -> Crops:
-        """Return the crops of a clip, with the expressions to generate."""
-        crops = pipeline.crops(clip.truth.source)
-        if expressions == "own":
-            return crops
-        other = pipeline.crops(clips[others[number]].truth.source) if expressions == "shuffled" else crops
-        classes = other.expression.cpu().numpy()
-        classes = exchange(classes) if expressions == "exchanged" else np.resize(classes, len(crops.expression))
-        return replace(crops, expression=torch.from_numpy(classes))
 
-    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+class SpeechWriter:
+    """Generates the speech of the clips of an evaluation and writes it to files.
+
+    Args:
+        pipeline: the model.
+        clips: all clips of the evaluation.
+        folder: folder of the files ID.wav.
+        ge2e: encoder of the voices of the prompts. None: voices are predicted from the faces.
+        expressions: see `write_outputs`.
+        seed: seed of the first clip.
+    """
+
+    def __init__(
+        self,
+        pipeline: HiCoDiTPipeline,
+        clips: Sequence[Clip],
+        folder: Path,
+        ge2e: GE2EEncoder | None,
+        expressions: str,
+        seed: int,
+    ) -> None:
+        self.pipeline = pipeline
+        self.clips = clips
+        self.folder = folder
+        self.ge2e = ge2e
+        self.expressions = expressions
+        self.seed = seed
+        self.others = derangement(len(clips), np.random.default_rng(0))  # index of another clip for each clip
+
+    def inputs(self, clip: Clip) -> list[Path | None]:
+        """Return the files that the speech of a clip depends on."""
+        return [clip.truth.source, clip.prompt.audio if self.ge2e is not None else None]
+
+    def write(self, batch: Sequence[tuple[int, Clip]]) -> None:
+        """Generate and write the speech of a batch of clips, given with their indices.
+
+        Raises:
+            UserError: If a clip has no video, or no prompt although its voice is requested.
+        """
         if any(clip.truth.source is None for _, clip in batch):
             raise UserError("no input video: expected ID.mp4 in references=, or video in the manifest")
-        crops = [crops_of(i, clip) for i, clip in batch]
-        identity = None
-        if ge2e is not None:  # one voice per call
-            if batch[0][1].prompt.audio is None:
-                raise UserError("there is no other clip of the same speaker: set reference_audio in the manifest")
-            identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
-        speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
+        crops = [self.crops(i, clip) for i, clip in batch]
+        identity = None if self.ge2e is None else self.voice(batch[0][1])
+        speeches = self.pipeline.run(crops, [self.seed + i for i, _ in batch], identity)
         for (_, clip), speech in zip(batch, speeches):
-            spans = len(sampling_windows(len(speech.crops), pipeline.sampler))
-            write_take(folder, clip.id, speech.wave, speech.rate, evaluations=(speech.evaluations, spans))
+            spans = len(sampling_windows(len(speech.crops), self.pipeline.sampler))
+            write_take(self.folder, clip.id, speech.wave, speech.rate, evaluations=(speech.evaluations, spans))
 
-    def inputs(clip: Clip) -> list[Path | None]:
-        return [clip.truth.source, clip.prompt.audio if voice else None]
+    def crops(self, number: int, clip: Clip) -> Crops:
+        """Return the crops of clip `number`, with the expressions to generate."""
+        crops = self.pipeline.crops(clip.truth.source)
+        if self.expressions == "own":
+            return crops
+        if self.expressions == "exchanged":
+            classes = exchange(crops.expression.cpu().numpy())
+        else:
+            other = self.pipeline.crops(self.clips[self.others[number]].truth.source)
+            classes = np.resize(other.expression.cpu().numpy(), len(crops.expression))
+        return replace(crops, expression=torch.from_numpy(classes))
 
-    def length(clip: Clip) -> float:
-        return probe(clip.truth.source).seconds if clip.truth.source else 0.0
+    def voice(self, clip: Clip) -> np.ndarray:
+        """Return the GE2E embedding (256,) of the voice of a clip's prompt."""
+        if clip.prompt.audio is None:
+            raise UserError("there is no other clip of the same speaker: set reference_audio in the manifest")
+        return self.ge2e.embed(wave_of(clip.prompt.audio, 16_000).copy(), 16_000)
 
-    generate_missing(clips, folder, 1 if voice else batch_size, inputs, write, length, chosen)
+
+def seconds_of_video(clip: Clip) -> float:
+    """Return the length of the input video of a clip in seconds, 0 without a video."""
+    return probe(clip.truth.source).seconds if clip.truth.source else 0.0
 
 
 def exchange(classes: np.ndarray) -> np.ndarray:

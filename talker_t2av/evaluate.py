@@ -48,6 +48,11 @@ def write_outputs(
     of `driving`; v2a generates speech for the ground-truth video. Clip i uses the seed seed + i.
 
     Args:
+        clips: clips of the evaluation.
+        folder: folder of the files.
+        device: device of the networks.
+        weights: release folder of the model. None: the bundled one.
+        precision: see `TalkerPipeline.from_pretrained`.
         codecs: release folders of codecs by name (speech, motion, speaker), which override those of the release.
         mode: one of the four modes, or resynthesis (ground-truth speech and motion encoded and decoded, on the face of
             the prompt).
@@ -56,6 +61,8 @@ def write_outputs(
         driving: folder with ID.wav of each clip, the driving audio of a2v. None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as in the released program.
+        seed: seed of the first clip.
+        batch_size: number of clips per batch.
         one_pass: generate texts of any length in one pass of up to 30 s, instead of splitting long texts.
         chosen: slice of the batches to write.
     """
@@ -70,54 +77,97 @@ def write_outputs(
     pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
     pipeline.sampling = override(pipeline.sampling, (sampling or {}) | ({"text_bytes": MAX_TEXT} if one_pass else {}))
     facts = {"mode": mode, "sampling": asdict(pipeline.sampling), "precision": precision}
-    asked = {}
+    special = {}
     if driving is not None:
-        asked["driving"] = Path(driving).name
+        special["driving"] = Path(driving).name
     if compat != "paper" or prefix_seconds:
-        asked |= {"compat": compat, "prefix_seconds": prefix_seconds}
-    write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode), **asked)
+        special |= {"compat": compat, "prefix_seconds": prefix_seconds}
+    write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode), **special)
     protocol = {"compat": compat, "prefix_seconds": prefix_seconds}
     if one_pass and compat == "paper" and MODES[mode].open_ended:
         protocol["max_seconds"] = MAX_FRAMES / FPS
+    writer = TalkWriter(pipeline, folder, mode, driving, seed, protocol)
+    generate_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
 
-    def driving_audio(clip: Clip) -> Path | None:
-        return clip.truth.audio if driving is None else find_take(Path(driving), clip.id).audio
 
-    def job(i: int, clip: Clip) -> Job:
+class TalkWriter:
+    """Generates the speech and faces of the clips of an evaluation and writes them to files.
+
+    Args:
+        pipeline: the model.
+        folder: folder of the files.
+        mode, driving: see `write_outputs`.
+        seed: seed of the first clip.
+        protocol: fields of all jobs.
+    """
+
+    def __init__(
+        self,
+        pipeline: TalkerPipeline,
+        folder: Path,
+        mode: str,
+        driving: str | None,
+        seed: int,
+        protocol: Mapping[str, str | float],
+    ) -> None:
+        self.pipeline = pipeline
+        self.folder = folder
+        self.mode = mode
+        self.driving = driving
+        self.seed = seed
+        self.protocol = protocol
+
+    def inputs(self, clip: Clip) -> list[Path | str | None]:
+        """Return the files and the text that the output of a clip depends on."""
+        if self.mode == "a2v":
+            audio = self.driving_audio(clip)
+        else:
+            audio = clip.truth.audio if self.mode == "resynthesis" else clip.prompt.audio
+        video = clip.truth.source if self.mode == "v2a" else clip.prompt.video if self.mode != "tts" else None
+        return [clip.truth.text, audio, video]
+
+    def write(self, batch: Sequence[tuple[int, Clip]]) -> None:
+        """Generate and write the outputs of a batch of clips, given with their indices."""
+        if self.mode == "resynthesis":
+            for _, clip in batch:
+                write_take(self.folder, clip.id, *resynthesise(self.pipeline, clip))
+            return
+        jobs = [self.job(i, clip) for i, clip in batch]
+        for (_, clip), talk in zip(batch, self.pipeline.run(jobs)):
+            wave = wave_of(self.driving_audio(clip), RATE) if self.mode == "a2v" else talk.wave
+            write_take(self.folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped))
+
+    def job(self, number: int, clip: Clip) -> Job:
+        """Create the job of clip `number`.
+
+        Raises:
+            UserError: If the clip has no voice, face or video that the mode needs.
+        """
+        mode = self.mode
         sound = clip.prompt.audio
         face = clip.prompt.video
-        true = clip.truth
         if (sound is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
             raise UserError("no reference voice or face: set reference_audio and reference_video in the manifest")
-        if true.source is None and mode == "v2a":
+        if clip.truth.source is None and mode == "v2a":
             raise UserError("no input video: expected ID.mp4 in references=, or video in the manifest")
-        if mode == "a2v" and driving_audio(clip) is None:
-            raise UserError(f"generate.driving={driving} has no audio of this clip")
-        files = {"audio": driving_audio(clip)} if mode == "a2v" else {"reference_audio": sound}
+        if mode == "a2v" and self.driving_audio(clip) is None:
+            raise UserError(f"generate.driving={self.driving} has no audio of this clip")
+        files = {"audio": self.driving_audio(clip)} if mode == "a2v" else {"reference_audio": sound}
         if mode in ("t2av", "a2v"):
             files["reference_video"] = face
         if mode == "v2a":
-            files["video"] = true.source
+            files["video"] = clip.truth.source
         paths = {name: str(path) for name, path in files.items()}
-        return Job(mode, true.text or "", seed=seed + i, **paths, **protocol)
+        return Job(mode, clip.truth.text or "", seed=self.seed + number, **paths, **self.protocol)
 
-    def write(batch: Sequence[tuple[int, Clip]]) -> None:
-        if mode == "resynthesis":
-            for _, clip in batch:
-                write_take(folder, clip.id, *resynthesise(pipeline, clip))
-            return
-        jobs = [job(i, clip) for i, clip in batch]
-        for (_, clip), talk in zip(batch, pipeline.run(jobs)):
-            wave = wave_of(driving_audio(clip), RATE) if mode == "a2v" else talk.wave
-            write_take(folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped))
+    def driving_audio(self, clip: Clip) -> Path | None:
+        """Return the audio that drives the face in a2v: the ground truth, or that of `driving`."""
+        return clip.truth.audio if self.driving is None else find_take(Path(self.driving), clip.id).audio
 
-    def inputs(clip: Clip) -> list[Path | str | None]:
-        given = clip.truth.audio if mode == "resynthesis" else clip.prompt.audio
-        given = driving_audio(clip) if mode == "a2v" else given
-        picture = clip.truth.source if mode == "v2a" else clip.prompt.video if mode != "tts" else None
-        return [clip.truth.text, given, picture]
 
-    generate_missing(clips, folder, batch_size, inputs, write, lambda clip: len(clip.truth.text or ""), chosen)
+def length_of_text(clip: Clip) -> int:
+    """Return the number of characters of a clip's text."""
+    return len(clip.truth.text or "")
 
 
 @torch.inference_mode()
