@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from engine.evaluation.statistics import bootstrap_interval, correlation, estimate, holm, permutation_test, ratio
+from engine.evaluation.statistics import (
+    bootstrap_interval,
+    correlation,
+    derangement,
+    estimate,
+    holm,
+    permutation_test,
+    ratio,
+)
 
 
 def pairs(values, weights=1.0):
@@ -78,6 +86,13 @@ def test_a_paired_difference_cancels_shared_variance():
     assert mean == pytest.approx(0.5) and half < 1e-9
     assert estimate(ratio, one, SPEAKERS)[1] > 1
     assert np.isnan(estimate(ratio, one, ["0"] * 40)[0])
+
+
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_a_derangement_leaves_nothing_in_its_place(size):
+    for seed in range(20):
+        order = derangement(size, np.random.default_rng(seed))
+        assert sorted(order) == list(range(size)) and (order != np.arange(size)).all()
 
 
 def test_holm_correction():

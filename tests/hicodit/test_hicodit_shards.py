@@ -7,7 +7,7 @@ from shard_files import write_split
 
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
-from hicodit.data import MAX_HIDDEN, HiCoDiTDataset, hide_span
+from hicodit.data import MAX_HIDDEN, HiCoDiTDataset, augment_mouth, hide_span
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 from tests.tiny import ENCODERS, HICODIT, fit, same
@@ -136,6 +136,17 @@ def test_longer_clips_are_cropped_at_whole_seconds(longer, codec):
     assert starts == {0, 25}
     assert clips.lengths.tolist() == [24 * n for n in (*FRAMES[:3], 25, 5)]
     assert len(clips.load(0, torch.Generator())["mouth"]) == FRAMES[0]
+
+
+def test_mouth_crops_are_turned_and_mirrored_equally_in_all_frames():
+    picture = torch.linspace(0, 1, 48).expand(2, 48, 48)  # brighter to the right
+    mirrored = set()
+    for seed in range(20):
+        shown = augment_mouth(picture, torch.Generator().manual_seed(seed))
+        assert torch.equal(shown[0], shown[1])
+        assert shown[0].std(0).max() > 1e-4  # the columns of a turned picture are of no single brightness
+        mirrored.add(bool(shown[0, :, :24].mean() > shown[0, :, 24:].mean()))
+    assert mirrored == {True, False}
 
 
 def test_a_short_span_of_mouth_crops_is_masked(data, codec):

@@ -110,6 +110,8 @@ def test_crops_at_other_speeds_move_the_pitch(tmp_path):
     assert {len(draw[0]) for draw in draws} == {24_000}
     found = {int(torch.fft.rfft(draw[0]).abs().argmax()) for draw in draws}  # bins of 1 Hz
     assert found == {900, 950, 1000, 1050, 1100}
+    peaks = [float(draw.abs().max()) for draw in draws]  # of 0.3, at most 6 dB less
+    assert 0.14 < min(peaks) < 0.2 < max(peaks) < 0.32
 
 
 def test_speech_features_follow_the_wave():
