@@ -27,13 +27,12 @@ from talker_t2av.model import FPS, MAX_FRAMES, TalkerConfig
 from talker_t2av.request import Request, StoppingRules
 from talker_t2av.system import MotionStats
 
-HITS = 3
-# First stop test of the two routines with motion.
-WAITING = StoppingRules(HITS, first_test=7, motion_waits=True, trim=False)
-MIN_FRAMES = 25  # frames before the first stop test of `generate_speech`
-# patches by which the result may exceed the reference
-EXTRA_SPEECH = 25
-EXTRA = 15
+STOP_HITS = 3  # consecutive positive stop predictions that end a row
+MOTION_RULES = StoppingRules(STOP_HITS, first_test=7, motion_waits=True, trim=False)  # of both routines with motion
+SPEECH_FIRST_TEST = 25  # frames before the first stop test of `generate_speech`
+# Patches by which the result may exceed the reference.
+EXTRA_SPEECH_PATCHES = 25
+EXTRA_MOTION_PATCHES = 15
 
 
 def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
@@ -69,9 +68,9 @@ def library_method(
         first_motion: (Dm,) normalised.
     """
     size = config.patch_size
-    moving = first_motion is not None
+    has_motion = first_motion is not None
     prefix = -(-len(speech) // size)
-    extra = EXTRA - config.delay if moving else EXTRA_SPEECH
+    extra = EXTRA_MOTION_PATCHES - config.delay if has_motion else EXTRA_SPEECH_PATCHES
     return Request(
         prompt,
         speaker,
@@ -80,8 +79,8 @@ def library_method(
         first_motion,
         prefix,
         max_patches=-(-reference // size) - prefix + extra,
-        prefix_has_motion=not moving,
-        rules=WAITING if moving else StoppingRules(HITS, MIN_FRAMES // size),
+        prefix_has_motion=not has_motion,
+        rules=MOTION_RULES if has_motion else StoppingRules(STOP_HITS, SPEECH_FIRST_TEST // size),
     )
 
 
@@ -115,7 +114,7 @@ def inference_script(
         normalised[:frames],
         normalised[0],
         prefix,
-        max_patches=reference - prefix + EXTRA - delay,
+        max_patches=reference - prefix + EXTRA_MOTION_PATCHES - delay,
         task_first=False,
-        rules=WAITING,
+        rules=MOTION_RULES,
     )
