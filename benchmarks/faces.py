@@ -69,7 +69,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
         encoders = encoder_config({"kind": part})
         sizes = read_config("task/model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
         system = HiCoDiTSystem(ModelConfig(**sizes), encoders)
-        codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)
+        codec = load_codec(BUNDLED.parent / "rvq_speech", CODECS)
         pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(), GuidanceScales())
     elif part == "encoded":
         pipeline = HiCoDiTPipeline.from_pretrained()

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     render(args.work / "grid", grammar, args)
     yield took("rendering", begin)
     tokenizer = args.work / "rvq" / "release"  # the bundled one knows such audio, so that none is trained
-    shutil.copytree(ROOT / "assets" / "rvq_tiny", tokenizer, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "assets" / "rvq_speech", tokenizer, dirs_exist_ok=True)
     shutil.copytree(BUNDLED, args.work / "untrained" / "release", dirs_exist_ok=True)  # the recipe only evaluates it
     prepare = f"""device={args.device} splits=[train,val] stages.wave.use=false
         stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64"""

@@ -69,7 +69,7 @@ def losses(release: str, shards: str | Path, clips: int | None) -> dict[str, dic
     masks.
     """
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
-    codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
+    codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_speech"), CODECS, BUNDLED.parent)
     data = HiCoDiTDataset(shards, codec, augment=False)
     samples = [data.read(index) for index in spread(len(data), clips or len(data))]
     conditions = [stored_conditions(pipeline, [clip]) for _, clip in samples]

@@ -171,7 +171,7 @@ class HiCoDiTPipeline:
         if not system.encoders.learns:
             system.encoders.expected = dict(config.get("features") or {})
         if codec is None:
-            codec = find_codec(folder, config.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
+            codec = find_codec(folder, config.get("codec", "rvq_speech"), CODECS, BUNDLED.parent)
         tokenizer = load_codec(codec, CODECS)
         if config.get("token_digest") not in (None, tokenizer.digest()):
             raise UserError(
@@ -186,7 +186,7 @@ class HiCoDiTPipeline:
         pipeline = cls(system, tokenizer, sampler, guidance, device, face_source, compile)
         pipeline.folder = folder
         pipeline.people = KnownPeople.from_release(Path(folder))
-        pipeline.codec_folders = {Path(config.get("codec", "rvq_tiny")).name: codec}
+        pipeline.codec_folders = {Path(config.get("codec", "rvq_speech")).name: codec}
         return pipeline
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:

@@ -65,7 +65,7 @@ python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded 
 
 MODELS = {"hicodit": "hicodit.evaluate", "talker_t2av": "talker_t2av.evaluate"}
 CODECS = {  # class, and the bundled release
-    "rvq_codec": ("rvq_codec.codec.RVQCodec", "assets/rvq_tiny"),
+    "rvq_codec": ("rvq_codec.codec.RVQCodec", "assets/rvq_speech"),
     "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_speech"),
     "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_real"),
 }

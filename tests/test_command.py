@@ -23,7 +23,7 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_the_command_works_in_any_folder_and_prints_its_duration(tmp_path):
-    done = command("sampler=fast", "sampler.steps=2", "codec=assets/rvq_tiny", "figure=false", folder=tmp_path)
+    done = command("sampler=fast", "sampler.steps=2", "codec=assets/rvq_speech", "figure=false", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["silent.mp4", "silent.wav"]
     _, line, wall = done.stdout.splitlines()

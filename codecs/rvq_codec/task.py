@@ -18,7 +18,6 @@ from engine.nn.audio_losses import (
     DisturbanceLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
-    VoiceLoss,
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
@@ -80,8 +79,8 @@ class RVQCodecTask(GANTask):
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
         weights: weights of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of
-            loudness, modelled on PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights
-            are in the codec config.
+            loudness, modelled on PESQ), `feature` and `adversarial`; commitment and codebook weights are in the codec
+            config.
         period, spectrogram: arguments of the multi-period and multi-resolution discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what is kept afterwards:
             the first `envelope_levels` levels only encode the mel bands, which are still regressed with weight `keep`.
@@ -124,7 +123,6 @@ class RVQCodecTask(GANTask):
             "stft": MultiResolutionSTFTLoss,
             "spectrum": CompressedSpectrumLoss,
             "disturbance": lambda: DisturbanceLoss(config.sample_rate),
-            "voice": lambda: VoiceLoss(config.sample_rate),
         }
         self.wave_losses = nn.ModuleDict({name: make() for name, make in kinds.items() if weights.get(name)})
         self.weights = dict(weights)
@@ -172,7 +170,7 @@ class RVQCodecTask(GANTask):
         return [self.codec.quantizer]
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """See `GANTask.forward`. batch["wave"] is (B, 1, N). With precomputed "codes" (B, Q, L), only the decoder runs.
+        """See `GANTask.forward`. batch["wave"] is (B, 1, N).
 
         Latents are stored in the pool, and codes are counted, to maintain the codebooks.
         """
@@ -230,9 +228,6 @@ class RVQCodecTask(GANTask):
             # The decoder will receive latents that are less accurate than the features.
             noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
             fake = codec.decoder(features + noise)
-        elif "codes" in batch:
-            z = None
-            fake = codec.decoder(codec.quantizer.embed(batch["codes"]))
         else:
             fake, z, quantized = codec(wave, quantize=self.step >= self.quantizer_start)
             if self.keep:

@@ -1,4 +1,4 @@
-"""Losses of waveform generators: multi-scale mel, STFT, compressed complex spectrum, loudness, speaker similarity,
+"""Losses of waveform generators: multi-scale mel, STFT, compressed complex spectrum, loudness,
 least-squares GAN, feature matching.
 
 Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waveforms are (B, N) or (B, 1, N). Logarithms are
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.media.audio import resample
-from engine.nn.ge2e import RATE, GE2EEncoder
 from engine.nn.mel import mel_filters
 
 
@@ -219,37 +217,6 @@ class DisturbanceLoss(nn.Module):
         frames = torch.nn.functional.pad(frames, (0, rest))
         pieces = torch.nn.functional.avg_pool1d((frames[:, None] + 1e-4) ** 6, 20, 10) ** (1 / 6)
         return pieces.square().mean((1, 2)).sqrt()
-
-
-class VoiceLoss(nn.Module):
-    """Speaker similarity loss: 1 minus the cosine of the GE2E embeddings of two waveforms, averaged over waveforms (Wan
-    et al. 2018, arXiv:1710.10467).
-
-    The network is that of Resemblyzer (extra eval), which includes its weights; they are not stored in checkpoints. A
-    crop is embedded as a single window; the network was trained on windows of 1.6 s. Volume and silence are not
-    normalised.
-    """
-
-    def __init__(self, sample_rate: int):
-        super().__init__()
-        self.sample_rate = sample_rate
-        self.encoder = GE2EEncoder()
-        self.encoder.network.requires_grad_(False)
-        self.register_buffer("window", torch.hann_window(400), persistent=False)
-        self.register_buffer("filters", mel_filters(RATE, 400, 40), persistent=False)
-
-    def embed(self, wave: Tensor) -> Tensor:
-        """Embed waveforms (B, N): (B, 256), as `GE2EEncoder.embed` does for a single window without silence."""
-        wave = resample(_flat(wave).to(self.window.dtype), self.sample_rate, RATE)
-        spectrum = torch.stft(wave, 400, 160, window=self.window, pad_mode="constant", return_complex=True)
-        power = self.filters.T @ torch.view_as_real(spectrum).square().sum(-1)
-        return self.encoder.network.to(wave.device)(power.transpose(1, 2))
-
-    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
-        with torch.autocast(fake.device.type, enabled=False):
-            with torch.no_grad():
-                target = self.embed(real)
-            return 1 - (self.embed(fake) * target).sum(1).mean()
 
 
 def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:

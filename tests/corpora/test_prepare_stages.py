@@ -77,7 +77,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     facts, made = read_sample(tmp_path)
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
-    codec = RVQCodec.from_pretrained("assets/rvq_tiny")
+    codec = RVQCodec.from_pretrained("assets/rvq_speech")
     ge2e = GE2EEncoder()
     frames = read_video(corpus / "train" / "a.mp4", 25)
     wave = read_audio(corpus / "train" / "a.wav", 24_000)

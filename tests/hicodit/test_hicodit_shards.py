@@ -75,7 +75,7 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(data, codec, 
 
 def test_shards_that_do_not_fit_the_model_are_refused_in_one_line(data, codec, digests, tmp_path):
     with pytest.raises(UserError, match=r"prepared with rvq .*, but rvq \w+ is in use"):
-        HiCoDiTDataset(data / "train", "assets/rvq_tiny")
+        HiCoDiTDataset(data / "train", "assets/rvq_speech")
     write_split(tmp_path / "spoken", [ShardSplit(data / "train")[0]], 1, digests=digests, symbols=["a"] * 8)
     HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=9)
     with pytest.raises(UserError, match=r"has 9 phonemes with silence: set task\.encoders\.phonemes=9 or more"):

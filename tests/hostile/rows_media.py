@@ -136,7 +136,7 @@ def write_beyond_float16(folder: Path) -> None:
 
 HICODIT = ("hicodit_tiny", HiCoDiTSystem.from_pretrained)
 TALKER = ("talker_t2av_real", TalkerT2AV.from_pretrained)
-RVQ = ("rvq_tiny", RVQCodec.from_pretrained)
+RVQ = ("rvq_speech", RVQCodec.from_pretrained)
 TOKENIZER = ("talker_t2av_real", TalkerTokenizer.from_pretrained)
 
 EXPANDED = {"state": torch.zeros(1).expand(10**6, 10**6)}  # a terabyte that is stored in four bytes

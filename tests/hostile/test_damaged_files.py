@@ -45,8 +45,8 @@ READERS = {  # file name: what reads it
     "split/index.json": read_split,
     "split/000000.json": read_split,
     "split/000000.tar": read_split,
-    "rvq_tiny/config.yaml": lambda path: RVQCodec.from_pretrained(path.parent),
-    "rvq_tiny/model.safetensors": lambda path: RVQCodec.from_pretrained(path.parent),
+    "rvq_speech/config.yaml": lambda path: RVQCodec.from_pretrained(path.parent),
+    "rvq_speech/model.safetensors": lambda path: RVQCodec.from_pretrained(path.parent),
     "run/checkpoints/step-00000001/.metadata": lambda path: checkpoint.read(path.parent, ("model.", "ema.")),
 }
 
@@ -61,7 +61,7 @@ def valid(tmp_path_factory) -> Path:
     (folder / "points.pkl").write_bytes(pickle.dumps([*POINTS, None]))
     (folder / "jobs.jsonl").write_text('{"text": "a", "seed": 3, "reference_audio": "v.wav", "max_seconds": 2.5}\n' * 3)
     random_split(folder / "split", 12, 6)
-    shutil.copytree(ASSETS / "rvq_tiny", folder / "rvq_tiny")
+    shutil.copytree(ASSETS / "rvq_speech", folder / "rvq_speech")
     a_run(folder)
     return folder
 
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_read_or_refused(valid, tmp_path, name):
     READERS[name](valid / name)
     for seed in range(COUNT):
         folder = tmp_path / f"{seed}"
-        shutil.copytree((valid / name).parent, folder, ignore=shutil.ignore_patterns("split", "run", "rvq_tiny"))
+        shutil.copytree((valid / name).parent, folder, ignore=shutil.ignore_patterns("split", "run", "rvq_speech"))
         path = folder / Path(name).name
         path.write_bytes(damage((valid / name).read_bytes(), random.Random(seed)))
         before = sorted(tmp_path.rglob("*"))

@@ -234,4 +234,4 @@ def write(work: Path) -> None:
     for name, run in (("NAME", "hicodit_synthetic"), ("A", "hicodit_synthetic"), ("B", "talker_synthetic")):
         (work / "runs" / name).symlink_to(run)
     for name in ("TUNED", "BEFORE"):
-        (work / name).symlink_to("assets/rvq_tiny")
+        (work / name).symlink_to("assets/rvq_speech")

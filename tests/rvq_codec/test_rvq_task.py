@@ -7,10 +7,9 @@ import torch
 from engine.errors import exit_process
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
-from engine.shards.recordings import SpeechCrops, load_waves
+from engine.shards.recordings import SpeechCrops
 from engine.training import distributed
-from rvq_codec import RVQCodec, codebooks
-from rvq_codec.data import CodedCrops
+from rvq_codec import codebooks
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
 from tests.forked import run_group
@@ -49,37 +48,6 @@ def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_go
     sizes = RVQ | {"levels": 2}
     message = r"levels=3, but task\.codec requires 2"
     the_decoder_alone_goes_on_from_a_release(make_task, WAVES, torch.randn(1, 1, 2400), sizes, message)
-
-
-def test_the_voice_loss_has_its_own_weight():
-    pytest.importorskip("resemblyzer")
-    wave = 0.1 * torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1))
-    losses = {}
-    for weight in (0.0, 30.0):
-        task = make_task(weights={"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "voice": weight})
-        torch.manual_seed(0)  # of the levels that are left out
-        losses[weight] = task({"wave": wave}, "generator")
-        assert not any("voice" in name for name in task.state_dict())  # checkpoints do not hold the network
-    assert "voice" not in losses[0.0] and losses[30.0]["voice"] > 0
-    more = losses[30.0]["loss"] - losses[0.0]["loss"]
-    torch.testing.assert_close(more.detach(), 30.0 * losses[30.0]["voice"])
-
-
-def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
-    write_release(make_task(), tmp_path / "release")
-    release = str(tmp_path / "release")
-    data = CodedCrops(corpus, samples=2400, codec=release)
-    items = [data.load(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
-    codec = RVQCodec.from_pretrained(release)
-    whole = torch.from_numpy(load_waves(corpus, "train", 1, 24_000)[0])[None, None]
-    codes = codec.encode(whole)[0]
-    starts = [f for f in range(codes.shape[-1] - 39) if torch.equal(codes[:, f : f + 40], items[0]["codes"])]
-    assert any(torch.allclose(whole[0, :, f * 60 : f * 60 + 2400], items[0]["wave"], atol=1e-3) for f in starts)
-
-    task = make_task(init=release, decoder_only=True).train()
-    task.codec.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder ran"))
-    task(data.collate(items), "generator")["loss"].backward()
-    assert task.codec.decoder.head.out.weight.grad.abs().sum() > 0
 
 
 def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):

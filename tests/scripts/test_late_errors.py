@@ -33,7 +33,7 @@ TRAIN = [
     (f"{HICODIT} task.model.levels=99", "task.model has 99 levels"),
     (f"{HICODIT} init=damaged", "damaged/model.safetensors is damaged"),
     (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 must be at least 262"),
-    ("experiment=rvq_synthetic trainer.by_length=true", "CodedCrops has no lengths"),
+    ("experiment=rvq_synthetic trainer.by_length=true", "SpeechCrops has no lengths"),
 ]  # fmt: skip
 INFER = [
     ("detector=nowhere.onnx", "no face detector at nowhere.onnx"),
@@ -57,7 +57,7 @@ PREPARE = [
 ]
 SCRIPTS = [
     ("export sounds out", "sounds has no checkpoint to export"),
-    ("export {assets}/rvq_tiny sounds --compact", "sounds exists but is not a release folder"),
+    ("export {assets}/rvq_speech sounds --compact", "sounds exists but is not a release folder"),
     ("serve --rows 0", "--rows=0 must be"),
     ("plan_run nope", "experiment=nope does not exist"),
     ("dry_run hicodit_paper", "trainer.parallel=ddp is not supported"),
