@@ -34,7 +34,7 @@ class PrepareConfig(Group):
     patience: int = setting(25, 1, 10**6, "number of consecutive unexpected failures after which the job stops")
     ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
-    released: str | None = setting(
+    downloads: str | None = setting(
         None, about="folder of the released checkpoints, for features=hicodit_paper and similar"
     )
     source: Any = setting(NEEDED)
