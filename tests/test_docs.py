@@ -85,7 +85,7 @@ README_VALUES = {  # in the order of the first bullets: as printed, the record, 
     "WER 24 %": ("2026-11-26-talker_t2av_real-drawn-seen.json", "t2av/wer_free/value"),
     "20 %": ("2026-11-26-talker_t2av_real-drawn-seen.json", "true speech/wer_free/value"),
     "RTF 0.10": ("2026-11-23-inference-cpu.json", "model=hicodit," + SPEED.format("tiny", 10.0, "fast", "bf16")),
-    "RTF 0.22": ("2026-11-24-inference-talker-tiny-cpu.json", SPEED.format("tiny", 0.64, "10 steps", "bf16")),
+    "RTF 0.28": ("2026-11-26-inference-talker-tiny-cpu.json", SPEED.format("tiny", 0.64, "10 steps", "bf16")),
     "RTF 0.69": (
         "2026-11-24-inference-talker-int8-two-threads-cpu.json",
         SPEED.format("base", 4.0, "4 steps", "int8"),
