@@ -1,8 +1,7 @@
 """Create a corpus of human and synthetic speech for training the speech codecs.
 
-Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722, and a
-synthetic corpus. Splits: train; val and test (other sentences of GRID's training speakers); new (held-out speakers).
-Run the same command again to continue after an interruption.
+Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722,
+recordings that a manifest lists, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's training speakers); new (held-out speakers).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from corpora.preparation.speech_corpus import (
     grid_recordings,
+    listed_recordings,
     prompt_recordings,
     synthetic_recordings,
     write_corpus,
@@ -30,6 +30,9 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
+    add("--recordings", type=Path, help="JSON Lines with audio, speaker, and start and end (s) of a part")
+    add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
+    add("--seed", type=within(0), default=0, help="random seed of the speeds")
     add("--prompts", type=existing_folder, help="folder of the prompts, as in /usr/share/asterisk/sounds")
     add("--synthetic", type=existing_folder, help="folder of a synthetic corpus")
     add("--synthetic-clips", type=within(1), default=1200, help="number of clips of the synthetic corpus")
@@ -38,10 +41,12 @@ def main() -> None:
     splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}
     if args.prompts:
         splits["train"] += [(row, 1) for row in prompt_recordings(args.prompts)]
+    if args.recordings:
+        splits["train"] += [(row, 1) for row in listed_recordings(args.recordings, args.recordings_others)]
     if args.synthetic:
         splits["train"] += [(row, 1) for row in synthetic_recordings(args.synthetic, args.synthetic_clips)]
     details = {name: str(value) for name, value in vars(args).items() if value is not None and name != "out"}
-    write_corpus(args.out, splits, {"command": details})
+    write_corpus(args.out, splits, {"command": details}, args.seed)
 
 
 if __name__ == "__main__":

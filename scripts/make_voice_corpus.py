@@ -1,7 +1,8 @@
 """Create a speech corpus with texts and phoneme times for training Talker-T2AV, from human and synthetic speech.
 
-Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), the voices of
-the program flite, which were built from recordings of people, and a corpus of make_synthetic_corpus.py (--synthetic).
+Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings that
+a manifest lists (--recordings), the voices of the program flite, which were built from recordings of people, and a
+corpus of make_synthetic_corpus.py (--synthetic).
 Splits: train; val and test (other sentences of the same speakers).
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
+from dataclasses import replace
 from pathlib import Path
 
-from corpora.preparation.voice_corpus import Copies, flite_sentences, grid_sentences, prompt_sentences, write_voices
+from corpora.preparation.speech_corpus import listed_recordings
+from corpora.preparation.voice_corpus import flite_sentences, grid_sentences, prompt_sentences, write_voices
 from engine.arguments import Parser, existing_folder, within
 from engine.errors import UserError, run_cli
 
@@ -28,15 +31,17 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
+    add("--recordings", type=Path, help="JSON Lines with audio, speaker, text, and start and end (s) of a part")
+    add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
     add("--flite", type=within(0), default=0, help="sentences that each voice of the program flite speaks")
-    add("--others", type=within(0), default=1, help="copies of each training recording at other speeds: other voices")
+    add("--others", type=within(0), default=1, help="copies of other training recordings at other speeds: more voices")
     add("--pictures", type=within(1), help="instead, gather this many of GRID's recordings with their images")
     add("--synthetic", type=existing_folder, help="synthetic corpus: of version 3, with --pictures of version 2")
     add("--synthetic-clips", type=within(1), default=1500, help="its training clips that are used")
     add("--seed", type=within(0), default=0, help="random seed of the sentences and speeds")
     args = parser.parse_args()
-    if args.pictures and args.flite:
-        raise UserError("--pictures selects recordings with video, which --flite does not have: omit --flite")
+    if args.pictures and (args.flite or args.recordings):
+        raise UserError("--pictures selects recordings with video: omit --flite and --recordings")
     if not args.pictures and not args.transcripts.is_file():
         raise UserError(f"{args.transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts")
     people = grid_sentences(args.grid, args.speakers.split(","))
@@ -46,9 +51,12 @@ def main() -> None:
     else:
         people["train"] += prompt_sentences(args.prompts, args.transcripts)
         people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed) if args.flite else []
-    copies = Copies(others=0 if args.pictures else args.others, pictures=bool(args.pictures), seed=args.seed)
+        people["train"] = [replace(recording, others=args.others) for recording in people["train"]]
+        people["train"] += listed_recordings(args.recordings, args.recordings_others) if args.recordings else []
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
-    counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, copies, facts)
+    counts = write_voices(
+        args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed
+    )
     print(", ".join(f"{split}: {count} clips" for split, count in counts.items()))
 
 

@@ -59,7 +59,7 @@ class Source:
 
 
 def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
-    """Find the corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav.
+    """Find a corpus of scripts/make_*_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.wav and, with faces, .mp4.
 
     Args:
         all_symbols: use the phoneme indices of all versions, so that a model can be trained on several. False: only the
@@ -77,11 +77,11 @@ def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
                 key=make_key(row["id"]),
                 video=f"{split}/{row['id']}.mp4" if frames else None,
                 audio=f"{split}/{row['id']}.wav",
-                text=row["text"],
+                text=row.get("text", ""),
                 speaker=str(row["voice"]),
                 language="en",
-                expression=row.get("expressions", row["expression"]),
-                phonemes=row["phonemes"],
+                expression=row.get("expressions", row.get("expression", "neutral")),
+                phonemes=row.get("phonemes"),
             )
 
     return Source(root, splits, read, frames, symbols)

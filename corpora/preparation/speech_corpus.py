@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from corpora.preparation.sources_grid import find_files, grid
+from corpora.synthetic.corpus import resample
 from engine.errors import UserError
 from engine.files import write_json, write_text
 from engine.media.audio import read_audio, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import track
 from engine.shards.recordings import read_manifest
+from engine.untrusted import read_json_lines
 
 RATE = 24_000  # Hz
 LEAST_SECONDS = 0.4  # shorter recordings are skipped
@@ -27,12 +29,24 @@ LEAST_SECONDS = 0.4  # shorter recordings are skipped
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording: name in the corpus, file, speaker, and transcript if known."""
+    """A recording of a corpus.
+
+    Args:
+        name: name in the corpus.
+        path: audio or video file.
+        speaker: name of the voice.
+        text: transcript, if known.
+        start, end: part of the file in seconds; end=None: to its end.
+        others: number of copies at other speeds, which also change pitch and formants, and thus yield more voices.
+    """
 
     name: str
     path: Path
     speaker: str
     text: str | None = None
+    start: float = 0.0
+    end: float | None = None
+    others: int = 0
 
 
 def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[str]) -> dict[str, list[Recording]]:
@@ -72,8 +86,46 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
 
 
-def read_recording(path: Path) -> np.ndarray:
-    """Read a recording (N,) at `RATE`.
+def listed_recordings(manifest: Path, others: int) -> list[Recording]:
+    """Read a JSON Lines manifest of recordings: `audio` (a path, relative to the manifest) and `speaker`, and
+    optionally `text`, and `start` and `end` in seconds if only a part of the file is used.
+
+    Args:
+        others: number of copies of each at other speeds.
+
+    Raises:
+        UserError: If a row has no audio file or no speaker.
+    """
+    rows = []
+    for place, row in read_json_lines(manifest):
+        if not isinstance(row, dict) or not {"audio", "speaker"} <= row.keys():
+            raise UserError(f"{place}: a row needs `audio` and `speaker`")
+        path = manifest.parent / str(row["audio"])
+        if not path.is_file():
+            raise UserError(f"{place}: {path} does not exist")
+        start, end = float(row.get("start", 0)), row.get("end")
+        name = path.stem if end is None else f"{path.stem}-{round(100 * start):05d}"
+        rows.append(Recording(name, path, str(row["speaker"]), row.get("text"), start, end, others))
+    return rows
+
+
+def read_recording(recording: Recording) -> np.ndarray:
+    """Read a recording (N,) at `RATE`."""
+    wave = _read_file(recording.path)
+    end = len(wave) if recording.end is None else round(recording.end * RATE)
+    return wave[round(recording.start * RATE) : end]
+
+
+def at_speeds(wave: np.ndarray, others: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield a waveform (N,) as number 0, then `others` numbered copies of it at random speeds."""
+    yield 0, wave
+    for number in range(1, others + 1):
+        speed = round(float(rng.uniform(0.85, 1.18)), 2)
+        yield number, resample(wave, RATE, round(RATE / speed / 240) * 240)
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """Read a file (N,) at `RATE`.
 
     A G.722 file has no header that identifies its format, so `read_audio` rejects it; here the suffix is used.
     """
@@ -100,25 +152,26 @@ def read_recording(path: Path) -> np.ndarray:
     return np.frombuffer(result.stdout, "<f4")
 
 
-def _copies(recording: Recording, folder: Path, repeat: int) -> Iterator[dict]:
-    """Write a recording as WAV and yield its row once per repetition; nothing if it is too short."""
-    target = folder / f"{recording.name}.wav"
-    if not target.is_file():
-        wave = read_recording(recording.path)
-        if len(wave) < LEAST_SECONDS * RATE:
-            return
-        write_wav(target, wave, RATE)
-    row = {"id": recording.name, "speaker": recording.speaker}
-    if recording.text:
-        row["text"] = recording.text
-    for _ in range(repeat):
-        yield row
+def _rows(recording: Recording, folder: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:
+    """Write a recording and its copies as WAV and yield their rows `repeat` times; nothing if it is too short."""
+    wave = read_recording(recording)
+    if len(wave) < LEAST_SECONDS * RATE:
+        return
+    for number, copy in at_speeds(wave, recording.others, rng):
+        suffix = f"-{number}" if number else ""
+        row = {"id": f"{recording.name}{suffix}", "voice": f"{recording.speaker}{suffix}"}
+        write_wav(folder / f"{row['id']}.wav", copy, RATE)
+        if recording.text:
+            row["text"] = recording.text
+        yield from [row] * repeat
 
 
-def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict) -> None:
+def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict, seed: int = 0) -> None:
     """Write the recordings of each split, repeated the given number of times.
 
-    Existing recordings are kept, so that an interrupted call can be continued.
+    Args:
+        details: additional entries of corpus.json.
+        seed: random seed of the speeds.
 
     Raises:
         UserError: If a split has no recordings.
@@ -128,9 +181,10 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
             raise UserError(f"the split {split} has no recordings: check the folders")
         folder = out / split
         folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
         rows = []
         for recording, repeat in track(recordings, len(recordings), split):
-            rows.extend(_copies(recording, folder, repeat))
+            rows.extend(_rows(recording, folder, repeat, rng))
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     counts = {split: len(recordings) for split, recordings in splits.items()}
     write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})

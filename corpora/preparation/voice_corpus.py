@@ -14,13 +14,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from corpora.preparation.speech_corpus import RATE, Recording, grid_splits, read_recording
+from corpora.preparation.speech_corpus import RATE, Recording, at_speeds, grid_splits, read_recording
 from corpora.synthetic.corpus import LONGEST, resample, write_wave
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
@@ -205,45 +205,26 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes], first
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Copies to write of each recording.
-
-    Args:
-        others: additional copies of training recordings at other speeds, which also change pitch and formants, and
-            thus yield more voices.
-        pictures: whether to include the video frames of the face, as in version 2 of the synthetic corpus.
-        seed: random seed of the speeds.
-    """
-
-    others: int = 0
-    pictures: bool = False
-    seed: int = 0
-
-
-def _rows(recordings: Sequence[Recording], out: Path, split: str, copies: Copies) -> Iterator[dict]:
-    """Write the copies of each recording and yield their rows; recordings whose text is in doubt are left out."""
-    rng = np.random.default_rng(copies.seed)
-    others = copies.others if split == "train" else 0
+def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool, seed: int) -> Iterator[dict]:
+    """Write each recording and its copies and yield their rows; recordings whose text is in doubt are left out."""
+    rng = np.random.default_rng(seed)
     synthesizer = Synthesizer()
     folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in track(recordings, len(recordings), split):
-        wave, start = trim(read_recording(recording.path))
-        speeds = [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
+        wave, start = trim(read_recording(recording))
         labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
         if labels is None:
             continue
         voice, phonemes = labels
         known.setdefault(recording.speaker, [voice])
         wave, phonemes, later = cut(wave, phonemes)
-        if copies.pictures:
+        if pictures:
             frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
             wave = wave[: len(frames) * (RATE // FPS)]
             write_video(folder / f"{recording.name}.mp4", frames, FPS)
-        for number, speed in enumerate(speeds):
-            other = wave if number == 0 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+        for number, other in at_speeds(wave, recording.others, rng):
             factor = len(other) / len(wave)
             frames = len(other) // (RATE // FPS)
             if frames > LONGEST:
@@ -253,7 +234,7 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, copies: Copies
             moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
             row = {"id": name, "split": split, "text": recording.text, "phonemes": moved, "expression": "neutral"}
             row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
-            yield row | ({"face": recording.speaker} if copies.pictures else {})
+            yield row | ({"face": recording.speaker} if pictures else {})
 
 
 def _face(path: Path, first: int, count: int) -> np.ndarray:
@@ -267,24 +248,27 @@ def write_voices(
     people: dict[str, list[Recording]],
     synthetic: Path | None,
     clips: int,
-    copies: Copies,
     facts: dict,
+    pictures: bool = False,
+    seed: int = 0,
 ) -> dict[str, int]:
     """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
 
     Args:
         facts: additional entries of corpus.json.
+        pictures: include the video frames of the face, as in version 2 of the synthetic corpus.
+        seed: random seed of the speeds.
 
     Returns:
         The number of clips of each split.
     """
     counts = {}
     for split, recordings in people.items():
-        rows = list(_rows(recordings, out, split, copies))
+        rows = list(_rows(recordings, out, split, pictures, seed))
         if synthetic is not None:
             name = "train" if split == "train" else "dev"
             for row in read_manifest(synthetic, name)[: clips if split == "train" else len(recordings)]:
-                for suffix in (".wav", ".mp4") if copies.pictures else (".wav",):
+                for suffix in (".wav", ".mp4") if pictures else (".wav",):
                     target = (out / split / row["id"]).with_suffix(suffix)
                     if not target.exists():
                         target.symlink_to((synthetic / name / target.name).resolve())
@@ -293,5 +277,5 @@ def write_voices(
             raise UserError(f"no recording of the split {split} has a known text: check the transcripts")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         counts[split] = len(rows)
-    write_json(out / "corpus.json", facts | {"version": 2 if copies.pictures else 3, "rate": RATE, "clips": counts})
+    write_json(out / "corpus.json", facts | {"version": 2 if pictures else 3, "rate": RATE, "clips": counts})
     return counts

@@ -7,6 +7,7 @@ source "$(dirname "$0")/steps.sh"
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPOKEN="${SPOKEN:-data/synthetic_3}"        # synthetic corpus, version 3: speech alone
 DRAWN="${DRAWN:-data/synthetic_2}"          # synthetic corpus, version 2: cartoon faces that speak
+RECORDINGS="${RECORDINGS:-}"                # manifest of further speech of people, as of make_voice_corpus.py --recordings
 VOICES="${VOICES:-data/voices}"             # speech of people, of flite's voices, and of SPOKEN, with its text
 FACES="${FACES:-data/faces}"                # people and cartoon faces that speak, with the text
 SPEECH="${SPEECH:-runs/talker_real_speech}" # run of the first stage
@@ -26,7 +27,8 @@ corpora() {
         $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 700 --test-clips 40
     fi
     if [ ! -f "$VOICES/corpus.json" ]; then
-        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$VOICES" --grid "$GRID" --flite 700 --synthetic "$SPOKEN"
+        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$VOICES" --grid "$GRID" --flite 175 --synthetic "$SPOKEN" \
+            --synthetic-clips 1400 ${RECORDINGS:+--recordings "$RECORDINGS"}
     fi
     if [ ! -f "$FACES/corpus.json" ]; then
         $PYTHON "$here/scripts/make_voice_corpus.py" --out "$FACES" --grid "$GRID" --pictures 450 --synthetic "$DRAWN"

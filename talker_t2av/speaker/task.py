@@ -5,7 +5,7 @@ Axes: B batch, M mel bands, T frames, D embedding, V voices, N samples, n clips.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ FRAMES_A_SECOND = 100
 
 
 def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
-    """Return keys, voice numbers (n,) and GE2E embeddings (n, 256) of the clips of a prepared split."""
+    """Return keys, numbers of the voices from 0 (n,), and GE2E embeddings (n, 256) of the clips of a prepared split."""
     clips = ShardSplit(source)
     clips.check_contains("ge2e")
     rows = [clips.read(i, ("ge2e",)) for i in range(len(clips))]
-    try:
-        voices = torch.tensor([int(info["speaker"]) for info, _ in rows])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: its speakers are not voice numbers ({error})") from error
+    names = [str(info["speaker"]) for info, _ in rows]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    voices = torch.tensor([numbers[name] for name in names])
     return [info["key"] for info, _ in rows], voices, torch.stack([tensors["ge2e"] for _, tensors in rows])
 
 
@@ -56,7 +55,6 @@ class VoiceClips:
         self.bands = bands
         self.frames = round(seconds * FRAMES_A_SECOND)
         self.names, self.voices, self.ge2e = stored_voices(join(shards, split))
-        self.classes = torch.searchsorted(self.voices.unique(), self.voices)
         self._mels: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -77,7 +75,7 @@ class VoiceClips:
         return {
             "mel": mel[:, start : start + self.frames],
             "ge2e": self.ge2e[index],
-            "voice": self.classes[index],
+            "voice": self.voices[index],
         }
 
     collate = staticmethod(default_collate)  # mel (B, M, T), ge2e (B, D), voice (B,)
@@ -93,6 +91,7 @@ class VoiceEncoderTask(Task):
     Args:
         encoder: fields of `VoiceEncoderConfig`.
         corpus, shards: as in `VoiceClips`.
+        held_out: splits for validation.
         voice_weight: weight of the cross entropy.
         temperature: the cosines are divided by it.
         noise: standard deviation of the noise on the log-mel in training.
@@ -105,6 +104,7 @@ class VoiceEncoderTask(Task):
         encoder: Mapping[str, Any],
         corpus: str | Path,
         shards: str | Path,
+        held_out: Sequence[str] = (),
         voice_weight: float = 0.1,
         temperature: float = 0.05,
         noise: float = 0.05,
@@ -119,14 +119,15 @@ class VoiceEncoderTask(Task):
             load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")
         self.corpus = corpus
         self.shards = shards
+        self.held_out = tuple(held_out)
         self.recipe = recipe
         self.voice_weight = voice_weight
         self.temperature = temperature
         self.noise = noise
         _, voices, ge2e = stored_voices(join(shards, "train"))
         units = F.normalize(ge2e, dim=-1)
-        means = torch.stack([units[voices == voice].mean(0) for voice in voices.unique()])
-        self.register_buffer("means", F.normalize(means, dim=-1), persistent=False)  # (V, D), in ascending order
+        means = torch.zeros(len(voices.unique()), units.shape[-1]).index_add(0, voices, units)
+        self.register_buffer("means", F.normalize(means, dim=-1), persistent=False)  # (V, D)
 
     def parts(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder}
@@ -148,14 +149,11 @@ class VoiceEncoderTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute the mean cosine with GE2E of whole clips of each split, in one process.
-
-        The split `train` is measured on its first clips, eight times as many as there are voices.
-        """
+        """Compute the mean cosine with GE2E of whole clips of the held-out splits, in one process."""
         results = {}
-        for split in ("train", "seen", "unseen") if share.first else ():
+        for split in self.held_out if share.first else ():
             clips = VoiceClips(self.corpus, self.shards, split, self.encoder.config.bands)
-            count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
+            count = len(clips)
             mels = (clips.mel(i)[None].to(self.means.device) for i in range(count))
             outputs = torch.cat([self.encoder(mel).cpu() for mel in mels])
             results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e[:count]).mean().item()

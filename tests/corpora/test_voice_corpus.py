@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from corpora.preparation.speech_corpus import RATE, Recording, grid_recordings, prompt_recordings, write_corpus
+from corpora.preparation.speech_corpus import (
+    RATE,
+    Recording,
+    grid_recordings,
+    listed_recordings,
+    prompt_recordings,
+    write_corpus,
+)
 from corpora.preparation.voice_corpus import (
     MARGIN,
-    Copies,
     cut,
     grid_sentences,
     label,
@@ -26,6 +32,7 @@ from engine.media.video import read_video, write_video
 from tests.media_files import ffmpeg
 
 TEXT = "lay red by seven again"
+from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     frames += 2 * np.arange(len(frames), dtype=np.uint8)[:, None, None, None]
     write_video(tmp_path / "lrbzsa.mp4", frames, FPS, wave, RATE, lossless=True)
     people = {"train": [Recording("s1-lrbzsa", tmp_path / "lrbzsa.mp4", "s1", TEXT)]}
-    assert write_voices(tmp_path / "out", people, None, 0, Copies(pictures=True), {}) == {"train": 1}
+    assert write_voices(tmp_path / "out", people, None, 0, {}, pictures=True) == {"train": 1}
     row = json.loads((tmp_path / "out" / "train.jsonl").read_text())
     kept = read_video(tmp_path / "out" / "train" / "s1-lrbzsa.mp4", FPS)
     assert len(kept) == row["frames"] and row["face"] == "s1"
@@ -117,6 +124,31 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
     assert {split: len(rows) for split, rows in found.items()} == {"train": 36, "val": 2, "test": 2, "new": 40}
     assert {row.speaker for row in found["new"]} == {"s31"}
     assert {row.name for row in found["train"]}.isdisjoint(row.name for row in found["test"])
+
+
+def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp_path):
+    sound(tmp_path / "a.wav", 2.0)
+    row = {"audio": "a.wav", "speaker": "anna", "text": "hello", "start": 0.5, "end": 1.5}
+    (tmp_path / "parts.jsonl").write_text(json.dumps(row))
+    listed = listed_recordings(tmp_path / "parts.jsonl", others=2)
+    write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert [row["voice"] for row in rows] == ["anna", "anna-1", "anna-2"]
+    seconds = []
+    for row in rows:
+        wave, _ = soundfile.read(tmp_path / f"out/train/{row['id']}.wav")
+        seconds.append(len(wave) / RATE)
+        pitch = np.argmax(np.abs(np.fft.rfft(wave, 10 * RATE))) / 10
+        assert pitch == pytest.approx(300 / seconds[-1], rel=0.02)
+    assert seconds[0] == 1.0 and len(set(seconds)) == 3
+
+
+@pytest.mark.parametrize("row", [{"audio": "a.wav"}, {"audio": "none.wav", "speaker": "anna"}, []])
+def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
+    sound(tmp_path / "a.wav", 0.5)
+    (tmp_path / "parts.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="parts.jsonl, line 1"):
+        listed_recordings(tmp_path / "parts.jsonl", others=0)
 
 
 def test_prompts_are_decoded_and_repeated_as_requested(tmp_path):
