@@ -1,7 +1,8 @@
 """Create a corpus of human and synthetic speech for training the speech codecs.
 
 Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722,
-recordings that a manifest lists, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's training speakers); new (held-out speakers).
+recordings that a manifest lists, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's
+training speakers); new (held-out speakers).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Create a speech corpus with texts and phoneme times for training Talker-T2AV, from human and synthetic speech.
 
-Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings that
-a manifest lists (--recordings), the voices of the program flite, which were built from recordings of people, and a
-corpus of make_synthetic_corpus.py (--synthetic).
+Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings
+that a manifest lists (--recordings), the voices of the program flite, which were built from recordings of people, and
+a corpus of make_synthetic_corpus.py (--synthetic).
 Splits: train; val and test (other sentences of the same speakers).
 """
 
@@ -52,11 +52,10 @@ def main() -> None:
         people["train"] += prompt_sentences(args.prompts, args.transcripts)
         people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed) if args.flite else []
         people["train"] = [replace(recording, others=args.others) for recording in people["train"]]
-        people["train"] += listed_recordings(args.recordings, args.recordings_others) if args.recordings else []
+        if args.recordings:
+            people["train"] += listed_recordings(args.recordings, args.recordings_others, texts=True)
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
-    counts = write_voices(
-        args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed
-    )
+    counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed)
     print(", ".join(f"{split}: {count} clips" for split, count in counts.items()))
 
 

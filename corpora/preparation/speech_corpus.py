@@ -6,6 +6,7 @@ It has the layout of `engine.shards.recordings`: ROOT/SPLIT.jsonl with ROOT/SPLI
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import track
 from engine.shards.recordings import read_manifest
-from engine.untrusted import read_json_lines
+from engine.untrusted import read_json_lines, safe_name
 
 RATE = 24_000  # Hz
 LEAST_SECONDS = 0.4  # shorter recordings are skipped
@@ -36,7 +37,7 @@ class Recording:
         path: audio or video file.
         speaker: name of the voice.
         text: transcript, if known.
-        start, end: part of the file in seconds; end=None: to its end.
+        start, end: part of the file in seconds.
         others: number of copies at other speeds, which also change pitch and formants, and thus yield more voices.
     """
 
@@ -45,7 +46,7 @@ class Recording:
     speaker: str
     text: str | None = None
     start: float = 0.0
-    end: float | None = None
+    end: float = math.inf
     others: int = 0
 
 
@@ -86,34 +87,42 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
 
 
-def listed_recordings(manifest: Path, others: int) -> list[Recording]:
+def listed_recordings(manifest: Path, others: int, texts: bool = False) -> list[Recording]:
     """Read a JSON Lines manifest of recordings: `audio` (a path, relative to the manifest) and `speaker`, and
     optionally `text`, and `start` and `end` in seconds if only a part of the file is used.
 
     Args:
         others: number of copies of each at other speeds.
+        texts: whether texts are required.
 
     Raises:
-        UserError: If a row has no audio file or no speaker.
+        UserError: If a row lacks a required entry, its file does not exist, or it is listed twice.
     """
-    rows = []
+    required = {"audio", "speaker", "text"} if texts else {"audio", "speaker"}
+    rows: dict[str, Recording] = {}
     for place, row in read_json_lines(manifest):
-        if not isinstance(row, dict) or not {"audio", "speaker"} <= row.keys():
-            raise UserError(f"{place}: a row needs `audio` and `speaker`")
+        if not isinstance(row, dict) or not required <= row.keys():
+            raise UserError(f"{place}: a row must have {', '.join(sorted(required))}")
         path = manifest.parent / str(row["audio"])
         if not path.is_file():
             raise UserError(f"{place}: {path} does not exist")
-        start, end = float(row.get("start", 0)), row.get("end")
-        name = path.stem if end is None else f"{path.stem}-{round(100 * start):05d}"
-        rows.append(Recording(name, path, str(row["speaker"]), row.get("text"), start, end, others))
-    return rows
+        start = row.get("start", 0)
+        end = row.get("end", math.inf)
+        if not all(isinstance(time, int | float) for time in (start, end)) or not 0 <= start < end:
+            raise UserError(f"{place}: start={start} and end={end} must be seconds, start before end")
+        speaker = safe_name(row["speaker"], f"{place}: speaker")
+        name = f"{speaker}-{path.stem}" + (f"-{100 * start:.0f}" if start else "")
+        if name in rows:
+            raise UserError(f"{place}: {path} is listed twice for {speaker}")
+        rows[name] = Recording(name, path, speaker, row.get("text"), start, end, others)
+    return list(rows.values())
 
 
 def read_recording(recording: Recording) -> np.ndarray:
     """Read a recording (N,) at `RATE`."""
     wave = _read_file(recording.path)
-    end = len(wave) if recording.end is None else round(recording.end * RATE)
-    return wave[round(recording.start * RATE) : end]
+    end = min(len(wave) / RATE, recording.end)
+    return wave[round(recording.start * RATE) : round(end * RATE)]
 
 
 def at_speeds(wave: np.ndarray, others: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:

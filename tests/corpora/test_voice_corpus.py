@@ -27,12 +27,12 @@ from corpora.preparation.voice_corpus import (
 from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
+from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import read_video, write_video
 from tests.media_files import ffmpeg
 
 TEXT = "lay red by seven again"
-from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +143,23 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
     assert seconds[0] == 1.0 and len(set(seconds)) == 3
 
 
-@pytest.mark.parametrize("row", [{"audio": "a.wav"}, {"audio": "none.wav", "speaker": "anna"}, []])
+ROW = {"audio": "a.wav", "speaker": "anna"}
+
+
+@pytest.mark.parametrize("row", [{"audio": "a.wav"}, {"audio": "b.wav", "speaker": "a"}, ROW | {"end": 0}, []])
 def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
     sound(tmp_path / "a.wav", 0.5)
     (tmp_path / "parts.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match="parts.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"parts\.jsonl, line 1"):
         listed_recordings(tmp_path / "parts.jsonl", others=0)
+
+
+def test_texts_are_required_for_a_corpus_with_texts(tmp_path):
+    sound(tmp_path / "a.wav", 0.5)
+    (tmp_path / "parts.jsonl").write_text(json.dumps(ROW))
+    with pytest.raises(UserError, match="text"):
+        listed_recordings(tmp_path / "parts.jsonl", others=0, texts=True)
+    assert len(listed_recordings(tmp_path / "parts.jsonl", others=0)) == 1
 
 
 def test_prompts_are_decoded_and_repeated_as_requested(tmp_path):
