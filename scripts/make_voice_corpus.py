@@ -44,6 +44,7 @@ def main() -> None:
         raise UserError("--pictures selects recordings with video: omit --flite and --recordings")
     if not args.pictures and not args.transcripts.is_file():
         raise UserError(f"{args.transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts")
+    listed = listed_recordings(args.recordings, args.recordings_others, texts=True) if args.recordings else []
     people = grid_sentences(args.grid, args.speakers.split(","))
     if args.pictures:
         step = max(1, len(people["train"]) // args.pictures)
@@ -51,9 +52,7 @@ def main() -> None:
     else:
         people["train"] += prompt_sentences(args.prompts, args.transcripts)
         people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed) if args.flite else []
-        people["train"] = [replace(recording, others=args.others) for recording in people["train"]]
-        if args.recordings:
-            people["train"] += listed_recordings(args.recordings, args.recordings_others, texts=True)
+        people["train"] = [replace(recording, others=args.others) for recording in people["train"]] + listed
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
     counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed)
     print(", ".join(f"{split}: {count} clips" for split, count in counts.items()))

@@ -6,7 +6,8 @@ It has the layout of `engine.shards.recordings`: ROOT/SPLIT.jsonl with ROOT/SPLI
 from __future__ import annotations
 
 import json
-import math
+import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpora.preparation.clip import make_key, with_digest
 from corpora.preparation.sources_grid import find_files, grid
 from corpora.synthetic.corpus import resample
 from engine.errors import UserError
@@ -22,10 +24,11 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import track
 from engine.shards.recordings import read_manifest
-from engine.untrusted import read_json_lines, safe_name
+from engine.untrusted import read_json_lines
 
 RATE = 24_000  # Hz
 LEAST_SECONDS = 0.4  # shorter recordings are skipped
+LONGEST_FILE = 1e5  # seconds
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Recording:
     speaker: str
     text: str | None = None
     start: float = 0.0
-    end: float = math.inf
+    end: float = LONGEST_FILE
     others: int = 0
 
 
@@ -84,7 +87,10 @@ def prompt_recordings(root: Path) -> list[Recording]:
 def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     """List the first `count` training clips of a synthetic corpus (`scripts/make_synthetic_corpus.py`)."""
     rows = read_manifest(root, "train")[:count]
-    return [Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", str(row["voice"])) for row in rows]
+    return [
+        Recording(f"synthetic-{row['id']}", root / "train" / f"{row['id']}.wav", f"synthetic-{row['voice']}")
+        for row in rows
+    ]
 
 
 def listed_recordings(manifest: Path, others: int, texts: bool = False) -> list[Recording]:
@@ -96,25 +102,30 @@ def listed_recordings(manifest: Path, others: int, texts: bool = False) -> list[
         texts: whether texts are required.
 
     Raises:
-        UserError: If a row lacks a required entry, its file does not exist, or it is listed twice.
+        UserError: If there are no rows, or a row lacks an entry, is listed twice, or its file does not exist.
     """
-    required = {"audio", "speaker", "text"} if texts else {"audio", "speaker"}
     rows: dict[str, Recording] = {}
     for place, row in read_json_lines(manifest):
-        if not isinstance(row, dict) or not required <= row.keys():
-            raise UserError(f"{place}: a row must have {', '.join(sorted(required))}")
+        if not isinstance(row, dict) or not {"audio", "speaker"} <= row.keys():
+            raise UserError(f"{place}: a row must have audio and speaker")
+        text = row.get("text")
+        if not isinstance(text, str | None) or (texts and not (text and re.search("[A-Za-z]", text))):
+            raise UserError(f"{place}: text={text!r} must be the words that are spoken")
         path = manifest.parent / str(row["audio"])
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it is False for an impossible name
             raise UserError(f"{place}: {path} does not exist")
         start = row.get("start", 0)
-        end = row.get("end", math.inf)
-        if not all(isinstance(time, int | float) for time in (start, end)) or not 0 <= start < end:
+        end = row.get("end", LONGEST_FILE)
+        if not all(isinstance(time, int | float) for time in (start, end)) or not 0 <= start < end <= LONGEST_FILE:
             raise UserError(f"{place}: start={start} and end={end} must be seconds, start before end")
-        speaker = safe_name(row["speaker"], f"{place}: speaker")
-        name = f"{speaker}-{path.stem}" + (f"-{100 * start:.0f}" if start else "")
+        name = make_key(f"{row['speaker']}-{path.stem}-{round(1000 * start)}")
         if name in rows:
-            raise UserError(f"{place}: {path} is listed twice for {speaker}")
-        rows[name] = Recording(name, path, speaker, row.get("text"), start, end, others)
+            name = with_digest(name, str(path))
+        if name in rows:
+            raise UserError(f"{place}: {path} is listed twice with the same start")
+        rows[name] = Recording(name, path, str(row["speaker"]), text, start, end, others)
+    if not rows:
+        raise UserError(f"{manifest} lists no recordings")
     return list(rows.values())
 
 
@@ -167,7 +178,7 @@ def _rows(recording: Recording, folder: Path, repeat: int, rng: np.random.Genera
     if len(wave) < LEAST_SECONDS * RATE:
         return
     for number, copy in at_speeds(wave, recording.others, rng):
-        suffix = f"-{number}" if number else ""
+        suffix = f"_{number}" if number else ""
         row = {"id": f"{recording.name}{suffix}", "voice": f"{recording.speaker}{suffix}"}
         write_wav(folder / f"{row['id']}.wav", copy, RATE)
         if recording.text:
@@ -185,15 +196,16 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
     Raises:
         UserError: If a split has no recordings.
     """
+    counts = {}
     for split, recordings in splits.items():
-        if not recordings:
-            raise UserError(f"the split {split} has no recordings: check the folders")
         folder = out / split
         folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
         rows = []
         for recording, repeat in track(recordings, len(recordings), split):
             rows.extend(_rows(recording, folder, repeat, rng))
+        if not rows:
+            raise UserError(f"the split {split} has no recordings of {LEAST_SECONDS} s or more: check the folders")
+        counts[split] = len(rows)
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    counts = {split: len(recordings) for split, recordings in splits.items()}
     write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})

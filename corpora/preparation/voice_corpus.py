@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpora.preparation.speech_corpus import RATE, Recording, at_speeds, grid_splits, read_recording
+from corpora.preparation.speech_corpus import LEAST_SECONDS, RATE, Recording, at_speeds, grid_splits, read_recording
 from corpora.synthetic.corpus import LONGEST, resample, write_wave
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
@@ -213,7 +213,10 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in track(recordings, len(recordings), split):
-        wave, start = trim(read_recording(recording))
+        wave = read_recording(recording)
+        if len(wave) < LEAST_SECONDS * RATE:
+            continue
+        wave, start = trim(wave)
         labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
         if labels is None:
             continue

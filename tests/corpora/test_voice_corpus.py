@@ -133,7 +133,7 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
     listed = listed_recordings(tmp_path / "parts.jsonl", others=2)
     write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
     rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
-    assert [row["voice"] for row in rows] == ["anna", "anna-1", "anna-2"]
+    assert [row["voice"] for row in rows] == ["anna", "anna_1", "anna_2"]
     seconds = []
     for row in rows:
         wave, _ = soundfile.read(tmp_path / f"out/train/{row['id']}.wav")
@@ -146,7 +146,9 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
 ROW = {"audio": "a.wav", "speaker": "anna"}
 
 
-@pytest.mark.parametrize("row", [{"audio": "a.wav"}, {"audio": "b.wav", "speaker": "a"}, ROW | {"end": 0}, []])
+@pytest.mark.parametrize(
+    "row", [{"audio": "a.wav"}, ROW | {"audio": "b" * 300}, ROW | {"end": 0}, ROW | {"start": "1"}, []]
+)
 def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
     sound(tmp_path / "a.wav", 0.5)
     (tmp_path / "parts.jsonl").write_text(json.dumps(row))
@@ -157,8 +159,10 @@ def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
 def test_texts_are_required_for_a_corpus_with_texts(tmp_path):
     sound(tmp_path / "a.wav", 0.5)
     (tmp_path / "parts.jsonl").write_text(json.dumps(ROW))
-    with pytest.raises(UserError, match="text"):
-        listed_recordings(tmp_path / "parts.jsonl", others=0, texts=True)
+    for row in (ROW, ROW | {"text": ""}, ROW | {"text": 3}):
+        (tmp_path / "texts.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError, match="text"):
+            listed_recordings(tmp_path / "texts.jsonl", others=0, texts=True)
     assert len(listed_recordings(tmp_path / "parts.jsonl", others=0)) == 1
 
 
