@@ -2,7 +2,7 @@
 
 Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722,
 recordings that a manifest lists, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's
-training speakers); new (held-out speakers).
+training speakers); new (held-out speakers). Run the same command again to continue after an interruption.
 """
 
 from __future__ import annotations

@@ -136,12 +136,14 @@ def read_recording(recording: Recording) -> np.ndarray:
     return wave[round(recording.start * RATE) : round(end * RATE)]
 
 
-def at_speeds(wave: np.ndarray, others: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a waveform (N,) as number 0, then `others` numbered copies of it at random speeds."""
-    yield 0, wave
-    for number in range(1, others + 1):
-        speed = round(float(rng.uniform(0.85, 1.18)), 2)
-        yield number, resample(wave, RATE, round(RATE / speed / 240) * 240)
+def draw_speeds(others: int, rng: np.random.Generator) -> list[float]:
+    """Return the speed of a recording, which is 1, and random speeds of `others` copies."""
+    return [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
+
+
+def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
+    """Resample a waveform (N,) so that it plays `speed` times as fast."""
+    return wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
 
 
 def _read_file(path: Path) -> np.ndarray:
@@ -174,13 +176,16 @@ def _read_file(path: Path) -> np.ndarray:
 
 def _rows(recording: Recording, folder: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:
     """Write a recording and its copies as WAV and yield their rows `repeat` times; nothing if it is too short."""
-    wave = read_recording(recording)
-    if len(wave) < LEAST_SECONDS * RATE:
-        return
-    for number, copy in at_speeds(wave, recording.others, rng):
+    wave = None
+    for number, speed in enumerate(draw_speeds(recording.others, rng)):
         suffix = f"_{number}" if number else ""
         row = {"id": f"{recording.name}{suffix}", "voice": f"{recording.speaker}{suffix}"}
-        write_wav(folder / f"{row['id']}.wav", copy, RATE)
+        target = folder / f"{row['id']}.wav"
+        if not target.is_file():
+            wave = read_recording(recording) if wave is None else wave
+            if len(wave) < LEAST_SECONDS * RATE:
+                return
+            write_wav(target, at_speed(wave, speed), RATE)
         if recording.text:
             row["text"] = recording.text
         yield from [row] * repeat
@@ -188,6 +193,8 @@ def _rows(recording: Recording, folder: Path, repeat: int, rng: np.random.Genera
 
 def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], details: dict, seed: int = 0) -> None:
     """Write the recordings of each split, repeated the given number of times.
+
+    Existing recordings are kept, so that an interrupted call can be continued.
 
     Args:
         details: additional entries of corpus.json.

@@ -20,7 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpora.preparation.speech_corpus import LEAST_SECONDS, RATE, Recording, at_speeds, grid_splits, read_recording
+from corpora.preparation.speech_corpus import (
+    LEAST_SECONDS,
+    RATE,
+    Recording,
+    at_speed,
+    draw_speeds,
+    grid_splits,
+    read_recording,
+)
 from corpora.synthetic.corpus import LONGEST, resample, write_wave
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
@@ -213,6 +221,7 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in track(recordings, len(recordings), split):
+        speeds = draw_speeds(recording.others, rng)
         wave = read_recording(recording)
         if len(wave) < LEAST_SECONDS * RATE:
             continue
@@ -227,7 +236,8 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool
             frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
             wave = wave[: len(frames) * (RATE // FPS)]
             write_video(folder / f"{recording.name}.mp4", frames, FPS)
-        for number, other in at_speeds(wave, recording.others, rng):
+        for number, speed in enumerate(speeds):
+            other = at_speed(wave, speed)
             factor = len(other) / len(wave)
             frames = len(other) // (RATE // FPS)
             if frames > LONGEST:

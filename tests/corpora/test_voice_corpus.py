@@ -143,6 +143,18 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
     assert seconds[0] == 1.0 and len(set(seconds)) == 3
 
 
+def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):
+    for name in ("a", "b"):
+        sound(tmp_path / f"{name}.wav", 1.0)
+    listed = [Recording(name, tmp_path / f"{name}.wav", name, others=2) for name in ("a", "b")]
+    write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()}
+    (tmp_path / "a.wav").unlink()  # all of its copies are there, so that it is not read again
+    (tmp_path / "out/train/b_1.wav").unlink()
+    write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()} == before
+
+
 ROW = {"audio": "a.wav", "speaker": "anna"}
 
 
