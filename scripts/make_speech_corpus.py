@@ -1,7 +1,7 @@
 """Create a corpus of human and synthetic speech for training the speech codecs.
 
 Sources: GRID (a folder with s1, s2, ...), the G.722 prompts of Debian's packages asterisk-core-sounds-*-g722,
-recordings that a manifest lists, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's
+recordings of a CSV file, and a synthetic corpus. Splits: train; val and test (other sentences of GRID's
 training speakers); new (held-out speakers). Run the same command again to continue after an interruption.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
-    add("--recordings", type=Path, help="JSON Lines with audio, speaker, and start and end (s) of a part")
+    add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, and start and end of a part")
     add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
     add("--seed", type=within(0), default=0, help="random seed of the speeds")
     add("--prompts", type=existing_folder, help="folder of the prompts, as in /usr/share/asterisk/sounds")

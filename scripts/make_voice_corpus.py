@@ -1,7 +1,7 @@
 """Create a speech corpus with texts and phoneme times for training Talker-T2AV, from human and synthetic speech.
 
 Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings
-that a manifest lists (--recordings), the voices of the program flite, which were built from recordings of people, and
+of a CSV file (--recordings), the voices of the program flite, which were built from recordings of people, and
 a corpus of make_synthetic_corpus.py (--synthetic).
 Splits: train; val and test (other sentences of the same speakers).
 """
@@ -31,7 +31,7 @@ def main() -> None:
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
-    add("--recordings", type=Path, help="JSON Lines with audio, speaker, text, and start and end (s) of a part")
+    add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, text, and start and end of a part")
     add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
     add("--flite", type=within(0), default=0, help="sentences that each voice of the program flite speaks")
     add("--others", type=within(0), default=1, help="copies of other training recordings at other speeds: more voices")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key, with_digest
 from engine import untrusted
@@ -164,7 +166,8 @@ def lrs3(root: str | Path, validation: float = 0.02) -> Source:
 
 def folder(root: str | Path, table: str = "clips.csv") -> Source:
     """Find the clips of a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`, `expression`,
-    `split` if they are known. A path to an audio file is a clip without video.
+    `split` if they are known, and `start` and `end` in seconds if only a part of a file is a clip. A path to an audio
+    file is a clip without video.
 
     Args:
         root: folder of the relative paths.
@@ -176,8 +179,30 @@ def folder(root: str | Path, table: str = "clips.csv") -> Source:
         known = {name: row.get(name) or None for name in ("audio", "text", "speaker", "language", "expression")}
         stem, suffix = os.path.splitext(row["path"])
         known["audio" if suffix.lower() in SOUNDS else "video"] = row["path"]
-        clips.setdefault(row.get("split") or "train", []).append(SourceClip(make_key(stem), **known))
+        try:
+            span = read_span(row) if row.get("start") or row.get("end") else None
+        except UserError as error:
+            raise UserError(f"source.table={root / table}, {row['path']}: {error}") from None
+        clips.setdefault(row.get("split") or "train", []).append(SourceClip(make_key(stem), span=span, **known))
     return Source(root, sorted(clips), clips.__getitem__)
+
+
+def read_span(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the entries `start` and `end` of a row in seconds. Raise UserError if they are invalid."""
+    start = read_number(row.get("start"))
+    end = read_number(row.get("end"))
+    if not 0 <= start < end < 1e6:
+        raise UserError(f"start={row.get('start')} and end={row.get('end')} must be times in seconds, in this order")
+    return start, end
+
+
+def read_number(value: Any) -> float:
+    """Parse a finite number. Return -1 if the text is not one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return -1.0
+    return number if math.isfinite(number) else -1.0
 
 
 def existing(root: str | Path) -> Path:

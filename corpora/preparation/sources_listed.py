@@ -7,7 +7,6 @@ downloaded. They are read in their published formats, other lists as CSV with a 
 from __future__ import annotations
 
 import csv
-import math
 import os
 import re
 import tarfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, divided, existing, read_lines, read_table
+from corpora.preparation.sources import Source, divided, existing, read_lines, read_number, read_span, read_table
 from engine.errors import UserError, printable
 from engine.untrusted import read_json, safe_name
 
@@ -207,7 +206,7 @@ def _hdtf(folder: Path) -> Iterator[Row]:
                 row = {"id": video, "start": _clock(begin), "end": _clock(end)}
                 crop = crops.get(f"{video}_{number}.mp4", [])  # left, width, top, height in pixels
                 if len(crop) == 4 and len(heights.get(name, [])) == 1:
-                    x, width, y, height = map(_number, crop)
+                    x, width, y, height = map(read_number, crop)
                     row |= {"x": x + width / 2, "y": y + height / 2, "height": heights[name][0]}
                 yield row
 
@@ -219,28 +218,16 @@ def _by_name(path: Path) -> dict[str, list[str]]:
 
 def _clock(text: str) -> float:
     """Return the seconds of a time such as 1:05 or 01:02:05; -1 if it is invalid."""
-    parts = [_number(part) for part in text.split(":")]
+    parts = [read_number(part) for part in text.split(":")]
     return sum(60**i * part for i, part in enumerate(reversed(parts))) if min(parts) >= 0 else -1.0
-
-
-def _number(value: Any) -> float:
-    """Parse a finite number. Return -1 if the text is not one."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return -1.0
-    return number if math.isfinite(number) else -1.0
 
 
 def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | None]:
     """Return id, start, end and face position of a row. Raise UserError if they are invalid."""
-    start = _number(row["start"])
-    end = _number(row["end"])
+    start, end = read_span(row)
     face = None
-    if not 0 <= start < end < 1e6:
-        raise UserError(f"start={row['start']} and end={row['end']} must be times in seconds, in this order")
     if row.get("x") not in (None, "") and row.get("y") not in (None, ""):
-        face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
+        face = (read_number(row["x"]), read_number(row["y"]), int(read_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
             raise UserError(f"the position of the face, {face[:2]}, is outside the image or is not a pair of numbers")
     return safe_name(row["id"], "its id"), start, end, face

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.preparation.clip import make_key, with_digest
+from corpora.preparation.sources import folder
 from corpora.preparation.sources_grid import find_files, grid
 from corpora.synthetic.corpus import resample
 from engine.errors import UserError
@@ -24,11 +24,9 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import track
 from engine.shards.recordings import read_manifest
-from engine.untrusted import read_json_lines
 
 RATE = 24_000  # Hz
 LEAST_SECONDS = 0.4  # shorter recordings are skipped
-LONGEST_FILE = 1e5  # seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Recording:
         path: audio or video file.
         speaker: name of the voice.
         text: transcript, if known.
-        start, end: part of the file in seconds.
+        span: start and end within the file in seconds; None: the whole file.
         others: number of copies at other speeds, which also change pitch and formants, and thus yield more voices.
     """
 
@@ -48,8 +46,7 @@ class Recording:
     path: Path
     speaker: str
     text: str | None = None
-    start: float = 0.0
-    end: float = LONGEST_FILE
+    span: tuple[float, float] | None = None
     others: int = 0
 
 
@@ -93,66 +90,37 @@ def synthetic_recordings(root: Path, count: int) -> list[Recording]:
     ]
 
 
-def listed_recordings(manifest: Path, others: int, texts: bool = False) -> list[Recording]:
-    """Read a JSON Lines manifest of recordings: `audio` (a path, relative to the manifest) and `speaker`, and
-    optionally `text`, and `start` and `end` in seconds if only a part of the file is used.
+def listed_recordings(table: Path, others: int, texts: bool = False) -> list[Recording]:
+    """Find the training clips of a CSV file as `source=folder` reads it, which must have a column `speaker`.
 
     Args:
         others: number of copies of each at other speeds.
         texts: whether texts are required.
 
     Raises:
-        UserError: If there are no rows, or a row lacks an entry, is listed twice, or its file does not exist.
+        UserError: If a clip has no file, no speaker or no required text.
     """
-    rows: dict[str, Recording] = {}
-    for place, row in read_json_lines(manifest):
-        if not isinstance(row, dict) or not {"audio", "speaker"} <= row.keys():
-            raise UserError(f"{place}: a row must have audio and speaker")
-        text = row.get("text")
-        if not isinstance(text, str | None) or (texts and not (text and re.search("[A-Za-z]", text))):
-            raise UserError(f"{place}: text={text!r} must be the words that are spoken")
-        path = manifest.parent / str(row["audio"])
+    rows = []
+    for clip in folder(table.parent, table.name).clips("train"):
+        path = table.parent / (clip.audio or clip.video)
         if not os.path.isfile(path):  # unlike Path.is_file, it is False for an impossible name
-            raise UserError(f"{place}: {path} does not exist")
-        start = row.get("start", 0)
-        end = row.get("end", LONGEST_FILE)
-        if not all(isinstance(time, int | float) for time in (start, end)) or not 0 <= start < end <= LONGEST_FILE:
-            raise UserError(f"{place}: start={start} and end={end} must be seconds, start before end")
-        name = make_key(f"{row['speaker']}-{path.stem}-{round(1000 * start)}")
-        if name in rows:
-            name = with_digest(name, str(path))
-        if name in rows:
-            raise UserError(f"{place}: {path} is listed twice with the same start")
-        rows[name] = Recording(name, path, str(row["speaker"]), text, start, end, others)
-    if not rows:
-        raise UserError(f"{manifest} lists no recordings")
-    return list(rows.values())
+            raise UserError(f"{table}: {path} does not exist")
+        if not clip.speaker:
+            raise UserError(f"{table}: {clip.source} has no speaker")
+        if texts and not re.search("[A-Za-z]", clip.text or ""):
+            raise UserError(f"{table}: {clip.source} has no text")
+        rows.append(Recording(f"listed-{clip.key}", path, clip.speaker, clip.text, clip.span, others))
+    return rows
 
 
 def read_recording(recording: Recording) -> np.ndarray:
-    """Read a recording (N,) at `RATE`."""
-    wave = _read_file(recording.path)
-    end = min(len(wave) / RATE, recording.end)
-    return wave[round(recording.start * RATE) : round(end * RATE)]
-
-
-def draw_speeds(others: int, rng: np.random.Generator) -> list[float]:
-    """Return the speed of a recording, which is 1, and random speeds of `others` copies."""
-    return [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
-
-
-def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
-    """Resample a waveform (N,) so that it plays `speed` times as fast."""
-    return wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
-
-
-def _read_file(path: Path) -> np.ndarray:
-    """Read a file (N,) at `RATE`.
+    """Read a recording (N,) at `RATE`.
 
     A G.722 file has no header that identifies its format, so `read_audio` rejects it; here the suffix is used.
     """
+    path = recording.path
     if path.suffix != ".g722":
-        return read_audio(path, RATE)
+        return read_audio(path, RATE, recording.span)
     arguments = (
         "-v",
         "error",
@@ -174,13 +142,23 @@ def _read_file(path: Path) -> np.ndarray:
     return np.frombuffer(result.stdout, "<f4")
 
 
-def _rows(recording: Recording, folder: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:
+def draw_speeds(others: int, rng: np.random.Generator) -> list[float]:
+    """Return the speed of a recording, which is 1, and random speeds of `others` copies."""
+    return [1.0, *(round(float(speed), 2) for speed in rng.uniform(0.85, 1.18, others))]
+
+
+def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
+    """Resample a waveform (N,) so that it plays `speed` times as fast."""
+    return wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+
+
+def _rows(recording: Recording, split: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:
     """Write a recording and its copies as WAV and yield their rows `repeat` times; nothing if it is too short."""
     wave = None
     for number, speed in enumerate(draw_speeds(recording.others, rng)):
         suffix = f"_{number}" if number else ""
         row = {"id": f"{recording.name}{suffix}", "voice": f"{recording.speaker}{suffix}"}
-        target = folder / f"{row['id']}.wav"
+        target = split / f"{row['id']}.wav"
         if not target.is_file():
             wave = read_recording(recording) if wave is None else wave
             if len(wave) < LEAST_SECONDS * RATE:
@@ -205,12 +183,12 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
     """
     counts = {}
     for split, recordings in splits.items():
-        folder = out / split
-        folder.mkdir(parents=True, exist_ok=True)
+        target = out / split
+        target.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
         rows = []
         for recording, repeat in track(recordings, len(recordings), split):
-            rows.extend(_rows(recording, folder, repeat, rng))
+            rows.extend(_rows(recording, target, repeat, rng))
         if not rows:
             raise UserError(f"the split {split} has no recordings of {LEAST_SECONDS} s or more: check the folders")
         counts[split] = len(rows)

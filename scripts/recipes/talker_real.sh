@@ -7,7 +7,7 @@ source "$(dirname "$0")/steps.sh"
 GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY 4.0)
 SPOKEN="${SPOKEN:-data/synthetic_3}"        # synthetic corpus, version 3: speech alone
 DRAWN="${DRAWN:-data/synthetic_2}"          # synthetic corpus, version 2: cartoon faces that speak
-RECORDINGS="${RECORDINGS:-}"                # manifest of further speech of people, as of make_voice_corpus.py --recordings
+RECORDINGS="${RECORDINGS:-}"                # CSV of more speech of people, see make_voice_corpus.py --recordings
 VOICES="${VOICES:-data/voices}"             # speech of people, of flite's voices, and of SPOKEN, with its text
 FACES="${FACES:-data/faces}"                # people and cartoon faces that speak, with the text
 SPEECH="${SPEECH:-runs/talker_real_speech}" # run of the first stage

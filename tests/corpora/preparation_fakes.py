@@ -1,5 +1,6 @@
-"""Stages for tests: quick, and bad in all the ways in which a clip can be. And the sample that stages made."""
+"""Stages for tests: quick, and bad in all the ways in which a clip can be. Tables of clips, and samples of stages."""
 
+import csv
 import errno
 import json
 import os
@@ -12,6 +13,13 @@ from safetensors.torch import load
 from corpora.preparation.clip import Encoder, Stage
 from engine.errors import UserError
 from engine.shards.writer import read_members
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_sample(folder):

@@ -19,6 +19,7 @@ from corpora.preparation.sources_listed import emilia, talker_t2av_data, youtube
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from tests.corpora.preparation_fakes import write_csv
 
 
 def touch(root, *names):
@@ -26,13 +27,6 @@ def touch(root, *names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def test_voxceleb2_with_and_without_its_sound(tmp_path):
@@ -81,6 +75,18 @@ def test_keys_are_unique_or_the_source_is_refused(tmp_path):
     write_csv(tmp_path / "clips.csv", [{"path": "a.mp4"}, {"path": "a.mp4"}])
     with pytest.raises(UserError, match=r"a\.mp4 is listed more than once"):
         folder(tmp_path).clips("train")
+
+
+def test_a_table_lists_parts_of_a_file(tmp_path):
+    parts = [{"path": "a.wav", "start": "", "end": ""}]
+    parts += [{"path": "a.wav", "start": start, "end": start + 2} for start in (0, 2.5)]
+    write_csv(tmp_path / "clips.csv", parts)
+    clips = folder(tmp_path).clips("train")
+    assert [clip.span for clip in clips] == [None, (0, 2), (2.5, 4.5)]
+    assert len({clip.key for clip in clips}) == 3
+    write_csv(tmp_path / "clips.csv", [{"path": "a.wav", "start": 2, "end": 1}])
+    with pytest.raises(UserError, match=r"clips\.csv, a\.wav: start=2 and end=1 must be times"):
+        folder(tmp_path)
 
 
 @pytest.mark.parametrize("row", ["one", "one,a.mp4,two"], ids=["shorter", "longer"])

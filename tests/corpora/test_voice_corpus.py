@@ -30,9 +30,11 @@ from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import read_video, write_video
+from tests.corpora.preparation_fakes import write_csv
 from tests.media_files import ffmpeg
 
 TEXT = "lay red by seven again"
+ROW = {"path": "a.wav", "speaker": "anna"}
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +130,8 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
 
 def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp_path):
     sound(tmp_path / "a.wav", 2.0)
-    row = {"audio": "a.wav", "speaker": "anna", "text": "hello", "start": 0.5, "end": 1.5}
-    (tmp_path / "parts.jsonl").write_text(json.dumps(row))
-    listed = listed_recordings(tmp_path / "parts.jsonl", others=2)
+    write_csv(tmp_path / "parts.csv", [ROW | {"text": "hello", "start": 0.5, "end": 1.5}])
+    listed = listed_recordings(tmp_path / "parts.csv", others=2)
     write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
     rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
     assert [row["voice"] for row in rows] == ["anna", "anna_1", "anna_2"]
@@ -155,27 +156,31 @@ def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()} == before
 
 
-ROW = {"audio": "a.wav", "speaker": "anna"}
-
-
 @pytest.mark.parametrize(
-    "row", [{"audio": "a.wav"}, ROW | {"audio": "b" * 300}, ROW | {"end": 0}, ROW | {"start": "1"}, []]
+    "row",
+    [
+        {"path": "a.wav"},
+        ROW | {"path": "b" * 300 + ".wav"},
+        ROW | {"end": 1.5},
+        ROW | {"start": 0, "end": 0},
+        ROW | {"start": "x", "end": 1},
+    ],
 )
 def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
     sound(tmp_path / "a.wav", 0.5)
-    (tmp_path / "parts.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=r"parts\.jsonl, line 1"):
-        listed_recordings(tmp_path / "parts.jsonl", others=0)
+    write_csv(tmp_path / "parts.csv", [row])
+    with pytest.raises(UserError, match=r"parts\.csv.*(a|b)\.wav"):
+        listed_recordings(tmp_path / "parts.csv", others=0)
 
 
 def test_texts_are_required_for_a_corpus_with_texts(tmp_path):
     sound(tmp_path / "a.wav", 0.5)
-    (tmp_path / "parts.jsonl").write_text(json.dumps(ROW))
+    write_csv(tmp_path / "parts.csv", [ROW])
     for row in (ROW, ROW | {"text": ""}, ROW | {"text": 3}):
-        (tmp_path / "texts.jsonl").write_text(json.dumps(row))
+        write_csv(tmp_path / "texts.csv", [row])
         with pytest.raises(UserError, match="text"):
-            listed_recordings(tmp_path / "texts.jsonl", others=0, texts=True)
-    assert len(listed_recordings(tmp_path / "parts.jsonl", others=0)) == 1
+            listed_recordings(tmp_path / "texts.csv", others=0, texts=True)
+    assert len(listed_recordings(tmp_path / "parts.csv", others=0)) == 1
 
 
 def test_prompts_are_decoded_and_repeated_as_requested(tmp_path):
