@@ -131,7 +131,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = adamw(parameters, config)
     ema = ExponentialMovingAverage(task, config.ema_decay)
-    batch = {k: v.to(device) for k, v in random_batch(task, job["batch"], job["seconds"]).items()}
+    batch = random_batch(task, job["batch"], job["seconds"])
+    batch = {name: x if name in task.on_host else x.to(device) for name, x in batch.items()}
     tokens = task.tokens(batch)
     use = Utilisation(job["peak_tflops"])
     durations: list[np.ndarray] = []

@@ -26,8 +26,7 @@ from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
 NAMES = (
-    "claims", "faces", "finetune", "grid", "inference", "landmarks", "reenactment", "serving", "speaking", "synchrony",
-    "training",
+    "claims", "faces", "finetune", "grid", "inference", "lags", "landmarks", "reenactment", "serving", "speaking", "training",
 )  # fmt: skip
 
 

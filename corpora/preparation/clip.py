@@ -51,6 +51,7 @@ class SourceClip:
         phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
         span: start and end of the clip within the files in seconds. None: the whole files.
+        lag: seconds by which the audio is late against the video; the stage `decode` moves it to an earlier time.
         face: (x, y, height), position of the face in pixels of a frame with this height, or for height 0 as fractions
             of width and height. None: selected by the stage `face`.
         packed: (tar file, offset, size) of paths that are within tar files.
@@ -67,6 +68,7 @@ class SourceClip:
     phonemes: list | None = None
     motion: str | None = None
     span: tuple[float, float] | None = None
+    lag: float = 0.0
     face: tuple[float, float, int] | None = None
     packed: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 

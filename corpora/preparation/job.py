@@ -85,7 +85,7 @@ def prepare(config: DictConfig) -> None:
 
 def _listing_digest(clips: list[SourceClip]) -> str:
     """Return a digest of the keys, sources and texts of the clips of a split, in order."""
-    listing = dumps([[clip.key, clip.source, clip.text] for clip in clips])
+    listing = dumps([[clip.key, clip.source, clip.text, *([clip.lag] if clip.lag else [])] for clip in clips])
     return hashlib.sha256(listing).hexdigest()[:16]
 
 

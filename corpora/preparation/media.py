@@ -63,7 +63,7 @@ class Decode(Stage):
             clip.frames = clip.all_frames = self._frames(clip.path(info.video), info.span)
             clip.scaled_down = max(clip.frames.shape[1:3]) >= self.max_side
         sound = clip.path(info.audio or info.video)
-        clip.wave = read_audio(sound, RATE, info.span)
+        clip.wave = advance(read_audio(sound, RATE, info.span), info.lag, RATE)
         motion = read_matrix(clip.path(info.motion)).half().contiguous() if info.motion else None
         lengths = {"audio": len(clip.wave) // HOP}
         lengths |= {"video": len(clip.frames)} if clip.frames is not None else {}
@@ -75,7 +75,7 @@ class Decode(Stage):
             raise UserError(f"{lengths_text}: the lengths must agree")
         if not self.min_seconds <= length / FPS <= self.max_seconds:
             raise UserError(f"{lengths_text}: must be {self.min_seconds:g} to {self.max_seconds:g} s")
-        wave16 = read_audio(sound, RATE16, info.span)[: length * HOP16]
+        wave16 = advance(read_audio(sound, RATE16, info.span), info.lag, RATE16)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
         if clip.frames is not None:
@@ -100,6 +100,13 @@ class Decode(Stage):
             frames[count : count + len(block)] = block
             count += len(block)
         return frames[:count]
+
+
+def advance(wave: np.ndarray, seconds: float, rate: int) -> np.ndarray:
+    """Move audio (N,) to an earlier time, negative: to a later one. What leaves at one end enters at the other, as clips
+    begin and end with the same background noise.
+    """
+    return np.roll(wave, -round(seconds * rate))
 
 
 class Face(Stage):

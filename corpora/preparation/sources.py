@@ -275,9 +275,9 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in untrusted.read_lines(path, f"the list {path}") if line.strip()]
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return the rows of a CSV file that has the given columns."""
-    text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
+def read_table(path: Path, columns: tuple[str, ...], setting: str = "source.table") -> list[dict[str, str]]:
+    """Return the rows of a CSV file that has the given columns. `setting` names the file in errors."""
+    text = "\n".join(untrusted.read_lines(path, f"{setting}={path}"))
     reader = csv.DictReader(io.StringIO(text))
     rows = []
     try:
@@ -285,12 +285,12 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             if None in row or None in row.values():  # where the row is longer, and where it is shorter
                 header = f"its header has {len(reader.fieldnames)} columns"
                 raise UserError(
-                    f"source.table={path}, line {reader.line_num}: {header}: quote cells that contain a comma"
+                    f"{setting}={path}, line {reader.line_num}: {header}: quote cells that contain a comma"
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"source.table={path} cannot be read as CSV ({error})") from error
+        raise UserError(f"{setting}={path} cannot be read as CSV ({error})") from error
     for column in columns:
         if not rows or column not in rows[0]:
-            raise UserError(f"source.table={path} has no rows with a column `{column}`")
+            raise UserError(f"{setting}={path} has no rows with a column `{column}`")
     return rows

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, divided, existing, held_out, read_lines
+from corpora.preparation.sources import Source, divided, existing, held_out, read_lines, read_table
 from engine.errors import UserError
 from engine.settings import require_choice, require_range
 
@@ -42,6 +42,7 @@ def grid(
     speakers: Sequence[str] | None = None,
     expression: str | None = None,
     clips_each: int | None = None,
+    lags: str | Path | None = None,
 ) -> Source:
     """Find ROOT/**/s1/**/bbaf2n.mpg (or .mp4), as in the archives s1.zip to s34.zip. The name encodes the sentence.
 
@@ -57,18 +58,22 @@ def grid(
         speakers: speakers to use. None: all.
         expression: label of all clips; None: none.
         clips_each: maximum number of clips per speaker, evenly spaced by name. None: all.
+        lags: table of scripts/measure_lags.py with the seconds by which the audio of each clip is late. Audio and words
+            are moved by them; clips that are not listed stay as they are. None: no clip is moved.
     """
     require_choice("source.protocol", protocol, PROTOCOLS)
     if clips_each is not None:
         require_range("source.clips_each", clips_each, 1, 10**6)
     root = existing(root)
+    lag_of = {} if lags is None else _read_lags(Path(lags))
     clips = []
     for path in find_files(root, ".mpg", ".mp4"):
         speaker = _speaker(path)
         text = grid_sentence(path.stem)
         if speaker and text and (speakers is None or speaker in speakers):
+            key = make_key(f"{speaker}-{path.stem}")
             facts = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
-            clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **facts))
+            clips.append(SourceClip(key, path.as_posix(), lag=lag_of.get(key, 0.0), **facts))
     names = {clip.speaker for clip in clips}
     if clips_each is not None:
         clips = [clip for name in sorted(names) for clip in _spread(clips, name, clips_each)]
@@ -88,7 +93,7 @@ def grid(
     def read(split: str) -> Iterator[SourceClip]:
         for clip in source.read(split):
             path = times.get((clip.speaker, Path(clip.video).stem))
-            yield clip if path is None else replace(clip, phonemes=_words(root / path))
+            yield clip if path is None else replace(clip, phonemes=_words(root / path, clip.lag))
 
     letters = set("abcdefghijklmnopqrstuvxyz")  # no w
     symbols = letters.union(VERBS.values(), COLOURS.values(), PREPOSITIONS.values(), DIGITS.values(), ADVERBS.values())
@@ -106,12 +111,23 @@ def _speaker(path: Path) -> str | None:
     return next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
 
 
-def _words(path: Path) -> list[tuple[str, float, float]]:
-    """Return the words of a file of lines `23750 29500 bin`, times in seconds; a file unit is 1/25,000 s."""
+def _read_lags(path: Path) -> dict[str, float]:
+    """Return the seconds in the column `lag` of a CSV file for each key in the column `clip`."""
+    rows = read_table(path, ("clip", "lag"), "source.lags")
+    try:
+        return {row["clip"]: float(row["lag"]) for row in rows}
+    except ValueError as error:
+        raise UserError(f"source.lags={path}: {error}: the column `lag` contains seconds") from error
+
+
+def _words(path: Path, lag: float) -> list[tuple[str, float, float]]:
+    """Return the words of a file of lines `23750 29500 bin`, times in seconds without the lag of the audio; a file unit
+    is 1/25,000 s.
+    """
     rows = [line.split() for line in read_lines(path)]
     if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
         raise UserError(f"{path} is not a list of lines `start end word`: unpack alignments.zip again")
-    return [(word, int(start) / ALIGNMENT_RATE, int(end) / ALIGNMENT_RATE) for start, end, word in rows]
+    return [(word, int(start) / ALIGNMENT_RATE - lag, int(end) / ALIGNMENT_RATE - lag) for start, end, word in rows]
 
 
 def grid_sentence(name: str) -> str | None:

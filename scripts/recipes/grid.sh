@@ -18,6 +18,7 @@ case "$SIZE" in
 esac
 SPEAKERS="${SPEAKERS:-$speakers}"         # as in [s1,s2,s4,s29]; null: all
 SHARDS="${SHARDS:-data/shards/$name}"     # prepared clips, about 32 GB (SIZE=cpu: 0.5 GB)
+LAGS="${LAGS:-$SHARDS-lags.csv}"         # table of the lags of the audio, measured if it is missing; null: audio is not moved
 TOKENIZER="${TOKENIZER:-runs/$tokenizer}" # run of the tokenizer
 RUN="${RUN:-runs/$name}"                  # run of the model
 SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer trains on
@@ -34,7 +35,9 @@ shards() {
         "source.speakers=$SPEAKERS" features=grid "${pictures[@]}" "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-} "$@"
 }
 
-prepare() { if ! [ -d "$TOKENIZER/release" ]; then shards stages.rvq.use=false; fi; }
+lags_are_missing() { [ "$LAGS" != null ] && ! [ -f "$LAGS" ]; }
+
+prepare() { if ! [ -d "$TOKENIZER/release" ] || lags_are_missing; then shards stages.rvq.use=false; fi; }
 
 tokenizer() {
     if [ -d "$TOKENIZER/release" ]; then echo "$TOKENIZER/release is there"; return; fi
@@ -49,7 +52,12 @@ tokenizer() {
     $PYTHON "$here/train.py" experiment=rvq_grid "data.root=$SHARDS" "data.held_out=[val]" "run=$TOKENIZER" ${TOKENIZE:-}
 }
 
-tokens() { shards "stages.rvq.codec=$TOKENIZER/release"; }
+tokens() {
+    if lags_are_missing; then
+        $PYTHON "$here/scripts/measure_lags.py" "$SHARDS" "$GRID" "$LAGS"
+    fi
+    shards "stages.rvq.codec=$TOKENIZER/release" "source.lags=$LAGS"
+}
 
 train() {
     if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi

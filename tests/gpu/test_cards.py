@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -38,44 +39,49 @@ def logged(run):
     return {line["step"]: {k: v for k, v in line.items() if "loss" in k} for line in lines if "lr" in line}
 
 
-def train(name, folder, run, **changes):
-    torch.manual_seed(0)
-    folder.mkdir(exist_ok=True)
-    task, data = RUNS[name](folder)
-    task.measure = lambda folder, share: {}
-    trainer = Trainer(task, data, TRAINER | ON_CARD | {"batch_size": data.batch} | changes, run)
-    trainer.fit()
+def train(name, run, **changes):
+    with TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        task, data = RUNS[name](Path(folder))
+        task.measure = lambda folder, share: {}
+        trainer = Trainer(task, data, TRAINER | ON_CARD | {"batch_size": data.batch} | changes, run)
+        trainer.fit()
     return trainer
 
 
 @one_card
 @pytest.mark.parametrize("name", RUNS)
-def test_steps_of_every_task_do_not_synchronise(name, tmp_path, monkeypatch):
+def test_steps_of_every_task_synchronise_only_to_check_the_gradient(name, tmp_path, monkeypatch):
     """From the fourth step on PyTorch raises an error where the host waits for the GPU; restarts of RVQ's code books,
     discriminators and all stages have begun by then."""
-    plain = Trainer._train_step
 
-    def watched(trainer, *arguments):
-        torch.cuda.set_sync_debug_mode("error" if trainer.step >= 3 else "default")
-        try:
-            return plain(trainer, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def in_mode(method, mode):
+        plain = getattr(Trainer, method)
 
-    monkeypatch.setattr(Trainer, "_train_step", watched)
-    train(name, tmp_path / "files", tmp_path / "run", precision="bf16")
+        def call(trainer, *arguments):
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(mode if trainer.step >= 3 else "default")
+            try:
+                return plain(trainer, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        monkeypatch.setattr(Trainer, method, call)
+
+    in_mode("_train_step", "error")
+    in_mode("_stop_unless_finite", "default")
+    train(name, tmp_path / "run", precision="bf16")
     losses = logged(tmp_path / "run")
     assert len(losses) == 6 and all(math.isfinite(x) for step in losses.values() for x in step.values())
 
 
 @one_card
 def test_a_run_on_a_gpu_resumes_where_it_stopped(tmp_path):
-    whole = train("voice_encoder", tmp_path / "files", tmp_path / "whole")
-    train("voice_encoder", tmp_path / "files", tmp_path / "parts", steps=3, schedule="constant", checkpoint_every=3)
-    train("voice_encoder", tmp_path / "files", tmp_path / "whole_2", schedule="constant")
-    parts = train("voice_encoder", tmp_path / "files", tmp_path / "parts", schedule="constant")
+    whole = train("voice_encoder", tmp_path / "whole", schedule="constant")
+    train("voice_encoder", tmp_path / "parts", schedule="constant", steps=3, checkpoint_every=3)
+    parts = train("voice_encoder", tmp_path / "parts", schedule="constant")
     assert whole.step == parts.step == 6
-    one = logged(tmp_path / "whole_2")
+    one = logged(tmp_path / "whole")
     two = logged(tmp_path / "parts")
     for step, losses in one.items():
         assert two[step] == pytest.approx(losses, rel=1e-5)

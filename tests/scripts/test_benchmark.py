@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from benchmarks.claims import CLAIMS
 from benchmarks.hicodit_models import LOSSES
-from benchmarks.synchrony import LARGEST, predict
 from engine.config import compose
 from engine.errors import UserError
 from engine.metrics.registry import FIGURES
@@ -77,16 +76,3 @@ def test_what_was_measured_before_an_error_is_recorded(tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     assert path.name.endswith("-faces-cpu-stopped.json")
     assert json.loads(path.read_text())["results"] == [{"batch": 1}]
-
-
-def test_planted_lags_are_found():
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(16, 20, generator=generator)
-    movement = torch.randn(24, 75, 16, generator=generator).cumsum(1)
-    mouths = movement - movement.mean(1, keepdim=True)
-    sounds = mouths @ mixing + 0.5 * torch.randn(24, 75, 20, generator=generator)
-    lags = torch.zeros(24, dtype=torch.long)
-    lags[[3, 11, 20]] = torch.tensor([4, -5, 7])
-    sounds = torch.stack([torch.roll(sound, int(lag), 0) for sound, lag in zip(sounds, lags)])
-    _, agreement = predict(mouths, sounds)
-    assert (agreement.argmax(1) - LARGEST).tolist() == lags.tolist()

@@ -1,0 +1,92 @@
+"""STOI and ESTOI of GRID's own recordings under what lips cannot show: lags of the audio, and noise in the pauses.
+
+    python scripts/measure_lags.py data/shards/grid ../shared/grid lags.csv
+    python scripts/benchmark.py lags --manifest outputs/grid/test.jsonl --corpus ../shared/grid --lags lags.csv
+
+Each recording is compared with a copy of itself: shifted, with the noise of another recording before the first and after
+the last word, and with both. The last row shifts each copy by the lag of its clip, so it bounds what speech can reach
+that is generated from the video alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpora.preparation.lags import RATE
+from corpora.preparation.media import advance
+from corpora.preparation.sources_grid import grid
+from engine.arguments import existing_folder
+from engine.errors import UserError, require
+from engine.media.audio import read_audio
+from engine.progress import track
+from engine.untrusted import read_json_lines
+
+SHIFTS = (0.005, 0.01, 0.02, 0.03, 0.04)  # seconds
+MARGIN = 0.05  # seconds between the words and the noise that replaces a pause
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--manifest", type=Path, required=True, help="JSON lines with the clips' `id`, as grid.sh writes"
+    )
+    parser.add_argument("--corpus", type=existing_folder, required=True, help="folder of GRID")
+    parser.add_argument("--lags", type=Path, required=True, help="table of scripts/measure_lags.py")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    require("pystoi", "pystoi", "eval")
+    wanted = {row["id"] for _, row in read_json_lines(args.manifest)}
+    source = grid(args.corpus, protocol="seen", lags=args.lags)
+    clips = [clip for split in source.splits for clip in source.clips(split) if clip.key in wanted]
+    if len(clips) < 2 or any(clip.phonemes is None for clip in clips):
+        raise UserError(
+            f"{args.manifest} names {len(clips)} clips of {args.corpus}: two or more with alignments are required"
+        )
+    waves = [read_audio(args.corpus / clip.video, RATE) for clip in clips]
+    spoken = [words_of(clip.phonemes, clip.lag) for clip in clips]
+    noise = [np.concatenate(pauses(wave, times)) for wave, times in zip(waves, spoken)]
+    figures: dict[str, list[tuple[float, float]]] = {}
+    for i in track(range(len(clips)), len(clips), "clips"):
+        replaced = with_noise(waves[i], spoken[i], noise[i - 1])
+        copies = {f"shifted by {1000 * shift:g} ms": advance(waves[i], shift, RATE) for shift in SHIFTS}
+        copies["shifted by its lag"] = advance(waves[i], clips[i].lag, RATE)
+        copies["other noise in the pauses"] = replaced
+        copies["other noise in the pauses, shifted by its lag"] = advance(replaced, clips[i].lag, RATE)
+        for name, copy in copies.items():
+            figures.setdefault(name, []).append(similarity(waves[i], copy))
+    for name, rows in figures.items():
+        stoi, estoi = np.mean(rows, 0).tolist()
+        result = {"copy": name, "clips": len(rows), "stoi": stoi, "estoi": estoi}
+        yield result, f"{name}: STOI {stoi:.3f}, ESTOI {estoi:.3f}"
+
+
+def words_of(phonemes: list[tuple[str, float, float]], lag: float) -> tuple[float, float]:
+    """Return the start of the first and the end of the last word in the recording, in seconds."""
+    words = [(start, end) for word, start, end in phonemes if word not in ("sil", "sp")]
+    return words[0][0] + lag, words[-1][1] + lag
+
+
+def pauses(wave: np.ndarray, times: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the audio before the first and after the last word, without a margin around the words."""
+    first, last = (round(time * RATE) for time in (max(times[0] - MARGIN, 0.0), times[1] + MARGIN))
+    return wave[:first], wave[last:]
+
+
+def with_noise(wave: np.ndarray, times: tuple[float, float], noise: np.ndarray) -> np.ndarray:
+    """Return the audio with repeated `noise` in place of its pauses."""
+    before, after = pauses(wave, times)
+    filled = np.resize(noise, len(wave))
+    end = len(wave) - len(after)
+    filled[len(before) : end] = wave[len(before) : end]
+    return filled
+
+
+def similarity(wave: np.ndarray, copy: np.ndarray) -> tuple[float, float]:
+    from pystoi import stoi
+
+    return float(stoi(wave, copy, RATE)), float(stoi(wave, copy, RATE, extended=True))
