@@ -3,9 +3,9 @@
     python scripts/measure_lags.py data/shards/grid ../shared/grid lags.csv
     python scripts/benchmark.py lags --manifest outputs/grid/test.jsonl --corpus ../shared/grid --lags lags.csv
 
-Each recording is compared with a copy of itself: shifted, with the noise of another recording before the first and after
-the last word, and with both. The last row shifts each copy by the lag of its clip, so it bounds what speech can reach
-that is generated from the video alone.
+Each recording is compared with copies of itself: shifted, with the noise of another recording before the first and
+after the last word, and with both. In the last row each copy is shifted by the lag of its clip: a bound of what speech
+can reach that is generated from the video alone.
 """
 
 from __future__ import annotations

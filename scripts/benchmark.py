@@ -26,7 +26,8 @@ from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
 NAMES = (
-    "claims", "faces", "finetune", "grid", "inference", "lags", "landmarks", "reenactment", "serving", "speaking", "training",
+    "claims", "faces", "finetune", "grid", "inference", "lags", "landmarks", "reenactment", "serving", "speaking",
+    "training",
 )  # fmt: skip
 
 

@@ -3,9 +3,10 @@
     python scripts/measure_lags.py data/shards/grid /data/grid lags.csv
     python scripts/prepare_data.py source=grid source.root=/data/grid source.lags=lags.csv ...
 
-The first argument is the folder of the prepared clips (their mouth crops are used; no audio tokens are needed), the
-second the source's root with the recordings. The table has a row per clip, with its key in the column `clip` and seconds in
-the column `lag`, relative to the median. Clips whose lag is unclear are not listed. Method: corpora/preparation/lags.py.
+The first argument is the folder of the prepared clips, whose mouth crops are used, the second the root of the source
+with the recordings. The table has a row per clip, with its key in the column `clip` and seconds in the column `lag`,
+relative to the median. Clips whose lag is unclear are not listed. The method is described in
+corpora/preparation/lags.py.
 """
 
 from __future__ import annotations

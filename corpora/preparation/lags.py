@@ -2,9 +2,9 @@
 
 Audio and video of a corpus may be out of step by a different time in each clip: in GRID, by 20 ms (standard deviation).
 A model trained on such clips learns blurred timing, and metrics such as ESTOI fall with every 10 ms (docs/grid.md; Niu
-and Mak, arXiv 2303.00502, measure and correct it with a network). Here, a ridge regression predicts mel bands from mouth
-crops. It has far fewer weights than there are frames and never saw the clip that it predicts, so it cannot know the
-clip's lag, which is where the predicted and the actual bands correlate best.
+and Mak, arXiv 2303.00502, measure and correct it with a network). Here, a ridge regression predicts mel bands from
+mouth crops. It has far fewer weights than there are frames and never saw the clip that it predicts, so it cannot know
+the clip's lag, which is where the predicted and the actual bands correlate best.
 
 Axes: n clips, T video frames (25 per second), S side of mouth crops, N spectrum frames (100 per second), P principal
 components, C features, M mel bands.
@@ -59,8 +59,8 @@ class LagMeter:
         """
         sample = torch.cat(self.mouths[:: max(1, len(self.mouths) // 300)])
         centre = sample.mean(0)
-        _, scale, directions = torch.pca_lowrank(sample - centre, min(COMPONENTS, *sample.shape), niter=4)
-        projection = directions / (scale / len(sample) ** 0.5)
+        variances, directions = torch.linalg.eigh((sample - centre).T.cov())
+        projection = directions[:, -COMPONENTS:] / (variances[-COMPONENTS:] + 1e-6).sqrt()
         components = [(mouth - centre) @ projection for mouth in self.mouths]
         lags = torch.zeros(len(components))
         for _ in range(ROUNDS):

@@ -284,9 +284,7 @@ def read_table(path: Path, columns: tuple[str, ...], setting: str = "source.tabl
         for row in reader:
             if None in row or None in row.values():  # where the row is longer, and where it is shorter
                 header = f"its header has {len(reader.fieldnames)} columns"
-                raise UserError(
-                    f"{setting}={path}, line {reader.line_num}: {header}: quote cells that contain a comma"
-                )
+                raise UserError(f"{setting}={path}, line {reader.line_num}: {header}: quote cells that contain a comma")
             rows.append(row)
     except csv.Error as error:
         raise UserError(f"{setting}={path} cannot be read as CSV ({error})") from error
