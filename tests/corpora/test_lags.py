@@ -12,6 +12,7 @@ import torch
 
 from corpora.preparation import lags as module
 from corpora.preparation.clip import SourceClip
+from corpora.preparation.job import _listing_digest
 from corpora.preparation.lags import RATE, LagMeter, lag_of
 from corpora.preparation.media import advance
 from corpora.preparation.sources_grid import grid
@@ -54,6 +55,12 @@ def test_a_clip_whose_best_lag_is_the_largest_is_unclear():
     assert np.isnan(lag_of(bands, torch.roll(bands, module.REACH, 0)))
 
 
+def test_lags_are_finer_than_a_spectrum_frame():
+    time = torch.arange(300)[:, None] / 100
+    rates = torch.tensor([1.3, 2.1, 3.7])
+    assert lag_of(torch.sin(6 * rates * time), torch.sin(6 * rates * (time - 0.013))) == pytest.approx(0.013, abs=1e-3)
+
+
 def test_late_audio_is_moved_to_an_earlier_time():
     wave = np.arange(100)
     assert advance(wave, 0.1, 100)[0] == 10
@@ -79,13 +86,17 @@ def test_grid_moves_audio_and_words_of_the_listed_clips(tmp_path):
     assert [moved[f"s1-{name}"].lag for name in ("bbaf2n", "lbaf2n")] == [0.04, 0.0]
     assert moved["s1-bbaf2n"].phonemes[1] == ("bin", pytest.approx(0.96), pytest.approx(1.96))
     assert moved["s1-lbaf2n"] == clips()["s1-lbaf2n"]
-    assert isinstance(moved["s1-bbaf2n"], SourceClip)
     table.write_text("clip,lag\ns1-bbaf2n,late\n")
     with pytest.raises(UserError, match=r"source\.lags=.*seconds"):
         clips(lags=table)
     table.write_text("name,lag\ns1-bbaf2n,0.1\n")
     with pytest.raises(UserError, match=r"source\.lags=.*column `clip`"):
         clips(lags=table)
+
+
+def test_shards_prepared_with_other_lags_are_prepared_again():
+    digests = {_listing_digest([SourceClip("k", "k.mpg", lag=lag)]) for lag in (0.0, 0.01, 0.02)}
+    assert len(digests) == 3
 
 
 def test_the_table_lists_the_clips_of_all_splits(tmp_path, monkeypatch, capsys):
