@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         begin = time.monotonic()
         run_program(
             args.threads, "scripts/recipes/grid.sh", "tokens", "train", "evaluate", PYTHON=sys.executable,
-            PROTOCOL="unseen", PREPARE=prepare, TRAIN=train, EVALUATE=evaluate,
+            PROTOCOL="unseen", LAGS="null", PREPARE=prepare, TRAIN=train, EVALUATE=evaluate,
             **{name: str((args.work / path).resolve()) for name, path in paths.items()},
         )  # fmt: skip
         yield took(f"recipe, {start}", begin)

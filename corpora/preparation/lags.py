@@ -1,8 +1,8 @@
 """Lags between the audio and the video of clips, measured with a linear model of the spectrum seen in the mouth.
 
-Audio and video of a corpus may be out of step by a different time in each clip: in GRID, by 20 ms (standard deviation).
-A model trained on such clips learns blurred timing, and metrics such as ESTOI fall with every 10 ms (docs/grid.md; Niu
-and Mak, arXiv 2303.00502, measure and correct it with a network). Here, a ridge regression predicts mel bands from
+Audio and video of a corpus may be out of sync by a different time in each clip; in GRID, the standard deviation is 20
+ms. A model trained on such clips learns blurred timing, and metrics such as ESTOI fall with every 10 ms (docs/grid.md;
+Niu and Mak, arXiv 2303.00502, measure and correct it with a network). Here, a ridge regression predicts mel bands from
 mouth crops. It has far fewer weights than there are frames and never saw the clip that it predicts, so it cannot know
 the clip's lag, which is where the predicted and the actual bands correlate best.
 
@@ -30,42 +30,47 @@ FOLDS = 10
 ROUNDS = 2  # in the second round, the model is fitted to audio without the lags of the first
 RIDGE = 1000.0
 REACH = 25  # maximum lag in spectrum frames
-LARGE = 0.08  # seconds; a larger lag must agree better than no lag by CLEAR, in units of the correlation
-CLEAR = 0.1
+LARGE = 0.08  # seconds from which a lag counts only if it is clear
+CLEAR = 0.1  # increase of the correlation that makes a large lag clear
 
 
 class LagMeter:
-    """Collects clips and measures the lag of the audio of each. It needs a few hundred clips with the same words."""
+    """Collects clips and measures the lag of the audio of each. It needs hundreds of clips."""
 
     def __init__(self) -> None:
-        self.mouths: list[Tensor] = []  # (T, SIDE * SIDE) each
+        self.mouths: list[Tensor] = []  # (T, SIDE * SIDE) float16 each
         self.spectra: list[Tensor] = []  # (N, M) each
         self.mel = torchaudio.transforms.MelSpectrogram(
             RATE, n_fft=512, win_length=400, hop_length=round(RATE * STEP), n_mels=BANDS, f_min=80.0, f_max=7000.0
         )
 
     def add(self, mouth: Tensor, wave: Tensor) -> None:
-        """Add a clip: mouth crops (T, S, S) uint8, and audio at 16 kHz, both from the same moment on."""
+        """Add a clip.
+
+        Args:
+            mouth: mouth crops (T, S, S) uint8.
+            wave: audio (samples,) at 16 kHz that starts with the first crop.
+        """
         pictures = mouth.float() / 255
         pictures = (pictures - pictures.mean((1, 2), keepdim=True)) / (pictures.std((1, 2), keepdim=True) + 0.05)
         pictures = F.interpolate(pictures[:, None], (SIDE, SIDE), mode="area")
+        wave = F.pad(wave, (0, max(0, self.mel.n_fft - len(wave))))
         bands = (self.mel(wave) + 1e-7).log().T[: PER_FRAME * len(mouth)]
-        self.mouths.append(pictures.flatten(1))
+        self.mouths.append(pictures.flatten(1).half())
         self.spectra.append((bands - bands.mean(0)) / (bands.std(0) + 1e-3))
 
     def measure(self) -> Tensor:
         """Return the seconds (n,) by which the audio of each clip is late, relative to the median of all clips. NaN:
         unclear.
         """
-        sample = torch.cat(self.mouths[:: max(1, len(self.mouths) // 300)])
+        sample = torch.cat(self.mouths[:: max(1, len(self.mouths) // 300)]).float()
         centre = sample.mean(0)
         variances, directions = torch.linalg.eigh((sample - centre).T.cov())
         projection = directions[:, -COMPONENTS:] / (variances[-COMPONENTS:] + 1e-6).sqrt()
-        components = [(mouth - centre) @ projection for mouth in self.mouths]
+        components = [(mouth.float() - centre) @ projection for mouth in self.mouths]
         lags = torch.zeros(len(components))
         for _ in range(ROUNDS):
-            predicted = list(self._predict(components, lags))
-            lags = torch.tensor([lag_of(*pair) for pair in zip(predicted, self.spectra)])
+            lags = torch.tensor([lag_of(*pair) for pair in zip(self._predict(components, lags), self.spectra)])
             lags = lags - lags.nanmedian()
         return lags
 

@@ -105,7 +105,8 @@ class Decode(Stage):
 def advance(wave: np.ndarray, seconds: float, rate: int) -> np.ndarray:
     """Move audio (N,) to an earlier time, negative: to a later one.
 
-    What leaves at one end enters at the other, as clips begin and end with the same background noise.
+    What leaves at one end enters at the other, as clips begin and end with the same background noise. `seconds` is the
+    shift, `rate` the sample rate in Hz.
     """
     return np.roll(wave, -round(seconds * rate))
 

@@ -4,6 +4,7 @@ ones.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from engine.errors import UserError
 from engine.settings import require_choice, require_range
 
 ALIGNMENT_RATE = 25_000  # units of GRID's alignments per second
+LARGEST_LAG = 1.0  # seconds
 PROTOCOLS = ("lipnet", "unseen", "seen")
 LIPNET = ("s1", "s2", "s20", "s22")  # test speakers
 UNSEEN = dict.fromkeys((f"s{i}" for i in (9, 20, 23, 27, 29, 30, 34)), "val") | dict.fromkeys(
@@ -65,7 +67,7 @@ def grid(
     if clips_each is not None:
         require_range("source.clips_each", clips_each, 1, 10**6)
     root = existing(root)
-    lag_of = {} if lags is None else _read_lags(Path(lags))
+    lag_of = {} if lags is None else _read_lags(Path(str(lags)))
     clips = []
     for path in find_files(root, ".mpg", ".mp4"):
         speaker = _speaker(path)
@@ -74,6 +76,8 @@ def grid(
             key = make_key(f"{speaker}-{path.stem}")
             facts = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
             clips.append(SourceClip(key, path.as_posix(), lag=lag_of.get(key, 0.0), **facts))
+    if lag_of and not any(clip.key in lag_of for clip in clips):
+        raise UserError(f"source.lags={lags} lists none of the {len(clips)} clips in {root}: measure the lags of these")
     names = {clip.speaker for clip in clips}
     if clips_each is not None:
         clips = [clip for name in sorted(names) for clip in _spread(clips, name, clips_each)]
@@ -113,11 +117,15 @@ def _speaker(path: Path) -> str | None:
 
 def _read_lags(path: Path) -> dict[str, float]:
     """Return the seconds in the column `lag` of a CSV file for each key in the column `clip`."""
-    rows = read_table(path, ("clip", "lag"), "source.lags")
-    try:
-        return {row["clip"]: float(row["lag"]) for row in rows}
-    except ValueError as error:
-        raise UserError(f"source.lags={path}: {error}: the column `lag` contains seconds") from error
+    lags = {}
+    for row in read_table(path, ("clip", "lag"), "source.lags"):
+        try:
+            lags[row["clip"]] = seconds = float(row["lag"])
+        except ValueError:
+            seconds = math.nan
+        if not abs(seconds) <= LARGEST_LAG:
+            raise UserError(f"source.lags={path}: the lag {row['lag']!r} of {row['clip']} is not a number up to 1 s")
+    return lags
 
 
 def _words(path: Path, lag: float) -> list[tuple[str, float, float]]:

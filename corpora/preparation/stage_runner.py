@@ -149,7 +149,8 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
 
 def input_digest(clip: SourceClip) -> str:
     """Return eight hex digits of a digest of a clip's source fields. The contents of its files are not included."""
-    return hashlib.sha256(dumps(asdict(clip))).hexdigest()[:8]
+    fields = {name: value for name, value in asdict(clip).items() if name != "lag" or value}
+    return hashlib.sha256(dumps(fields)).hexdigest()[:8]
 
 
 def without_device(config: Mapping[str, Any]) -> dict[str, Any]:

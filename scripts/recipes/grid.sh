@@ -18,7 +18,7 @@ case "$SIZE" in
 esac
 SPEAKERS="${SPEAKERS:-$speakers}"         # as in [s1,s2,s4,s29]; null: all
 SHARDS="${SHARDS:-data/shards/$name}"     # prepared clips, about 32 GB (SIZE=cpu: 0.5 GB)
-LAGS="${LAGS:-$SHARDS-lags.csv}"         # table of the lags of the audio, measured if it is missing; null: audio is not moved
+LAGS="${LAGS:-$SHARDS-lags.csv}"          # lags of the audio, measured if the table is missing; null: it is not moved
 TOKENIZER="${TOKENIZER:-runs/$tokenizer}" # run of the tokenizer
 RUN="${RUN:-runs/$name}"                  # run of the model
 SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer trains on
@@ -54,6 +54,7 @@ tokenizer() {
 
 tokens() {
     if lags_are_missing; then
+        [ -d "$SHARDS" ] || shards stages.rvq.use=false
         $PYTHON "$here/scripts/measure_lags.py" "$SHARDS" "$GRID" "$LAGS"
     fi
     shards "stages.rvq.codec=$TOKENIZER/release" "source.lags=$LAGS"
