@@ -80,6 +80,8 @@ class HaarDetector:
     def __init__(self, tiny: bool = False, angle: float = 0.0) -> None:
         self.tiny = tiny
         self.angle = angle
+        if not hasattr(cv2, "CascadeClassifier"):
+            raise UserError(f"OpenCV {cv2.__version__} has no cascade face detector: install opencv-python-headless<5")
         self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:

@@ -240,3 +240,9 @@ def test_the_speaking_face_is_chosen(speaker, sound):
             video[i, y : y + 112, x : x + 112] = draw_face(opening[i], 112)
     track = find_faces([video[:40], video[40:]], 25.0, "speaking", wave=wave if sound else None)[0]
     assert abs(centre(track).mean() - (76 + 160 * speaker)) < 12
+
+
+def test_an_opencv_without_cascades_is_refused(monkeypatch):
+    monkeypatch.delattr(cv2, "CascadeClassifier")
+    with pytest.raises(UserError, match="has no cascade face detector: install"):
+        HaarDetector()
