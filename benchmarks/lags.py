@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from corpora.preparation.lags import RATE
 from corpora.preparation.media import advance
 from corpora.preparation.sources_grid import grid
 from engine.arguments import existing_folder
 from engine.errors import UserError, require
 from engine.media.audio import read_audio
+from engine.nn.mel import RATE
 from engine.progress import track
 from engine.untrusted import read_json_lines
 
@@ -39,16 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    require("pystoi", "pystoi", "eval")
+    require("pystoi", "pystoi")
     rows = [row for _, row in read_json_lines(args.manifest)]
     wanted = {row.get("id") for row in rows if isinstance(row, dict)}
     source = grid(args.corpus, protocol="seen", lags=args.lags)
-    clips = [clip for split in source.splits for clip in source.clips(split) if clip.key in wanted]
-    if len(clips) < 2 or len(clips) < len(rows) or not all(words_of(clip.phonemes or [], 0.0) for clip in clips):
+    corpus = [clip for split in source.splits for clip in source.clips(split)]
+    clips = [clip for clip in corpus if clip.key in wanted]
+    spoken = [words_of(clip.phonemes or [], clip.lag) for clip in clips]
+    if len(clips) < 2 or len(clips) < len(rows) or None in spoken:
         raise UserError(
             f"{args.manifest} names {len(clips)} clips of {args.corpus}: two or more with alignments are required"
         )
-    lags = 1000 * np.array([clip.lag for split in source.splits for clip in source.clips(split) if clip.lag])
+    lags = 1000 * np.array([clip.lag for clip in corpus if clip.lag])
     usual = lags[np.abs(lags) < 80]
     late = int((np.abs(lags) >= 40).sum())
     yield (
@@ -57,7 +59,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         f"of 80 ms or more), {late} of 40 ms or more",
     )
     waves = [read_audio(args.corpus / clip.video, RATE) for clip in clips]
-    spoken = [words_of(clip.phonemes, clip.lag) for clip in clips]
     noise = [np.concatenate(pauses(wave, times)) for wave, times in zip(waves, spoken)]
     figures: dict[str, list[tuple[float, float]]] = {}
     for i in track(range(len(clips)), len(clips), "clips"):
@@ -97,6 +98,5 @@ def with_noise(wave: np.ndarray, times: tuple[float, float], noise: np.ndarray) 
 
 def similarity(wave: np.ndarray, copy: np.ndarray) -> tuple[float, float]:
     """Return STOI and ESTOI of a copy (N,) of audio (N,)."""
-    from pystoi import stoi
-
+    stoi = require("pystoi", "pystoi").stoi
     return float(stoi(wave, copy, RATE)), float(stoi(wave, copy, RATE, extended=True))

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from corpora.preparation.lags import RATE, LagMeter
+from corpora.preparation.lags import LagMeter
 from engine.arguments import Parser, existing_folder
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output, writable
 from engine.media.audio import read_audio
+from engine.nn.mel import RATE
 from engine.progress import track
 from engine.shards.reader import ShardSplit
 
@@ -48,6 +49,7 @@ def main() -> None:
 
 
 def write_lags(table: Path, corpus: Path, splits: list[ShardSplit], count: int) -> None:
+    """Measure the lags of the `count` clips of all splits, write the table, and print a summary."""
     meter = LagMeter()
     keys = []
     clips = ((split, number) for split in splits for number in range(len(split)))

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor
 
-RATE = 16_000
-STEP = 0.01  # seconds per spectrum frame
+from engine.nn.mel import HOP, N_FFT, RATE, log_mel, pad_or_trim
+
+STEP = HOP / RATE  # seconds per spectrum frame
 PER_FRAME = 4  # spectrum frames per video frame
 SIDE = 24  # side in pixels to which mouth crops are reduced
 COMPONENTS = 60
@@ -40,9 +40,6 @@ class LagMeter:
     def __init__(self) -> None:
         self.mouths: list[Tensor] = []  # (T, SIDE * SIDE) float16 each
         self.spectra: list[Tensor] = []  # (N, M) each
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            RATE, n_fft=512, win_length=400, hop_length=round(RATE * STEP), n_mels=BANDS, f_min=80.0, f_max=7000.0
-        )
 
     def add(self, mouth: Tensor, wave: Tensor) -> None:
         """Add a clip.
@@ -54,8 +51,7 @@ class LagMeter:
         pictures = mouth.float() / 255
         pictures = (pictures - pictures.mean((1, 2), keepdim=True)) / (pictures.std((1, 2), keepdim=True) + 0.05)
         pictures = F.interpolate(pictures[:, None], (SIDE, SIDE), mode="area")
-        wave = F.pad(wave, (0, max(0, self.mel.n_fft - len(wave))))
-        bands = (self.mel(wave) + 1e-7).log().T[: PER_FRAME * len(mouth)]
+        bands = log_mel(pad_or_trim(wave, max(len(wave), N_FFT)), BANDS).T[: PER_FRAME * len(mouth)]
         self.mouths.append(pictures.flatten(1).half())
         self.spectra.append((bands - bands.mean(0)) / (bands.std(0) + 1e-3))
 

@@ -15,11 +15,12 @@ import torch
 from corpora.preparation import lags as module
 from corpora.preparation.clip import SourceClip
 from corpora.preparation.job import _listing_digest
-from corpora.preparation.lags import RATE, LagMeter, lag_of
+from corpora.preparation.lags import LagMeter, lag_of
 from corpora.preparation.media import advance
 from corpora.preparation.sources_grid import grid
 from corpora.preparation.stage_runner import input_digest
 from engine.errors import UserError
+from engine.nn.mel import RATE
 from engine.shards.writer import dumps
 from scripts import measure_lags
 from tests.shard_files import write_split
