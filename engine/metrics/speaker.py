@@ -32,7 +32,7 @@ from engine.instantiate import target
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, cosine, wave_of
 from engine.nn.ge2e import RATE, GE2EEncoder
 from engine.release import load_strict
-from engine.shards.reader import ShardSplit
+from engine.shards.recordings import read_voices
 from engine.torch_files import read_checkpoint
 
 Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E embedding (256,)
@@ -135,7 +135,7 @@ class OwnVoice(Metric):
         known: dict[str, dict[str, np.ndarray]] = {}
         for clip, row in true.items():
             known.setdefault(truths[clip].speaker, {})[clip] = np.array(row["vector"], np.float32)
-        found = nearest(rows, truths, known if self.kind == "clips" else stored_voices(self.argument))
+        found = nearest(rows, truths, known if self.kind == "clips" else embeddings_by_voice(self.argument))
         return {clip: {**row, **found.get(clip, {})} for clip, row in rows.items()}
 
 
@@ -163,12 +163,9 @@ def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, 
 
 
 @lru_cache(2)
-def stored_voices(shards: str | Path) -> Voices:
+def embeddings_by_voice(shards: str | Path) -> Voices:
     """Read the GE2E embedding (256,) of every clip of a prepared split, by voice."""
-    split = ShardSplit(shards)
     voices = {}
-    split.require("ge2e")
-    for index in range(len(split)):
-        info, tensors = split.read(index, ("ge2e",))
-        voices.setdefault(str(info["speaker"]), {})[info["key"]] = tensors["ge2e"].numpy()
+    for key, speaker, embedding in read_voices(shards):
+        voices.setdefault(speaker, {})[key] = embedding.numpy()
     return voices

@@ -25,7 +25,7 @@ from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
 from engine.untrusted import read_json_lines, safe_name
 
-SPEED_STEPS = 20  # speed steps per factor of two
+SPEED_STEPS = 20  # a speed step is a change of 1/20
 
 
 def read_manifest(root: str | Path, split: str) -> list[dict]:
@@ -46,6 +46,15 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
 def is_prepared(root: str | Path, split: str) -> bool:
     """Return whether ROOT/SPLIT contains prepared shards (always true for a URL) instead of recordings."""
     return is_remote(root) or (Path(root) / split / "index.json").is_file()
+
+
+def read_voices(source: str | Path) -> list[tuple[str, str, Tensor]]:
+    """Return key, speaker and GE2E embedding (256,) of each clip of a prepared split. Clips without one are skipped."""
+    split = ShardSplit(source)
+    split.check_contains("ge2e")
+    split.require("ge2e")
+    rows = (split.read(index, ("ge2e",)) for index in range(len(split)))
+    return [(info["key"], str(info["speaker"]), tensors["ge2e"]) for info, tensors in rows]
 
 
 def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.ndarray]:

@@ -18,23 +18,12 @@ from engine.errors import UserError
 from engine.evaluation.validation import Share
 from engine.media.audio import read_audio
 from engine.release import load_strict
-from engine.shards.reader import ShardSplit
+from engine.shards.recordings import read_voices
 from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av.speaker.encoder import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
-
-
-def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
-    """Return keys, numbers of the voices from 0 (n,), and GE2E embeddings (n, 256) of the clips of a prepared split."""
-    clips = ShardSplit(source)
-    clips.check_contains("ge2e")
-    rows = [clips.read(i, ("ge2e",)) for i in range(len(clips))]
-    names = [str(info["speaker"]) for info, _ in rows]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    voices = torch.tensor([numbers[name] for name in names])
-    return [info["key"] for info, _ in rows], voices, torch.stack([tensors["ge2e"] for _, tensors in rows])
 
 
 class VoiceClips:
@@ -54,7 +43,9 @@ class VoiceClips:
         self.folder = Path(corpus) / split
         self.bands = bands
         self.frames = round(seconds * FRAMES_A_SECOND)
-        self.names, self.voices, self.ge2e = stored_voices(join(shards, split))
+        self.names, speakers, embeddings = zip(*read_voices(join(shards, split)))
+        self.voices = number_voices(speakers)
+        self.ge2e = torch.stack(embeddings)
         self._mels: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -79,6 +70,12 @@ class VoiceClips:
         }
 
     collate = staticmethod(default_collate)  # mel (B, M, T), ge2e (B, D), voice (B,)
+
+
+def number_voices(speakers: Sequence[str]) -> Tensor:
+    """Return the index (n,) of the speaker of each clip in the sorted names of all speakers."""
+    index = {name: number for number, name in enumerate(sorted(set(speakers)))}
+    return torch.tensor([index[name] for name in speakers])
 
 
 class VoiceEncoderTask(Task):
@@ -124,8 +121,9 @@ class VoiceEncoderTask(Task):
         self.voice_weight = voice_weight
         self.temperature = temperature
         self.noise = noise
-        _, voices, ge2e = stored_voices(join(shards, "train"))
-        units = F.normalize(ge2e, dim=-1)
+        _, speakers, embeddings = zip(*read_voices(join(shards, "train")))
+        voices = number_voices(speakers)
+        units = F.normalize(torch.stack(embeddings), dim=-1)
         means = torch.zeros(len(voices.unique()), units.shape[-1]).index_add(0, voices, units)
         self.register_buffer("means", F.normalize(means, dim=-1), persistent=False)  # (V, D)
 
