@@ -285,22 +285,6 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
     return name
 
 
-def without_retired(settings: Mapping[str, Any], retired: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings of a release without those that have been removed from the code since.
-
-    Args:
-        retired: the removed settings, each with the value at which it has no effect.
-        prefix: path of the settings in config.yaml, for error messages.
-
-    Raises:
-        UserError: If a removed setting has another value, so that the release depends on removed code.
-    """
-    for name, value in retired.items():
-        if settings.get(name, value) != value:
-            raise UserError(f"{prefix}{name}={settings[name]} has been removed: use an older version of this project")
-    return {name: value for name, value in settings.items() if name not in retired}
-
-
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
     """Load a state dict strictly. Missing or unexpected keys and shape mismatches raise a one-line UserError.
 

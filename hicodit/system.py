@@ -5,7 +5,6 @@ Axes: F face crops, S' their side, J half seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor
 from engine.codec import Codec
 from engine.device import to_device
 from engine.errors import UserError
-from engine.release import Pretrained, without_retired
-from engine.settings import make
+from engine.release import Pretrained
 from hicodit.conditions import EncoderConfig, encoder_config, encoders_learn, make_encoders
 from hicodit.conditions.encoders import to_unit_range
 from hicodit.conditions.types import EXPRESSIONS, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
-from hicodit.settings import GuidanceScales, SamplerConfig
 from rvq_codec import RVQCodec
 
 CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # supported tokenizers
@@ -82,31 +79,4 @@ class HiCoDiTSystem(Pretrained):
             raise UserError(f"encoders={encoders}: this model includes its encoders, omit this setting")
         if encoders is not None:
             settings["folder"] = encoders
-        model = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
-        return cls(ModelConfig(**model), encoder_config(settings))
-
-
-def stored_sampler(release: Mapping[str, Any]) -> SamplerConfig:
-    """Return the sampler settings of a release's config.yaml.
-
-    Releases before 2026-11-25 also contain settings of removed samplers, which are ignored.
-    """
-    removed = ("level_delay", "shift", "entropy")
-    stored = release.get("sampler") or {}
-    return make(SamplerConfig, {name: value for name, value in stored.items() if name not in removed}, "sampler.")
-
-
-def stored_guidance(release: Mapping[str, Any]) -> GuidanceScales:
-    """Return the guidance scales of a release's config.yaml.
-
-    Releases before 2026-11-25 have `reading: D` for the normalised form and `reading: A` for the literal one, and
-    possibly `late: 1.0`, which had no effect.
-    """
-    stored = dict(release.get("guidance") or {})
-    reading = stored.pop("reading", None)
-    if reading is not None:
-        forms = {"A": "literal", "D": "normalised"}
-        if reading not in forms:
-            raise UserError(f"guidance.reading={reading} has been removed: use an older version of this project")
-        stored["guidance_form"] = forms[reading]
-    return make(GuidanceScales, without_retired(stored, {"late": 1.0}, "guidance."), "guidance.")
+        return cls(ModelConfig(**arguments["model"]), encoder_config(settings))

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from engine.errors import UserError
 from engine.precision import convert_matrices
-from engine.release import Pretrained, load_strict, without_retired
+from engine.release import Pretrained, load_strict
 from engine.settings import Group, require_range, setting
 from talker_t2av import upstream
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
@@ -233,11 +233,8 @@ class TalkerT2AV(Pretrained):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> TalkerT2AV:
-        settings = without_retired(arguments["model"], {"guidance_limit": None}, "model.")
-        if "stop_share" in settings:  # in releases before 2026-11-26
-            settings["stop_weight"] = settings.pop("stop_share")
         with torch.device("meta"):
-            return cls(TalkerConfig(**settings))
+            return cls(TalkerConfig(**arguments["model"]))
 
     def stored(self) -> dict[str, Tensor]:
         return upstream.stored(self)

@@ -39,7 +39,6 @@ ENCODERS = {
     "tiny": ("hicodit.conditions.encoders.TinyEncoderConfig", "hicodit.conditions.encoders.ConditionEncoders"),
     "upstream": ("hicodit.conditions.upstream.UpstreamEncoderConfig", "hicodit.conditions.upstream.UpstreamEncoders"),
 }
-RENAMED = {"released": "upstream"}  # in files from before 2026-11-25
 
 
 def _class(kind: str, part: int) -> type:
@@ -53,13 +52,12 @@ def encoders_learn(kind: str) -> bool:
 
     Those of other kinds have fixed weights, so that prepared shards contain their features instead of the images.
     """
-    return _class(RENAMED.get(kind, kind), 1).learns
+    return _class(kind, 1).learns
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
     """Create the encoder config from the `values` of a YAML file. `kind` is a key of `ENCODERS`, by default "tiny"."""
     kind = values.get("kind", "tiny")
-    kind = RENAMED.get(kind, kind)
     return make(_class(kind, 0), {**values, "kind": kind}, "encoders.")
 
 
