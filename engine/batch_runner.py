@@ -9,60 +9,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from engine import STARTED
-from engine.errors import UserError, printable, require
+from engine.errors import UserError, printable
 from engine.files import writable
-from engine.hub import check_release
 from engine.progress import current, stage
-from engine.settings import DEVICES, EXECUTORS, PRECISIONS, ClusterConfig, Group, Limits, check_place, group, setting
-
-NamedJob = tuple[str, Any | UserError]  # with the error of a job that could not be read, with which it fails
-WORD_FILES = (".json", ".srt", ".vtt")  # file suffixes written by timestamps=true
-
-
-@dataclass(frozen=True)
-class RunConfig(Group):
-    """Settings of `infer.py` that all models share: devices, precision and output."""
-
-    unit: ClassVar[str] = "jobs"  # what a job is called in messages
-
-    output: str = setting("outputs", about="output folder")
-    device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
-    devices: str = setting("1", about="number of devices, with one process each; all: every device of this machine")
-    executor: str = setting(
-        "processes", choices=EXECUTORS, about="where batches run: processes (of this machine), or ray (extra `cluster`)"
-    )
-    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
-    precision: str = setting(
-        "auto",
-        choices=PRECISIONS,
-        about="fp32, bf16, or auto: bf16 on devices with native support (CUDA, AVX-512 BF16, AMX); "
-        "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)",
-    )
-    compile: bool = setting(False, about="torch.compile the sampler's steps; each run first compiles for minutes")
-    batch_size: int = setting(8, 1, 1024, "number of clips or jobs per batch")
-    figure: bool = setting(True, about="write the figure NAME.png; false keeps an existing one")
-    timestamps: bool = setting(False, about="write word timestamps: NAME.json, .srt and .vtt; needs setup.sh eval")
-    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
-
-    def __post_init__(self) -> None:
-        Group.__post_init__(self)  # skip the job's own validation, which runs per job
-        check_place(self.executor, self.devices, self.device, self.ray.gpus)
-
-    def check_requirements(self, releases: Mapping[str, str | None]) -> None:
-        """Check that the release folder of each given setting and the required packages exist."""
-        for key, folder in releases.items():
-            check_release(key, folder)
-        if self.timestamps:
-            require("pocketsphinx", "pocketsphinx")
+from engine.settings import ClusterConfig, NamedJob, RunConfig
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 
 T = TypeVar("T")
+NamedJob = tuple[str, Any | UserError]  # a job of infer.py; one that could not be read is the error with which it fails
 hints_of = lru_cache(get_type_hints)  # type of each field of a dataclass
 NEEDED = dataclasses.MISSING  # default of a mandatory setting
 DEVICES = ("auto", "cpu", "cuda", "mps")
 EXECUTORS = ("processes", "ray")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
+WORD_FILES = (".json", ".srt", ".vtt")  # file suffixes written by timestamps=true
 SEEDS = (0, 2**63 - 1)  # range of valid seeds for torch
 # descriptions of settings that both models share
 SEED = "random seed; equal seeds give equal results on the same machine"
@@ -251,3 +253,35 @@ def check_place(executor: str, devices: str = "1", device: str = "cpu", gpus: fl
         raise UserError(f"ray.gpus=0 with device={device}: set ray.gpus=1 (0.5: two workers share one), or device=cpu")
     if executor == "ray" and find_spec("ray") is None:
         raise UserError("executor=ray requires Ray: bash scripts/setup.sh cluster")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Group):
+    """Settings of `infer.py` that all models share: devices, precision and output."""
+
+    unit: ClassVar[str] = "jobs"  # what a job is called in messages
+
+    output: str = setting("outputs", about="output folder")
+    device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
+    devices: str = setting("1", about="number of devices, with one process each; all: every device of this machine")
+    executor: str = setting(
+        "processes", choices=EXECUTORS, about="where batches run: processes (of this machine), or ray (extra `cluster`)"
+    )
+    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
+    precision: str = setting(
+        "auto",
+        choices=PRECISIONS,
+        about="fp32, bf16, or auto: bf16 on devices with native support (CUDA, AVX-512 BF16, AMX); "
+        "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)",
+    )
+    compile: bool = setting(False, about="torch.compile the sampler's steps; each run first compiles for minutes")
+    batch_size: int = setting(8, 1, 1024, "number of clips or jobs per batch")
+    figure: bool = setting(True, about="write the figure NAME.png; false keeps an existing one")
+    timestamps: bool = setting(False, about="write word timestamps: NAME.json, .srt and .vtt; needs setup.sh eval")
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
+
+    def __post_init__(self) -> None:
+        Group.__post_init__(self)  # skip the job's own validation, which runs per job
+        check_place(self.executor, self.devices, self.device, self.ray.gpus)
+        if self.timestamps:
+            require("pocketsphinx", "pocketsphinx")

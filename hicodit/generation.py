@@ -82,30 +82,53 @@ def generate(
         prompts = [tokens[b][:, span].T for b, span in zip(clips, token_spans)]
         prompts = pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2)
         window_generators = [generators[b] for b in clips]
-        if graphs is not None and graphs.backend is not None:
-            window = pad_for_graphs(window)
-            prompts = pad_prompts(prompts, window, mask_id)
-            window_generators += [
-                torch.Generator(device).manual_seed(0) for _ in range(len(window.frames) - len(clips))
-            ]
-        inputs = SamplerInput(
-            guided_posterior(model, window, scales),
-            prompts,
-            TOKENS_PER_FRAME * window.frames,
-            mask_id,
-            sampler,
-            window_generators,
-            normalised=scales.guidance_form == "normalised",
-            device=device,
-            graphs=graphs,
-            on_step=partial(on_step, clips),
-        )
+        on_window_step = partial(on_step, clips)
+        inputs = sampler_input(model, window, prompts, sampler, scales, window_generators, on_window_step, graphs)
         samples = SAMPLERS[sampler.method](inputs).cpu()
         for row, b, (_, end), span in zip(samples, clips, spans, token_spans):
             tokens[b][:, span] = row[:, : span.stop - span.start]
             if end < frames[b]:
                 tokens[b][:, TOKENS_PER_FRAME * (end - RESAMPLED_FRAMES) :] = mask_id
     return tokens
+
+
+def sampler_input(
+    model: HiCoDiT,
+    conditions: Conditions,
+    prompts: Tensor,
+    sampler: SamplerConfig,
+    scales: GuidanceScales,
+    generators: Sequence[torch.Generator],
+    on_step: Callable[[], object] = lambda: None,
+    graphs: GraphedSteps | None = None,
+) -> SamplerInput:
+    """Return the input of a sampler for one window of B clips, padded by `pad_for_graphs` for CUDA graphs.
+
+    Args:
+        conditions: conditions of the window.
+        prompts: (B, K, L) tokens on the CPU, with masks where they are to be sampled.
+        generators: one per clip, on the model's device.
+        on_step: called after each step.
+    """
+    device = conditions.lip.device
+    generators = list(generators)
+    if graphs is not None and graphs.backend is not None:
+        conditions = pad_for_graphs(conditions)
+        prompts = pad_prompts(prompts, conditions, model.mask_id)
+        added = len(prompts) - len(generators)
+        generators += [torch.Generator(device).manual_seed(0) for _ in range(added)]
+    return SamplerInput(
+        guided_posterior(model, conditions, scales),
+        prompts,
+        TOKENS_PER_FRAME * conditions.frames,
+        model.mask_id,
+        sampler,
+        generators,
+        normalised=scales.guidance_form == "normalised",
+        device=device,
+        graphs=graphs,
+        on_step=on_step,
+    )
 
 
 def window_conditions(conditions: Conditions, clips: Sequence[int], spans: Sequence[tuple[int, int]]) -> Conditions:

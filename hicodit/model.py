@@ -192,7 +192,7 @@ class Stage(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def sees(self, branch: str) -> tuple[bool, ...]:
+    def conditions_in(self, branch: str) -> tuple[bool, ...]:
         """Return which of `CONDITIONS` this stage receives in a guidance branch."""
         return tuple(name in BRANCHES[branch] and name in self.inputs for name in CONDITIONS)
 
@@ -358,7 +358,7 @@ class HiCoDiT(nn.Module):
 
     def guidance_rows(self, branches: Sequence[str], device: torch.device) -> Tensor:
         """Return the conditions of the high stage in each guidance branch, (G, 1, 3) bool."""
-        rows = [self.stages[-1].sees(branch) for branch in branches]
+        rows = [self.stages[-1].conditions_in(branch) for branch in branches]
         return to_device(torch.tensor(rows)[:, None], device)
 
     def low_rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -368,7 +368,7 @@ class HiCoDiT(nn.Module):
             rows: (U, 1, 3) bool, conditions of the low stage in each of its distinct branches.
             low_index: (G * B,) row among U * B for each clip and branch. None if all branches differ.
         """
-        seen = [self.stages[0].sees(branch) for branch in branches]
+        seen = [self.stages[0].conditions_in(branch) for branch in branches]
         distinct = list(dict.fromkeys(seen))
         rows = to_device(torch.tensor(distinct)[:, None], device)
         if len(distinct) == len(seen):

@@ -33,14 +33,14 @@ from engine.media.video import iter_video
 from engine.precision import convert_matrices, pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.release import find_codec
-from engine.settings import check_seed, require_range, with_arguments
+from engine.settings import check_seed, make, require_range, with_arguments
 from hicodit.conditions.encoders import to_unit_range
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, num_expression_windows
 from hicodit.generation import capture_graphs, generate, sampling_windows
 from hicodit.model import FLOAT32_MODULES, TOKENS_PER_FRAME
 from hicodit.people import KnownPeople
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, StreamSettings
-from hicodit.system import CODECS, HiCoDiTSystem, stored_guidance, stored_sampler
+from hicodit.system import CODECS, HiCoDiTSystem
 
 if TYPE_CHECKING:
     from hicodit.streaming import SpeechChunk
@@ -178,8 +178,8 @@ class HiCoDiTPipeline:
                 f"codec={codec} produces other tokens than {folder} was trained on: use the tokenizer of the model"
             )
         try:
-            sampler = stored_sampler(config)
-            guidance = stored_guidance(config)
+            sampler = make(SamplerConfig, config.get("sampler") or {}, "sampler.")
+            guidance = make(GuidanceScales, config.get("guidance") or {}, "guidance.")
         except UserError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32_MODULES), int8, device, compile)

@@ -239,6 +239,9 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
 
     A frame index of L reveals nothing. M is the largest number of frames of a level that a step reveals, rounded up to
     a multiple of 4. A last step that reveals nothing is omitted. Counting the frames requires a device sync.
+
+    For example, a level of L = 6 masked frames with steps 1 0 1 0 0 1 is revealed by two steps: frames 1 3 4 and then
+    frames 0 2 5, each followed by one index of 6, as M = 4.
     """
     length = step.shape[2]
     step = torch.where(masked, step, steps)
@@ -246,8 +249,8 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]  # (B, K, S)
     largest = counts.amax((0, 1)).cpu().tolist()
     used = steps if largest[-1] else steps - 1
-    # Few shapes, so that fewer graphs are compiled.
-    slots = torch.arange(-(-max(*largest, 1) // 4) * 4, device=step.device)
+    most = max(*largest, 1)
+    slots = torch.arange(math.ceil(most / 4) * 4, device=step.device)  # few shapes, so that fewer graphs are compiled
     index = ((counts.cumsum(2) - counts)[..., None] + slots).clamp(max=length - 1)  # (B, K, S, M)
     order = step.argsort(dim=2, stable=True)[:, :, None].expand(-1, -1, steps, -1)
     frames = torch.where(slots < counts[..., None], order.gather(3, index), length)

@@ -9,14 +9,28 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.batch_runner import WORD_FILES, NamedJob, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.detectors import DETECTORS, LANDMARKS
 from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
 from engine.files import writable
+from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, WHICH_FACE, Group, group, make, override, set_limits, setting
+from engine.settings import (
+    FACE_BOX,
+    SEED,
+    SEEDS,
+    WHICH_FACE,
+    WORD_FILES,
+    Group,
+    NamedJob,
+    RunConfig,
+    group,
+    make,
+    override,
+    set_limits,
+    setting,
+)
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = {  # functions of hicodit/samplers.py
@@ -141,7 +155,8 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
     """Return the settings and the named clips, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
     set_limits(c.limits)
-    c.check_requirements({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
+    for key in ("weights", "codec", "encoders"):
+        check_release(key, getattr(c, key))
     read_face(c.face)
     if c.stream:
         _check_stream(c)

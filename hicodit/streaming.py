@@ -26,10 +26,9 @@ from engine.faces.detectors import HaarDetector, with_points
 from engine.faces.landmarks import add_landmarks
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
-from hicodit.generation import pad_for_graphs, pad_prompts
-from hicodit.guidance import guided_posterior
+from hicodit.generation import sampler_input
 from hicodit.model import TOKENS_PER_FRAME
-from hicodit.samplers import SAMPLERS, SamplerInput
+from hicodit.samplers import SAMPLERS
 from hicodit.settings import StreamSettings, with_preset
 
 HOP = 4  # video frames: 160 ms
@@ -141,18 +140,8 @@ class SpeechStream:
         model = pipeline.system.model
         before = self.tokens.shape[1]
         prompt = F.pad(self.tokens, (0, length - before), value=model.mask_id)[None]
-        if pipeline.graphs.backend is not None:
-            conditions = pad_for_graphs(conditions)
-            prompt = pad_prompts(prompt, conditions, model.mask_id)
-        inputs = SamplerInput(
-            guided_posterior(model, conditions, self.guidance),
-            prompt,
-            torch.tensor([length]),
-            model.mask_id,
-            self.sampler,
-            [self.generator],
-            device=pipeline.device,
-            graphs=pipeline.graphs,
+        inputs = sampler_input(
+            model, conditions, prompt, self.sampler, self.guidance, [self.generator], graphs=pipeline.graphs
         )
         tokens = SAMPLERS[self.sampler.method](inputs)
         return tokens[0, :, before:length].cpu()

@@ -10,13 +10,26 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.batch_runner import WORD_FILES, NamedJob, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
+from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, set_limits, setting
+from engine.settings import (
+    FACE_BOX,
+    SEED,
+    SEEDS,
+    WORD_FILES,
+    Group,
+    NamedJob,
+    RunConfig,
+    group,
+    make,
+    override,
+    set_limits,
+    setting,
+)
 from engine.untrusted import parse_object, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -221,8 +234,9 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
     """Return the settings and the named jobs, after all checks that do not require loading a model."""
     c = make(InferConfig, plain(config))
     set_limits(c.limits)
-    folders = {f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}
-    c.check_requirements({"weights": c.weights, **folders})
+    check_release("weights", c.weights)
+    for stream, folder in vars(c.codecs).items():
+        check_release(f"codecs.{stream}", folder)
     jobs = read_jobs(c)
     for name, job in jobs:
         if isinstance(job, Job):

@@ -9,10 +9,10 @@ from itertools import chain
 import pytest
 
 from engine import batch_runner
-from engine.batch_runner import BatchResult, JobRunner, RunConfig, batched, run_in_processes, run_jobs
+from engine.batch_runner import BatchResult, JobRunner, batched, run_in_processes, run_jobs
 from engine.errors import UserError
 from engine.progress import current, showing
-from engine.settings import ClusterConfig, check_place
+from engine.settings import ClusterConfig, RunConfig, check_place
 from tests.waiting import wait_until
 
 
