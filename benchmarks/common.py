@@ -197,9 +197,3 @@ def run_program(threads: int, program: str, *words: str, **environment: str) -> 
     call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
     if code := subprocess.run(call, env=os.environ | settings).returncode:
         raise UserError(f"{program} exited with code {code}, see its output; run the command again to continue")
-
-
-def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:
-    """Return a row with the seconds since `begin` (time.monotonic), about 0 if an earlier call completed the part."""
-    seconds = round(time.monotonic() - begin)
-    return {"part": part, "seconds": seconds, **more}, f"{part}: {seconds} s"

@@ -25,10 +25,7 @@ from engine.files import writable
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
-NAMES = (
-    "claims", "faces", "finetune", "grid", "inference", "lags", "landmarks", "reenactment", "serving", "speaking",
-    "training",
-)  # fmt: skip
+NAMES = ("claims", "faces", "inference", "lags", "reenactment", "serving", "training")
 
 
 def main() -> None:

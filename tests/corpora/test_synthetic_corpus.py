@@ -1,6 +1,5 @@
 """The synthetic corpus: deterministic, resumable, with disjoint splits and faces that show what is said."""
 
-import argparse
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks import speaking
 from corpora.preparation.sources import synthetic
 from corpora.synthetic import sentences
 from corpora.synthetic.corpus import FRAME, ClipMaker, window_expressions
@@ -248,9 +246,3 @@ def test_free_sentences_are_understood_without_a_grammar(corpus):
     texts = [entry["text"] for entry in rows]
     heard = [recogniser.transcribe(wave, 24_000) for wave in waves]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
-
-
-def test_the_speaking_face_of_two_is_selected(corpus):
-    """The trial of benchmarks/speaking.py, whose record is of 100 clips."""
-    settings = argparse.Namespace(corpus=corpus, split="train", clips=2, seed=0)
-    assert [result["right"] for result, _ in speaking.run(settings)] == [2, 2]
