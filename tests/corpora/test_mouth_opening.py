@@ -1,6 +1,5 @@
 """The reading of mouth openings from pictures, on voices and mouth tracks that its fit never saw."""
 
-import cv2
 import numpy as np
 import pytest
 
@@ -14,11 +13,6 @@ PHONEMES = [("b", 0.15, 0.2), ("I", 0.2, 0.35), ("n", 0.35, 0.45)]
 PHONEMES += [("w", 0.45, 0.55), ("aI", 0.55, 0.8), ("t", 0.8, 0.9)]
 
 
-@pytest.fixture(scope="module")
-def reader():
-    return MouthReader(24)
-
-
 def clip(voice, expression, seed):
     track = mouth_track(PHONEMES, 26)
     motion = draw_motion(np.random.default_rng(seed), 26, np.linspace(0, 1, 26))
@@ -27,16 +21,9 @@ def clip(voice, expression, seed):
 
 
 @pytest.mark.parametrize("expression", ["neutral", "happy", "sad", "disgusted"])
-def test_readings_follow_the_drawn_opening(reader, expression):
+def test_readings_follow_the_drawn_opening(expression):
+    reader = MouthReader(24)
     unseen = [voice for voice in load_voices() if voice.group == "unseen"]
     for voice in unseen[:3] + unseen[-3:]:
         frames, opening = clip(voice, expression, voice.number)
         assert np.corrcoef(reader(frames), opening)[0, 1] > 0.9
-
-
-def test_readings_survive_another_size_and_blur(reader):
-    frames, opening = clip(next(voice for voice in load_voices() if voice.group == "unseen"), "angry", 3)
-    small = [cv2.resize(frame, (96, 96), interpolation=cv2.INTER_AREA) for frame in frames]
-    small = np.stack([cv2.GaussianBlur(frame, (0, 0), 1) for frame in small])
-    assert np.corrcoef(reader(small), opening)[0, 1] > 0.9
-    assert np.abs(reader(small) - reader(frames)).max() < 0.2

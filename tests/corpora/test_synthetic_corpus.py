@@ -235,8 +235,6 @@ def test_a_change_is_heard_and_seen_at_once(corpus):
 
 def test_windows_take_the_expression_of_their_middle():
     assert window_expressions(50, "sad", "happy", 1.2) == ["sad", "sad", "happy", "happy"]
-    assert window_expressions(51, "sad", "happy", 1.3) == ["sad", "sad", "sad", "happy", "happy"]
-    assert window_expressions(51, "sad", "sad", None) == ["sad"] * 5
     for frames in range(1, 60):  # as many as the model and the preparation count
         assert len(window_expressions(frames, "sad", "sad", None)) == num_expression_windows(frames)
 
