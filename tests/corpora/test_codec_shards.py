@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from drawn_faces import draw_face
 
 from corpora.preparation.job import prepare
 from engine.config import load as load_config
@@ -16,6 +15,7 @@ from engine.media.video import write_video
 from engine.shards.recordings import SpeechCrops, load_waves
 from engine.training.batches import MicroBatches
 from lia_x.data import FramePairs, held_out_frames
+from tests.drawn_faces import draw_face
 
 FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
 

@@ -8,7 +8,6 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
 from corpora.preparation.job import prepare
@@ -18,6 +17,7 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.settings import LIMITS
 from tests import forked
+from tests.drawn_faces import draw_face
 from tests.shard_files import contents
 from tests.waiting import wait_until
 

@@ -9,7 +9,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from drawn_faces import scene
 
 from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, Face, read_text
@@ -20,6 +19,7 @@ from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from tests.corpora.preparation_fakes import write_csv
+from tests.drawn_faces import scene
 
 
 def touch(root, *names):

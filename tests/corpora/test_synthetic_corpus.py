@@ -22,7 +22,9 @@ from benchmarks import speaking
 from corpora.preparation.sources import synthetic
 from corpora.synthetic import sentences
 from corpora.synthetic.corpus import FRAME, ClipMaker, window_expressions
-from corpora.synthetic.expression import EXPRESSIONS, prosody
+from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.mouth_opening import MouthReader
 from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
@@ -193,6 +195,18 @@ def test_closures_close_the_mouth(symbol):
         track = mouth_track([("A:", 0.2, begin), (symbol, begin, end), ("a", end, 0.8)], 25)
         assert track[5:20, column].max() > 0.6
         assert track[9:14, column].min() < 0.02
+
+
+@pytest.mark.parametrize("expression", ["neutral", "happy", "sad", "disgusted"])
+def test_the_mouth_opening_is_read_off_pictures_of_unseen_voices(expression):
+    phonemes = [("b", 0.15, 0.2), ("I", 0.2, 0.35), ("n", 0.35, 0.45), ("w", 0.45, 0.55), ("aI", 0.55, 0.8)]
+    track = mouth_track(phonemes, 26)
+    reader = MouthReader(24)
+    unseen = [voice for voice in load_voices() if voice.group == "unseen"]
+    for voice in unseen[:3] + unseen[-3:]:
+        motion = draw_motion(np.random.default_rng(voice.number), 26, np.linspace(0, 1, 26))
+        frames = Face(voice.face).render(track, pose(expression, 0.9), motion)
+        assert np.corrcoef(reader(frames), track[:, MOUTH.index("open")])[0, 1] > 0.9
 
 
 def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):

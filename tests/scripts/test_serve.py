@@ -13,7 +13,6 @@ import soundfile
 
 pytest.importorskip("fastapi")
 pytest.importorskip("websockets")
-from drawn_faces import talking_head
 from fastapi.testclient import TestClient
 
 from engine.cuda_graph import GraphedSteps
@@ -28,6 +27,7 @@ from service.service import Service
 from service.workers import Ticket
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.pipeline import Job
+from tests.drawn_faces import talking_head
 from tests.gpu.dying_graphs import DyingOutputs
 from tests.waiting import wait_until
 
