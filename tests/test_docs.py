@@ -95,12 +95,6 @@ def test_every_measured_value_of_the_readme_has_a_record():
         assert f"{value_of(record, where):.{decimals}f}" == number, (text, record, where)
 
 
-def test_every_record_is_named_by_a_page():
-    pages = " ".join(path.read_text() for path in PAGES)
-    parts = re.findall(r"-[\w.-]+\.(?:json|png)", pages)
-    assert [path.name for path in RESULTS.iterdir() if not any(path.name.endswith(part) for part in parts)] == []
-
-
 def test_records_contain_no_paths_of_the_machine():
     for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
