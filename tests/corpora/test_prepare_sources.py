@@ -248,7 +248,8 @@ def test_hdtf_by_its_lists(tmp_path):
 def test_a_part_of_a_video_with_the_face_at_the_named_place(tmp_path, place, left):
     """Two heads, of which the right one is larger; the clip is the second second of three."""
     frames = scene(75, [lambda i: (20, 10, 90), lambda i: (190, 0, 118)])
-    frames[:25], frames[50:] = frames[:25] // 2, frames[50:] // 4
+    frames[:25] //= 2
+    frames[50:] //= 4
     wave = np.concatenate([np.full(24_000, level) for level in (0.1, 0.5, 0.9)])
     write_video(tmp_path / "videos" / "aaaaaaaaaaa.mp4", frames, 25, wave * np.sin(np.arange(72_000)), 24_000)
     (tmp_path / "list.csv").write_text(f"aaaaaaaaaaa,1.0,2.0,{place}\n")

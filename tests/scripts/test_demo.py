@@ -112,8 +112,13 @@ class SlowDemo:
     bundled = True
 
     def __init__(self, demo):
-        self.hicodit, self.talker, self.preview, self.original = demo.hicodit, demo.talker, demo.preview, demo.original
-        self.begun, self.ended, self.calls = threading.Event(), threading.Event(), 0
+        self.hicodit = demo.hicodit
+        self.talker = demo.talker
+        self.preview = demo.preview
+        self.original = demo.original
+        self.begun = threading.Event()
+        self.ended = threading.Event()
+        self.calls = 0
 
     def speak(self, *given):
         self.calls += 1

@@ -107,14 +107,16 @@ def refused(folder, other_run, monkeypatch, capfd):
     """Assert that a command is refused with one line, which has `message`, in seconds, and leaves nothing."""
 
     def check(program, words, message):
-        main, before = importlib.import_module(program).main, files(folder)
+        main = importlib.import_module(program).main
+        before = files(folder)
         monkeypatch.setattr(run, "make_data", lambda data: pytest.fail("data were made first"))
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *shlex.split(words.format(assets=ROOT / "assets"))])
         monkeypatch.chdir(folder)
         start = time.process_time()
         with pytest.raises(SystemExit) as ended:
             run_cli(main)
-        seconds, said = time.process_time() - start, capfd.readouterr().err
+        seconds = time.process_time() - start
+        said = capfd.readouterr().err
         if message not in said and "resemblyzer" in said.lower() and find_spec("resemblyzer") is None:
             pytest.skip(said.strip())  # a missing package is named first
         assert ended.value.code == 2 and message in said, said
