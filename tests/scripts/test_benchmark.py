@@ -1,5 +1,6 @@
 """The frame of benchmarks: limits of settings, lines as they arrive, one record with command, hardware and versions."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -13,6 +14,12 @@ from engine.config import compose
 from engine.errors import UserError
 from engine.metrics.registry import FIGURES
 from scripts import benchmark
+
+
+@pytest.mark.parametrize("name", benchmark.NAMES)
+def test_every_benchmark_fits_the_frame(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
 
 
 @pytest.fixture
