@@ -70,19 +70,6 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
 
 
-def test_clips_without_video_are_skipped_and_counted(footage, tmp_path, capsys):
-    """A folder of footage and of audio alone: LIA-X trains on the first, speech codecs and Talker's speech on both."""
-    rows = ("path,audio,text", f"{footage}/c2.wav,,sound", f"{footage}/c0.mp4,{footage}/c0.wav,both")
-    (tmp_path / "clips.csv").write_text("\n".join(rows))
-    words = ["source=folder", f"source.root={tmp_path}", f"output={tmp_path}", "features=lia_x_paper", "device=cpu"]
-    words += ["workers=0", "stages.wave.use=true", "stages.portraits.size=64"]
-    prepare(load_config("prepare", words))
-    assert len(SpeechCrops(tmp_path, samples=960)) == 2
-    pairs = FramePairs(tmp_path, 32)
-    assert len(pairs) == 1 and pairs.load(0)["frames"].shape == (2, 32, 32, 3)
-    assert "1 of 2 samples are skipped, as they have no portraits" in capsys.readouterr().err
-
-
 def test_unreadable_recordings_are_skipped_and_counted(footage, tmp_path, capsys):
     (tmp_path / "train").mkdir()
     for name in ("a", "b", "c"):

@@ -13,7 +13,7 @@ from corpora.preparation.engines import Transcript
 from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, normalise_text
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode, Face
-from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
+from corpora.preparation.networks import Crops, Expression, HeardExpression
 from corpora.preparation.sources import synthetic
 from corpora.preparation.stage_runner import StageRunner
 from engine import device
@@ -108,12 +108,6 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     digests = {"rvq": codec.digest()}
     digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), codec_digests(**TALKER).values()))
     assert digests.items() <= pipeline.digests.items() and pipeline.digests["face"] == "cascade"
-
-
-def test_phonemes_are_labelled_at_frame_centres():
-    spans = [["a", 0.019, 0.061], ["m", 0.061, 0.3], ["?", 0.0, 0.3]]  # centres: 0.02, 0.06, 0.1, 0.14
-    assert phoneme_labels(spans, 4, ["a", "m"]).tolist() == [1, 1, 2, 2]
-    assert phoneme_labels([["a", 0.02, 0.10], ["b", 0.13, 0.2]], 5, ["a", "b"]).tolist() == [1, 1, 0, 2, 2]
 
 
 def test_expressions_are_seen_where_the_source_has_no_label(corpus):
