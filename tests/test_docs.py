@@ -4,14 +4,12 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 
 from engine.config import load
-from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.record import portable
 
@@ -32,12 +30,6 @@ def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     made = probe("talk.mp4")
     assert made.video == "h264" and made.audio == "aac"
     assert sum(map(int, capsys.readouterr().out.split())) > 12_000
-    for result, name, message in (
-        (known["speech"], "speech.mp3", r"must end in \.wav"),
-        (replace(known["talk"], frames=None), "tts.mp4", "no frames"),
-    ):
-        with pytest.raises(UserError, match=message):
-            result.save(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -103,19 +95,14 @@ def test_every_measured_value_of_the_readme_has_a_record():
         assert f"{value_of(record, where):.{decimals}f}" == number, (text, record, where)
 
 
-def test_every_record_is_named_by_a_page():
-    pages = " ".join(path.read_text() for path in PAGES)
-    parts = re.findall(r"-[\w.-]+\.(?:json|png)", pages)
-    assert [path.name for path in RESULTS.iterdir() if not any(path.name.endswith(part) for part in parts)] == []
-
-
 def test_records_contain_no_paths_of_the_machine():
     for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
         assert record == portable(record), path
         assert not re.search(r"[\"'=\[]/(?!/)\w", path.read_text()), path
-    assert portable({"a": ["x=/home/me/corpus y", "/a/b", "['/a/b/c', d/e]"], "url": "https://host/b"}) == {
-        "a": ["x=corpus y", "b", "['c', d/e]"],
-        "url": "https://host/b",
-    }
-    assert portable({"a": [math.nan, -math.inf, 0.5]}) == {"a": [None, None, 0.5]}
+    assert portable(["x=/home/me/corpus y", "['/a/b/c', d/e]", "https://host/b"]) == [
+        "x=corpus y",
+        "['c', d/e]",
+        "https://host/b",
+    ]
+    assert portable([math.nan, -math.inf, 0.5]) == [None, None, 0.5]

@@ -50,7 +50,9 @@ def test_checkpointed_and_compiled_blocks_have_equal_losses_and_gradients(name, 
             torch.nn.init.normal_(parameter, std=0.1)
         return task, batch_of(data)
 
-    plain, (task, batch), calls = losses_of(*made(0), step), made(1), []
+    plain = losses_of(*made(0), step)
+    task, batch = made(1)
+    calls = []
     for block in task.blocks():
         block.register_forward_hook(lambda *_: calls.append(1))
     prepare_blocks(task, compiled=False, recomputed=True)

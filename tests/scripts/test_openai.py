@@ -17,7 +17,6 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 import openai
 import uvicorn
-from drawn_faces import scene, talking_head
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
@@ -30,6 +29,7 @@ from service.limits import ServeLimits
 from service.service import Service
 from service.voices import Voices
 from talker_t2av.pipeline import TRUNCATED, Job
+from tests.drawn_faces import scene, talking_head
 from tests.forked import free_port
 from tests.media_files import comment_of
 from tests.waiting import wait_until
@@ -91,12 +91,6 @@ def test_speech_is_the_pipelines_in_each_format(client, true_wave, tmp_path, kin
         assert comment_of(file).startswith("AI-generated speech: Talker-T2AV")
 
 
-@pytest.mark.parametrize("speed", [0.3, 2.0])
-def test_speed_changes_the_length(client, true_wave, speed):
-    wave, _ = soundfile.read(io.BytesIO(speak(client, speed=speed).content))
-    assert len(wave) == pytest.approx(len(true_wave) / speed, abs=0.1 * 24_000)
-
-
 def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
     with client.audio.speech.with_streaming_response.create(
         model="talker-t2av", input=TEXT * 4, voice="anna", response_format="pcm", stream_format="audio"
@@ -105,14 +99,19 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
     wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"])
 
 
+def test_a_client_that_does_not_wait_frees_its_row(client, service):
+    with pytest.raises(openai.APITimeoutError):
+        speak(client.with_options(timeout=0.5), extra_body={"min_seconds": 30.0, "max_seconds": 30.0})
+    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"], seconds=10)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"input": " "}, "the text is empty"),
-        ({"reference_audio": "***"}, "reference_audio must be a file encoded as base64"),
-        ({"reference_video": "/etc/passwd"}, "reference_video is not supported"),
-        ({"voice": "otto"}, "voice 'otto' is unknown"),
-        ({"model": "hicodit"}, "model=hicodit does not support text to speech"),
+        ({"reference_audio": "***"}, "base64"),
+        ({"reference_video": "/etc/passwd"}, "reference_video"),
+        ({"voice": "otto"}, "otto"),
+        ({"model": "hicodit"}, "model=hicodit"),
         ({"input": "x" * 51}, "51 characters"),
     ],
 )
@@ -128,31 +127,25 @@ def test_names_of_openai_stand_for_the_model_and_the_default_voice(client, model
     speech = client.audio.speech.with_raw_response.create(
         model="tts-1", input=TEXT, voice="alloy", response_format="pcm", extra_body={"seed": 3}
     )
-    assert speech.headers["x-remarks"] == "voice alloy is not available: using anna"
+    assert "using anna" in speech.headers["x-remarks"]
     np.testing.assert_allclose(np.frombuffer(speech.content, np.int16) / 32767, true_wave, atol=2e-4)
     strict = Service(None, models[1], ServeLimits(), False, models[2].parent, aliases=False)
     with pytest.raises(HTTPException, match="404"):
         strict.find("tts-1")
-    with pytest.raises(UserError, match="voice 'alloy' is unknown; available: anna"):
+    with pytest.raises(UserError, match="alloy"):
         strict.voices.find("alloy")
 
 
-def test_words_come_with_their_times(client, service, monkeypatch):
+def test_words_come_with_their_times_also_at_another_speed(client, true_wave, monkeypatch):
     pytest.importorskip("pocketsphinx")
-    calls = []
-
-    def align(self, text, wave, rate):
-        calls.append((text, len(wave) / rate))
-        return [Word("Hi.", 0.2, 0.6)]  # random weights say nothing that could be placed
-
-    monkeypatch.setattr(WordTimes, "align", align)
+    # random weights say nothing that could be placed
+    monkeypatch.setattr(WordTimes, "align", lambda self, text, wave, rate: [Word(text, 0.2, 0.6)])
     timed = {"timestamp_granularities": ["word"]}
-    answer = json.loads(speak(client, speed=2.0, extra_body=timed).content)
+    answer = json.loads(speak(client, speed=0.25, extra_body=timed).content)
     wave, rate = soundfile.read(io.BytesIO(base64.b64decode(answer["audio"])))
-    assert answer["words"] == [{"word": "Hi.", "start": 0.1, "end": 0.3}] and answer["format"] == "wav"
-    assert answer["duration"] == pytest.approx(calls[0][1] / 2, abs=1e-3)
+    assert answer["words"] == [{"word": TEXT, "start": 0.8, "end": 2.4}] and answer["format"] == "wav"
     assert answer["duration"] == pytest.approx(len(wave) / rate, abs=0.1)
-    assert [text for text, _ in calls] == [TEXT]
+    assert len(wave) / rate == pytest.approx(len(true_wave) / 24_000 / 0.25, abs=0.1)
 
 
 def finished(client, video):
@@ -172,8 +165,7 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     talk = models[1](Job("t2av", TEXT, str(models[2]), str(tmp_path / "head.mp4"), seed=3))
     assert probe(tmp_path / "talk.mp4").audio == "aac"
     assert comment_of(tmp_path / "talk.mp4").startswith("AI-generated speech and face: Talker-T2AV")
-    frames = np.stack(list(read_video(tmp_path / "talk.mp4", 25)))
-    assert frames.shape == talk.frames.shape
+    assert read_video(tmp_path / "talk.mp4", 25).shape == talk.frames.shape
 
     dubbed = finished(client, client.videos.create(model="hicodit", prompt="", input_reference=tmp_path / "head.mp4"))
     assert dubbed.status == "completed", dubbed.error
@@ -186,7 +178,7 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     assert {video.id for video in client.videos.list()} == {video.id, dubbed.id}
     failed = finished(client, client.videos.create(model="hicodit", prompt="", input_reference=("a.mp4", b"no video")))
     assert failed.status == "failed" and "/tmp" not in failed.error.message
-    with pytest.raises(openai.ConflictError, match="failed"):
+    with pytest.raises(openai.ConflictError):
         client.videos.download_content(failed.id)
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(video.id)  # `videos=2` are kept
@@ -204,7 +196,7 @@ def test_a_face_is_a_picture_and_its_voice_a_recording_of_the_request(client, mo
     video = finished(client, client.videos.retrieve(answer["id"]))
     assert (video.status, video.remarks) == ("completed", [TRUNCATED])
     (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(answer["id"]).content)
-    assert len(list(read_video(tmp_path / "talk.mp4", 25))) == 12
+    assert len(read_video(tmp_path / "talk.mp4", 25)) == 12
 
 
 def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
@@ -221,16 +213,15 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
         (tmp_path / "dubbed.mp4").write_bytes(content)
         return read_audio(tmp_path / "dubbed.mp4", 24_000)
 
-    both, right = dub("all"), dub("right")
+    both = dub("all")
+    right = dub("right")
     assert (both.status, both.faces, right.faces) == ("completed", 2, 1)
-    first, second, alone = heard(both, 1), heard(both, 2), heard(right)
-    np.testing.assert_allclose(second, alone, atol=5e-3)  # of another batch
-    assert np.abs(first - second).max() > 0.01
+    second = heard(both, 2)
+    np.testing.assert_allclose(second, heard(right), atol=5e-3)  # of another batch
+    assert np.abs(heard(both, 1) - second).max() > 0.01
     with pytest.raises(openai.NotFoundError, match="face"):
         heard(both, 3)
-    failed = dub("3")
-    assert failed.status == "failed" and "face=3" in failed.error.message
-    with pytest.raises(openai.BadRequestError, match=r"face=\.\./1 is unknown"):
+    with pytest.raises(openai.BadRequestError, match=r"face=\.\./1"):
         dub("../1")
 
 
@@ -243,9 +234,7 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
 )
 def test_a_body_that_is_too_large_is_refused(client, path, body):
     answer = client._client.post(f"{client.base_url}{path}", **body)
-    assert answer.status_code == 413 and answer.json()["error"]["message"].startswith(
-        "the request body exceeds 33,554,432"
-    )
+    assert answer.status_code == 413 and "33,554,432" in answer.json()["error"]["message"]
 
 
 def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
