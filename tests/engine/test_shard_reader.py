@@ -98,11 +98,13 @@ def test_a_damaged_file_is_named(copy, harm, message):
         ShardSplit(copy).read(5)
 
 
-def test_damage_does_not_affect_other_shards_and_is_found_without_checksums(copy):
+def test_damage_after_the_first_reading_is_found_and_does_not_affect_other_shards(copy):
+    check_all(ShardSplit(copy))
     zeros(copy, "000001.tar")
     ShardSplit(copy).read(4)
-    with pytest.raises(UserError, match=r"000001.tar is damaged"):
-        ShardSplit(copy, Reading(verify=False))[5]
+    for verify in (True, False):
+        with pytest.raises(UserError, match=r"000001.tar"):
+            ShardSplit(copy, Reading(verify=verify))[5]
 
 
 # --- remote ---
@@ -196,27 +198,6 @@ def test_a_file_in_a_store_that_is_larger_than_stated_is_refused(folder, tmp_pat
     memory.pipe("/large/train/000000.tar", bytes(2**20))
     with pytest.raises(UserError, match=r"000000\.tar has more"):
         ShardSplit("memory://large/train", Reading(cache=str(tmp_path)))[0]
-
-
-def test_a_shard_on_a_shared_disk_is_verified_once(copy, tmp_path, monkeypatch):
-    counted = tmp_path / "reads"
-    plain = source.checksum
-
-    def counting(path):
-        with counted.open("a") as file:
-            file.write(f"{path.name}\n")
-        return plain(path)
-
-    monkeypatch.setattr(source, "checksum", counting)
-    split = ShardSplit(copy)
-    with get_context("fork").Pool(4) as pool:
-        pool.starmap(_sum, [(split, range(COUNT))] * 4)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # as another machine
-    check_all(ShardSplit(copy))
-    assert sorted(counted.read_text().split()) == [f"{i:06d}.tar" for i in range(5)]
-    zeros(copy, "000002.tar")  # written again: verified again
-    with pytest.raises(UserError, match=r"000002.tar .*checksum"):
-        ShardSplit(copy)[12]
 
 
 def test_webdataset_reads_the_shards(folder):
