@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from engine.errors import UserError
@@ -112,6 +113,26 @@ def test_tensors_of_another_model_are_refused(tmp_path):
     extra = state() | {"optim.model.bias.exp_avg": torch.zeros(1)}  # a parameter that never had a gradient
     checkpoint.load(folder, extra)
     assert "optim.model.bias.exp_avg" not in extra
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone, as several processes have one."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_failing_process_does_not_wait_for_a_stuck_checkpoint(tmp_path, monkeypatch, group):
+    monkeypatch.setattr(checkpoint, "FAILING", 0.05)
+    disk = threading.Event()
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: disk.wait(120))
+    checkpoints = Checkpoints(tmp_path / "run", 3)
+    checkpoints.save(1, state(), {})
+    checkpoints.wait(failing=True)
+    assert checkpoints._thread.is_alive()
+    disk.set()
+    checkpoints.wait()
 
 
 class Attribute:

@@ -11,7 +11,7 @@ from drawn_faces import draw_face, scene
 
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
-from engine.faces.detectors import HaarDetector, YuNetDetector, box_of_points
+from engine.faces.detectors import HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_boxes
 from engine.media.video import write_video
 
@@ -161,6 +161,14 @@ def test_track_follows_the_users_boxes(tmp_path):
     frames = ArrayFrames(np.zeros((10, 80, 120, 3), np.uint8))
     with pytest.raises(UserError, match=r"face_box=200,10,30,30 .*outside"):
         place_face(frames, [200, 10, 30, 30], 25.0)
+
+
+def test_boxes_and_points_agree():
+    box = np.array([30.0, 40, 80, 80])
+    points = with_points(box[None])[0, 4:].reshape(5, 2)
+    assert np.allclose(box_of_points(points), box)
+    points[:, 0] = 70 + (points[:, 0] - 70) * 0.5  # a turned head is narrower, and no smaller
+    assert np.allclose(box_of_points(points)[2:], 80)
 
 
 def test_yunet_gets_bgr_of_at_most_320_pixels_and_its_faces_are_scaled_to_the_frame(tmp_path, monkeypatch):
