@@ -13,7 +13,6 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToySet, read_lines
 from engine.errors import UserError
 from engine.release import read_release
 from engine.training import signals
-from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
 from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
@@ -188,15 +187,6 @@ def test_one_autograd_graph_is_alive_at_a_time(tmp_path, accumulate):
     run.fit()
     assert run.task.most <= 2
     assert int(run.task.seen) == 3 * 4 * accumulate  # what is made again for the second part is not counted again
-
-
-def test_the_global_batch_size_is_divided_among_processes():
-    config = TrainerConfig(**(CONFIG | {"global_batch_size": 32, "batch_size": 8, "accumulate": 5}))
-    for processes, shared in {1: (8, 4), 2: (8, 2), 8: (4, 1)}.items():
-        share = config.shared_among(processes)
-        assert (share.batch_size, share.accumulate) == shared
-    with pytest.raises(UserError, match="among 3 processes"):
-        config.shared_among(3)
 
 
 def test_recomputation_counts_in_hfu_and_not_in_mfu(tmp_path):
