@@ -60,20 +60,21 @@ def test_disturbance_covers_the_last_frame():
     assert DisturbanceLoss(16_000)(fake[None], real[None]) > 0.1
 
 
-LOSSES = {
-    "mel": lambda: MultiScaleMelLoss(24_000, (10, 40), (128, 512)),
-    "stft": MultiResolutionSTFTLoss,
-    "disturbance": lambda: DisturbanceLoss(24_000),
-}
+VOWEL = vowel(24_000)[None]
+SILENCE = torch.zeros(1, 24_000)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_finite_everywhere(name):
-    loss = LOSSES[name]()
-    for real in (vowel(24_000)[None], torch.zeros(1, 24_000)):
-        if isinstance(loss, MultiResolutionSTFTLoss) and not real.any():
-            continue  # its spectral convergence is relative to the real wave
-        for start in (real, torch.zeros_like(real), real + 0.01 * torch.randn_like(real)):
+@pytest.mark.parametrize(
+    ("loss", "waves"),
+    [
+        (MultiScaleMelLoss(24_000, (10, 40), (128, 512)), [VOWEL, SILENCE]),
+        (MultiResolutionSTFTLoss(), [VOWEL]),  # its spectral convergence is relative to the real wave
+        (DisturbanceLoss(24_000), [VOWEL, SILENCE]),
+    ],
+)
+def test_gradients_are_finite_everywhere(loss, waves):
+    for real in waves:
+        for start in (real, SILENCE, real + 0.01 * torch.randn_like(real)):
             fake = start.clone().requires_grad_()
             loss(fake, real).backward()
             assert fake.grad.isfinite().all()

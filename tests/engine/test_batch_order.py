@@ -7,7 +7,6 @@ import pytest
 import torch
 from toy_task import ToySet
 
-from engine.errors import UserError
 from engine.shards.reader import Blocks
 from engine.training.batches import MicroBatches
 
@@ -102,25 +101,6 @@ def test_a_stream_reads_few_blocks_at_a_time_and_prefetches_the_next():
     assert any(a <= i < b for a, b in data.prefetched for i in later - set(now))
 
 
-@pytest.mark.parametrize("order", [None, blocks(window=4)], ids=["anywhere", "blocks"])
-def test_batching_by_length_reduces_padding(order):
-    data = Listed(order)
-
-    def padding(batches, count):
-        real = padded = 0
-        for i in range(count):
-            lengths = data.lengths[items(batches, i)]
-            real = real + int(lengths.sum())
-            padded = padded + len(lengths) * int(lengths.max())
-        return 1 - real / padded
-
-    assert padding(MicroBatches(data, 8, 0), 50) > 0.3
-    batches = MicroBatches(data, 8, 0, by_length=True, step=8)
-    assert padding(batches, 50) < 0.2
-    longest = [int(data.lengths[items(batches, i)].max()) for i in range(10)]
-    assert longest != sorted(longest, reverse=True)  # long ones do not come first
-
-
 class LogNormal(Listed):
     """Clips whose lengths spread as those of speech corpora do, in shards if `streams` are given."""
 
@@ -143,7 +123,10 @@ def test_ranks_of_a_step_have_similar_lengths(ranks, least, streams):
         return sum(factors) / len(factors)
 
     assert efficiency(MicroBatches(data, 8, 0)) < 0.75
-    assert efficiency(MicroBatches(data, 8, 0, by_length=True, step=8 * ranks)) > least
+    batches = MicroBatches(data, 8, 0, by_length=True, step=8 * ranks)
+    assert efficiency(batches) > least
+    longest = [int(data.lengths[batches.samples(step * ranks)].max()) for step in range(10)]
+    assert longest != sorted(longest, reverse=True)  # long ones do not come first
 
 
 @pytest.mark.parametrize("streams", [None, 8], ids=["anywhere", "shards"])
@@ -156,10 +139,3 @@ def test_a_run_that_resumes_with_another_world_size_repeats_no_sample(streams):
     number = sixteen.resume(eight.state(480))
     rest = {sample for k in range(40) for sample in sixteen.samples(number + k)}
     assert len(begun) == 3840 and len(rest) == 160 and begun.isdisjoint(rest)
-
-
-def test_datasets_that_cannot_be_batched_are_refused():
-    with pytest.raises(UserError, match="ToySet has no lengths of its items"):
-        MicroBatches(ToySet(), 8, 0, by_length=True)
-    with pytest.raises(UserError, match="streams=6, but there are only 5 clips"):
-        MicroBatches(Listed(Blocks([5], 1, 6), size=5), 8, 0)

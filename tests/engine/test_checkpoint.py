@@ -1,5 +1,4 @@
 import io
-import os
 import pickle
 import shutil
 import threading
@@ -39,7 +38,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     for step in (5, 10, 15, 20):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
-    truncate(tmp_path / "step-00000020")
+    flip_a_bit(tmp_path / "step-00000020")
     save(tmp_path, 17, keep=2)  # damaged later ones go when a new one is written
     assert checkpoint.steps(tmp_path) == [15, 17]
 
@@ -67,10 +66,6 @@ def test_a_checkpoint_is_a_snapshot_of_the_state_at_the_call(tmp_path, monkeypat
     assert torch.equal(read["model.weight"], torch.ones(3, 4))
 
 
-def truncate(folder):
-    os.truncate(data_file(folder), 100)
-
-
 def flip_a_bit(folder):
     data = bytearray(data_file(folder).read_bytes())
     data[len(data) // 2] ^= 1
@@ -80,10 +75,9 @@ def flip_a_bit(folder):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (truncate, "has changed since it was written"),
-        (flip_a_bit, "has changed since it was written"),
-        (lambda folder: data_file(folder).unlink(), "is missing"),
-        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "must be integers"),
+        (flip_a_bit, "changed"),
+        (lambda folder: data_file(folder).unlink(), "missing"),
+        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "integers"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, harm, said):
@@ -95,7 +89,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, harm, said):
     assert checkpoint.newest(tmp_path, lines.append) == good
     assert len(lines) == 1 and said in lines[0] and str(bad) in lines[0]
     harm(good)
-    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.newest(tmp_path, lines.append)
 
 
@@ -109,14 +103,12 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(tmp_path):
 
 def test_tensors_of_another_model_are_refused(tmp_path):
     folder = save(tmp_path, 1)
-    lacking = state()
-    del lacking["model.count"]
-    for other, message in (
-        (state() | {"model.weight": torch.zeros(2, 2)}, r"with shape \(3, 4\), the model has \(2, 2\)"),
-        (state() | {"model.new": torch.zeros(1)}, r"has no 'model\.new'"),
-        (lacking, r"has 'model\.count', which the model does not have"),
-    ):
-        with pytest.raises(UserError, match=message):
+    smaller = state() | {"model.weight": torch.zeros(2, 2)}
+    more = state() | {"model.new": torch.zeros(1)}
+    fewer = state()
+    del fewer["model.count"]
+    for other, named in ((smaller, r"\(3, 4\), .* \(2, 2\)"), (more, r"model\.new"), (fewer, r"model\.count")):
+        with pytest.raises(UserError, match=named):
             checkpoint.load(folder, other)
     extra = state() | {"optim.model.bias.exp_avg": torch.zeros(1)}  # a parameter that never had a gradient
     checkpoint.load(folder, extra)

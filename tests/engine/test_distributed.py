@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from toy_task import ToyBlocks
 
-from engine.errors import UserError, exit_process
+from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.parallel import build_once
 from tests.forked import run_group
@@ -71,8 +71,3 @@ def test_a_task_is_built_on_rank_0_and_on_meta_elsewhere(seen):
 def test_a_hanging_collective_times_out_and_gathering_objects_does_not(seen):
     assert seen[0]["seconds"] < 30 and "imed out" in seen[0]["error"]
     assert [one["objects"] for one in seen] == [[0, 1], [0, 1]]
-
-
-def test_an_error_in_building_a_task_is_passed_on():
-    with pytest.raises(UserError, match="no such release"):
-        build_once(lambda: (_ for _ in ()).throw(UserError("no such release")))

@@ -11,9 +11,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.evaluation.clips import read_clips
-from engine.evaluation.paper_tables import PaperTable, paper_lines
 from engine.media.audio import write_wav
-from engine.metrics.lip_sync import LipSync
 from engine.metrics.quality import STOI
 from engine.metrics.words import WordErrors
 from scripts import evaluate
@@ -52,13 +50,6 @@ def test_files_are_found_by_id_or_named_by_the_manifest(folders):
     (folders / "true" / "s1" / "c1.normalized.txt").write_text("Set green.\n")
     one, _, two = read_clips(None, folders / "true", {})
     assert (one.truth.text, two.truth.text, one.speaker, two.speaker) == ("SET BLUE", "Set green.", "s0", "s1")
-
-
-def test_only_tables_with_a_measured_figure_are_printed():
-    table = PaperTable("Table 9", ["wer", "frames/s"], {"one": [5.5, None], "two": [5.25, 24]})
-    assert paper_lines([table], ["stoi"]) == []
-    lines = paper_lines([table], ["wer"])
-    assert lines == ["", "Table 9  WER % ↓  frames/s", "one         5.50         –", "two         5.25        24"]
 
 
 # --- the command ---
@@ -108,10 +99,9 @@ def test_two_systems_are_compared_in_tables_and_a_page(run):
     assert good["interval"][0] <= good["value"] <= good["interval"][1] and good["interval_speakers"] is not None
     (test,) = results["tests"]
     assert test["difference"] == pytest.approx(good["value"] - bad["value"])
-    assert "3 clips: no significant difference" in out and "Too few clips or resamples" in out
-    missing = results["left_out"]["figures"]["utmos"]
-    assert "utmos_state_dict.pt (python scripts/download_checkpoints.py metrics" in missing
-    assert "WhisperX-VAE (25 Hz, 32 dimensions)" in out and "WhisperX-VAE (25 Hz, 32 dimensions)" in page
+    assert "no significant difference" in out
+    assert "utmos_state_dict.pt" in results["left_out"]["figures"]["utmos"]
+    assert all("WhisperX-VAE (25 Hz, 32 dimensions)" in text for text in (out, page))  # a row of the paper's table
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3
 
@@ -132,33 +122,28 @@ def test_the_report_names_the_better_system(run, folders):
         for system in ("good", "bad"):
             (folders / system / f"{i}.wav").write_bytes((folders / system / name).read_bytes())
     (folders / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, results, out, _, page = run(outputs=("bad", "good"))
+    _, results, out, _, page = run(outputs=("bad", "good"))
     (test,) = results["tests"]
     assert results["systems"]["good"]["stoi"]["interval_speakers"] is None  # some speakers are unknown
-    assert code == 0 and test["better"] == "good" and test["interval"][0] < test["difference"] < test["interval"][1] < 0
-    assert all("9 clips: good is better" in text for text in (out, page))
+    assert test["better"] == "good" and test["interval"][0] < test["difference"] < test["interval"][1] < 0
+    assert all("good is better" in text for text in (out, page))
 
 
 def test_skipped_clips_and_other_durations_are_reported(run, folders):
     write_tone(folders / "good" / "s0" / "c0.wav", 111, seconds=1)
     write_tone(folders / "good" / "s0" / "c2.wav", 111, seconds=0.1)
     _, results, out, err, page = run()
-    assert "2 of 3 outputs of good are over 0.2 s longer or shorter" in out and "2 clips" in out
-    assert "s0/c2 (good, STOI): STOI cannot be computed" in err and results["systems"]["good"]["stoi"]["clips"] == 2
-    assert "over 0.2 s longer" in page
+    assert all("2 of 3 outputs of good" in text for text in (out, page))
+    assert "s0/c2 (good, STOI)" in err and results["systems"]["good"]["stoi"]["clips"] == 2
 
 
 def test_unreadable_and_missing_files_are_reported_and_skipped(run, folders):
-    _, results, out, *_ = run(outputs=("good", "bad"), metrics="stoi,stoi")
-    assert len(results["tests"]) == 1  # a metric that is requested twice is measured once
-    assert "over different clips" not in out
     (folders / "good" / "s0" / "c0.wav").write_text("no sound")
     (folders / "good" / "s1" / "c1.wav").unlink()
     code, results, out, err, _ = run(outputs=("good", "bad"))
     assert code == 1 and [results["systems"][name]["stoi"]["clips"] for name in ("good", "bad")] == [1, 3]
     assert [row["clip"] for row in results["left_out"]["files"]] == ["s0/c0", "s1/c1"]
-    assert "c0.wav is not a video or audio file" in err
-    assert "note: STOI is computed over different clips in each row, as some were skipped; the comparison" in out
+    assert "c0.wav" in err and "different clips" in out
 
 
 def test_a_nan_result_is_skipped(run, monkeypatch):
@@ -170,32 +155,33 @@ def test_a_nan_result_is_skipped(run, monkeypatch):
     assert results["systems"]["good"]["stoi"]["value"] > 0.5
 
 
-def test_words_outside_the_grammar_have_their_own_column(run, monkeypatch, folders):
+@pytest.fixture
+def run_words(run, monkeypatch, folders):
+    """Run the command with the recogniser of a grammar, which is not loaded."""
     pytest.importorskip("pocketsphinx")
     (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
     monkeypatch.setattr(WordErrors, "load", lambda self: None)
+    return partial(run, "protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
+
+
+def test_words_outside_the_grammar_have_their_own_column(run_words, monkeypatch):
     texts = iter(["set blue", "set free", "set blue"] * 2)
     measured = {"set blue": {"wer": (0, 2)}, "set free": {"wer_free": (1, 2)}}
     words = dict.fromkeys(("heard", "text", "words"), "set blue")
     monkeypatch.setattr(WordErrors, "measure", lambda *_: measured[next(texts)] | words)
-    code, results, out, *_ = run("protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
+    code, results, out, *_ = run_words()
     cells = results["systems"]["good"]
     assert code == 0 and cells["wer"]["value"] == 0 and cells["wer_free"]["value"] > 0
-    assert "WER free %" in out and "2 clips" in out
-    assert "the paper's WER % by whisper-medium, those above by grammar" in out
+    assert "WER free %" in out and "whisper-medium" in out  # the paper's recogniser is another one
 
 
-def test_a_changed_file_of_the_recogniser_invalidates_cached_measurements(run, monkeypatch, folders):
-    pytest.importorskip("pocketsphinx")
-    (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
-    monkeypatch.setattr(WordErrors, "load", lambda self: None)
+def test_a_changed_file_of_the_recogniser_invalidates_cached_measurements(run_words, monkeypatch, folders):
     monkeypatch.setattr(WordErrors, "measure", lambda *_: {"wer": (0, 2), "heard": "", "text": "set", "words": "set"})
-    again = partial(run, "protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
-    again()
+    run_words()
     for name in ("free.arpa", "free.dict", "g.dict"):
         (folders / name).write_text("of another corpus")
-        assert again().results["found_in_cache"] == {"WordErrors": 0}
-    assert again().results["found_in_cache"] == {"WordErrors": 6}
+        assert run_words().results["found_in_cache"] == {"WordErrors": 0}
+    assert run_words().results["found_in_cache"] == {"WordErrors": 6}
 
 
 def test_measurements_are_cached_by_the_content_of_the_files(run, monkeypatch, folders):
@@ -231,29 +217,17 @@ def test_a_codec_resynthesises_the_clips_and_resumes(run, folders):
     (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
     assert again().results["systems"] == results["systems"] and kept.stat().st_mtime_ns == before
     assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames per second
-    with pytest.raises(UserError, match="contains outputs generated with other settings"):
+    with pytest.raises(UserError, match="other settings"):
         again("generate.levels=1")
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name
-    with pytest.raises(UserError, match=r"contains an output of s1/c1 for other files"):
+    with pytest.raises(UserError, match="s1/c1"):
         again()
 
 
 def test_a_clip_without_video_is_reported_before_the_model_runs(run, capsys):
-    with pytest.raises(UserError, match="none of the 3 clips can be measured"):
+    with pytest.raises(UserError, match="3 clips"):
         run("model=hicodit", "metrics=stoi", outputs=None, metrics=None, table=None)
-    assert capsys.readouterr().err.count("no input video: expected ID.mp4 in references=") == 3
-
-
-def test_lip_sync_of_audio_outputs_uses_the_input_video(run, monkeypatch, folders):
-    (folders / "face.mp4").write_bytes(b"a video")
-    row = {"id": "x", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "face.mp4"}
-    (folders / "clips.jsonl").write_text(json.dumps(row))
-    monkeypatch.setattr(LipSync, "weight_files", ())
-    monkeypatch.setattr(LipSync, "load", lambda _: None)
-    seen = []
-    monkeypatch.setattr(LipSync, "measure", lambda _, take, __: seen.append(take) or {"lse_c": (1, 1), "lse_d": (1, 1)})
-    assert run(outputs=None, metrics="lse_c,lse_d", table="hicodit").code == 0
-    assert {str(take.video or take.source) for take in seen} == {str(folders / "face.mp4")}
+    assert capsys.readouterr().err.count("ID.mp4") == 3
 
 
 def test_the_prompt_of_a_talker_is_another_clip_of_the_speaker(folders):

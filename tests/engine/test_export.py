@@ -16,12 +16,8 @@ from scripts import export as script
 
 RECORD = {
     "command": "python train.py experiment=toy",
-    "task": {"recipe": "A toy's recipe.", "init": "assets/old"},
-    "data": {
-        "root": "data/toys",
-        "train": {"_target_": "toys.Set"},
-        "make": {"toys": ["scripts/make.py", "--out", "data/toys"], "words": None},
-    },
+    "task": {"init": "assets/old"},
+    "data": {"root": "data/toys", "train": {"_target_": "toys.Set"}},
     "trainer": CONFIG,
 }
 
@@ -59,13 +55,7 @@ def test_a_run_is_exported_with_averaged_weights_and_a_card(run, tmp_path, call)
     assert not torch.equal(state["0.weight"], run.task.generator[0].weight.detach().half().float())
     text = (tmp_path / "out" / "README.md").read_text()
     weight = last_validation(there / "log.jsonl", 20)[0]["weight"]
-    for words in (
-        "# Toy",
-        f"| weight | {weight:.4g} |",
-        "`toys.Set`, `data/toys`",
-        f"Code: {run.code}.",
-        "`assets/old`",
-    ):
+    for words in (f"| weight | {weight:.4g} |", "`toys.Set`, `data/toys`", run.code, "`assets/old`"):
         assert words in text
     (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results  # what the hub shows
     assert result.metric_type == "weight" and result.metric_value == pytest.approx(weight)
@@ -80,49 +70,34 @@ def test_without_averages_the_last_weights_are_exported(tmp_path):
     assert not run.ema.averages and all(torch.equal(state[k], last[k].half().float()) for k in state)
 
 
-def test_an_older_step_is_exported_with_its_validation(run, tmp_path):
-    export(run.run, tmp_path / "out", step=15)
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "(step 14; the weights are of step 15)" in text
-    with pytest.raises(UserError, match=r"no checkpoint to export of step 3: .* is missing"):
-        export(run.run, tmp_path / "out", step=3)
-
-
-def test_the_best_step_is_chosen_by_a_metric(run, tmp_path, call):
+def test_a_step_is_chosen_by_number_or_by_a_metric(run, tmp_path, call):
     there = shutil.copytree(run.run, tmp_path / "run")
     for step, weight in ((15, 0.1), (20, 0.4)):
         (there / "checkpoints" / f"step-{step:08d}" / "results.json").write_text(json.dumps({"weight": weight}))
-    for rule, step in (("min weight", 15), ("max weight", 20)):
-        assert f"step-{step:08d} of" in call(there, tmp_path / "out", "--best", rule)
-    with pytest.raises(UserError, match=r"no checkpoint of .* with this metric"):
-        call(there, tmp_path / "out", "--best", "min wer")
+    for words, step in ((("--best", "min weight"), 15), (("--best", "max weight"), 20), (("--step", 15), 15)):
+        assert f"step-{step:08d} of" in call(there, tmp_path / "out", *words)
+    assert "step 14" in (tmp_path / "out" / "README.md").read_text()  # the last validation before step 15
+    for words in (("--best", "min wer"), ("--step", 3)):
+        with pytest.raises(UserError, match=str(words[1])):
+            call(there, tmp_path / "out", *words)
 
 
-def test_export_replaces_a_release_and_no_other_folder(run, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="mine exists but is not a release folder"):
-        export(run.run, tmp_path / "mine")
-    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-    export(run.run, tmp_path / "out", step=15)
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    export(run.run, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
-
-
-def test_a_failed_export_keeps_the_old_release(run, tmp_path, monkeypatch):
-    export(run.run, tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-
+def test_an_export_replaces_a_release_and_a_failed_one_keeps_it(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.release.save_file", full)
-    with pytest.raises(UserError, match="out cannot be written: No space left on device"):
+    def files():
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    export(run.run, tmp_path / "out")
+    before = files()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr("engine.release.save_file", full)
         export(run.run, tmp_path / "out", step=15)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert files() == before
+    export(run.run, tmp_path / "out", step=15)
+    assert files().keys() == before.keys() and files() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_last_validation_is_read_from_a_truncated_log(tmp_path):
@@ -156,9 +131,9 @@ def test_average_keeps_the_first_releases_config_and_card(releases, tmp_path, ca
     assert config == {"of": "a"} and (tmp_path / "out" / "README.md").read_text() == "card a"
     assert mixed["decoder.w"].unique() == 3.0 and mixed["encoder.w"].unique() == 1.0
     assert mixed["decoder.count"] == 1  # whole numbers have no mean
-    with pytest.raises(UserError, match="--only head: no tensor name has this prefix"):
+    with pytest.raises(UserError, match="--only head"):
         call("--average", "a:1", "b:2", "out", "--only", "head")
-    with pytest.raises(UserError, match=r"encoder\.w is missing from one of them or differs in shape"):
+    with pytest.raises(UserError, match=r"encoder\.w"):
         average([weights(1.0), weights(1.0) | {"encoder.w": torch.zeros(5)}], [1.0, 1.0], ("",))
 
 

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
 from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks
-from engine.faces.mtcnn import MTCNNDetector, _suppress
+from engine.faces.mtcnn import MTCNNDetector
 from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
 from engine.faces.track import track_of_boxes
@@ -38,7 +38,7 @@ class Rectangle:
 @pytest.fixture
 def fake_dlib(monkeypatch):
     """Replaces dlib, which an extra installs: the face is a bright dot, and the landmarks lie around it."""
-    calls = SimpleNamespace(looks=0, boxes=[], sizes=[], found=True)
+    calls = SimpleNamespace(sizes=[], found=True)
 
     def dot(picture):
         calls.sizes.append(picture.shape[:2])
@@ -46,14 +46,11 @@ def fake_dlib(monkeypatch):
         return np.array([columns.mean(), rows.mean()])
 
     def detect(picture, doublings=0):
-        calls.looks += 1
         x, y = dot(picture).round().astype(int).tolist()
         return [Rectangle(x - 50, y - 50, x + 49, y + 49)] if calls.found else []
 
     def predict(picture, box):
-        calls.boxes.append((box.left(), box.top(), box.right(), box.bottom()))
-        points = dot(picture) + 6 * SHAPE
-        parts = [SimpleNamespace(x=x, y=y) for x, y in points]
+        parts = [SimpleNamespace(x=x, y=y) for x, y in dot(picture) + 6 * SHAPE]
         return SimpleNamespace(parts=lambda: parts, part=parts.__getitem__)
 
     fake = SimpleNamespace(
@@ -75,7 +72,7 @@ def dots(frames: int) -> tuple[np.ndarray, np.ndarray]:
     return clip, at
 
 
-def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_dlib):
+def test_dlibs_landmarks_turn_with_the_head_and_gaps_are_interpolated(fake_dlib):
     clip, at = dots(20)
     track = track_of_boxes([[x - 30, y - 34, 60, 60] for x, y in at.tolist()], 20)
     turn = np.array([[0.8, -0.6], [0.6, 0.8]])
@@ -84,16 +81,11 @@ def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_d
     found = add_landmarks([clip[:7], clip[7:]], track, Dlib68()).landmarks
     scale = 60 / 256
     assert np.abs(found - (at[:, None] + 6 * scale * SHAPE @ turn.T)).max() < 0.6  # turned back with the head
-    assert fake_dlib.looks == 4 and len(fake_dlib.boxes) == 60
-    widths = {right - left for left, _, right, _ in fake_dlib.boxes[1::3]}
-    assert widths == {200}  # dlib's box in the predictor's picture, twice as large as the detector's
-
     track.seen[8:12] = False
     gap = add_landmarks([clip], track, Dlib68()).landmarks
     assert np.allclose(gap[8:12].mean(1), np.linspace(gap[7], gap[12], 6)[1:-1].mean(1))
     fake_dlib.found = False  # then the place that dlib's box usually has in the tracked one
     assert np.abs(add_landmarks([clip], track, Dlib68()).landmarks - gap).max() < 1e-9
-    assert all(abs(right - left - 195) <= 1 for left, _, right, _ in fake_dlib.boxes[-2::-3][:16])
 
 
 def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
@@ -126,7 +118,7 @@ def test_yunet_gives_the_landmarks_of_the_tracked_face():
     finder = partial(nearest_face, detector)
     found = add_landmarks([frames], track, finder).landmarks
     assert np.allclose(found, five + np.arange(6)[:, None, None])  # that of frame 3 lies between its neighbours'
-    with pytest.raises(UserError, match="no frame of the clip has landmarks"):
+    with pytest.raises(UserError, match="no frame"):
         add_landmarks([frames], track_of_boxes([150, 10, 8, 8], 6), finder)
 
 
@@ -160,7 +152,7 @@ def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind):
     for where, clip in ((path, "other.mp4"), (tmp_path, "speaker/a.mp4")):
         found, present = read_landmarks(where, clip)
         assert np.array_equal(present, ~ABSENT) and np.allclose(found[present], points[present])
-    with pytest.raises(UserError, match=r"looked for .*b\.json"):
+    with pytest.raises(UserError, match=r"b\.json"):
         read_landmarks(tmp_path, "speaker/b.mp4")
 
 
@@ -175,13 +167,10 @@ class Payload:
     ("name", "content"),
     [
         ("a.json", b"{"),
-        ("a.json", b"[[1, 2], 3]"),
-        ("a.json", b'{"frames": [{}]}'),
         ("a.json", json.dumps([[[1, 2]] * 4]).encode()),
         ("a.pkl", pickle.dumps([Payload()])),
-        ("a.pkl", pickle.dumps({"a": 1})),
     ],
-    ids=["cut off", "numbers", "no landmarks", "four points", "code", "a dict"],
+    ids=["cut off", "four points", "code"],
 )
 def test_a_file_without_landmarks_is_refused_and_runs_nothing(tmp_path, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
@@ -201,44 +190,32 @@ def test_track_follows_given_landmarks(tmp_path):
     assert np.allclose(track.landmarks, points / 2)
     assert np.abs(track.points - five_points(points) / 2).max() < 1.5  # smooth
     assert np.abs(track.boxes - [[50 + i / 2, 0, 50, 50] for i in range(20)]).max() < 1.5
-    assert np.array_equal(track[3:5].best_points, track.landmarks[3:5])
     small = ArrayFrames(np.zeros((20, 90, 320, 3), np.uint8), (360, 1280))
     assert np.allclose(place_landmarks(small, points, ~ABSENT, 25.0).landmarks, points / 4)
     longer = place_landmarks(ArrayFrames(np.zeros((23, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     assert len(longer) == 23 and np.allclose(longer.landmarks[20:], points[19])
-    with pytest.raises(UserError, match="landmarks of 20 frames, but the clip has 26 at 25 per second"):
+    with pytest.raises(UserError, match=r"20 frames, .* 26"):
         place_landmarks(ArrayFrames(np.zeros((26, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
-    with pytest.raises(UserError, match="no face found in 90%"):
+    with pytest.raises(UserError, match="90%"):
         place_landmarks(small, points, np.arange(20) < 2, 25.0)
 
 
 def test_settings_and_names_make_the_same_source(fake_dlib, tmp_path):
-    assert FaceSource.from_settings() == FaceSource.from_settings("cascade") == FaceSource.from_name("cascade", "x")
+    assert FaceSource.from_settings("cascade") == FaceSource.from_name("cascade", "x")
     source = FaceSource.from_settings(face_landmarks="dlib68")
-    assert source.name == "cascade+dlib68" and source.detector is None and callable(source.landmarks)
-    assert FaceSource.from_name(source.name, "x").name == source.name
+    assert FaceSource.from_name("cascade+dlib68", "x").name == source.name == "cascade+dlib68"
     assert FaceSource.from_settings(None, str(tmp_path)) == FaceSource(None, tmp_path, "files")
 
 
 def test_sources_that_are_not_available_are_refused(fake_dlib, monkeypatch):
-    for name, line in (("yunet", "set detector=face_detection_yunet_2023mar"), ("retina", "unknown to this version")):
-        with pytest.raises(UserError, match=f"x was trained on faces found by {name}.*{line}"):
+    for name in ("yunet", "retina"):
+        with pytest.raises(UserError, match=f"x .* {name}.*detector="):
             FaceSource.from_name(name, "x")
-    with pytest.raises(UserError, match="face_landmarks=dlib: no such file; use dlib68, mtcnn, yunet"):
+    with pytest.raises(UserError, match="face_landmarks=dlib:"):
         FaceSource.from_settings(None, "dlib")
     monkeypatch.setitem(sys.modules, "dlib", None)
-    line = r"requires dlib.*`bash scripts/setup\.sh landmarks"
-    with pytest.raises(UserError, match=line):
-        FaceSource.from_settings(face_landmarks="dlib68")
-    with pytest.raises(UserError, match=rf"x was trained on faces found by .*{line}"):
+    with pytest.raises(UserError, match=r"x .*setup\.sh landmarks"):
         FaceSource.from_name("cascade+dlib68", "x")
-
-
-def test_boxes_within_a_larger_one_are_suppressed_by_their_own_area():
-    boxes = np.array([[0.0, 0, 10, 10], [0, 0, 4, 4], [20, 0, 30, 10]])
-    scores = np.array([0.9, 0.8, 0.7])
-    assert _suppress(boxes, scores, 0.5) == [0, 1, 2]
-    assert _suppress(boxes, scores, 0.5, by_smaller=True) == [0, 2]
 
 
 def test_mtcnn_finds_the_points_of_a_drawn_face_at_any_resolution():

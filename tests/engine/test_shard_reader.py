@@ -83,13 +83,13 @@ def replace(folder, name, old, new):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda folder: os.truncate(folder / "000001.tar", 5000), "000001.tar is damaged: 5,000 bytes instead of"),
-        (lambda folder: zeros(folder, "000001.tar"), "000001.tar is damaged .its checksum"),
-        (lambda folder: (folder / "000002.json").unlink(), "000002.json cannot be read: No such file"),
-        (lambda folder: replace(folder, "000002.json", '"crc32": ', '"crc32": 1'), "does not belong to this index"),
+        (lambda folder: os.truncate(folder / "000001.tar", 5000), "000001.tar .* 5,000 bytes"),
+        (lambda folder: zeros(folder, "000001.tar"), "000001.tar .*checksum"),
+        (lambda folder: (folder / "000002.json").unlink(), "000002.json"),
+        (lambda folder: replace(folder, "000002.json", '"crc32": ', '"crc32": 1'), "this index"),
         (lambda folder: replace(folder, "000001.json", '"tensors": [', '"tensors": ["z", '), ".k05 has no z"),
-        (lambda folder: replace(folder, "index.json", '"version": 2', '"version": 1'), "this program supports 2"),
-        (lambda folder: (folder / "index.json").unlink(), "no prepared shards in .*prepare_data.py"),
+        (lambda folder: replace(folder, "index.json", '"version": 2', '"version": 1'), "supports 2"),
+        (lambda folder: (folder / "index.json").unlink(), "prepare_data.py"),
     ],
 )
 def test_a_damaged_file_is_named(copy, harm, message):
@@ -98,11 +98,13 @@ def test_a_damaged_file_is_named(copy, harm, message):
         ShardSplit(copy).read(5)
 
 
-def test_damage_does_not_affect_other_shards_and_is_found_without_checksums(copy):
+def test_damage_after_the_first_reading_is_found_and_does_not_affect_other_shards(copy):
+    check_all(ShardSplit(copy))
     zeros(copy, "000001.tar")
     ShardSplit(copy).read(4)
-    with pytest.raises(UserError, match=r"000001.tar is damaged"):
-        ShardSplit(copy, Reading(verify=False))[5]
+    for verify in (True, False):
+        with pytest.raises(UserError, match=r"000001.tar"):
+            ShardSplit(copy, Reading(verify=verify))[5]
 
 
 # --- remote ---
@@ -127,42 +129,30 @@ def test_a_remote_shard_with_another_checksum_is_refused(server, tmp_path):
     whole = server.files["/train/000004.tar"]
     server.files["/train/000004.tar"] = whole[:600] + b"?" + whole[601:]
     split = remote(server, tmp_path)
-    with pytest.raises(UserError, match=r"shard http.*000004.tar is damaged: checksum mismatch after two downloads"):
+    with pytest.raises(UserError, match=r"000004.tar .*checksum"):
         split[22]
     server.files["/train/000004.tar"] = whole
     check_all(split)
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [("{}/elsewhere", "could not be fetched.* returned status 404"), ("http://127.0.0.1:9/train", "cannot be reached")],
-)
-def test_missing_files_and_servers_are_named(server, tmp_path, url, message):
-    with pytest.raises(UserError, match=message):
-        ShardSplit(url.format(server.address), Reading(cache=str(tmp_path)))
+def test_missing_files_and_servers_are_named(server, tmp_path):
+    for address in (server.address, "http://127.0.0.1:9"):  # nobody is there
+        with pytest.raises(UserError, match=address):
+            ShardSplit(f"{address}/elsewhere", Reading(cache=str(tmp_path)))
 
 
 def test_the_cache_stays_below_its_limit(server, folder, tmp_path):
     size = (folder / "000000.tar").stat().st_size
-    split = remote(server, tmp_path, cache_gb=2.5 * size / 1e9)
-    for i in range(0, COUNT, 5):
-        split[i]
-        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar")) <= 2.5 * size
-        time.sleep(0.02)
-    kept = {path.name for path in (tmp_path / "cache").glob("*/*.tar")}
-    assert "000004.tar" in kept and "000000.tar" not in kept
-    check_all(split)  # what was deleted while open is still read, and the rest comes again
-    with pytest.raises(UserError, match=r"shard cache of .* GB is too small"):
-        remote(server, tmp_path, cache_gb=1.5 * size / 1e9)
-
-
-def test_the_shard_that_was_used_least_recently_is_deleted(server, folder, tmp_path):
-    size = (folder / "000000.tar").stat().st_size
     for sample in (0, 5, 0, 10):  # of the first shard, the second, the first again, the third
-        remote(server, tmp_path, cache_gb=2.5 * size / 1e9)[sample]
+        split = remote(server, tmp_path, cache_gb=2.5 * size / 1e9)
+        split[sample]
         time.sleep(0.02)
     kept = {path.name for path in (tmp_path / "cache").glob("*/*.tar")}
-    assert kept == {"000000.tar", "000002.tar"}
+    assert kept == {"000000.tar", "000002.tar"}  # the least recently used one was deleted
+    check_all(split)  # what is deleted while open is still read, and the rest comes again
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar")) <= 2.5 * size
+    with pytest.raises(UserError, match="too small"):
+        remote(server, tmp_path, cache_gb=1.5 * size / 1e9)
 
 
 def test_prefetched_shards_are_downloaded_in_the_background(server, tmp_path):
@@ -198,7 +188,7 @@ def test_other_url_schemes_use_fsspec_and_are_retried(folder, tmp_path, monkeypa
     monkeypatch.setattr(fsspec, "open", flaky)
     check_all(ShardSplit("memory://flaky/train", Reading(cache=str(tmp_path))))
     monkeypatch.setattr(fsspec, "open", lambda url, mode: (_ for _ in ()).throw(RuntimeError("403 Forbidden")))
-    with pytest.raises(UserError, match="could not be fetched: 403 Forbidden"):
+    with pytest.raises(UserError, match="403 Forbidden"):
         ShardSplit("memory://flaky/other", Reading(cache=str(tmp_path)))
 
 
@@ -206,32 +196,8 @@ def test_a_file_in_a_store_that_is_larger_than_stated_is_refused(folder, tmp_pat
     memory = pytest.importorskip("fsspec").filesystem("memory")
     memory.put(str(folder), "/large/train", recursive=True)
     memory.pipe("/large/train/000000.tar", bytes(2**20))
-    with pytest.raises(UserError, match=r"000000\.tar has more than the expected"):
+    with pytest.raises(UserError, match=r"000000\.tar has more"):
         ShardSplit("memory://large/train", Reading(cache=str(tmp_path)))[0]
-
-
-def test_a_shard_on_a_shared_disk_is_verified_once(copy, tmp_path, monkeypatch):
-    for machine in ("one", "two", "three"):
-        (tmp_path / machine).mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
-    counted = tmp_path / "reads"
-    plain = source.checksum
-
-    def counting(path):
-        with counted.open("a") as file:
-            file.write(f"{path.name}\n")
-        return plain(path)
-
-    monkeypatch.setattr(source, "checksum", counting)
-    split = ShardSplit(copy)
-    with get_context("fork").Pool(4) as pool:
-        pool.starmap(_sum, [(split, range(COUNT))] * 4)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "two"))
-    check_all(ShardSplit(copy))
-    assert sorted(counted.read_text().split()) == [f"{i:06d}.tar" for i in range(5)]
-    zeros(copy, "000002.tar")  # written again: verified again
-    with pytest.raises(UserError, match=r"000002.tar is damaged .its checksum"):
-        ShardSplit(copy)[12]
 
 
 def test_webdataset_reads_the_shards(folder):

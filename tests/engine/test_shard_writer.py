@@ -1,4 +1,4 @@
-"""Axes: T frames, D channels."""
+"""What shards and their index hold; tests/corpora/test_prepare_job.py interrupts and continues their preparation."""
 
 import json
 import tarfile
@@ -7,15 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from engine.errors import UserError
 from engine.shards.reader import ShardSplit
 from engine.shards.writer import SplitWriter, reject_sample, write_sample
-from tests.shard_files import contents
 
 KEYS = [f"clip_{i}" for i in range(7)]
 GOOD = [key for key in KEYS if key != "clip_4"]
-PLAN = {"stages": {"decode": {"max_side": 3}}}
-ABOUT = {"split": "train", "symbols": None}
 
 
 def motion_of(key):
@@ -28,28 +24,20 @@ def members(key):
     return {"json": json.dumps(about).encode(), "safetensors": tensors, "wav": b"x" * KEYS.index(key)}
 
 
-def write(writer, keys=KEYS, stop_before_packing=False):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a split in which one clip is rejected."""
+    folder = tmp_path_factory.mktemp("whole")
+    writer = SplitWriter(folder, KEYS, 3, {"stages": {}})
     for shard in writer.shards:
         work, missing = writer.begin(shard)
-        for key in (key for key in missing if key in keys):
+        for key in missing:
             if key == "clip_4":
                 reject_sample(work, key, "a/4.mp4", "face", "no face")
             else:
                 write_sample(work, key, members(key))
-            if not stop_before_packing:
-                writer.settle(work)
-
-
-def make(folder, plan=PLAN):
-    return SplitWriter(folder, KEYS, 3, plan)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    writer = make(folder)
-    write(writer)
-    writer.finish(ABOUT)
+            writer.settle(work)
+    writer.finish({"split": "train", "symbols": None})
     return folder
 
 
@@ -74,20 +62,3 @@ def test_the_index_has_the_moments_of_all_frames_and_the_rejected_clips(whole):
     assert index["rejected"] == {"face": 1} and index["split"] == "train"
     line = {"key": "clip_4", "source": "a/4.mp4", "stage": "face", "reason": "no face"}
     assert [json.loads(x) for x in (whole / "quarantine.jsonl").read_text().splitlines()] == [line]
-
-
-@pytest.mark.parametrize("kept", [["clip_2"], KEYS[:3], KEYS[:5], KEYS])
-def test_interrupted_preparation_resumes_to_the_same_bytes(whole, tmp_path, kept):
-    write(make(tmp_path), kept, stop_before_packing=True)
-    writer = make(tmp_path)
-    for name in ("clip_9.part", ".shard"):
-        (writer.work(0) / name).write_bytes(b"half")
-    assert [k for shard in writer.shards for k in writer.missing(shard)] == [k for k in KEYS if k not in kept]
-    write(writer)
-    writer.finish(ABOUT)
-    assert contents(tmp_path) == contents(whole)
-
-
-def test_a_folder_cannot_be_continued_with_other_settings(whole):
-    with pytest.raises(UserError, match=r"started with stages\.decode\.max_side=3, not 4"):
-        make(whole, plan={"stages": {"decode": {"max_side": 4}}})

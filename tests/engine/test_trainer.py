@@ -13,7 +13,6 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToySet, read_lines
 from engine.errors import UserError
 from engine.release import read_release
 from engine.training import signals
-from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
 from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
@@ -72,25 +71,21 @@ def test_worker_processes_and_flop_counting_change_no_bit(tmp_path, change):
     assert_same_state(plain, changed)
 
 
-def test_a_finished_run_is_not_trained_again_without_fresh(tmp_path, capsys):
+def test_a_finished_run_is_not_trained_again_without_fresh(tmp_path):
     trainer(tmp_path, steps=6).fit()
-    assert "is finished" not in capsys.readouterr().out
     again = trainer(tmp_path, ToySet(trouble_at=1), steps=6)  # would crash at the first sample
     assert again.fit() is not None and again.step == 6
-    assert f"{tmp_path} is finished: all 6 steps are done" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="died"):
         trainer(tmp_path, ToySet(trouble_at=1), fresh=True).fit()
 
 
-def test_averaged_weights_are_validated_and_exported(tmp_path, whole):
-    run, results = whole, whole.validate()
-    live, average = run.task.generator[0].weight, run.ema.averages["generator.0.weight"]
-    assert not torch.equal(live, average)
-    assert results["weight"] == pytest.approx(average.sum().item(), abs=1e-7)
-    run.release(tmp_path / "release")
+def test_averaged_weights_are_validated_and_released(tmp_path, whole):
+    average = whole.ema.averages["generator.0.weight"]
+    assert not torch.equal(whole.task.generator[0].weight, average)
+    assert whole.validate()["weight"] == pytest.approx(average.sum().item(), abs=1e-7)
+    whole.release(tmp_path / "release")
     _, released = read_release(tmp_path / "release", "toy")
     assert torch.equal(released["0.weight"], average.half().float())
-    assert torch.equal(run.task.generator[0].weight, live)  # swapped back
 
 
 @pytest.mark.parametrize("part", ["discriminator", "generator"])
@@ -104,26 +99,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_a_checkpoint(tmp_path,
 
     run = trainer(tmp_path, task=NotFinite)
     listed = ", ".join(str(i) for number in (12, 13) for i in run.batches.samples(number))
-    with pytest.raises(UserError, match=f"gradient of {part} in step 7 is not finite .*{listed}.*step 6 is saved"):
+    with pytest.raises(UserError, match=f"{part} in step 7 .*{listed}"):
         run.fit()
-    assert (tmp_path / "checkpoints/step-00000006/info.json").is_file()
     again = trainer(tmp_path, steps=8)  # with another task, or other data
     again.fit()
-    assert again.step == 8 and all(p.isfinite().all() for p in again.task.parameters())
+    assert all(p.isfinite().all() for p in again.task.parameters())
     assert [line["step"] for line in records(tmp_path) if "lr" in line] == [*range(1, 9)]
 
 
 def test_a_sample_that_is_not_finite_is_named(tmp_path):
     run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan"))  # the first one of step 3's first batch
     listed = ", ".join(map(str, run.batches.samples(4)))
-    with pytest.raises(UserError, match=rf"the loss of samples {listed} is not finite"):
+    with pytest.raises(UserError, match=f"samples {listed} "):
         run.fit()
 
 
-@pytest.mark.parametrize("setting", ["compile", "checkpointing"])
-def test_a_model_without_blocks_can_be_neither_compiled_nor_checkpointed(tmp_path, setting):
-    with pytest.raises(UserError, match=rf"trainer\.{setting}=true: ToyGAN has no blocks; set it to false"):
-        trainer(tmp_path, task=ToyGAN, **{setting: True})
+def test_a_model_without_blocks_cannot_be_checkpointed(tmp_path):
+    with pytest.raises(UserError, match="ToyGAN has no blocks"):
+        trainer(tmp_path, checkpointing=True)
 
 
 def test_the_sanity_validation_fails_before_the_first_step(tmp_path):
@@ -141,47 +134,16 @@ def test_the_sanity_validation_fails_before_the_first_step(tmp_path):
     assert run.step == 2
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "numbers"),
-    [
-        ({"steps": 5, "accumulate": 4}, {"accumulate": 2}, [20, 21, 22, 23]),  # two processes took four per step
-        ({"steps": 4, "global_batch_size": 8}, {"global_batch_size": 8, "batch_size": 2}, [16, 17, 18, 19]),
-    ],
-)
-def test_a_run_resumes_at_the_same_sample_with_other_batch_sizes(tmp_path, before, after, numbers):
-    trainer(tmp_path, **before).fit()
-    run = trainer(tmp_path, steps=7, **after)
-    run._resume()
-    assert list(run._numbers(4)) == numbers
-
-
-def test_the_best_checkpoint_by_validation_is_kept(tmp_path):
-    run = trainer(tmp_path, keep=1, best="max weight", validate_every=4, checkpoint_every=100)
-    run.fit()
-    folders = {p.name: json.loads((p / "results.json").read_text()) for p in (tmp_path / "checkpoints").iterdir()}
-    seen = {line["step"]: line["validation/weight"] for line in records(tmp_path) if "validation/weight" in line}
-    best = max(seen, key=seen.get)
-    assert f"step-{best:08d}" in folders and "step-00000020" in folders and len(folders) <= 2
-
-
-def test_a_validation_without_the_metric_of_the_best_checkpoint_is_reported(tmp_path, capsys):
-    trainer(tmp_path, steps=4, best="min wer", validate_every=4).fit()
-    assert "trainer.best='min wer': no best checkpoint is kept, as the validation has weight" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("limit", "what"), [(20_000, "checkpoint .*step-00000015"), (2_000, "cannot write .*log.jsonl")]
-)
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole, limit, what):
+def test_a_checkpoint_that_does_not_fit_the_disk_keeps_the_last_one(tmp_path, whole):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_the_disk():
         run.checkpoints.wait()  # that of step 10 is whole before, however slow the disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
 
     run = trainer(tmp_path, ToySet(trouble_at=8 * 12 + 3, trouble=fill_the_disk))
     try:
-        with pytest.raises(UserError, match=f"training stopped after step .*{what}.*File too large"):
+        with pytest.raises(UserError, match=r"step-00000015.*File too large"):
             run.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -205,15 +167,12 @@ def train_arguments(run, **changes):
 
 
 class Watched(ToyGAN):
-    """Counts the generator's results that are alive, and runs of it."""
+    """Counts the generator's results that are alive."""
 
     def __init__(self):
         super().__init__()
-        self.results, self.most, self.steps = [], 0, []
-
-    def begin_step(self, step):
-        super().begin_step(step)
-        self.steps.append(step)
+        self.results = []
+        self.most = 0
 
     def forward(self, batch, part):
         losses = super().forward(batch, part)
@@ -226,27 +185,20 @@ class Watched(ToyGAN):
 def test_one_autograd_graph_is_alive_at_a_time(tmp_path, accumulate):
     run = trainer(tmp_path, task=Watched, accumulate=accumulate, steps=3)
     run.fit()
-    assert run.task.most <= 2 and run.task.steps == [0, 1, 2]
+    assert run.task.most <= 2
     assert int(run.task.seen) == 3 * 4 * accumulate  # what is made again for the second part is not counted again
 
 
-def test_the_global_batch_size_is_divided_among_processes():
-    config = TrainerConfig(**(CONFIG | {"global_batch_size": 32, "batch_size": 8, "accumulate": 5}))
-    shares = {n: (config.shared_among(n).batch_size, config.shared_among(n).accumulate) for n in (1, 2, 4, 8, 32)}
-    assert shares == {1: (8, 4), 2: (8, 2), 4: (8, 1), 8: (4, 1), 32: (1, 1)}
-    for processes in (3, 64):
-        with pytest.raises(UserError, match=f"global_batch_size=32 cannot be divided among {processes} processes"):
-            config.shared_among(processes)
-
-
 def test_recomputation_counts_in_hfu_and_not_in_mfu(tmp_path):
-    settings, operations = {"task": ToyBlocks, "peak_tflops": 1e-6, "steps": 1, "accumulate": 1}, []
-    for again in (False, True):
+    def operations(again):
         run = tmp_path / str(again)
-        trainer(run, checkpointing=again, **settings).fit()
+        trainer(run, task=ToyBlocks, peak_tflops=1e-6, steps=1, accumulate=1, checkpointing=again).fit()
         line = read_lines(run / "log.jsonl")[0]
-        operations += [line[share] * line["step_s"] for share in ("mfu", "hfu")]
-    assert operations[0] == operations[1] == pytest.approx(operations[2]) and operations[3] > operations[2]
+        return [line[share] * line["step_s"] for share in ("mfu", "hfu")]
+
+    plain = operations(False)
+    model, hardware = operations(True)
+    assert plain[0] == plain[1] == pytest.approx(model) and hardware > model
 
 
 @pytest.fixture(scope="module")
@@ -289,17 +241,6 @@ def test_a_killed_validation_is_recorded_once(validated, tmp_path, monkeypatch, 
         run.fit()
     trainer(tmp_path, **VALIDATED).fit()
     assert_same_records(validated, tmp_path)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_the_first_signal_requests_a_stop_and_repeats_are_ignored(number):
-    before = signal.getsignal(number)
-    with stop_requests() as stops:
-        assert not stops
-        for _ in range(3):
-            os.kill(os.getpid(), number)
-        assert stops
-    assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_interrupts(monkeypatch):
