@@ -70,17 +70,6 @@ def test_logits_at_requested_positions_equal_those_of_the_whole_sequence():
     assert torch.allclose(rows.unflatten(1, (12, 3, 7)).transpose(1, 2), expected, atol=1e-6)
 
 
-def test_the_expression_branch_shares_the_low_stage():
-    """Without `expression_context` the expression reaches only the high levels: five branches need four low passes, and
-    levels 1-2 ignore it."""
-    model = build()
-    conditions = clip_conditions()
-    rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).global_conds]
-    assert rows == [4, 5]
-    out = run(model, conditions, branches=("none", "expression"))
-    assert torch.equal(out[0, :, :2], out[1, :, :2]) and not torch.allclose(out[0, :, 2:], out[1, :, 2:])
-
-
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_padding_does_not_change_the_result(changes):
     model = build(**changes)
