@@ -59,7 +59,6 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     assert (sampler.method, sampler.steps, len(guidance.branches)) == ("euler", 64, 5)
     sampler, guidance = settings("sampler=fast", "sampler.steps=5", "guidance.lip=2.0")
     assert (sampler.method, sampler.steps, guidance.lip) == ("confidence", 5, 2.0)
-    assert sampler.steps * len(settings("sampler=fast")[1].branches) <= 16
     _, guidance = with_preset("fast", pipeline.sampler, GuidanceScales(all=2.0, guidance_form="literal"))
     assert (guidance.guidance_form, guidance.all) == ("normalised", 2.0)
 
@@ -81,14 +80,16 @@ def test_an_existing_output_survives_a_failed_run(release, clip, tmp_path, monke
     assert (tmp_path / "head.wav").stat().st_size > 1000
 
 
-def test_a_clip_is_never_replaced_by_its_own_output(release, clip, tmp_path):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    with pytest.raises(UserError, match="would replace the clip"):
-        run(config(release, tmp_path, tmp_path))
-    shutil.copy(clip, tmp_path / "a.mov")
-    with pytest.raises(UserError, match="rename one"):
+def test_two_clips_of_one_output_are_refused(release, clip, tmp_path):
+    for name in ("a.mp4", "a.mov"):
+        shutil.copy(clip, tmp_path / name)
+    with pytest.raises(UserError, match="rename"):
         run(config(release, tmp_path, tmp_path / "out"))
-    assert (tmp_path / "a.mp4").read_bytes() == clip.read_bytes()
+
+
+def tracked(path):
+    """The frames of a track that `debug` wrote."""
+    return json.loads(path.read_text())["frames"]
 
 
 def test_a_face_box_selects_the_face_and_debug_writes_the_track(release, clip, tmp_path):
@@ -96,25 +97,20 @@ def test_a_face_box_selects_the_face_and_debug_writes_the_track(release, clip, t
     assert run(config(release, clip, tmp_path / "box", **given)) == 0
     names = ["head.mp4", "head.wav", "head_face.json", "head_face.png"]
     assert sorted(p.name for p in (tmp_path / "box").iterdir()) == names
-    frames = json.loads((tmp_path / "box" / "head_face.json").read_text())["frames"]
+    frames = tracked(tmp_path / "box" / "head_face.json")
     assert len(frames) == 40 and frames[7]["box"] == [30, 24, 68, 68] and len(frames[7]["points"]) == 5
 
 
-def test_each_face_gets_its_own_files(release, tmp_path, capsys):
+def test_each_face_gets_its_own_files(release, tmp_path):
     write_video(tmp_path / "two.mp4", scene(30, [lambda i: (5, 5, 112), lambda i: (180, 20, 90)]), 25)
-    settings = config(release, tmp_path / "two.mp4", tmp_path / "out", face="all", debug=True, figure=False)
-    assert run(settings) == 0
-    suffixes = ("mp4", "wav")
-    expected = [f"two_face{n}.{s}" for n in (1, 2) for s in suffixes]
-    expected += [f"two_face{n}_face.{s}" for n in (1, 2) for s in ("json", "png")]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
-    assert "2.4 s -> two_face1.mp4" in capsys.readouterr().out
-    lefts = [
-        json.loads((tmp_path / "out" / f"two_face{n}_face.json").read_text())["frames"][0]["box"][0] for n in (1, 2)
-    ]
+    assert run(config(release, tmp_path / "two.mp4", tmp_path / "out", face="all", debug=True, figure=False)) == 0
+    suffixes = (".mp4", ".wav", "_face.json", "_face.png")
+    expected = {f"two_face{n}{suffix}" for n in (1, 2) for suffix in suffixes}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    lefts = [tracked(tmp_path / "out" / f"two_face{n}_face.json")[0]["box"][0] for n in (1, 2)]
     assert lefts[0] < 60 < 150 < lefts[1]
     write_video(tmp_path / "two_face1.mp4", scene(6, []), 25)
-    with pytest.raises(UserError, match=r"would replace the clip .*two_face1\.mp4"):
+    with pytest.raises(UserError, match=r"replace .*two_face1\.mp4"):
         run(config(release, tmp_path, tmp_path, face="all"))
 
 
@@ -124,16 +120,14 @@ def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release,
     video[:, 50:178, 800:928] = talking_head(30)
     write_video(tmp_path / "wide.mp4", video, 25)
     points = np.zeros((68, 2)) + (864, 126)
-    points[36:48] = np.repeat([[849, 110], [879, 110]], 6, 0) + np.tile([[-4, 0], [0, -2], [0, 2], [4, 0]], 3).reshape(
-        -1, 2
-    )
+    points[36:42] = np.linspace((845, 110), (853, 110), 6)  # the eyes
+    points[42:48] = np.linspace((875, 110), (883, 110), 6)
     points[48:] = np.linspace((850, 140), (878, 140), 20)
     (tmp_path / "points").mkdir()
     (tmp_path / "points" / "wide.json").write_text(json.dumps([points.tolist()] * 30))
     given = {"face_landmarks": str(tmp_path / "points"), "debug": True}
     assert run(config(release, tmp_path / "wide.mp4", tmp_path / "out", **given)) == 0
-    frames = json.loads((tmp_path / "out" / "wide_face.json").read_text())["frames"]
-    for frame in frames:
+    for frame in tracked(tmp_path / "out" / "wide_face.json"):
         matrix = np.array(frame["mouth"])
         x, y, w, h = frame["box"]
         assert np.allclose(frame["points"], points, atol=1e-3) and frame["seen"]

@@ -67,5 +67,5 @@ def test_the_command_line_streams(clip, release, tmp_path, capsys):
     assert run_jobs(inference.runner_of(settings), clips, settings) == 0
     assert "first audio after " in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{clip.stem}.mp4", f"{clip.stem}.wav"]
-    with pytest.raises(UserError, match="stream=true does not support face"):
+    with pytest.raises(UserError, match="face"):
         read_settings(OmegaConf.merge(base, given, {"face": "2"}))

@@ -148,7 +148,7 @@ def test_init_from_a_release_with_another_tokenizer_is_refused(corpus, release, 
     shutil.copytree(release, tmp_path / "other")
     config = (tmp_path / "other" / "config.yaml").read_text()
     (tmp_path / "other" / "config.yaml").write_text(config + "token_digest: abcd1234\n")
-    with pytest.raises(UserError, match="another tokenizer than"):
+    with pytest.raises(UserError, match="tokenizer"):
         make_task(corpus, release, init=str(tmp_path / "other"))
 
 
@@ -197,5 +197,5 @@ def test_the_heard_expression_is_the_condition_and_the_seen_one_the_target(data,
     assert items[0]["face_expression"] == items[1]["face_expression"]
     seen = {int(data.load(4, torch.Generator().manual_seed(seed))["face_expression"]) for seed in range(20)}
     assert seen == {4, 5}  # the class of the half second of the face crop: frames 6, 12, 17 and 23
-    with pytest.raises(UserError, match=r"no heard expressions: add them .* or set data.expression=seen"):
+    with pytest.raises(UserError, match=r"data\.expression"):
         HiCoDiTDataset(corpus / "train", codec, expression="heard")

@@ -8,7 +8,6 @@ import torch
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.metrics.picture import psnr
 from lia_x import LiaX, LiaXConfig
-from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.system import load_motion
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -48,7 +47,3 @@ def test_the_bundled_codec_draws_nearly_the_same_faces():
     half = codec.decode(motion, face)
     assert half.dtype == torch.float32 and not torch.equal(half, plain)
     assert psnr(half.clamp(-1, 1), plain.clamp(-1, 1)) > 45
-
-
-def test_the_pipeline_draws_in_the_models_precision():
-    assert TalkerPipeline.from_pretrained(precision="bf16").system.motion.dtype == torch.bfloat16

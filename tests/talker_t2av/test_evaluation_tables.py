@@ -100,27 +100,23 @@ def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
     before = (tmp_path / "outputs" / "hicodit" / "seen_000000.wav").stat().st_mtime_ns
     run(monkeypatch, corpus, tmp_path, *words)
     assert (tmp_path / "outputs" / "hicodit" / "seen_000000.wav").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"generate\.expressions=angry is unknown"):
+    with pytest.raises(UserError, match="angry"):
         run(monkeypatch, corpus, tmp_path, words[0], "generate.expressions=angry", "only=[hicodit]")
 
 
-@pytest.mark.parametrize(("mode", "video"), [("t2av", True), ("tts", False), ("a2v", True), ("v2a", False)])
-def test_outputs_of_the_talker_are_kept_without_loss(corpus, tmp_path, mode, video):
+def test_outputs_of_the_talker_are_kept_without_loss_and_completed(corpus, tmp_path):
     clips = read_corpus(corpus, "train", {}, 2)
     assert all(clip.prompt.video not in (None, clip.truth.video) for clip in clips)
     clips = [replace(clip, id=f"speaker/{clip.id}") for clip in clips]  # as LRS2 and LRS3 name theirs
-    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode=mode)
-    facts = json.loads((tmp_path / "out" / "system.json").read_text())
-    assert facts["precision"] == "fp32" and facts["given"] == {"a2v": "audio", "v2a": "video"}.get(mode)
-    if mode == "t2av":  # an interrupted output is made again
-        (tmp_path / "out" / f"{clips[0].id}.wav").unlink()
-        write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode=mode)
-    for clip in clips:
-        assert (tmp_path / "out" / f"{clip.id}.wav").is_file()
-        assert (tmp_path / "out" / f"{clip.id}.mkv").is_file() == video
-        if mode == "a2v":
+    for _ in range(2):
+        write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode="a2v")
+        facts = json.loads((tmp_path / "out" / "system.json").read_text())
+        assert (facts["precision"], facts["given"]) == ("fp32", "audio")
+        for clip in clips:
             sound = read_audio(tmp_path / "out" / f"{clip.id}.wav", RATE)
             np.testing.assert_array_equal(sound, read_audio(clip.truth.audio, RATE))
+            assert (tmp_path / "out" / f"{clip.id}.mkv").is_file()
+        (tmp_path / "out" / f"{clips[0].id}.wav").unlink()  # an interrupted output is made again
 
 
 def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):

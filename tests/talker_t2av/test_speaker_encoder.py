@@ -11,7 +11,6 @@ from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig, WavLMEncoder
 from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask
-from tests.gpu.fakes import audited, faked
 from tests.reference import released_names
 from tests.rehearsal.stand_ins import WAVLM
 from tests.releases import write_release
@@ -94,14 +93,6 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
     assert results.keys() == {"seen/cosine", "unseen/cosine"} and min(results.values()) > 0.8
     write_release(task, tmp_path / "release", results)
     assert "seen/cosine" in (tmp_path / "release" / "README.md").read_text()
-
-
-def test_validation_synchronises_twice_a_clip(corpus, tmp_path):
-    """To copy its spectrogram to the device, and its embedding back."""
-    task = VoiceEncoderTask(SIZES, corpus, corpus / "shards", ["seen", "unseen"]).eval()
-    with audited() as audit, torch.no_grad():
-        faked(task).measure(tmp_path, ALONE)
-    assert audit.waits.total() == audit.reads.total() == 6 + 6
 
 
 def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):

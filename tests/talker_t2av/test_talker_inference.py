@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -81,22 +80,15 @@ def test_many_jobs_and_two_that_fail(files, tmp_path, capsys):
         {"text": 5},
         {"mode": "t2av", "text": "three", "reference_video": files["face"], "seed": 3},
     ]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    asked = config(
-        files, tmp_path / "out", mode="tts", reference_audio=files["voice"], jobs=str(tmp_path / "jobs.jsonl")
-    )
-    assert run(asked) == 1
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert run(config(files, tmp_path / "out", mode="tts", reference_audio=files["voice"], jobs=str(jobs))) == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0004.mp4", "0004.wav", "first.wav"]
     said = capsys.readouterr()
-    assert said.err.splitlines() == [
-        "failed: 0002: no such file: nowhere.wav",
-        f"failed: line 3: jobs={tmp_path / 'jobs.jsonl'}, line 3: text=5 must be a text",
-    ]
+    missing, wrong = said.err.splitlines()
+    assert "0002" in missing and "nowhere.wav" in missing
+    assert "line 3" in wrong and "text=5" in wrong
     assert "2 of 4 jobs" in said.out
-    again = config(files, tmp_path / "again", mode="tts", text="one", reference_audio=files["voice"], name="first")
-    run(again)
-    first, alone = (soundfile.read(tmp_path / folder / "first.wav")[0] for folder in ("out", "again"))
-    np.testing.assert_allclose(first, alone, atol=2 / 32768)
 
 
 def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
@@ -111,19 +103,3 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
-
-
-def test_times_of_words_are_written_beside_the_result(files, tmp_path, monkeypatch):
-    pytest.importorskip("pocketsphinx")
-    how = {"text": "set blue", "reference_audio": files["voice"], "timestamps": True, "min_seconds": 0.64}
-    assert run(config(files, tmp_path, mode="tts", **how)) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tts.json", "tts.wav"]
-    words = json.loads((tmp_path / "tts.json").read_text())
-    assert words["origin"] == "text" and [word["text"] for word in words["words"]] in ([], ["set", "blue"])
-    assert run(config(files, tmp_path / "face", mode="t2av", reference_video=files["face"], **how)) == 0
-    names = [p.name for p in sorted((tmp_path / "face").iterdir())]
-    assert names == ["t2av.json", "t2av.mp4", "t2av.srt", "t2av.vtt", "t2av.wav"]
-    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    with pytest.raises(UserError, match=r"setup\.sh eval"):
-        run(config(files, tmp_path / "none", mode="tts", **how))
-    assert not (tmp_path / "none").exists()

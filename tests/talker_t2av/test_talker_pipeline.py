@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
 from drawn_faces import draw_face
 from safetensors.torch import load_file
 from talker_fixtures import DM, face_file, save_talker, voice_file
@@ -19,7 +18,7 @@ from engine.media.video import write_video
 from engine.precision import Int8Linear, PackedLinear, can_int8
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import BatchedDecoder
-from talker_t2av.jobs import pad_to_patches, prepare_job
+from talker_t2av.jobs import prepare_job
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 from talker_t2av.reference import Reference, encode_motion
 from talker_t2av.request import Sampling
@@ -113,9 +112,8 @@ def test_a_long_text_is_generated_in_parts(pipeline, mode):
         assert_streamed(pipeline, job, talk)
     finally:
         pipeline.sampling = before
-    requests = prepare_job(job, pipeline.system, 12).requests
-    assert len(requests) == 3 and len({request.seed for request in requests}) == 3 and requests[0].seed == job.seed
-    assert all(torch.equal(request.speaker, requests[0].speaker) for request in requests)
+    seeds = {request.seed for request in prepare_job(job, pipeline.system, 12).requests}
+    assert len(seeds) == 3
     first = pipeline(replace(job, text="set red now."))
     np.testing.assert_allclose(talk.wave[: len(first.wave)], first.wave, atol=1e-4)
     assert not talk.wave[len(first.wave) :][: 5 * 960].any() and talk.wave[len(first.wave) + 5 * 960 :].any()
@@ -157,13 +155,6 @@ def test_the_voice_may_come_from_the_video_and_the_motion_from_a_file(pipeline, 
     np.testing.assert_allclose(one.wave, two.wave, atol=1e-4)
 
 
-def test_given_motion_is_padded_to_patches_with_its_last_frame():
-    motion = torch.arange(10.0).view(5, 2)
-    padded = pad_to_patches(motion, 4)
-    assert torch.equal(padded, torch.cat([motion, motion[4:].expand(3, 2)]))
-    assert torch.equal(pad_to_patches(motion[:4], 4), motion[:4])
-
-
 def test_the_motion_of_a_portrait_is_that_of_the_first_frame_with_a_face(pipeline, tmp_path):
     video = np.tile(draw_face(0.3)[None], (20, 1, 1, 1))
     video[:12] = 0
@@ -178,25 +169,14 @@ def test_unsuitable_files_and_arguments_are_refused(pipeline, tmp_path):
     files = pipeline.files
     long = str(voice_file(tmp_path / "long.wav", 30.5))
     for job, message in (
-        (Job("t2av", TEXT, reference_video=files["face"]), "has no audio"),
-        (Job("a2v", TEXT, reference_video=files["face"], audio=long), "longer than 30 s"),
-        (Job("tts", "<|end|>", files["voice"]), "control token"),
+        (Job("t2av", TEXT, reference_video=files["face"]), "no audio"),
+        (Job("a2v", TEXT, reference_video=files["face"], audio=long), "30 s"),
+        (Job("tts", "<|end|>", files["voice"]), "token"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline(job)
-    with pytest.raises(UserError, match=r"^unknown argument 'max_second'; did you mean max_seconds"):
+    with pytest.raises(UserError, match="max_second"):
         pipeline.tts(TEXT, files["voice"], max_second=1)
-
-
-def test_a_model_that_was_trained_without_a_motion_codec_requires_one(tmp_path):
-    folder = save_talker(tmp_path)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["codecs"]["motion"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    system = TalkerSystem(folder)
-    system.require("tts")
-    with pytest.raises(UserError, match=r"mode=t2av: .* set codecs.motion=FOLDER"):
-        system.require("t2av")
 
 
 def test_a_codec_that_keeps_the_codes_serves_the_model(tmp_path):
@@ -216,7 +196,7 @@ def test_a_folder_of_downloaded_files(tmp_path):
     folder, voice, face = tmp_path / "all", str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
     cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
     download(folder, "acoustic_codec/", "large_vox_iter5.pt", "talker-t2av/", "whisperx-vae/model.ckpt")
-    with pytest.raises(UserError, match=r"mode=tts: .* does not contain the WavLM speaker encoder"):
+    with pytest.raises(UserError, match="WavLM"):
         TalkerPipeline.from_pretrained(folder).tts(TEXT, voice)
     download(folder, "wavlm_large_finetune.pth")
     pipeline = TalkerPipeline.from_pretrained(folder, precision="fp32")
@@ -225,7 +205,7 @@ def test_a_folder_of_downloaded_files(tmp_path):
     assert loaded.keys() & saved.keys()  # the others are fused
     assert all(torch.equal(loaded[name], saved[name]) for name in loaded.keys() & saved.keys())
     assert np.isfinite(pipeline.tts(TEXT, voice, max_seconds=0.32).wave).all()  # speech needs no portrait codec
-    with pytest.raises(UserError, match=r"mode=t2av: .* does not contain the LIA-X checkpoint"):
+    with pytest.raises(UserError, match="LIA-X"):
         pipeline.t2av(TEXT, voice, face)
     download(folder, "lia-x.pt")
     talk = TalkerPipeline.from_pretrained(folder).t2av(TEXT, voice, face, max_seconds=0.32)
@@ -238,7 +218,7 @@ def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
     write_wav(Path(same), wave[: 30 * 24_000], 24_000)
     jobs = [Job("tts", TEXT, path, max_seconds=0.32, seed=1) for path in (long, same)]
     cut, exact = (pipeline.prepare(job) for job in jobs)
-    assert "lasts 31 s: only its first 30 s are used" in cut.remarks[0] and not exact.remarks
+    assert "31 s" in cut.remarks[0] and not exact.remarks
     torch.testing.assert_close(cut.requests[0].speaker, exact.requests[0].speaker, atol=1e-3, rtol=0)
 
 
@@ -251,20 +231,13 @@ def test_the_pipeline_in_int8_is_near_and_repeats_itself(tmp_path):
     voice = str(voice_file(tmp_path / "voice.wav"))
     face = str(face_file(tmp_path / "face.mp4"))
     job = Job("t2av", "say it", voice, face, min_seconds=0.32, max_seconds=0.32)
-    talks = []
     pipelines = [TalkerPipeline.from_pretrained(folder, precision=p) for p in ("fp32", "int8", "int8")]
-    for pipeline in pipelines:
-        talks.append(pipeline(job))
     model = pipelines[1].system.model
-    mlp = model.llm.model.layers[0].mlp
-    head = model.speech_cfm.estimator
-    assert {type(mlp.both), type(mlp.down), type(head.decoder.blocks[0].attn.qkv)} == {Int8Linear}
-    assert {type(head.in_proj), type(head.out_proj), type(head.decoder.input_proj)} == {PackedLinear}
-    assert model.dtype == torch.float32
-    exact, first, again = (talk.wave for talk in talks)
-    assert np.array_equal(first, again) and np.array_equal(talks[1].frames, talks[2].frames)
-    assert not np.array_equal(first, exact)
-    assert np.linalg.norm(first - exact) < 0.1 * np.linalg.norm(exact)
+    assert type(model.llm.model.layers[0].mlp.both) is Int8Linear
+    assert type(model.speech_cfm.estimator.in_proj) is PackedLinear
+    exact, first, again = (pipeline(job) for pipeline in pipelines)
+    assert np.array_equal(first.wave, again.wave) and np.array_equal(first.frames, again.frames)
+    assert 0 < np.linalg.norm(first.wave - exact.wave) < 0.1 * np.linalg.norm(exact.wave)
 
 
 def test_sampling_presets():

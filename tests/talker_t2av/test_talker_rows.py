@@ -8,7 +8,6 @@ import torch
 from talker_fixtures import assert_close, generate, request, tiny_model
 
 from talker_t2av.generation import BUCKET, BatchedDecoder, tensors_of
-from talker_t2av.particles import Particles
 from talker_t2av.request import MODES, Sampling, StoppingRules
 from tests.gpu.dying_graphs import DyingOutputs
 
@@ -111,18 +110,6 @@ def test_a_stream_reads_the_outputs_of_a_graph_before_the_next_replay():
         assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
-def test_particles_read_the_outputs_of_a_graph_before_the_next_replay():
-    model = tiny_model()
-    sampling = Sampling(steps=3, guidance=1.5, particles=4)
-    asked = [request(motion=16), request(9, motion=12)]
-    ways = [
-        Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
-        for backend in (None, DyingOutputs())
-    ]
-    for a, b in zip(*ways):
-        assert_close(a, b)
-
-
 def test_a_step_compiles_to_a_full_graph():
     """Without a compiler behind it: what is tested is that a step can be traced whole, and twice at most."""
     model = tiny_model()
@@ -136,19 +123,3 @@ def test_a_step_compiles_to_a_full_graph():
     for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), decoder.generate(asked)):
         assert_close(a, b, 1e-5)
     assert 1 <= len(graphs) <= 2
-
-
-def test_graphs_captured_by_warm_up_serve_all_later_requests():
-    """Thirty requests of several lengths, of which up to four run side by side."""
-    model = tiny_model(1)
-    backend = DyingOutputs()
-    sampling = Sampling(steps=1)
-    decoder = BatchedDecoder(model, MODES["t2av"], sampling, 4, backend=backend)
-    decoder.warm_up(2 * BUCKET)
-    captured = backend.captures
-    assert captured == 3 * 2 * 2  # one, two and four rows; two lengths; with and without motion
-    asked = [request(4 + 3 * seed, seed, max_patches=1 + seed % 3) for seed in range(30)]
-    results = decoder.generate(asked)
-    assert backend.captures == captured and backend.replays
-    for one, result in list(zip(asked, results))[::7]:
-        assert_close(generate(model, [one], MODES["t2av"], sampling)[0], result, 1e-4)

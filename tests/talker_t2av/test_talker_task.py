@@ -3,7 +3,7 @@
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DM, DS, LLM, MODEL, STATS, face_file, latents, releases, save_talker
+from talker_fixtures import DS, LLM, MODEL, STATS, face_file, latents, releases, save_talker
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.errors import UserError
@@ -21,7 +21,6 @@ from tests.releases import write_release
 from tests.tiny import batch_of
 
 TEXTS = ["lay blue", "set red now", "bin green at two"]
-DRAFTS = {"particles": 1, "particle_temperature": 0.8}  # defaults
 
 
 @pytest.fixture(scope="module")
@@ -69,25 +68,6 @@ def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_sa
     shares_give_the_same_figures(task)
 
 
-def test_a_release_holds_all_that_inference_needs(root, tmp_path):
-    task = make_task(root)
-    write_release(task, tmp_path / "out", {"wer_seen": 0.5})
-    model = TalkerT2AV.from_pretrained(tmp_path / "out")
-    config = model.release
-    assert model.config == task.model.config
-    assert config["codecs"] == {
-        "speech": str(root / "releases" / "speech"),
-        "motion": "some/motion",
-        "speaker": "some/voice",
-    }
-    assert config["motion"]["mean"] == pytest.approx([0.1] * DM) and config["digests"] == {"speech": "abc"}
-    stated = {"steps": 2, "temperature": 0.5, "guidance": 1.5}
-    assert config["sampling"] == stated | {"unguided": 0, "text_bytes": 190} | DRAFTS
-    words = TalkerTokenizer.from_pretrained(tmp_path / "out")
-    assert words.prompt("lay blue") == task.words.prompt("lay blue")
-    assert "wer_seen | 0.5" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_frozen_embeddings_do_not_change_the_losses(root):
     batch = a_batch(root)
     found = []
@@ -125,12 +105,9 @@ def test_the_phoneme_head_learns_phonemes_of_the_frames(root, tmp_path):
     batch = pairs.collate([pairs.load(i) for i in range(3)])
     losses = task(batch, "model")
     assert {"phoneme", "alignment"} <= losses.keys()
-    assert float(losses["loss"].detach()) == pytest.approx(
-        sum(float(v.detach()) for k, v in losses.items() if k != "loss")
-    )
     losses["loss"].backward()
     assert task.model.head_phoneme.weight.grad.any()
-    with pytest.raises(UserError, match=r"has 68 phonemes with silence: set task\.model.phonemes=68"):
+    with pytest.raises(UserError, match="phonemes=68"):
         TalkerPairs(**few, phonemes=9)
 
     write_release(task, tmp_path / "phonemes")
@@ -159,22 +136,28 @@ def test_training_starts_from_qwen_weights(root, tmp_path):
         assert torch.equal(value, state[name]), name
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
     qwen_folder(tmp_path / "other", intermediate_size=32)
-    with pytest.raises(UserError, match=r"mlp.*is of \[32, 32\], task.model.llm requires"):
+    with pytest.raises(UserError, match=r"\[32, 32\]"):
         make_task(root, warm_start={"qwen": str(tmp_path / "other")})
 
 
-def test_speech_alone_needs_no_motion_codec(root, tmp_path):
+@pytest.fixture
+def known(root):
+    """The codecs of speech and voices alone, and their digests as an index names them."""
+    codecs = releases(root / "releases", "speech", "speaker")
+    digests = codec_digests(**codecs)
+    return codecs, {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
+
+
+def test_speech_alone_needs_no_motion_codec(root, tmp_path, known):
     """Neither the data set nor validation opens it, and shards without motion are enough."""
     split = ShardSplit(root / "shards" / "train")
     samples = [(info, {k: v for k, v in t.items() if k != "motion"}) for info, t in (split[i] for i in range(3))]
-    known = releases(root / "releases", "speech", "speaker")
-    digests = codec_digests(**known)
-    made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
-    write_split(tmp_path / "train", samples, 2, digests=made)
-    codecs = known | {"motion": None}
+    codecs, digests = known
+    write_split(tmp_path / "train", samples, 2, digests=digests)
+    codecs = codecs | {"motion": None}
     data = TalkerPairs(tmp_path, tasks=["tts"], codecs=codecs)
     assert len(data.collate([data.load(0)])["speech"]) == 1
-    with pytest.raises(UserError, match=r"task.codecs.motion is required"):
+    with pytest.raises(UserError, match=r"codecs\.motion"):
         TalkerPairs(tmp_path, tasks=["t2av"], codecs=codecs)
     validation = {"root": str(tmp_path), "splits": ["train"], "clips": 2, "grammar": None, "metrics": []}
     task = make_task(root, stats=None, codecs=codecs, validation=validation, model=MODEL | {"motion_dim": 40})
@@ -182,13 +165,11 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     assert "motion" not in task.release_info().config["codecs"]
 
 
-def test_motion_codes_without_a_codec_digest_are_accepted(root, tmp_path, capsys):
+def test_motion_codes_without_a_codec_digest_are_accepted(root, tmp_path, capsys, known):
     """Talker-T2AV-Data has motion codes and no pictures: no codec of ours made them."""
     split = ShardSplit(root / "shards" / "train")
-    known = releases(root / "releases", "speech", "speaker")
-    digests = codec_digests(**known)
-    made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
-    write_split(tmp_path / "train", [split[i] for i in range(3)], 2, digests=made, **STATS)
+    codecs, digests = known
+    write_split(tmp_path / "train", [split[i] for i in range(3)], 2, digests=digests, **STATS)
     stats = tmp_path / "train" / "index.json"
-    data = TalkerPairs(tmp_path, tasks=["t2av"], codecs=known | {"motion": "a/lia-x"}, stats=stats)
-    assert len(data) == 3 and "came with the data and are taken for those of a/lia-x" in capsys.readouterr().out
+    data = TalkerPairs(tmp_path, tasks=["t2av"], codecs=codecs | {"motion": "a/lia-x"}, stats=stats)
+    assert len(data) == 3 and "a/lia-x" in capsys.readouterr().out

@@ -31,13 +31,7 @@ def test_a_text_has_one_token_per_phoneme_and_pause(text, phonemes):
     assert tokens == ["<|user|>", *phonemes.split(), "<|assistant|>"]
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("say 你好", "the text contains the letter '你': this model supports en-us, in Latin letters"),
-        (" ?! ", "contains nothing to speak"),
-    ],
-)
+@pytest.mark.parametrize(("text", "error"), [("say 你好", "你"), (" ?! ", "nothing")])
 def test_texts_that_cannot_be_read_are_refused(text, error):
     with pytest.raises(UserError, match=error):
         WORDS.prompt(text)
@@ -112,22 +106,25 @@ def test_any_text_fits_into_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "size", "parts"),
     [
-        ("One two. ", ["One two. "]),  # short enough: as it is
-        ("One two three. Four! Five six seven eight?", ["One two three. Four!", "Five six seven eight?"]),
-        ("One, two three, four five six. Seven.", ["One, two three,", "four five six. Seven."]),
-        ("one two three four five six", ["one two three four five", "six"]),
-        ("一二三。四五六，七八。", ["一二三。", "四五六，", "七八。"]),
-        ("a.b 3.5 c\nd e f g h i j k l", ["a.b 3.5 c", "d e f g h i j k l"]),
+        ("One two. ", 9, ["One two. "]),  # short enough: as it is
+        ("One two three. Four! Five six seven eight?", 24, ["One two three. Four!", "Five six seven eight?"]),
+        ("One, two three, four five six. Seven.", 24, ["One, two three,", "four five six. Seven."]),
+        ("one two three four five six", 24, ["one two three four five", "six"]),
+        ("一二三。四五六，七八。", 14, ["一二三。", "四五六，", "七八。"]),
+        ("a.b 3.5 c\nd e f g h i j k l", 24, ["a.b 3.5 c", "d e f g h i j k l"]),
     ],
 )
-def test_long_texts_are_split_where_a_speaker_pauses(text, parts):
-    assert split_text(text, {"One two. ": 9, "一二三。四五六，七八。": 14}.get(text, 24)) == parts
+def test_long_texts_are_split_where_a_speaker_pauses(text, size, parts):
+    assert split_text(text, size) == parts
 
 
 def test_a_word_that_is_longer_than_a_part_is_named():
-    with pytest.raises(UserError, match=r"'xxxxxxxxxx'\.\.\. has neither space nor punctuation within 8 bytes"):
+    with pytest.raises(UserError, match="xxxxxxxxxx"):
         split_text("so xxxxxxxxxx", 8)
-    with pytest.raises(UserError, match="the text has 2,001 bytes, at most 2,000 are supported: split it"):
+
+
+def test_a_text_of_too_many_bytes_is_refused():
+    with pytest.raises(UserError, match="2,001"):
         Job("t2av", "x" * 2001, "voice.wav", "face.mp4")

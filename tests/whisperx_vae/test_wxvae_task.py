@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
 from tests.releases import write_release
-from tests.tiny import DISCRIMINATORS, RVQ, WHISPERX_VAE
+from tests.tiny import DISCRIMINATORS, WHISPERX_VAE
 from tests.tiny import train as train_task
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import SUBFRAMES, LatentTargets
@@ -74,15 +74,6 @@ def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_go
     sizes = WHISPERX_VAE | {"mel_bands": 30}
     make = partial(make_task, gan_start=0)
     the_decoder_alone_goes_on_from_a_release(make, batch, speech(6720)[None], sizes, r"task\.init")
-
-
-def test_a_vocos_decoder_has_losses_of_spectra_and_loudness():
-    names = ("vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
-    sizes = {name: RVQ[name] for name in names} | {"vocos_hop": RVQ["hop"], "vocos_channels": RVQ["latent_channels"]}
-    weights = {"mel": 1.0, "spectrum": 1.0, "disturbance": 1.0}
-    task = make_task(codec=WHISPERX_VAE | {"decoder": "vocos"} | sizes, weights=weights)
-    losses = task({"wave": speech(24_000)[None, :, :4800]}, "generator")
-    assert {"spectrum", "disturbance"} < set(losses)
 
 
 def test_the_posterior_is_sampled_in_training_and_its_mean_taken_at_inference():
