@@ -1,10 +1,13 @@
-"""Preparation, infer.py and evaluation cut the same pictures from a clip, byte for byte."""
+"""Preparation, infer.py, evaluation, demo and service cut the same pictures from a clip, byte for byte."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from drawn_faces import scene, talking_head
+
+pytest.importorskip("fastapi", reason="needs the serve extra")
+from fastapi.testclient import TestClient
 
 from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.media import Decode, Face
@@ -17,6 +20,11 @@ from hicodit.evaluate import write_outputs
 from hicodit.inference import ClipRunner
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig
+from service import demo_actions
+from service.app import make_app
+from service.limits import ServeLimits
+from service.service import Service
+from tests.waiting import wait_until
 
 GRID = Path(__file__).resolve().parents[3] / "shared" / "grid"
 FRAMES = 30
@@ -37,17 +45,32 @@ def in_preparation(clip: Path) -> WorkItem:
     return item
 
 
+def in_service(pipeline: HiCoDiTPipeline, clip: Path) -> None:
+    service = Service(pipeline, None, ServeLimits(), demo=False)
+    with TestClient(make_app(service)) as client, clip.open("rb") as file:
+        answer = client.post("/v1/videos", files={"input_reference": (clip.name, file)}, data={"model": "hicodit"})
+        name = answer.json()["id"]
+        wait_until(lambda: client.get(f"/v1/videos/{name}").json()["status"] in ("completed", "failed"))
+        assert client.get(f"/v1/videos/{name}").json()["status"] == "completed"
+
+
 @pytest.fixture
-def check(release, tmp_path, spy):
+def check(release, tmp_path, monkeypatch, spy):
     """Asserts that all programs cut the same pictures from a clip; gives what preparation makes."""
 
     def check(clip: Path) -> WorkItem:
         run = spy(HiCoDiTPipeline, "run")
+        monkeypatch.setattr(demo_actions.TalkerPipeline, "from_pretrained", lambda *_, **__: None)
+
         jobs = ClipRunner(InferConfig(weights=str(release), input=str(clip), output=str(tmp_path / "infer")))
         jobs.generate([jobs.prepare(clip)])
         write_outputs([Clip("clip", None, Take(source=clip), {})], tmp_path, "cpu", str(release))
+        demo_actions.Demo(tmp_path, release, device="cpu").speak(str(clip), None, 1, 1.0, 1.0, 0)
+        pipeline = jobs.pipelines.for_clip(clip)
+        in_service(pipeline, clip)
+
         used = [crops for call in run.call_args_list for crops in call.args[1]]
-        assert len(used) == 2
+        assert len(used) == 4
         prepared = in_preparation(clip)
         mouth = prepared.tensors["mouth"].numpy()
         length = prepared.length
@@ -56,9 +79,8 @@ def check(release, tmp_path, spy):
             assert np.array_equal(crops.mouth[:length], mouth)
             assert np.array_equal(crops.track.boxes, track.boxes) and np.array_equal(crops.track.points, track.points)
             assert np.array_equal(crops.voice_faces, used[0].voice_faces)
-        system = jobs.pipelines.for_clip(clip).system
-        config = system.encoders.config
-        at = np.array(system.voice_face_indices(len(track))) * config.picture_every
+        config = pipeline.system.encoders.config
+        at = np.array(pipeline.system.voice_face_indices(len(track))) * config.picture_every
         assert np.array_equal(prepared.crop_faces(config, at), used[0].voice_faces)
         return prepared
 
