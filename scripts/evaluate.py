@@ -131,7 +131,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         summary = summarise(clips, results, metrics, config.resamples, config.compare)
         if not summary["figures"]:
             print_left_out(summary)
-            raise UserError("no metric of the table could be computed, for the reasons above")
+            raise UserError("no metric of the table could be computed: each line `left out` states why")
         summary["notes"] += protocol_notes(metrics, summary["figures"], reference_rows, paper_tables)
         settings = plain(config)
         summary |= {

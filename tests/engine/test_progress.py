@@ -25,3 +25,9 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
     assert re.fullmatch(r"2/7 a\.mp4 \(0\.2 s\): finding the face: 5/5 frames, +[\d.]+ frames/s, 00:00 left", faces[-1])
     assert [line.split(",")[0] for line in clips] == ["0/4 clips", "1/4 clips", "2/4 clips"]
     assert re.fullmatch(r"2/4 clips, +[\d.]+ clips/s, 00:00 left", clips[-1])
+
+
+def test_nothing_to_do_has_no_line(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    assert list(track((), 0, "batches")) == []
+    assert capsys.readouterr().err == ""
