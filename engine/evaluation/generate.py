@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.cluster import Cluster
+from engine.cluster import make_executor
 from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
@@ -21,7 +21,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.metric import FPS
-from engine.processes import Lost, Processes, Work
+from engine.processes import Lost, Work
 from engine.progress import track
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
@@ -64,9 +64,8 @@ def generate_on_devices(
     if devices == 1 and not ray:
         generate(str(pick_device(device)), ALL_BATCHES)
         return
-    build = partial(OutputGenerator, generate, device)
     count = ray.workers if ray else devices
-    with Cluster(ray, build) if ray else Processes(count, build) as executor:
+    with make_executor(count, partial(OutputGenerator, generate, device), ray=ray) as executor:
         for batches, result in executor.run([slice(start, None, count) for start in range(count)]):
             if isinstance(result, Lost):
                 print(f"failed: part {batches.start + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
