@@ -42,8 +42,8 @@ from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, require_choice, set_limits
 
 HELP = """
-Compute a table of metrics for the outputs of any system, from two folders or a manifest. The table has 95 % intervals,
-a row for the ground truth, and the rows of the paper. OUTPUT gets report.html (one file, no network needed),
+Compute a table of metrics for the outputs of any system, from two folders or a manifest. The table has 95 % intervals
+and a row for the ground truth; the tables of the paper follow. OUTPUT gets report.html (one file, no network needed),
 results.json and a cache: the same command continues where it stopped. Unusable files, and metrics whose network was not
 downloaded, are listed and skipped; the exit code is 1 if a file was skipped, 2 if there are no results.
 
@@ -112,7 +112,6 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     systems = systems_of(config)
     devices = count_devices(config.devices, config.device, config.executor)
     outputs = output_folders(config, systems)
-    reference_rows = read_reference_rows(config, split)
     paper_tables = read_paper_tables(plain(config)["paper_tables"])
     if config.references and not config.manifest and output.resolve().is_relative_to(Path(config.references).resolve()):
         raise UserError(f"output={output} is within references=, where all files are clips: use another folder")
@@ -132,15 +131,12 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if not summary["figures"]:
             print_left_out(summary)
             raise UserError("no metric of the table could be computed: each line `left out` states why")
-        summary["notes"] += protocol_notes(metrics, summary["figures"], reference_rows, paper_tables)
+        summary["notes"] += protocol_notes(metrics, summary["figures"], paper_tables)
         settings = plain(config)
+        aim = config.aim.get(split or "") or {}
         summary |= {
             "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
-            "paper": {
-                name: row
-                for name, row in reference_rows.items()
-                if any(row.get(figure) is not None for figure in summary["figures"])
-            },
+            "aim": {name: value for name, value in aim.items() if value is not None and name in summary["figures"]},
             "paper_tables": [asdict(table) for table in paper_tables],
             "count": len(clips),
             "speakers": {clip.id: clip.speaker for clip in clips},
@@ -265,26 +261,9 @@ def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str
     return {figure: metrics.get(figure, metrics["wer"]) for figure in figures}
 
 
-def read_reference_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
-    """Return the rows of target values and of the paper's values by name. A row maps figures to values."""
-    rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
-    true = [name for name in rows if "true speech" in name]
-    if config.true_speech is not None:
-        chosen = [name for name in true if config.true_speech in name]
-        if not chosen:
-            known = ", ".join(n.removeprefix("paper: ").removesuffix(" true speech") for n in true) or "none"
-            raise UserError(f"true_speech={config.true_speech} is not a ground-truth row of the table; choose {known}")
-        rows = {name: row for name, row in rows.items() if name not in true or name in chosen}
-    aim = config.aim.get(split or "")
-    return ({"aim": dict(aim)} if aim else {}) | rows
-
-
-def protocol_notes(
-    metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any], tables: Sequence[PaperTable]
-) -> list[str]:
+def protocol_notes(metrics: Mapping[str, Metric], figures: Iterable[str], tables: Sequence[PaperTable]) -> list[str]:
     """Return which figures of the paper were computed with another protocol than in this evaluation."""
-    stated = {f for name, row in paper.items() if name.startswith("paper: ") for f in row if row[f] is not None}
-    stated = stated.union(*(table.stated for table in tables))
+    stated = set().union(*(table.stated for table in tables))
     if not stated:
         return []
     table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
