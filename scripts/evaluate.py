@@ -10,10 +10,9 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from engine.codec import load_codec
 from engine.config import CONFIGS, compose, plain
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
-from engine.evaluation.generate import ALL_BATCHES, generate_on_devices
+from engine.evaluation.generate import write_on_devices
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
@@ -63,13 +61,13 @@ python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" referenc
 python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
 """
 
-MODELS = {"hicodit": "hicodit.evaluate", "talker_t2av": "talker_t2av.evaluate"}
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+MODELS = {"hicodit": "hicodit.evaluate.write_outputs", "talker_t2av": "talker_t2av.evaluate.write_outputs"}
 CODECS = {  # class, and the bundled release
-    "rvq_codec": ("rvq_codec.codec.RVQCodec", "assets/rvq_speech"),
-    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_speech"),
-    "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_real"),
+    "rvq_codec": ("rvq_codec.codec.RVQCodec", ASSETS / "rvq_speech"),
+    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", ASSETS / "whisperx_vae_speech"),
+    "lia_x": ("lia_x.codec.LiaX", ASSETS / "lia_x_real"),
 }
-ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {  # arguments of protocols: classes of packages that `engine` does not import
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
     "drawn": "corpora.synthetic.mouth_opening.MouthReader",
@@ -175,8 +173,8 @@ def generate_outputs(
     folders = {}
     for name, (model, settings) in systems.items():
         folders[name] = output / "outputs" / (name if config.systems else "")
-        write = partial(generate, model, clips, folders[name], settings)
-        generate_on_devices(write, config.device, devices, ray)
+        write = partial(writer_of(model), clips, folders[name], **settings)
+        write_on_devices(write, config.device, devices, ray)
     return folders
 
 
@@ -212,21 +210,15 @@ def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def generate(
-    model: str,
-    clips: Sequence[Clip],
-    folder: Path,
-    settings: Mapping[str, Any],
-    device: str,
-    chosen: slice = ALL_BATCHES,
-) -> None:
-    """Write the missing outputs of a model for clips to `folder`. `chosen` selects the batches to write."""
+def writer_of(model: str) -> Callable[..., None]:
+    """Return the function that writes the missing outputs of a model or codec for clips.
+
+    Its arguments are the clips, the folder of the outputs, the device, and by name the settings and the `chosen`
+    batches.
+    """
     if model in MODELS:
-        import_module(MODELS[model]).write_outputs(clips, folder, device, chosen=chosen, **settings)
-        return
-    kind, bundled = CODECS[model]
-    codec = load_codec(settings.get("weights") or ROOT / bundled, {model: target(kind)}).to(device)
-    write_resynthesis(codec, clips, folder, settings.get("weights"), settings.get("levels"), chosen)
+        return target(MODELS[model])
+    return partial(write_resynthesis, *CODECS[model])
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import UserError
 from engine.evaluation.clips import Clip, find_take
-from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, write_facts, write_missing, write_take
 from engine.evaluation.resynthesis import rebuild, rebuild_wave
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
@@ -87,7 +87,7 @@ def write_outputs(
     if one_pass and compat == "paper" and MODES[mode].open_ended:
         protocol["max_seconds"] = MAX_FRAMES / FPS
     writer = TalkWriter(pipeline, folder, mode, driving, seed, protocol)
-    generate_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
+    write_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
 
 
 class TalkWriter:
