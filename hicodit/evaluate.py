@@ -43,7 +43,6 @@ def write_outputs(
     seed: int = 0,
     batch_size: int = 8,
     chosen: slice = ALL_BATCHES,
-    **other: object,
 ) -> None:
     """Generate the missing speech FOLDER/ID.wav for the videos of clips. Clip i uses the seed seed + i.
 
@@ -62,7 +61,6 @@ def write_outputs(
         seed: seed of the first clip.
         batch_size: number of clips per batch.
         chosen: slice of the batches to write.
-        other: ignored settings of other models.
 
     Raises:
         UserError: If a setting is invalid, or an existing output was generated from other inputs.

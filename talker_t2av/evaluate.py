@@ -40,7 +40,6 @@ def write_outputs(
     prefix_seconds: float = 0.0,
     one_pass: bool = False,
     chosen: slice = ALL_BATCHES,
-    **other: object,
 ) -> None:
     """Generate missing outputs for the texts of clips, with the voice and face of their prompts.
 
@@ -57,7 +56,6 @@ def write_outputs(
         mode: one of the four modes, or resynthesis (ground-truth speech and motion encoded and decoded, on the face of
             the prompt).
         sampling: settings that override those of the release.
-        other: ignored settings of other models.
         driving: folder with ID.wav of each clip, the driving audio of a2v. None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as in the released program.

@@ -36,7 +36,6 @@ def write_resynthesis(
     weights: str | None = None,
     levels: int | None = None,
     chosen: slice = ALL_BATCHES,
-    **other: object,
 ) -> None:
     """Write the reconstruction of the audio or video of every clip by a codec, where the output is missing.
 
@@ -51,7 +50,6 @@ def write_resynthesis(
         weights: release folder of the codec. None: the bundled one.
         levels: number of codebook levels to decode.
         chosen: slice of the batches to write.
-        other: ignored settings of models.
 
     Raises:
         UserError: If a setting is invalid, or an existing output was generated from other inputs.
@@ -65,6 +63,8 @@ def write_resynthesis(
         require_range("generate.levels", levels, 1, codec.levels)
         bits = levels * np.log2(codec.codes) * codec.frame_rate
         facts = {"levels": levels, "bits_per_second": float(bits)}
+    elif levels is not None:
+        raise UserError(f"generate.levels={levels}: {codec.kind} has no levels")
     write_facts(folder, codec.kind, weights, **facts)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:

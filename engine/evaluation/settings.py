@@ -22,7 +22,9 @@ from engine.settings import (
 
 @dataclass(frozen=True)
 class GenerateConfig(Group, prefix="generate."):
-    """Settings of systems that generate outputs. Each model uses the settings that it supports."""
+    """Settings of systems that generate outputs. A model has those that its function in the registry takes; others are
+    an error, unless they have their defaults.
+    """
 
     weights: str | None = setting(None, about="release folder of the model; null: the bundled one")
     codec: str | None = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from engine.config import plain
 from engine.errors import UserError
 from engine.evaluation.resynthesis import write_resynthesis
+from engine.evaluation.settings import GenerateConfig
 from engine.instantiate import target
 from engine.settings import require_choice
 
@@ -44,9 +46,10 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
     Its arguments are the clips, the folder of the outputs, the device, and by name the slice `chosen` of the batches.
 
     Raises:
-        UserError: If a model, a system or a setting is unknown.
+        UserError: If a model or a system is unknown, or a setting is not one of the model.
     """
     wanted = plain(config)
+    defaults = vars(GenerateConfig())
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
     known = (*registry.models, *registry.codecs)
     require_choice("model", config.model or "hicodit", known)
@@ -59,11 +62,16 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
         if name in (wanted["only"] or systems):
             model = own.get("model") or config.model
             require_choice(f"systems.{name}.model", model, known)
+            write = registry.writer(model)
+            accepted = [key for key in defaults if key in signature(write).parameters]
             for key in own:
-                require_choice(f"systems.{name}", key, {"model", *wanted["generate"]})
+                require_choice(f"systems.{name}", key, ("model", *accepted))
             shared = wanted["generate"] if model == config.model else {}
-            settings = {**shared, **{key: value for key, value in own.items() if key != "model"}}
-            found[name] = partial(registry.writer(model), **settings)
+            for key, value in shared.items():
+                if key not in accepted and value != defaults[key]:
+                    raise UserError(f"generate.{key}: {model} has no such setting; choose {', '.join(accepted)}")
+            settings = {**shared, **own}
+            found[name] = partial(write, **{key: settings[key] for key in accepted if key in settings})
     return found
 
 

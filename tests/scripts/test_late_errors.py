@@ -49,6 +49,9 @@ EVALUATE = [
     (f"{REPORT} outputs=nowhere", "outputs.nowhere=nowhere is not a folder"),
     (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar requires grammar=FILE.jsgf: none is given"),
     (f"table=synthetic_hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
+    (f"{REPORT} model=rvq_codec generate.sampler=fast", "generate.sampler: rvq_codec has no such setting; choose"),
+    (f"{REPORT} systems={{{{a:{{{{model:hicodit,mode:tts}}}}}}}}", "systems.a=mode is unknown; choose model, weights"),
+    (f"{REPORT} model=lia_x generate.levels=2", "generate.levels=2: lia_x has no levels"),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
