@@ -1,9 +1,9 @@
 """Tests of the papers' claims: variants of a model or of its settings on the same clips.
 
 benchmarks/claims.yaml lists the claims. Models are trained with several seeds in RUNS/CLAIM/VARIANT-SEED; finished work
-is skipped. `scripts/evaluate.py` generates and measures. The result: means over seeds, paired differences to the first
-variant with 95 % intervals (with one model over clips alone; see `engine.evaluation.statistics.estimate`), and a chart
-of them, or of the figures over the costs.
+is skipped. `engine.evaluation.run` generates and measures. The result: means over seeds, paired differences to the
+first variant with 95 % intervals (with one model over clips alone; see `engine.evaluation.statistics.estimate`), and a
+chart of them, or of the figures over the costs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from engine.charts import chart_curves, chart_differences
 from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH
+from engine.evaluation.run import evaluate
 from engine.evaluation.statistics import estimate, ratio
 from engine.files import write_json, write_text
 from engine.metrics.registry import metric_of
 from engine.record import dated
-from scripts.evaluate import evaluate
+from scripts.evaluate import REGISTRY
 
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
@@ -134,7 +135,7 @@ def measure(
     config.systems = {name: settings}
     config.compare = False
     split = config.split[0] if config.split else None
-    summary = evaluate(config, split, folder / "evaluation")
+    summary = evaluate(config, split, folder / "evaluation", REGISTRY)
     cells = summary["systems"]
     pairs = {figure: cell["pairs"] for figure, cell in cells.get(name, {}).items() if "pairs" in cell}
     true = {figure: cell["pairs"] for figure, cell in cells.get(TRUTH, {}).items() if "pairs" in cell}

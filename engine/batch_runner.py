@@ -237,17 +237,14 @@ def run_in_processes(
         count: number of processes on this machine, which divide the CPU cores equally.
         ray: run the batches on a Ray cluster instead, which assigns cores and GPUs.
     """
-    from engine.processes import Lost, Processes, usable_cores
+    from engine.cluster import make_executor  # a run in this process does not need it
+    from engine.processes import Lost, usable_cores
 
     if ray:
-        from engine.cluster import Cluster
-
         count = min(ray.workers, len(batches))
-        executor = Cluster(ray, build)
     else:
-        threads = max(1, usable_cores() // count)
-        executor = Processes(count, partial(_build_with_threads, build, threads))
-    with executor, stage("in other processes", len(batches), "batches") as step:
+        build = partial(_build_with_threads, build, max(1, usable_cores() // count))
+    with make_executor(count, build, ray=ray) as executor, stage("in other processes", len(batches), "batches") as step:
         for batch, result in executor.run(batches):
             if isinstance(result, Lost):
                 result = BatchResult(failed=[(name, result.reason) for name, _ in batch.jobs])

@@ -19,13 +19,27 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 from engine.errors import UserError
-from engine.processes import Lost, Work
+from engine.processes import Lost, Processes, Work
 from engine.settings import LIMITS, ClusterConfig, Limits, set_limits
 
 RETRIES = 2  # retries of a task whose process died
 PATIENCE = 600.0  # seconds to wait for a cluster to start a machine with enough GPUs
 LOOK_EVERY = 5.0  # seconds between two polls of the cluster's machines
 EXIT_AFTER = 2.0  # seconds allowed for sending the result of a timed-out process
+
+
+def make_executor(
+    count: int, build: Callable[[int], Work], timeout: float = math.inf, ray: ClusterConfig | None = None
+) -> Processes | Cluster:
+    """Return the executor of work items, a context manager: processes of this machine, or a Ray cluster.
+
+    Args:
+        count: number of processes, see `Processes`; on a cluster, `ray.workers` replaces it.
+        build: creates the work in a process. It is pickled.
+        timeout: maximum seconds per item.
+        ray: settings of the cluster. None: processes of this machine.
+    """
+    return Cluster(ray, build, timeout) if ray else Processes(count, build, timeout)
 
 
 class Cluster:

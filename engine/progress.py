@@ -68,6 +68,8 @@ class _Bar(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Draw the bar, or print it as a line when due."""
+        if self.total == 0:  # nothing is to be done, of which there is no rate
+            return True
         if not self.lines:
             return super().display(msg, pos)
         if msg is None and time.monotonic() - _Bar.last_line > LINE_EVERY:

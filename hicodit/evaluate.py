@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, write_facts, write_missing, write_take
 from engine.evaluation.statistics import derangement
 from engine.faces.source import FaceSource
 from engine.media.ffmpeg import probe
@@ -43,7 +43,6 @@ def write_outputs(
     seed: int = 0,
     batch_size: int = 8,
     chosen: slice = ALL_BATCHES,
-    **other: object,
 ) -> None:
     """Generate the missing speech FOLDER/ID.wav for the videos of clips. Clip i uses the seed seed + i.
 
@@ -62,7 +61,6 @@ def write_outputs(
         seed: seed of the first clip.
         batch_size: number of clips per batch.
         chosen: slice of the batches to write.
-        other: ignored settings of other models.
 
     Raises:
         UserError: If a setting is invalid, or an existing output was generated from other inputs.
@@ -80,7 +78,7 @@ def write_outputs(
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
     writer = SpeechWriter(pipeline, clips, folder, GE2EEncoder(device) if voice else None, expressions, seed)
     rows = 1 if voice else batch_size  # a batch has one voice
-    generate_missing(clips, folder, rows, writer.inputs, writer.write, seconds_of_video, chosen)
+    write_missing(clips, folder, rows, writer.inputs, writer.write, seconds_of_video, chosen)
 
 
 class SpeechWriter:

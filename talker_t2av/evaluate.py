@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import UserError
 from engine.evaluation.clips import Clip, find_take
-from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, write_facts, write_missing, write_take
 from engine.evaluation.resynthesis import rebuild, rebuild_wave
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
@@ -40,7 +40,6 @@ def write_outputs(
     prefix_seconds: float = 0.0,
     one_pass: bool = False,
     chosen: slice = ALL_BATCHES,
-    **other: object,
 ) -> None:
     """Generate missing outputs for the texts of clips, with the voice and face of their prompts.
 
@@ -57,7 +56,6 @@ def write_outputs(
         mode: one of the four modes, or resynthesis (ground-truth speech and motion encoded and decoded, on the face of
             the prompt).
         sampling: settings that override those of the release.
-        other: ignored settings of other models.
         driving: folder with ID.wav of each clip, the driving audio of a2v. None: the ground-truth speech.
         compat, prefix_seconds: see `talker_t2av.settings.Job`. With compat=official, outputs begin with the prefix of
             the reference, as in the released program.
@@ -87,7 +85,7 @@ def write_outputs(
     if one_pass and compat == "paper" and MODES[mode].open_ended:
         protocol["max_seconds"] = MAX_FRAMES / FPS
     writer = TalkWriter(pipeline, folder, mode, driving, seed, protocol)
-    generate_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
+    write_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
 
 
 class TalkWriter:

@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.stage_runner import StageRunner, earlier_samples, without_device
-from engine.cluster import Cluster
+from engine.cluster import make_executor
 from engine.config import plain
 from engine.errors import UserError
 from engine.files import writable
 from engine.instantiate import build, target
-from engine.processes import Lost, Processes
+from engine.processes import Lost
 from engine.progress import track
 from engine.settings import ClusterConfig, Limits, set_limits
 from engine.shards.writer import SplitWriter, dumps, reject_sample
@@ -47,7 +47,9 @@ def prepare(config: DictConfig) -> None:
     clips = Counter[tuple[Path, bool]]()  # number of clips by split folder and rejection
     frames = 0
     times: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # by stage: clips, wall-clock and CPU seconds
-    with writable(output), _executor(config, partial(StageRunner, stages, config.device, source.symbols)) as executor:
+    ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
+    start = partial(StageRunner, stages, config.device, source.symbols)
+    with writable(output), make_executor(config.workers, start, config.clip_timeout, ray) as executor:
         digests, fingerprints = executor.details
         features = {"digests": digests, "symbols": source.symbols}
         writers: dict[str, SplitWriter] = {}
@@ -71,7 +73,7 @@ def prepare(config: DictConfig) -> None:
             for name, seconds in outcome.seconds.items():
                 times[name] += (1, *seconds)
         if clips:
-            workers = config.ray.workers if config.executor == "ray" else config.workers
+            workers = ray.workers if ray else config.workers
             _print_speed(times, clips.total(), frames / FPS, time.monotonic() - started, workers)
     features["stages"] = [{"name": name, "settings": stage} for name, stage in settings.items()]
     for name, writer in writers.items():
@@ -141,13 +143,6 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
                 + (f", or stages.{name}.crop=centre" if "crop" in used[name] else "")
             )
     return used
-
-
-def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
-    """Create the executor of the stages: processes of this machine, or a Ray cluster."""
-    if config.executor == "processes":
-        return Processes(config.workers, start, config.clip_timeout)
-    return Cluster(ClusterConfig(**config.ray), start, config.clip_timeout)
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:

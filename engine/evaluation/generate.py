@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.cluster import Cluster
+from engine.cluster import make_executor
 from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
@@ -21,7 +21,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.metric import FPS
-from engine.processes import Lost, Processes, Work
+from engine.processes import Lost, Work
 from engine.progress import track
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
@@ -30,43 +30,42 @@ ALL_BATCHES = slice(None)
 
 
 class OutputGenerator(Work[slice, bool]):
-    """Generates a subset of the batches of missing outputs, in a process with its own device.
+    """Writes a subset of the batches of missing outputs, in a process with its own device.
 
     Args:
-        generate: writes the missing outputs, given a device name and the slice of batches to write.
+        write: `write(device, chosen=batches)` writes the missing outputs of a slice of the batches.
         device: name of the device, as for `pick_device`.
         index: GPU index of the process.
     """
 
-    def __init__(self, generate: Callable[[str, slice], None], device: str, index: int) -> None:
-        self.generate = generate
+    def __init__(self, write: Callable[..., None], device: str, index: int) -> None:
+        self.write = write
         self.device = str(pick_device(device, index))
 
     def run(self, batches: slice) -> bool:
-        self.generate(self.device, batches)
+        self.write(self.device, chosen=batches)
         return True
 
 
-def generate_on_devices(
-    generate: Callable[[str, slice], None], device: str, devices: int = 1, ray: ClusterConfig | None = None
+def write_on_devices(
+    write: Callable[..., None], device: str, devices: int = 1, ray: ClusterConfig | None = None
 ) -> None:
-    """Generate missing outputs with one process per device, or on a Ray cluster. The batches equal those of a single
+    """Write missing outputs with one process per device, or on a Ray cluster. The batches equal those of a single
     process.
 
     If a process dies, another process continues its batches, skipping the existing files.
 
     Args:
-        generate: see `OutputGenerator`.
+        write: see `OutputGenerator`. It is pickled.
         device: name of the device, as for `pick_device`.
         devices: number of processes.
         ray: the cluster to use instead of processes.
     """
     if devices == 1 and not ray:
-        generate(str(pick_device(device)), ALL_BATCHES)
+        write(str(pick_device(device)))
         return
-    build = partial(OutputGenerator, generate, device)
     count = ray.workers if ray else devices
-    with Cluster(ray, build) if ray else Processes(count, build) as executor:
+    with make_executor(count, partial(OutputGenerator, write, device), ray=ray) as executor:
         for batches, result in executor.run([slice(start, None, count) for start in range(count)]):
             if isinstance(result, Lost):
                 print(f"failed: part {batches.start + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
@@ -87,7 +86,7 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
     write_json(folder / "system.json", new)
 
 
-def generate_missing(
+def write_missing(
     clips: Sequence[Clip],
     folder: Path,
     batch_size: int,

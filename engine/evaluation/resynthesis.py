@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.codec import Codec, PortraitCodec
+from engine.codec import Codec, PortraitCodec, load_codec
 from engine.device import to_device
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import ALL_BATCHES, generate_missing, write_facts, write_take
+from engine.evaluation.generate import ALL_BATCHES, write_facts, write_missing, write_take
+from engine.instantiate import target
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import FPS, wave_of
@@ -26,12 +27,13 @@ from engine.settings import require_range
 RATE = 24_000  # sample rate of the audio of a rendered face
 
 
-@torch.inference_mode()
 def write_resynthesis(
-    codec: Codec,
+    name: str,
+    bundled: Path,
     clips: Sequence[Clip],
     folder: Path,
-    weights: str | None,
+    device: str,
+    weights: str | None = None,
     levels: int | None = None,
     chosen: slice = ALL_BATCHES,
 ) -> None:
@@ -40,10 +42,20 @@ def write_resynthesis(
     A portrait codec renders the motion of each clip on its first frame. The original audio is added.
 
     Args:
+        name: dotted name of the class of the codec.
+        bundled: its bundled release folder.
+        clips: clips of the evaluation.
+        folder: folder of the files.
+        device: device of the codec.
         weights: release folder of the codec. None: the bundled one.
         levels: number of codebook levels to decode.
         chosen: slice of the batches to write.
+
+    Raises:
+        UserError: If a setting is invalid, or an existing output was generated from other inputs.
     """
+    kind = target(name)
+    codec = load_codec(weights or bundled, {kind.kind: kind}).to(device)
     portrait = isinstance(codec, PortraitCodec)
     facts: dict[str, Any] = {"given": "audio"} if portrait else {}
     if hasattr(codec, "levels"):
@@ -51,6 +63,8 @@ def write_resynthesis(
         require_range("generate.levels", levels, 1, codec.levels)
         bits = levels * np.log2(codec.codes) * codec.frame_rate
         facts = {"levels": levels, "bits_per_second": float(bits)}
+    elif levels is not None:
+        raise UserError(f"generate.levels={levels}: {codec.kind} has no levels")
     write_facts(folder, codec.kind, weights, **facts)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
@@ -69,7 +83,8 @@ def write_resynthesis(
     def inputs(clip: Clip) -> list[Path | None]:
         return [clip.truth.source if portrait else clip.truth.audio]
 
-    generate_missing(clips, folder, 1, inputs, write, chosen=chosen)
+    with torch.inference_mode():
+        write_missing(clips, folder, 1, inputs, write, chosen=chosen)
 
 
 def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> np.ndarray:

@@ -22,7 +22,9 @@ from engine.settings import (
 
 @dataclass(frozen=True)
 class GenerateConfig(Group, prefix="generate."):
-    """Settings of systems that generate outputs. Each model uses the settings that it supports."""
+    """Settings of systems that generate outputs. A model has those that its function in the registry takes; others are
+    an error, unless they have their defaults.
+    """
 
     weights: str | None = setting(None, about="release folder of the model; null: the bundled one")
     codec: str | None = setting(
@@ -111,12 +113,8 @@ class EvaluateConfig(Group):
         {}, about="by split, prepared shards whose speakers own voices are looked for among; else those of the clips"
     )
     aim: dict[str, Any] = setting({}, about="target values by split")
-    paper: dict[str, Any] = setting({}, about="rows of the paper, with values in the order of the columns")
     paper_tables: dict[str, Any] = setting(
-        {}, about="further tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown apart"
-    )
-    true_speech: str | None = setting(
-        None, about="which of the paper's ground-truth rows is shown, such as LRS3; null: all"
+        {}, about="tables of the paper by title, {columns: [...], rows: {system: [...]}}; shown below the results"
     )
     device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
     devices: str = setting(

@@ -211,9 +211,7 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the table as lines for a terminal: a row per system with intervals, then the target values and the paper's
-    rows.
-    """
+    """Return the table as lines for a terminal: a row per system with intervals, then the target values."""
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     rows = [
@@ -225,9 +223,9 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
         counts = [cells[name]["clips"] if name in cells else summary["count"] for name in figures]
         counts = ("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)
         rows += [[system, *values], ["", *intervals], ["", *counts]]
-    for name, values in summary["paper"].items():
-        cells = {figure: {"value": value, "interval": None} for figure, value in values.items() if value is not None}
-        rows.append([name, *(_texts(cells.get(figure), about)[0] for figure, about in figures.items())])
+    if summary["aim"]:
+        cells = {figure: {"value": value, "interval": None} for figure, value in summary["aim"].items()}
+        rows.append(["aim", *(_texts(cells.get(figure), about)[0] for figure, about in figures.items())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [row[0].ljust(widths[0]) + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths[1:])) for row in rows]
     return [line.rstrip() for line in lines if line.strip()]

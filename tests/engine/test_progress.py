@@ -22,3 +22,9 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
     assert "\r" not in text and "reading" not in text
     assert re.search(r"^2/7 a\.mp4: 5/5 frames, +[\d.]+ frames/s, 00:00 left$", text, re.MULTILINE)
     assert re.findall("(./4) clips,", text) == ["0/4", "1/4", "2/4"]
+
+
+def test_nothing_to_do_has_no_line(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    assert list(track((), 0, "batches")) == []
+    assert capsys.readouterr().err == ""

@@ -54,4 +54,5 @@ def test_grid_from_its_files_to_a_report(tmp_path):
     assert {f: cell["clips"] for f, cell in results["systems"]["hicodit"].items()} == dict.fromkeys(
         ("stoi", "estoi", "pesq_narrow"), 1
     )
-    assert results["paper"]["paper: Visual Voice Memory, known speakers"]["estoi"] == 0.602
+    (table,) = results["paper_tables"]
+    assert table["rows"]["Visual Voice Memory, known speakers"][table["columns"].index("estoi")] == 0.602

@@ -1,0 +1,91 @@
+"""The systems of an evaluation: models that generate outputs, and folders of outputs that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from engine.config import plain
+from engine.errors import UserError
+from engine.evaluation.resynthesis import write_resynthesis
+from engine.evaluation.settings import GenerateConfig
+from engine.instantiate import target
+from engine.settings import require_choice
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What the settings of an evaluation name, as dotted names of functions and classes: `engine` imports no models.
+
+    Attributes:
+        models: function of each model that writes its missing outputs. The arguments are the clips, the folder of the
+            outputs, the device, and by name the settings of the model and the slice `chosen` of the batches.
+        codecs: class and bundled release folder of each codec.
+        arguments: arguments of metrics by protocol, such as the class of an encoder.
+    """
+
+    models: Mapping[str, str]
+    codecs: Mapping[str, tuple[str, Path]]
+    arguments: Mapping[str, str]
+
+    def writer(self, model: str) -> Callable[..., None]:
+        """Return the function that writes the missing outputs of a model or codec, see `models`."""
+        if model in self.models:
+            return target(self.models[model])
+        return partial(write_resynthesis, *self.codecs[model])
+
+
+def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable[..., None]]:
+    """Return the function that writes the missing outputs of each system to generate, with its settings.
+
+    Its arguments are the clips, the folder of the outputs, the device, and by name the slice `chosen` of the batches.
+
+    Raises:
+        UserError: If a model or a system is unknown, or a setting is not one of the model.
+    """
+    wanted = plain(config)
+    defaults = vars(GenerateConfig())
+    systems = wanted["systems"] or ({config.model: {}} if config.model else {})
+    known = (*registry.models, *registry.codecs)
+    require_choice("model", config.model or "hicodit", known)
+    if config.model in registry.codecs:  # from a table with systems of several codecs, those of this one
+        systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
+    for name in wanted["only"] or ():
+        require_choice("only", name, systems)
+    found = {}
+    for name, own in systems.items():
+        if name in (wanted["only"] or systems):
+            model = own.get("model") or config.model
+            require_choice(f"systems.{name}.model", model, known)
+            write = registry.writer(model)
+            accepted = [key for key in defaults if key in signature(write).parameters]
+            for key in own:
+                require_choice(f"systems.{name}", key, ("model", *accepted))
+            shared = wanted["generate"] if model == config.model else {}
+            for key, value in shared.items():
+                if key not in accepted and value != defaults[key]:
+                    raise UserError(f"generate.{key}: {model} has no such setting; choose {', '.join(accepted)}")
+            settings = {**shared, **own}
+            found[name] = partial(write, **{key: settings[key] for key in accepted if key in settings})
+    return found
+
+
+def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:
+    """Return the folder of each system in `outputs=`, whose outputs exist already."""
+    outputs = config.outputs
+    if outputs is None:
+        return {}
+    if isinstance(outputs, str):
+        if outputs.startswith("{"):
+            raise UserError(f"outputs={outputs} cannot be read: quote names and folders with special characters")
+        return {Path(outputs).name or "output": Path(outputs)}
+    if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
+        raise UserError("outputs must be a folder, or several: {name: folder, other: folder}")
+    if both := [name for name in systems if name in outputs]:
+        raise UserError(f"outputs: {both[0]} is also the name of model=; choose another name")
+    return {str(name): Path(folder) for name, folder in outputs.items()}
