@@ -32,6 +32,7 @@ from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_t
 from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
+from engine.evaluation.workers import Workers
 from engine.files import writable, write_json
 from engine.instantiate import target
 from engine.metrics.metric import Metric
@@ -126,7 +127,9 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         workers = config.workers or usable_cores()
         names = ", ".join(clips[0].takes) or "ground-truth speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
-        results = measure(clips, dict.fromkeys(metrics.values()), workers, cache)
+        count = min(workers, len(clips))
+        with Workers(count if count > 1 else 0) as processes:
+            results = measure(clips, dict.fromkeys(metrics.values()), cache, map_function=processes.map)
         metrics = with_free_words(metrics, results)
         summary = summarise(clips, results, metrics, config.resamples, config.compare)
         if not summary["figures"]:
