@@ -31,10 +31,9 @@ from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
 from engine.files import checksum, write_json
-from engine.torch_files import load_problem
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
-from engine.untrusted import parse_json, read_json, safe_name
+from engine.untrusted import load_problem, parse_json, read_json, safe_name
 
 INFO = "info.json"
 RESULTS = "results.json"
