@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import report_os_errors, write_json
-from engine.publish import front_matter
+from engine.hub import LIBRARY, TASKS
 from engine.release import SCALE, read_release, release_kind, save_release, to_float16
 from engine.training import checkpoint
 from engine.training.task import Release, Task
@@ -165,6 +166,25 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         parts.append(f"The run's whole config:\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(config)))}```")
     parts.append("No licence is stated: choose one before publishing the weights.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
+    """Return the metadata of a model card as YAML front matter.
+
+    `results` maps names of metrics to values on `dataset` and becomes the model-index.
+    """
+    task, tags = TASKS.get(kind, (None, ()))
+    figures = [
+        EvalResult(
+            task_type=task or "other", dataset_type="held-out", dataset_name=dataset, metric_type=name,
+            metric_name=name, metric_value=value,
+        )
+        for name, value in sorted(results.items())
+    ]  # fmt: skip
+    data = ModelCardData(
+        model_name=title, eval_results=figures or None, library_name=LIBRARY, pipeline_tag=task, tags=[*tags] or None
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
