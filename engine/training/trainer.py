@@ -107,7 +107,8 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        start = self.step, self.validated == self.step
+        first = self.step
+        start = first, self.validated == first
         tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         window = Window()
         stopping = False
@@ -136,7 +137,11 @@ class Trainer:
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
-                    self.use.count(self._train_step, batches, window)
+                    if self.step == first:
+                        with self.use.counting():
+                            self.use.tokens = self._train_step(batches, window)
+                    else:
+                        self._train_step(batches, window)
                     if trace:
                         trace.step()
                     failing = bool(self.write_error or self.checkpoints.problem)
