@@ -142,7 +142,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
         data = MadeUpBatches(task, rows)
         with mode, Collectives() as seen, mock.patch.object(Trainer, "_stop_unless_finite"):
             with without_data():
-                trainer = Trainer(task, data, vars(settings), Path(folder))
+                trainer = Trainer(task, data, settings.shared_among(ranks), Path(folder))
             trainer.task.train()
             numbers = trainer._numbers(STEPS * trainer.config.accumulate)
             batches = iter([trainer.batches[number] for number in numbers])

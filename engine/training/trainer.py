@@ -13,7 +13,7 @@ import errno
 import gc
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, figures_of
 from engine.files import refuse_links
 from engine.seeding import seed_for
-from engine.settings import make
 from engine.training import checkpoint, distributed
 from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
@@ -49,7 +48,7 @@ class Trainer:
     Args:
         task: see `Task`; it is moved to the device.
         dataset: see `engine.training.batches.TrainingSet`.
-        config: the fields of `TrainerConfig`.
+        config: settings, divided among the processes by `TrainerConfig.shared_among`.
         run: folder of this run. An earlier run in it is resumed.
         record: the complete config, which is stored with checkpoints and log.
         fresh: delete earlier checkpoints, unless torchrun or SLURM restarted this process.
@@ -59,35 +58,35 @@ class Trainer:
         self,
         task: Task,
         dataset: TrainingSet,
-        config: Mapping[str, Any],
+        config: TrainerConfig,
         run: str | Path,
         record: dict[str, Any] | None = None,
         fresh: bool = False,
     ):
-        self.config = c = make(TrainerConfig, config).shared_among(distributed.world_size())
+        self.config = config
         if len(dataset) == 0:
             raise UserError("the training set is empty: check data.root")
         self.run = Path(run)
         self.record = record or {}
         self.fresh = fresh
         self.code = checkpoint.code_version()
-        self.device = pick_device(c.device)
-        self.parallel = ParallelTask(task, c, self.device)
+        self.device = pick_device(config.device)
+        self.parallel = ParallelTask(task, config, self.device)
         self.task = self.parallel.task
         self.parameters = {}
         self.optimisers = {}
         self.clipped = {}
         for part, module in self.task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
-            self.optimisers[part] = adamw(self.parameters[part].values(), c)
+            self.optimisers[part] = adamw(self.parameters[part].values(), config)
             self.clipped[part] = clipping_groups(self.parameters[part].values(), self.task.separate_clip_groups())
-        self.ema = ExponentialMovingAverage(self.task, c.ema_decay)
+        self.ema = ExponentialMovingAverage(self.task, config.ema_decay)
         self.buffers = [name for name, _ in self.task.named_buffers() if name in self.task.state_dict()]
-        samples_per_step = c.batch_size * c.accumulate * distributed.world_size()
-        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length, step=samples_per_step)
-        self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
+        samples_per_step = config.batch_size * config.accumulate * distributed.world_size()
+        self.batches = MicroBatches(dataset, config.batch_size, config.seed, config.by_length, step=samples_per_step)
+        self.checkpoints = Checkpoints(self.run / "checkpoints", config.keep, config.best)
         self.agreement = distributed.Agreement()
-        self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
+        self.use = Utilisation(peak_tflops(config.peak_tflops, self.device))
         self.step = 0  # steps done
         self.position = 0  # index of the next micro-batch, over all processes
         self.saved: int | None = None  # the last step with a checkpoint
