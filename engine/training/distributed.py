@@ -62,10 +62,13 @@ def control() -> dist.ProcessGroup:
     """Return the group for objects and flags, which does not use the device. It is created on first use by all
     processes.
     """
-    return _group_beside(dist.group.WORLD)
+    return _control_of(dist.group.WORLD)
 
 
-_group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # once per process group
+@lru_cache(maxsize=1)
+def _control_of(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create the control group of a process group once."""
+    return patient_group()
 
 
 class Agreement:
