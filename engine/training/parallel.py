@@ -101,13 +101,11 @@ class ParallelTask:
         Args:
             factors: factor () of each loss by name. Other losses are unchanged.
         """
-        return self._losses(_Opaque(batch), part, factors or {})
+        return self._losses(partial(self.task, batch, part), factors or {})
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Context for forward and backward of a micro-batch. Gradients are only averaged over processes in the `last`
-        one.
-        """
+        """Context for forward and backward of a micro-batch. Processes average gradients in the `last` one."""
         if self.sharded:
             self._losses.set_requires_gradient_sync(last)
         waits = isinstance(self._losses, DistributedDataParallel) and not last
@@ -291,22 +289,18 @@ def _set_buffer(task: Task, name: str, buffer: Tensor) -> None:
     setattr(task.get_submodule(module), last, buffer)
 
 
-class _Opaque:
-    """Hides a batch from wrappers, which would copy it, so that values stored by one part reach the next."""
-
-    def __init__(self, batch: dict[str, Any]):
-        self.batch = batch
-
-
 class _Losses(nn.Module):
-    """Wraps the task for DDP: only the output `loss` may be attached to the graph."""
+    """The module that DDP or FSDP wraps. Only the output `loss` is attached to the graph, as DDP requires.
+
+    The input is the call of the task. FSDP would copy a batch, and values stored by one part would not reach the next.
+    """
 
     def __init__(self, task: Task):
         super().__init__()
         self.task = task
 
-    def forward(self, hidden: _Opaque, part: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        losses = self.task(hidden.batch, part)
+    def forward(self, call: Callable[[], dict[str, Tensor]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = call()
         loss = losses["loss"]
         for name, factor in factors.items():
             if name in losses:
