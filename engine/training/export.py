@@ -24,7 +24,7 @@ from engine.files import report_os_errors, write_json
 from engine.hub import LIBRARY, TASKS
 from engine.release import SCALE, read_release, release_kind, save_release, to_float16
 from engine.training import checkpoint
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from engine.untrusted import parse_json, read_json
 
 # files in a run's folder
@@ -64,7 +64,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     if found is None or problem:
         raise UserError(f"{run} has no checkpoint to export{f' of step {step}' if step is not None else ''}: {problem}")
     try:
-        release = Release(**read_json(run / DESCRIPTION))
+        release = ReleaseInfo(**read_json(run / DESCRIPTION))
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
     state, info = checkpoint.read(found, ("model.", "ema."))
@@ -79,7 +79,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     return found
 
 
-def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
+def write(folder: str | Path, release: ReleaseInfo, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
     """Write a release in half precision from the state dict of a task, with `text` as its card and the files of
     `files`.
     """
@@ -123,7 +123,7 @@ def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield line, record
 
 
-def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
+def card(release: ReleaseInfo, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
     """Return the text of the model card: description, usage, data, recipe and metrics.
 
     Args:
