@@ -71,29 +71,29 @@ def _control_of(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return patient_group()
 
 
-class Agreement:
-    """Flags that any process can raise and that all processes see in the next call.
+class AsyncFlags:
+    """Flags that any process can set and that all processes see in the next call.
 
-    The all-reduce runs on CPU tensors in the background, so that no device sync is needed.
+    The all-reduce is asynchronous and on CPU tensors, so that no device sync is needed.
     """
 
     def __init__(self) -> None:
         self._work: dist.Work | None = None
         self._flags = torch.zeros(0)
 
-    def reach(self, *flags: bool) -> list[bool]:
-        """Raise `flags`. Return the flags that any process raised in the previous call (in this call for a single
-        process).
+    def all_reduce(self, *flags: bool) -> list[bool]:
+        """Start the all-reduce of `flags`. Return the flags that any process set in the previous call (in this call
+        for a single process).
         """
         if not dist.is_initialized():
             return list(flags)
-        known = [False] * len(flags)
+        previous = [False] * len(flags)
         if self._work:
             self._work.wait()
-            known = self._flags.bool().tolist()
+            previous = self._flags.bool().tolist()
         self._flags = torch.tensor(flags, dtype=torch.int32)
         self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=control(), async_op=True)
-        return known
+        return previous
 
 
 def shutdown() -> None:

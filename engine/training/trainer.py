@@ -85,7 +85,7 @@ class Trainer:
         samples_per_step = config.batch_size * config.accumulate * distributed.world_size()
         self.batches = MicroBatches(dataset, config.batch_size, config.seed, config.by_length, step=samples_per_step)
         self.checkpoints = Checkpoints(self.run / "checkpoints", config.keep, config.best)
-        self.agreement = distributed.Agreement()
+        self.flags = distributed.AsyncFlags()
         self.use = Utilisation(peak_tflops(config.peak_tflops, self.device))
         self.step = 0  # steps done
         self.position = 0  # index of the next micro-batch, over all processes
@@ -144,7 +144,7 @@ class Trainer:
                     if trace:
                         trace.step()
                     failing = bool(self.write_error or self.checkpoints.problem)
-                    stopping, failed = self.agreement.reach(bool(stops), failing)  # in any process
+                    stopping, failed = self.flags.all_reduce(bool(stops), failing)  # in any process
                     if failed:
                         self._stop_on_write_error()
                     last = stopping or self.step == c.steps
