@@ -121,7 +121,7 @@ class Task(nn.Module):
         config.
         """
         network = self.get_submodule(module)
-        left_out = tuple(sorted(network.state_dict().keys() - network.stored().keys()))
+        left_out = tuple(sorted(network.state_dict().keys() - network.release_state_dict().keys()))
         config = network.arguments() | (extra or {})
         return ReleaseInfo(network.kind, config, module, title, about, usage, left_out, self.lora_scale)
 
