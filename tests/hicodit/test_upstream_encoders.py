@@ -15,7 +15,7 @@ from shard_files import write_split
 from torch import nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.faces.source import FaceSource
 from hicodit.conditions import upstream
 from hicodit.conditions.arcface import ArcFace
@@ -188,7 +188,7 @@ def test_validation_from_features_equals_that_from_images(system, release, shard
     codec = release.parent / "codec"
     pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
     data = HiCoDiTDataset(shards / "both", codec, "upstream")
-    found = evaluate_clips(pipeline, data, None, 3, tmp_path, ["stoi", "utmos"])
+    found = evaluate_clips(pipeline, data, None, 3, tmp_path, ["stoi", "utmos"], Share())
     assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
     pictures, features = (
@@ -215,7 +215,7 @@ def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shar
         first = task.held_out_losses("both")
         torch.manual_seed(0)
         assert task.held_out_losses("both") == first and first["loss"] > first["dse"] > 0 and calls == []
-        results = figures_of([task.measure(tmp_path, ALONE)])
+        results = figures_of([task.measure(tmp_path, Share())])
     assert results.keys() == {"loss_both", "dse_both"}
 
 
@@ -242,7 +242,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
     with pytest.raises(UserError, match="was prepared with lip"):
-        figures_of([wrong.measure(tmp_path, ALONE)])
+        figures_of([wrong.measure(tmp_path, Share())])
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     assert pipeline.system.encoders.expected["lip"] == made["lip"]
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"
