@@ -94,7 +94,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        with mock.patch.object(distributed, "patient_group", lambda: dist.group.WORLD):
+        with mock.patch.object(distributed, "new_cpu_group", lambda: dist.group.WORLD):
             yield
     finally:
         dist.destroy_process_group()

@@ -179,7 +179,7 @@ class RVQCodecTask(GANTask):
             vectors = batch["_run"]["latent"].detach().transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
             self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # replacing the oldest
             if (quantized := batch["_run"]["quantized"]) is not None:
-                self.counts += distributed.sum_(count_codes(quantized.codes, self.codec.codes))
+                self.counts += distributed.all_reduce(count_codes(quantized.codes, self.codec.codes))
         return losses
 
     def begin_step(self, step: int) -> None:

@@ -123,7 +123,7 @@ class ParallelTask:
         if not self.sharded or not parameters:
             return clip_grad_norm_(parameters, limit)
         kinds = list(_by_kind(parameters).values())
-        norm = torch.stack([_full(get_total_norm([p.grad for p in kind])) for kind in kinds]).norm()
+        norm = torch.stack([_full_tensor(get_total_norm([p.grad for p in kind])) for kind in kinds]).norm()
         for kind in kinds:
             clip_grads_with_norm_(kind, limit, norm)
         return norm
@@ -145,7 +145,7 @@ class ParallelTask:
     @contextmanager
     def _gathered(self, ema: ExponentialMovingAverage) -> Iterator[None]:
         """Load the gathered weights and the buffers of the sharded task into the spare task within the block."""
-        whole = {id(p): _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
+        whole = {id(p): _full_tensor(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
         weights = {name: whole[id(p)] for name, p in self.task.named_parameters(remove_duplicate=False)}
         empty = {name: p.detach() for name, p in self._spare.named_parameters(remove_duplicate=False)}
         for name, buffer in self.task.named_buffers(remove_duplicate=False):
@@ -178,7 +178,7 @@ def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) 
     return [group for group in (list(remaining.values()), *groups) if group]
 
 
-def begin_state(optimiser: torch.optim.Optimizer) -> None:
+def init_state(optimiser: torch.optim.Optimizer) -> None:
     """Initialise the state of AdamW as in its first step, so that a checkpoint can be loaded into it."""
     for p in (p for group in optimiser.param_groups for p in group["params"]):
         count = torch.zeros((), device=p.device)
@@ -193,7 +193,7 @@ def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list
     return groups
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor, gathered if it is sharded. All processes must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -109,7 +109,7 @@ def _recount() -> Iterator[None]:
 
 
 @contextmanager
-def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
+def backend_options(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
     """Set backend options for a training loop and restore them afterwards. Yield a line that describes them.
 
     In bf16, operations that autocast keeps in float32 may use TF32; fp32 means float32 throughout. cuDNN benchmarking

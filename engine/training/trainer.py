@@ -31,10 +31,10 @@ from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
-from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups
+from engine.training.parallel import ParallelTask, adamw, clipping_groups, init_state
 from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
-from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
+from engine.training.speed import Utilisation, backend_options, memory_gib, peak_tflops, tracing
 from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
@@ -123,7 +123,7 @@ class Trainer:
             with (
                 stop_requests() as stops,
                 tracing(self.run / "profile", c.profile, distributed.rank()) as trace,
-                steady(self.device, c.precision, self.batches.fixed_shapes) as settings,
+                backend_options(self.device, c.precision, self.batches.fixed_shapes) as settings,
             ):
                 self._say(settings)
                 if self.step == 0 and c.sanity_validation:
@@ -192,7 +192,7 @@ class Trainer:
         If one process fails, all of them stop, as the others would wait for it.
         """
         figures: dict[str, float | ByClip] = {}
-        self._share_buffers()
+        self._broadcast_buffers()
         with self.parallel.evaluation_copy(self.ema) as task:
             torch.manual_seed(seed_for(self.config.seed, "validate"))
             try:
@@ -206,7 +206,7 @@ class Trainer:
                     self._stop_on_write_error()
                 raise
         self._stop_on_write_error()
-        return distributed.gather(figures)
+        return distributed.all_gather(figures)
 
     def _sanity_check(self) -> None:
         """Measure one clip per process before the first step, to detect errors of the validation early."""
@@ -224,7 +224,7 @@ class Trainer:
         """Update all parts with the next micro-batches. Return the number of tokens."""
         micro_batches = [window.next(batches) for _ in range(self.config.accumulate)]
         factors = self._loss_factors(micro_batches)
-        self._share_buffers()
+        self._broadcast_buffers()
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
@@ -260,7 +260,7 @@ class Trainer:
         if not names or total == 1:
             return [{} for _ in counts]
         elements = torch.tensor([[each[name] for name in names] for each in counts]).double().to(self.device)
-        mean = distributed.sum_(elements.sum(0)) / total
+        mean = distributed.all_reduce(elements.sum(0)) / total
         factors = (elements / mean.clamp(min=1e-9)).float()
         return [dict(zip(names, row.unbind())) for row in factors]
 
@@ -298,7 +298,7 @@ class Trainer:
         for number, each in zip(self._numbers(self.config.accumulate), losses):
             if not each["loss"].isfinite():
                 bad += self.batches.samples(number)
-        samples = [sample for samples_of_rank in distributed.gather(bad) for sample in samples_of_rank]
+        samples = [sample for samples_of_rank in distributed.all_gather(bad) for sample in samples_of_rank]
         listed = ", ".join(map(str, samples[:MOST_SAMPLES])) + (", ..." if len(samples) > MOST_SAMPLES else "")
         where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
         distributed.fail(
@@ -319,11 +319,11 @@ class Trainer:
     def _stop_on_write_error(self) -> None:
         """Wait for the pending checkpoint. Stop all processes if one of them had a write error."""
         self.checkpoints.wait()
-        for problem in distributed.gather(self.write_error or self.checkpoints.problem):
+        for problem in distributed.all_gather(self.write_error or self.checkpoints.problem):
             if problem:
                 distributed.fail(f"training stopped after step {self.step}: {problem}")
 
-    def _share_buffers(self) -> None:
+    def _broadcast_buffers(self) -> None:
         """Overwrite persistent buffers with those of rank 0, as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
@@ -345,7 +345,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._stop_on_write_error()
-        self._share_buffers()
+        self._broadcast_buffers()
         info = {"config": self.record, "code": self.code, **self.batches.state(self.position)}
         self.checkpoints.save(self.step, self._state(), info)
         self.saved = self.step
@@ -359,7 +359,7 @@ class Trainer:
         if folder is None:
             return
         for optimiser in self.optimisers.values():
-            begin_state(optimiser)
+            init_state(optimiser)
         state = self._state()
         info = checkpoint.load(folder, state)
         for part, optimiser in self.optimisers.items():
@@ -378,7 +378,7 @@ class Trainer:
         gc.collect(1)
         means = distributed.mean(window.means(), self.device)
         rates = window.rates(c.accumulate * c.batch_size * world, world, self.use)
-        rates["memory_gib"] = max(distributed.gather(memory_gib(self.device)))
+        rates["memory_gib"] = max(distributed.all_gather(memory_gib(self.device)))
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():

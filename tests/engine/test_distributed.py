@@ -46,7 +46,7 @@ def worker(folder: Path) -> None:
     else:
         while not (folder / "failed").exists() and time.monotonic() - begin < 60:
             time.sleep(0.1)
-    objects = distributed.gather(rank)  # patient: takes as long as it takes
+    objects = distributed.all_gather(rank)  # patient: takes as long as it takes
     (folder / f"{rank}.json").write_text(json.dumps(seen | {"objects": objects}))
     exit_process(0)
 
