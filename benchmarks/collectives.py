@@ -68,7 +68,7 @@ def _seconds(call: Callable[[], object], tensor: Tensor, repeats: int) -> float:
         call()
         _synchronise(tensor.device)
         durations.append(time.perf_counter() - begin)
-    return max(distributed.gather(statistics.median(durations[2:])))
+    return max(distributed.all_gather(statistics.median(durations[2:])))
 
 
 def _synchronise(device: torch.device) -> None:

@@ -94,7 +94,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        with mock.patch.object(distributed, "patient_group", lambda: dist.group.WORLD):
+        with mock.patch.object(distributed, "new_cpu_group", lambda: dist.group.WORLD):
             yield
     finally:
         dist.destroy_process_group()
@@ -142,7 +142,7 @@ def dry_run(name: str, words: Sequence[str], ranks: int) -> dict[str, Any]:
         data = MadeUpBatches(task, rows)
         with mode, Collectives() as seen, mock.patch.object(Trainer, "_stop_unless_finite"):
             with without_data():
-                trainer = Trainer(task, data, vars(settings), Path(folder))
+                trainer = Trainer(task, data, settings.shared_among(ranks), Path(folder))
             trainer.task.train()
             numbers = trainer._numbers(STEPS * trainer.config.accumulate)
             batches = iter([trainer.batches[number] for number in numbers])

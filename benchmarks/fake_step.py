@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import Operators, nbytes
 from engine.training.ema import ExponentialMovingAverage
-from engine.training.parallel import adamw, begin_state, clipping_groups, prepare_blocks
+from engine.training.parallel import adamw, clipping_groups, init_state, prepare_blocks
 from engine.training.settings import TrainerConfig
 from engine.training.speed import counter
 from engine.training.task import Task
@@ -84,7 +84,7 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
         optimisers = {part: adamw(ps, config) for part, ps in trained.items()}
         ema = ExponentialMovingAverage(task, config.ema_decay)
         for optimiser in optimisers.values():
-            begin_state(optimiser)
+            init_state(optimiser)
         for tensor in [*task.parameters(), *task.buffers()]:
             seen.hold(tensor)
         for p in (p for ps in trained.values() for p in ps):

@@ -28,7 +28,7 @@ from corpora.synthetic.mouth_opening import MouthReader
 from engine.arguments import within
 from engine.errors import UserError
 from engine.evaluation.resynthesis import rebuild
-from engine.evaluation.validation import ALONE
+from engine.evaluation.validation import Share
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
 from engine.metrics.lips import LipOpening, enlarge
 from engine.metrics.picture import reconstruction
@@ -164,7 +164,7 @@ def _drawn(codec, args) -> Iterator[dict[str, Any]]:
     earlier = LiaX.from_pretrained(args.codes).to(args.device) if args.codes else None
     for split in ("seen", "unseen"):
         found = defaultdict(list)
-        for _, frames in held_out_frames(args.drawn, split, args.drawn_clips, codec.size, ALONE):
+        for _, frames in held_out_frames(args.drawn, split, args.drawn_clips, codec.size, Share()):
             made = _made(codec, frames)
             for name, value in reconstruction(frames, made).items():
                 found[name].append(value)

@@ -156,7 +156,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return tokens
 
     try:
-        use.count(step)
+        with use.counting():
+            use.tokens = step()
         for _ in range(job["warmup"] + job["steps"]):
             step()
         seconds = np.mean(durations[-job["steps"] :], 0).tolist()

@@ -35,7 +35,7 @@ from engine.metrics.grid_recogniser import (
     word_numbers,
 )
 from engine.nn.mel import HOP, N_FFT, RATE, mel_filters
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 
 LENGTHS = 0.8, 1.25  # of a clip, as a factor
 FORMANTS = 0.85, 1.35  # frequencies, as a factor
@@ -294,7 +294,7 @@ class GridRecogniserTask(Task):
             rows.append([float(one != two) for one, two in zip(clip.text.split(), heard.split())])
         return torch.tensor(rows)
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         millions = sum(parameter.numel() for parameter in self.recogniser.parameters()) / 1e6
         speakers = ", ".join(self.speakers)
         about = f"""Speech -> a sentence of GRID: verb, colour, preposition, letter, digit, adverb. Convolutions and a

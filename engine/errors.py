@@ -11,7 +11,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -58,18 +57,20 @@ def require_librosa() -> ModuleType:
     return librosa
 
 
-def leaving_out(source: object, total: int) -> Callable[[str, object], None]:
-    """Return a function that warns, once per clip, that a clip of the data set `source` (`total` clips) is skipped,
-    with the reason.
-    """
-    return partial(_leave_out, set(), source, total)
+class SkippedClips:
+    """The skipped clips of the data set `source`, which has `total` clips."""
 
+    def __init__(self, source: object, total: int) -> None:
+        self.source = source
+        self.total = total
+        self.keys: set[str] = set()
 
-def _leave_out(said: set[str], source: object, total: int, key: str, reason: object) -> None:
-    if key not in said:
-        said.add(key)
-        count = f"{len(said)} of {total} so far"
-        print(printable(f"{source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)
+    def warn(self, key: str, reason: object) -> None:
+        """Print on standard error, once per clip, that a clip is skipped."""
+        if key not in self.keys:
+            self.keys.add(key)
+            count = f"{len(self.keys)} of {self.total} so far"
+            print(printable(f"{self.source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

@@ -12,6 +12,15 @@ from engine.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
+LIBRARY = "speaking-faces"
+TASKS = {  # pipeline tag and further tags on the hub, by kind of release
+    "hicodit": ("video-to-video", ("lip-to-speech", "video-to-speech", "arxiv:2604.15923")),
+    "talker_t2av": ("text-to-video", ("talking-head", "text-to-speech", "audio-driven", "arxiv:2604.23586")),
+    "rvq_codec": ("audio-to-audio", ("speech-codec",)),
+    "whisperx_vae": ("audio-to-audio", ("speech-codec",)),
+    "lia_x": ("image-to-video", ("portrait-animation",)),
+    "voice_encoder": ("feature-extraction", ("speaker-embedding",)),
+}
 
 
 def release_folder(source: str | Path, key: str = "") -> Path:

@@ -5,40 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, errors
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, errors
 
 from engine.errors import UserError
-from engine.hub import NAME, release_folder
+from engine.hub import LIBRARY, NAME, TASKS, release_folder
 from engine.release import release_kind
-
-LIBRARY = "speaking-faces"
-TASKS = {  # pipeline tag and further tags on the hub, by kind of release
-    "hicodit": ("video-to-video", ("lip-to-speech", "video-to-speech", "arxiv:2604.15923")),
-    "talker_t2av": ("text-to-video", ("talking-head", "text-to-speech", "audio-driven", "arxiv:2604.23586")),
-    "rvq_codec": ("audio-to-audio", ("speech-codec",)),
-    "whisperx_vae": ("audio-to-audio", ("speech-codec",)),
-    "lia_x": ("image-to-video", ("portrait-animation",)),
-    "voice_encoder": ("feature-extraction", ("speaker-embedding",)),
-}
-
-
-def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
-    """Return the metadata of a model card as YAML front matter.
-
-    `results` maps names of metrics to values on `dataset` and becomes the model-index.
-    """
-    task, tags = TASKS.get(kind, (None, ()))
-    figures = [
-        EvalResult(
-            task_type=task or "other", dataset_type="held-out", dataset_name=dataset, metric_type=name,
-            metric_name=name, metric_value=value,
-        )
-        for name, value in sorted(results.items())
-    ]  # fmt: skip
-    data = ModelCardData(
-        model_name=title, eval_results=figures or None, library_name=LIBRARY, pipeline_tag=task, tags=[*tags] or None
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def publish(

@@ -68,7 +68,7 @@ class Pretrained(nn.Module):
         """Create a network with random weights. `arguments` are the contents of config.yaml without the kind."""
         return cls(cls.Config(**arguments))
 
-    def stored(self) -> dict[str, Tensor]:
+    def release_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that are stored in a release."""
         return self.state_dict()
 
@@ -78,7 +78,8 @@ class Pretrained(nn.Module):
 
     def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
         """Write a release folder in half precision, with `card` as README.md. `extra` is added to config.yaml."""
-        return save_release(folder, self.kind, self.arguments() | (extra or {}), to_float16(self.stored()), card)
+        tensors = to_float16(self.release_state_dict())
+        return save_release(folder, self.kind, self.arguments() | (extra or {}), tensors, card)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:

@@ -18,6 +18,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from engine.errors import UserError
+from engine.untrusted import load_problem
 
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch.save before PyTorch 1.6
 # limits of the nesting depth and number of objects in `plain`
@@ -165,13 +166,6 @@ def _array(value: StandIn) -> np.ndarray:
     if numbers.kind not in "fiu":
         raise ValueError(f"an array of {numbers}")
     return np.frombuffer(data, numbers).reshape(shape, order=order)
-
-
-def load_problem(error: BaseException) -> str:
-    """Return the reason why torch.load failed as one line, without its advice to disable weights_only."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or contains more than tensors"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:

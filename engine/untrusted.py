@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,10 @@ def read_yaml(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception as error:  # yaml and omegaconf raise a dozen types for a damaged file
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
+
+
+def load_problem(error: BaseException) -> str:
+    """Return the reason why torch.load failed as one line, without its advice to disable weights_only."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or contains more than tensors"
+    return str(error).strip().partition("\n")[0] or type(error).__name__

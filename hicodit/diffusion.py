@@ -33,14 +33,10 @@ class LogLinearNoise:
         return (1 - self.eps) / (1 - (1 - self.eps) * t)
 
 
-def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Append dimensions to `value` until it broadcasts against `like` from the left."""
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
-
-
 def masked_at(sigma: Tensor, u: Tensor) -> Tensor:
     """Return a mask of the tokens where the uniform u (B, ...) falls below 1 - exp(-sigma). sigma is (B,)."""
-    return u < -torch.expm1(-expand(sigma, u))
+    sigma = sigma.reshape(len(sigma), *[1] * (u.ndim - 1))
+    return u < -torch.expm1(-sigma)
 
 
 def log_expm1(sigma: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ from engine.cuda_graph import GraphedSteps
 from engine.device import to_device
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
-from engine.faces.landmarks import add_landmarks, read_landmarks
 from engine.faces.source import CASCADE, FaceSource
-from engine.faces.track import FaceError, FaceTrack
+from engine.faces.track import FaceError, FaceTrack, add_landmarks
 from engine.hub import release_folder
 from engine.media.audio import generated_comment, write_wav
 from engine.media.ffmpeg import probe
@@ -271,6 +270,8 @@ class HiCoDiTPipeline:
         if isinstance(landmarks, Path):
             if face_box is not None:
                 raise UserError("face_box and a landmark file both set the position of the face: use only one of them")
+            from engine.faces.landmarks import read_landmarks  # most sources have no landmarks
+
             tracks = [place_landmarks(frames, *read_landmarks(landmarks, Path(name).name), FPS)]
         elif face_box is not None:
             tracks = [place_face(frames, face_box, FPS)]

@@ -23,8 +23,7 @@ from torch import Tensor
 from engine.codec import StreamDecoder
 from engine.errors import UserError
 from engine.faces.detectors import HaarDetector, with_points
-from engine.faces.landmarks import add_landmarks
-from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, add_landmarks, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
 from hicodit.generation import sampler_input
 from hicodit.model import TOKENS_PER_FRAME

@@ -26,7 +26,7 @@ from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_choice
 from engine.shards.source import join, read_index, read_json
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.data import FACE_DETECTOR, FEATURE_TENSORS, HiCoDiTDataset
@@ -357,7 +357,7 @@ class HiCoDiTTask(Task):
         """Return the score network. The condition encoders are not adapted."""
         return self.system.model
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         extra = {
             "codec": str(self.codec),
             "token_digest": self.token_digest,

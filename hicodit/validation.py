@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.device import to_device
-from engine.evaluation.validation import ALONE, ByClip, Share, measure_outputs, spread
+from engine.evaluation.validation import ByClip, Share, measure_outputs, spread
 from engine.faces.clip import ClipFrames
 from engine.faces.source import FaceSource
 from engine.faces.track import FaceTrack
@@ -77,7 +77,7 @@ def evaluate_clips(
     clips: int,
     folder: Path,
     metrics: Sequence[str],
-    share: Share = ALONE,
+    share: Share,
     recordings: Recordings | None = None,
 ) -> dict[str, ByClip]:
     """Measure a share of `clips` prepared clips, with speech generated only from their video.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.errors import UserError, leaving_out
+from engine.errors import SkippedClips, UserError
 from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join
@@ -177,7 +177,7 @@ class TalkerExamples:
         self.words = load_tokenizer(tokenizer)
         self.classes = token_classes(self.words, self.shards.index["symbols"]) if phonemes else None
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
-        self.leave_out = leaving_out(self.shards.source, len(self.shards))  # clips whose text is unusable
+        self.skipped = SkippedClips(self.shards.source, len(self.shards))  # clips whose text is unusable
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -193,7 +193,7 @@ class TalkerExamples:
             try:
                 return info, latents, self.words.prompt(info["text"])
             except UserError as error:
-                self.leave_out(info["key"], error)
+                self.skipped.warn(info["key"], error)
         raise UserError(f"{self.shards.source}: no clip has a usable text, for the reasons above")
 
     def load(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -236,8 +236,8 @@ class TalkerT2AV(Pretrained):
         with torch.device("meta"):
             return cls(TalkerConfig(**arguments["model"]))
 
-    def stored(self) -> dict[str, Tensor]:
-        return upstream.stored(self)
+    def release_state_dict(self) -> dict[str, Tensor]:
+        return upstream.release_state_dict(self)
 
 
 class KeyValues:

@@ -25,7 +25,7 @@ from engine.seeding import generator_for
 from engine.settings import require_range
 from engine.shards.source import join, read_json
 from engine.training import distributed
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from talker_t2av import upstream
 from talker_t2av.alignment import Alignment
 from talker_t2av.data import STAGES, TalkerExamples, collate
@@ -259,7 +259,7 @@ class TalkerTask(Task):
         """Return backbone, patch encoders and heads."""
         return self.model
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
             "codecs": {stream: str(path) for stream, path in self.codecs.items() if path},

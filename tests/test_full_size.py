@@ -84,7 +84,7 @@ def test_names_and_shapes_of_tensors_equal_the_published_checkpoint(lists, ours,
 def test_a_full_size_codec_passes_the_size_check_of_its_release(codec, recipe):
     arguments = plain(compose("train", [f"experiment={recipe}"]).task.codec)
     with torch.device("meta"):
-        state = codec.from_arguments(arguments).stored()
+        state = codec.from_arguments(arguments).release_state_dict()
         with _no_larger_than(state, codec.max_extra_tensors, codec.max_extra_params):
             codec.from_arguments(arguments)
 

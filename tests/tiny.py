@@ -39,7 +39,7 @@ TRAINER = asdict(TrainerConfig()) | {
 
 def fit(task: Task, data: Any, run: Path, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
     """The trained state and the losses of all steps of a run of the trainer."""
-    Trainer(task, data, TRAINER | changes, run).fit()
+    Trainer(task, data, TrainerConfig(**TRAINER | changes), run).fit()
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return task.state_dict(), [line["loss"] for line in lines if "loss" in line]
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from engine.errors import UserError, leaving_out
+from engine.errors import SkippedClips, UserError
 from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
@@ -285,7 +285,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
     first.
     """
     kept = []
-    leave = leaving_out(out.parent, len(paths))
+    skipped = SkippedClips(out.parent, len(paths))
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
@@ -294,7 +294,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
                 array[len(kept)] = sample_frames(path, frames, size, float(phases[i]))
                 kept.append(i)
             except UserError as error:
-                leave(path.stem, error)
+                skipped.warn(path.stem, error)
         if not kept:
             raise UserError(f"{paths[0].parent}: none of its {len(paths)} clips can be read, for the reasons above")
         array.flush()

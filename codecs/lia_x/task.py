@@ -22,7 +22,7 @@ from engine.evaluation.validation import ByClip, Share
 from engine.media.pictures import fit_frames
 from engine.metrics.picture import reconstruction
 from engine.settings import require_range
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import held_out_frames
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural, unexplained
@@ -239,7 +239,7 @@ class LiaXTask(Task):
             results |= {f"{split}/{name}": ByClip(values, np.mean) for name, values in figures.items()}
         return results
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         return self.release_of(
             "codec",
             title="LIA-X",

@@ -24,7 +24,7 @@ from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.vocos import ConvNeXtBlock
 from engine.training import distributed
 from engine.training.gan import GANTask
-from engine.training.task import Release
+from engine.training.task import ReleaseInfo
 from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
@@ -179,7 +179,7 @@ class RVQCodecTask(GANTask):
             vectors = batch["_run"]["latent"].detach().transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
             self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # replacing the oldest
             if (quantized := batch["_run"]["quantized"]) is not None:
-                self.counts += distributed.sum_(count_codes(quantized.codes, self.codec.codes))
+                self.counts += distributed.all_reduce(count_codes(quantized.codes, self.codec.codes))
         return losses
 
     def begin_step(self, step: int) -> None:
@@ -251,7 +251,7 @@ class RVQCodecTask(GANTask):
         """Count the codes of each level."""
         return count_codes(code.cpu(), self.codec.codes)
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         return self.release_of(
             "codec",
             title="RVQ codec",

@@ -26,7 +26,7 @@ from engine.nn.mel import RATE
 from engine.nn.vocos import ConvNeXtBlock
 from engine.shards.recordings import load_waves
 from engine.training.gan import GANTask
-from engine.training.task import Release
+from engine.training.task import ReleaseInfo
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -214,7 +214,7 @@ class WhisperXVAETask(GANTask):
         """Return the latents (T, Z)."""
         return code[0].cpu()
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         return self.release_of(
             "codec",
             title="WhisperX-VAE",

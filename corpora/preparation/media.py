@@ -14,9 +14,9 @@ from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault
 from engine.errors import UserError
 from engine.evaluation.clips import words_of
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_landmarks
-from engine.faces.landmarks import add_landmarks, read_landmarks
+from engine.faces.landmarks import read_landmarks
 from engine.faces.source import FaceSource
-from engine.faces.track import read_face
+from engine.faces.track import add_landmarks, read_face
 from engine.media.audio import read_audio
 from engine.media.video import iter_video
 from engine.settings import require_range

@@ -1,6 +1,7 @@
 """Measurement of clips, in an evaluation and in the trainer's validation.
 
-An evaluation uses several processes and reuses cached measurements, which are keyed by the contents of the files.
+An evaluation uses several processes (`engine.evaluation.workers`) and reuses cached measurements, which are keyed by
+the contents of the files.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,9 +17,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
-from engine import processes
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.files import atomic_output
@@ -140,44 +138,12 @@ def check_files(take: Take) -> float | str:
         return str(error)
 
 
-class Calls(processes.Work):
-    """Runs calls (number, function, argument) in a process with one thread."""
-
-    def __init__(self, number: int) -> None:
-        torch.set_num_threads(1)
-
-    def run(self, item: tuple[int, Callable, Any]) -> Any:
-        _, function, argument = item
-        return function(argument)
-
-
-class Workers(processes.Processes):
-    """Worker processes that run measurements."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count, Calls)
-
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        """Yield `function(item)` for each item, in the order of the items."""
-        results = {}
-        number = 0
-        for (at, *_), result in self.run((at, function, item) for at, item in enumerate(items)):
-            if isinstance(result, processes.Lost):
-                raise UserError(
-                    f"{result.reason}, probably out of memory: lower workers=; finished measurements are kept"
-                )
-            results[at] = result
-            while number in results:
-                yield results.pop(number)
-                number += 1
-
-
 def measure(
     clips: Sequence[Clip],
     metrics: Iterable[Metric],
-    workers: int = 1,
     cache: Path | None = None,
     true_row: bool = True,
+    map_function: Callable = map,
 ) -> Results:
     """Measure every take of every clip.
 
@@ -187,19 +153,17 @@ def measure(
     Args:
         clips: outputs of the systems and the ground truth; audio is a file or a waveform in memory.
         metrics: each is loaded once per process.
-        workers: number of processes; 1 measures in this one.
         cache: folder of cached measurements, which are keyed by the contents of the files. None disables the cache, as
             for waveforms in memory.
         true_row: whether to measure the ground truth as a system named `TRUTH`. Otherwise it is read only by metrics
             that compare with it.
+        map_function: `map`, or the method of `engine.evaluation.workers.Workers`, which measures in several processes.
     """
     results = Results()
-    count = min(workers, len(clips))
-    with Workers(count) if count > 1 else nullcontext() as pool:
-        try:
-            _measure_all(clips, metrics, cache, true_row, pool.map if pool else map, results)
-        finally:
-            _loaded.clear()  # free the network of the last metric
+    try:
+        _measure_all(clips, metrics, cache, true_row, map_function, results)
+    finally:
+        _loaded.clear()  # free the network of the last metric
     return results
 
 
@@ -208,11 +172,11 @@ def _measure_all(
     metrics: Iterable[Metric],
     cache: Path | None,
     true_row: bool,
-    every: Callable,
+    map_function: Callable,
     results: Results,
 ) -> None:
-    """Fill `results`. `every` maps a function over items."""
-    good = _readable(clips, results, every, true_row)
+    """Fill `results`."""
+    good = _readable(clips, results, map_function, true_row)
     for metric in metrics:
         start = time.monotonic()
         name = metric.name
@@ -225,7 +189,7 @@ def _measure_all(
                 works.append((own, clip.truth))
             if not any(takes for takes, _ in works):  # such as video metrics of systems without video
                 continue
-            calls = map if metric.device.startswith("cuda") and not metric.parallel else every
+            calls = map if metric.device.startswith("cuda") and not metric.parallel else map_function
             done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
             measured = [(clip.id, *outcome) for (clip, _), outcome in zip(good, done, strict=True)]
         except UserError as error:
@@ -251,7 +215,7 @@ def _measure_all(
 
 
 def _readable(
-    clips: Sequence[Clip], results: Results, every: Callable, true_row: bool
+    clips: Sequence[Clip], results: Results, map_function: Callable, true_row: bool
 ) -> list[tuple[Clip, dict[str, Take]]]:
     """Return the clips, restricted to takes whose files can be read. With `true_row`, the ground truth is among the
     takes.
@@ -261,7 +225,7 @@ def _readable(
     if not true_row:
         return [(clip, dict(clip.takes)) for clip in clips]
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
-    for (clip, name, _), found in zip(pairs, every(check_files, [take for _, _, take in pairs])):
+    for (clip, name, _), found in zip(pairs, map_function(check_files, [take for _, _, take in pairs])):
         if isinstance(found, str):
             results.failed.append({"clip": clip.id, "system": name, "where": "file", "why": found})
         else:

@@ -22,6 +22,7 @@ from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_t
 from engine.evaluation.report import write_report
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.evaluation.systems import Registry, choose_systems, output_folders
+from engine.evaluation.workers import Workers
 from engine.files import writable, write_json
 from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
@@ -159,7 +160,9 @@ def measure_clips(
     workers = config.workers or usable_cores()
     names = ", ".join(clips[0].takes) or "ground-truth speech alone"
     print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
-    results = measure(clips, dict.fromkeys(metrics.values()), workers, cache)
+    count = min(workers, len(clips))
+    with Workers(count if count > 1 else 0) as processes:
+        results = measure(clips, dict.fromkeys(metrics.values()), cache, map_function=processes.map)
     summary = summarise(clips, results, with_free_words(metrics, results), config.resamples, config.compare)
     if not summary["figures"]:
         print_left_out(summary)

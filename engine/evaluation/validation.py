@@ -27,8 +27,9 @@ from engine.metrics.registry import metrics_of, protocol_of
 class Share:
     """The part of the items that process `rank` of `count` measures. Parts are contiguous, and smaller ones come first.
 
-    The first process also computes the metrics that cannot be divided. It has at least one item if there are any, so
-    that its random generators are in the same state as in a single process.
+    By default, a single process measures all items. The first process also computes the metrics that cannot be divided.
+    It has at least one item if there are any, so that its random generators are in the same state as in a single
+    process.
     """
 
     rank: int = 0
@@ -48,7 +49,6 @@ class Share:
         return self.rank == 0
 
 
-ALONE = Share()
 OUTPUT = "output"  # name of the only system of a validation
 
 

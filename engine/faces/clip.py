@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector, middle_of
-from engine.faces.landmarks import fill_landmarks
-from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_faces, track_of_boxes
+from engine.faces.track import Face, FaceError, FaceTrack, fill_landmarks, landmark_track, track_faces, track_of_boxes
 from engine.media.video import iter_video
 from engine.progress import watched
 

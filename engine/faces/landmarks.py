@@ -7,17 +7,15 @@ iBUG 300-W (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engi
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
 from engine.errors import UserError, package_folder, require
 from engine.faces.detectors import POINTS, FaceDetector
-from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, face_distance
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, face_distance, stack_landmarks
 from engine.untrusted import read_json
 
 SIDE = 256  # size of the tracked box in pixels, within an image of twice the size that dlib processes
@@ -26,35 +24,6 @@ TRIES = np.array([0.92, 1.0, 1.08])  # scales of dlib's box; the median of the p
 MAX_BYTES = 2**28  # maximum size of a landmark file in bytes
 MAX_FRAMES = 200_000  # an hour at 25 frames per second has 90,000
 SUFFIXES = (".json", ".npz", ".pkl")
-
-
-# Yields the landmarks (P, 2) of a tracked face in each frame of a clip, or None. The clip is a re-iterable over blocks
-# (n, H, W, 3).
-LandmarkFinder = Callable[[Iterable[np.ndarray], FaceTrack], Iterator[np.ndarray | None]]
-
-
-def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
-    """Add landmarks to every frame of the track. Missing landmarks are interpolated over time."""
-    return replace(track, landmarks=fill_landmarks(*_stacked(list(finder(blocks, track)))))
-
-
-def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
-    if not present.any():
-        raise FaceError("no frame of the clip has landmarks: use another file, or omit face_landmarks")
-    time = np.arange(len(landmarks))
-    index = np.flatnonzero(present)
-    flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
-    filled = np.stack([np.interp(time, index, column[index]) for column in flat.T], 1)
-    filled[index] = flat[index]
-    return filled.reshape(landmarks.shape)
-
-
-def _stacked(frames: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Stack the landmarks (P, 2) or None of each frame to (T, P, 2), with zeros for None, and a mask (T,)."""
-    present = np.array([points is not None for points in frames], bool)
-    zeros = next((np.zeros_like(points, np.float64) for points in frames if points is not None), np.zeros((5, 2)))
-    return np.stack([zeros if points is None else np.asarray(points, np.float64) for points in frames]), present
 
 
 class Dlib68:
@@ -168,7 +137,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
         shapes = {np.shape(points) for points in frames if points is not None}
         if len(frames) > MAX_FRAMES or len(shapes) > 1 or not shapes <= {(68, 2), (5, 2)}:
             raise ValueError(f"{len(frames)} frames with landmarks of shapes {sorted(shapes)[:3]}")
-        landmarks, present = _stacked(frames)
+        landmarks, present = stack_landmarks(frames)
         if not np.isfinite(landmarks).all():
             raise ValueError("a number that is not finite")
     except UserError:

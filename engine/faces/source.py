@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, YuNetDetector
-from engine.faces.landmarks import SUFFIXES, Dlib68, LandmarkFinder, nearest_face
+from engine.faces.track import LandmarkFinder
 
 CASCADE = "cascade"  # source of shards and releases that do not record one
 FILES = "files"
@@ -46,6 +46,8 @@ class FaceSource:
             name = "yunet"
         if face_landmarks is None:
             return cls(found, None, name)
+        from engine.faces.landmarks import SUFFIXES, Dlib68, nearest_face  # most sources have no landmarks
+
         if face_landmarks == "dlib68":
             return cls(found, Dlib68(), f"{name}+dlib68")
         if face_landmarks == "mtcnn":

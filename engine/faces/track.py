@@ -5,7 +5,7 @@ Axes: T frames, H height, W width, n detections, P landmarks. Boxes are (x, y, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,11 @@ class FaceTrack:
         """Return the intervals without a visible face, such as "2.0-3.4 s, 7.1-8.0 s", or ""."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], ~self.seen, [0]]).astype(int)))
         return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
+
+
+# Yields the landmarks (P, 2) of a tracked face in each frame of a clip, or None. The clip is a re-iterable over blocks
+# (n, H, W, 3).
+LandmarkFinder = Callable[[Iterable[np.ndarray], FaceTrack], Iterator[np.ndarray | None]]
 
 
 def read_face(face: str | int) -> str | int:
@@ -437,3 +442,27 @@ def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> Fa
     detections = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
     track = _smooth(_link(detections, fps), len(points), fps)
     return _check_coverage(replace(track, seen=present, landmarks=landmarks), fps)
+
+
+def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
+    """Add landmarks to every frame of the track. Missing landmarks are interpolated over time."""
+    return replace(track, landmarks=fill_landmarks(*stack_landmarks(list(finder(blocks, track)))))
+
+
+def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
+    if not present.any():
+        raise FaceError("no frame of the clip has landmarks: use another file, or omit face_landmarks")
+    time = np.arange(len(landmarks))
+    index = np.flatnonzero(present)
+    flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
+    filled = np.stack([np.interp(time, index, column[index]) for column in flat.T], 1)
+    filled[index] = flat[index]
+    return filled.reshape(landmarks.shape)
+
+
+def stack_landmarks(frames: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Stack the landmarks (P, 2) or None of each frame to (T, P, 2), with zeros for None, and a mask (T,)."""
+    present = np.array([points is not None for points in frames], bool)
+    zeros = next((np.zeros_like(points, np.float64) for points in frames if points is not None), np.zeros((5, 2)))
+    return np.stack([zeros if points is None else np.asarray(points, np.float64) for points in frames]), present

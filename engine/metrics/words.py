@@ -35,7 +35,6 @@ from torch import Tensor
 
 from engine.errors import UserError, printable
 from engine.evaluation.statistics import derangement
-from engine.metrics.grid_recogniser import LETTER, GridRecogniser, is_sentence
 from engine.metrics.metric import Figure, Metric, Rows, Take, text_of, wave_of
 from engine.metrics.recogniser import Recogniser
 from engine.untrusted import read_json
@@ -70,7 +69,10 @@ class WordErrors(Metric):
             self.free = Recogniser(model) if model.is_file() else None
             self.vocabulary = set(re.findall(r"[\w'-]+", grammar.read_text()))
         elif self.kind == "grid":
-            self.closed = GridRecogniser.from_pretrained(self.folder)
+            from engine.metrics import grid_recogniser  # its mel filters import transformers, which takes seconds
+
+            self.grid = grid_recogniser
+            self.closed = grid_recogniser.GridRecogniser.from_pretrained(self.folder)
         elif self.kind != "auto-avsr":
             self.processor, self.model = load_speech_model(self.folder, self.device)
 
@@ -153,7 +155,7 @@ class WordErrors(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         spoken = text_of(truth)
-        if self.kind == "grid" and not is_sentence(spoken):
+        if self.kind == "grid" and not self.grid.is_sentence(spoken):
             raise UserError(f"its text {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
         text = self.normalise(spoken, take.language)
@@ -162,7 +164,8 @@ class WordErrors(Metric):
         if self.is_free(spoken):
             found["wer_free"] = found.pop("wer")
         if self.kind == "grid":
-            found["letter_errors"] = (float(text.split()[LETTER] != words.split()[LETTER]), 1)
+            letter = self.grid.LETTER
+            found["letter_errors"] = (float(text.split()[letter] != words.split()[letter]), 1)
         return {**found, "heard": heard, "text": text, "words": words}
 
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:

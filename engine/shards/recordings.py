@@ -19,7 +19,7 @@ import torchaudio
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from engine.errors import UserError, leaving_out
+from engine.errors import SkippedClips, UserError
 from engine.media.audio import read_audio
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
@@ -64,12 +64,12 @@ def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.n
         return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
     names = [row["id"] for row in read_manifest(root, split)[:count]]
     waves = []
-    leave_out = leaving_out(join(root, split), len(names))
+    skipped = SkippedClips(join(root, split), len(names))
     for name in names:
         try:
             waves.append(read_audio(Path(root) / split / f"{name}.wav", rate))
         except UserError as error:
-            leave_out(name, error)
+            skipped.warn(name, error)
             last = error
     if not waves:
         raise last
@@ -85,7 +85,7 @@ class WavFiles:
         self.names = [row["id"] for row in read_manifest(root, split)]
         self.rate = rate
         self.folder = Path(root) / split
-        self.leave_out = leaving_out(join(root, split), len(self.names))
+        self.skipped = SkippedClips(join(root, split), len(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -107,7 +107,7 @@ class WavFiles:
                     return torch.from_numpy(file.read(-1 if most is None else most, dtype="float32"))
             except (UserError, soundfile.LibsndfileError, OSError) as error:
                 last = error if isinstance(error, UserError) else UserError(f"{path} cannot be read ({error})")
-                self.leave_out(name, last)
+                self.skipped.warn(name, last)
         raise last
 
 

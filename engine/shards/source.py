@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from engine import untrusted
-from engine.download import NoNetworkError, RemoteFile, fetch
 from engine.errors import UserError
 from engine.files import atomic_output, checksum
 from engine.untrusted import safe_name
@@ -216,6 +215,8 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
     """Copy the file of a URL to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme in ("http", "https"):
+        from engine.download import NoNetworkError, RemoteFile, fetch  # takes half a second, and most splits are local
+
         try:
             fetch(RemoteFile(path.name, url, size, most=MAX_JSON), path.parent, retry_delay=RETRY_DELAY, progress=False)
         except NoNetworkError:

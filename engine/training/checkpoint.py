@@ -31,10 +31,9 @@ from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
 from engine.files import checksum, write_json
-from engine.torch_files import load_problem
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
-from engine.untrusted import parse_json, read_json, safe_name
+from engine.untrusted import load_problem, parse_json, read_json, safe_name
 
 INFO = "info.json"
 RESULTS = "results.json"
@@ -64,7 +63,7 @@ class Checkpoints:
         self.keep = keep
         self.best = best
         # A separate group: collective calls of the thread must not mix with those of training.
-        self._group = distributed.patient_group() if dist.is_initialized() else None
+        self._group = distributed.new_cpu_group() if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
         self.problem: str | None = None  # one-line description of a write error
@@ -128,7 +127,7 @@ class Checkpoints:
                     own.insert(0, staging / ".metadata")
                 written = {path.name: _fingerprint(path) for path in own}
             files = {}
-            for written_by_rank in distributed.gather(written, self._group):
+            for written_by_rank in distributed.all_gather(written, self._group):
                 files |= written_by_rank
             with self._together():
                 if distributed.is_main():
@@ -146,7 +145,7 @@ class Checkpoints:
             yield
         except OSError as error:
             problem = str(error)
-        for each in distributed.gather(problem, self._group):
+        for each in distributed.all_gather(problem, self._group):
             if each is not None:
                 raise OSError(each)
 

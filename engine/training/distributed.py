@@ -19,7 +19,7 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 _groups: list[dist.ProcessGroup] = []  # see `shutdown`
-PATIENT = timedelta(hours=4)  # timeout for objects and checkpoints, as rank 0 may prepare data in the meantime
+CPU_TIMEOUT = timedelta(hours=4)  # timeout for objects and checkpoints, as rank 0 may prepare data in the meantime
 TIMEOUT = timedelta(minutes=10)  # timeout of tensor collectives, to detect hanging processes early
 # NCCL's flight recorder dumps the last collectives when one of them times out.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -51,46 +51,49 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
     return device
 
 
-def patient_group() -> dist.ProcessGroup:
+def new_cpu_group() -> dist.ProcessGroup:
     """Create a gloo group of all processes with a long timeout, for CPU tensors. All processes must call this."""
-    group = dist.new_group(backend="gloo", timeout=PATIENT)
+    group = dist.new_group(backend="gloo", timeout=CPU_TIMEOUT)
     _groups.append(group)
     return group
 
 
-def control() -> dist.ProcessGroup:
+def cpu_group() -> dist.ProcessGroup:
     """Return the group for objects and flags, which does not use the device. It is created on first use by all
     processes.
     """
-    return _group_beside(dist.group.WORLD)
+    return _cpu_group_of(dist.group.WORLD)
 
 
-_group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # once per process group
+@lru_cache(maxsize=1)
+def _cpu_group_of(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create the CPU group beside a process group, once."""
+    return new_cpu_group()
 
 
-class Agreement:
-    """Flags that any process can raise and that all processes see in the next call.
+class AsyncFlags:
+    """Flags that any process can set and that all processes see in the next call.
 
-    The all-reduce runs on CPU tensors in the background, so that no device sync is needed.
+    The all-reduce is asynchronous and on CPU tensors, so that no device sync is needed.
     """
 
     def __init__(self) -> None:
         self._work: dist.Work | None = None
         self._flags = torch.zeros(0)
 
-    def reach(self, *flags: bool) -> list[bool]:
-        """Raise `flags`. Return the flags that any process raised in the previous call (in this call for a single
-        process).
+    def all_reduce(self, *flags: bool) -> list[bool]:
+        """Start the all-reduce of `flags`. Return the flags that any process set in the previous call (in this call
+        for a single process).
         """
         if not dist.is_initialized():
             return list(flags)
-        known = [False] * len(flags)
+        previous = [False] * len(flags)
         if self._work:
             self._work.wait()
-            known = self._flags.bool().tolist()
+            previous = self._flags.bool().tolist()
         self._flags = torch.tensor(flags, dtype=torch.int32)
-        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=control(), async_op=True)
-        return known
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=cpu_group(), async_op=True)
+        return previous
 
 
 def shutdown() -> None:
@@ -130,19 +133,19 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return {key: means[key] for key in values}
 
 
-def sum_(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """Sum `values` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+def all_gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the `value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=group or control())
+    dist.all_gather_object(values, value, group=group or cpu_group())
     return values
 
 
@@ -178,7 +181,7 @@ def from_main(action: Callable[[], T]) -> T:
         except UserError as error:
             box[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0, group=control())
+        dist.broadcast_object_list(box, 0, group=cpu_group())
     if box[1] is not None:
         fail(box[1])
     return box[0]

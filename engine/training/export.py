@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import report_os_errors, write_json
-from engine.publish import front_matter
+from engine.hub import LIBRARY, TASKS
 from engine.release import SCALE, read_release, release_kind, save_release, to_float16
 from engine.training import checkpoint
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from engine.untrusted import parse_json, read_json
 
 # files in a run's folder
@@ -63,7 +64,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     if found is None or problem:
         raise UserError(f"{run} has no checkpoint to export{f' of step {step}' if step is not None else ''}: {problem}")
     try:
-        release = Release(**read_json(run / DESCRIPTION))
+        release = ReleaseInfo(**read_json(run / DESCRIPTION))
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
     state, info = checkpoint.read(found, ("model.", "ema."))
@@ -78,7 +79,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     return found
 
 
-def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
+def write(folder: str | Path, release: ReleaseInfo, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
     """Write a release in half precision from the state dict of a task, with `text` as its card and the files of
     `files`.
     """
@@ -122,7 +123,7 @@ def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield line, record
 
 
-def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
+def card(release: ReleaseInfo, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
     """Return the text of the model card: description, usage, data, recipe and metrics.
 
     Args:
@@ -165,6 +166,25 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         parts.append(f"The run's whole config:\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(config)))}```")
     parts.append("No licence is stated: choose one before publishing the weights.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
+    """Return the metadata of a model card as YAML front matter.
+
+    `results` maps names of metrics to values on `dataset` and becomes the model-index.
+    """
+    task, tags = TASKS.get(kind, (None, ()))
+    figures = [
+        EvalResult(
+            task_type=task or "other", dataset_type="held-out", dataset_name=dataset, metric_type=name,
+            metric_name=name, metric_value=value,
+        )
+        for name, value in sorted(results.items())
+    ]  # fmt: skip
+    data = ModelCardData(
+        model_name=title, eval_results=figures or None, library_name=LIBRARY, pipeline_tag=task, tags=[*tags] or None
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:

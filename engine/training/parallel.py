@@ -48,7 +48,7 @@ class ParallelTask:
     Args:
         task: the task. Only the weights of the main process are used; in other processes, parameters may be on the meta
             device (see `build_once`).
-        config: `parallel`, `precision`, `compile`, `checkpointing`, `reshard_after_forward` and `reduce_each` are used.
+        config: `parallel`, `precision`, `compile` and `checkpointing` are used.
         device: device of the task, or of the shards of this process.
 
     Attributes:
@@ -57,7 +57,6 @@ class ParallelTask:
 
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
-        self.reduce_each = config.reduce_each
         self.task = without_weights(task) if self.sharded else task.to(device)
         self._spare = without_weights(task) if self.sharded else None  # used by `evaluation_copy`
         prepare_blocks(self.task, config.compile, config.checkpointing)
@@ -84,10 +83,10 @@ class ParallelTask:
         blocks = self.task.blocks()
         ignored = {p for module in self.task.unsharded_modules() for p in module.parameters()}
         for unit in blocks:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
         for embedding in _large_embeddings(self.task, blocks):
             tied = _holders(self.task, embedding.weight)
-            fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+            fully_shard(embedding, mesh=mesh, mp_policy=policy)
             for module, name in tied:  # sharding only replaces the weight of the embedding itself
                 setattr(module, name, embedding.weight)
             ignored.add(embedding.weight)
@@ -102,17 +101,13 @@ class ParallelTask:
         Args:
             factors: factor () of each loss by name. Other losses are unchanged.
         """
-        return self._losses(_Opaque(batch), part, factors or {})
+        return self._losses(partial(self.task, batch, part), factors or {})
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Context for forward and backward of a micro-batch. Gradients are only averaged over processes in the `last`
-        one.
-
-        When sharded with `reduce_each`, they are averaged in every micro-batch.
-        """
+        """Context for forward and backward of a micro-batch. Processes average gradients in the `last` one."""
         if self.sharded:
-            self._losses.set_requires_gradient_sync(last or self.reduce_each)
+            self._losses.set_requires_gradient_sync(last)
         waits = isinstance(self._losses, DistributedDataParallel) and not last
         with self._losses.no_sync() if waits else nullcontext():
             yield
@@ -128,7 +123,7 @@ class ParallelTask:
         if not self.sharded or not parameters:
             return clip_grad_norm_(parameters, limit)
         kinds = list(_by_kind(parameters).values())
-        norm = torch.stack([_full(get_total_norm([p.grad for p in kind])) for kind in kinds]).norm()
+        norm = torch.stack([_full_tensor(get_total_norm([p.grad for p in kind])) for kind in kinds]).norm()
         for kind in kinds:
             clip_grads_with_norm_(kind, limit, norm)
         return norm
@@ -150,7 +145,7 @@ class ParallelTask:
     @contextmanager
     def _gathered(self, ema: ExponentialMovingAverage) -> Iterator[None]:
         """Load the gathered weights and the buffers of the sharded task into the spare task within the block."""
-        whole = {id(p): _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
+        whole = {id(p): _full_tensor(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
         weights = {name: whole[id(p)] for name, p in self.task.named_parameters(remove_duplicate=False)}
         empty = {name: p.detach() for name, p in self._spare.named_parameters(remove_duplicate=False)}
         for name, buffer in self.task.named_buffers(remove_duplicate=False):
@@ -183,7 +178,7 @@ def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) 
     return [group for group in (list(remaining.values()), *groups) if group]
 
 
-def begin_state(optimiser: torch.optim.Optimizer) -> None:
+def init_state(optimiser: torch.optim.Optimizer) -> None:
     """Initialise the state of AdamW as in its first step, so that a checkpoint can be loaded into it."""
     for p in (p for group in optimiser.param_groups for p in group["params"]):
         count = torch.zeros((), device=p.device)
@@ -198,7 +193,7 @@ def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list
     return groups
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor, gathered if it is sharded. All processes must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -294,22 +289,18 @@ def _set_buffer(task: Task, name: str, buffer: Tensor) -> None:
     setattr(task.get_submodule(module), last, buffer)
 
 
-class _Opaque:
-    """Hides a batch from wrappers, which would copy it, so that values stored by one part reach the next."""
-
-    def __init__(self, batch: dict[str, Any]):
-        self.batch = batch
-
-
 class _Losses(nn.Module):
-    """Wraps the task for DDP: only the output `loss` may be attached to the graph."""
+    """The module that DDP or FSDP wraps. Only the output `loss` is attached to the graph, as DDP requires.
+
+    The input is the call of the task. FSDP would copy a batch, and values stored by one part would not reach the next.
+    """
 
     def __init__(self, task: Task):
         super().__init__()
         self.task = task
 
-    def forward(self, hidden: _Opaque, part: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        losses = self.task(hidden.batch, part)
+    def forward(self, call: Callable[[], dict[str, Tensor]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = call()
         loss = losses["loss"]
         for name, factor in factors.items():
             if name in losses:

@@ -60,7 +60,7 @@ def run(config: DictConfig, command: str) -> int:
     loop = Trainer(
         make_task() if trainer.parallel == "ddp" else build_once(make_task),
         build(config.data.train),
-        plain(config.trainer),
+        trainer,
         run=config.run,
         record={**plain(config), "command": command},
         fresh=config.fresh,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,31 +52,37 @@ class Utilisation:
     FLOPs (matrix products, convolutions and attention, forward and backward, as counted by torch.utils.flop_counter)
     are counted in one step and scaled by the number of tokens. Hardware FLOPs utilisation (HFU) includes recomputation
     by activation checkpointing, MFU excludes it (PaLM, arXiv 2204.02311, app. B).
+
+    Args:
+        peak: peak of the device in TFLOP/s. None: unknown, nothing is counted.
+
+    Attributes:
+        tokens: number of tokens of the counted step, which the caller sets.
     """
 
     def __init__(self, peak: float | None):
         self.peak = peak
-        self._counted: tuple[int, int, int] | None = None  # FLOPs, recomputed FLOPs among them, tokens
+        self.tokens = 0
+        self._counted: tuple[int, int] | None = None  # FLOPs, recomputed FLOPs among them
 
-    def count(self, step: Callable[..., int], *arguments: Any) -> None:
-        """Run a step, which returns its number of tokens. Count its FLOPs unless this was already done or no peak is
-        known.
-        """
-        if self.peak is None or self._counted:
-            step(*arguments)
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the FLOPs of the training step in the block."""
+        if self.peak is None:
+            yield
             return
         _recomputed.clear()
         # Operations in compiled code are not counted.
         with torch.compiler.set_stance("force_eager"), counter() as flops:
-            tokens = step(*arguments)
-        self._counted = flops.get_total_flops(), sum(_recomputed), tokens
+            yield
+        self._counted = flops.get_total_flops(), sum(_recomputed)
 
     def share(self, tokens: int, steps: int, seconds: float) -> dict[str, float]:
         """Return `mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} if the peak is unknown."""
         if self.peak is None or self._counted is None:
             return {}
-        operations, again, counted_tokens = self._counted
-        rate = (tokens / counted_tokens if counted_tokens else steps) / seconds / (self.peak * 1e12)
+        operations, again = self._counted
+        rate = (tokens / self.tokens if self.tokens else steps) / seconds / (self.peak * 1e12)
         return {"mfu": (operations - again) * rate, "hfu": operations * rate}
 
 
@@ -103,7 +109,7 @@ def _recount() -> Iterator[None]:
 
 
 @contextmanager
-def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
+def backend_options(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
     """Set backend options for a training loop and restore them afterwards. Yield a line that describes them.
 
     In bf16, operations that autocast keeps in float32 may use TF32; fp32 means float32 throughout. cuDNN benchmarking

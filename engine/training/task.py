@@ -17,7 +17,7 @@ from engine.evaluation.validation import ByClip, Share
 
 
 @dataclass(frozen=True)
-class Release:
+class ReleaseInfo:
     """Contents of a release besides its weights.
 
     Attributes:
@@ -108,7 +108,7 @@ class Task(nn.Module):
         """
         return {}
 
-    def release_info(self) -> Release | None:
+    def release_info(self) -> ReleaseInfo | None:
         """Return the contents of the release besides its weights, or None if the task is not released. See
         `release_of`.
         """
@@ -116,14 +116,14 @@ class Task(nn.Module):
 
     def release_of(
         self, module: str, title: str, about: str, usage: str, extra: dict[str, Any] | None = None
-    ) -> Release:
+    ) -> ReleaseInfo:
         """Return the description of a release of the `Pretrained` submodule `module`. `extra` is added to its
         config.
         """
         network = self.get_submodule(module)
-        left_out = tuple(sorted(network.state_dict().keys() - network.stored().keys()))
+        left_out = tuple(sorted(network.state_dict().keys() - network.release_state_dict().keys()))
         config = network.arguments() | (extra or {})
-        return Release(network.kind, config, module, title, about, usage, left_out, self.lora_scale)
+        return ReleaseInfo(network.kind, config, module, title, about, usage, left_out, self.lora_scale)
 
     def release_files(self, folder: Path) -> None:
         """Write further files of a release, such as a tokenizer, to `folder`."""

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from engine.errors import UserError, require
 from engine.files import report_os_errors, write_text
-from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
@@ -87,7 +86,11 @@ class Tracker:
 
         The name of a file is validation/PATH WITHOUT SUFFIX/KIND, so that a clip has the same name at each step.
         """
-        for path in sorted(folder.rglob("*")) if self._wandb or self._events else ():
+        if not (self._wandb or self._events):
+            return
+        from engine.media.pictures import spectrogram  # imports OpenCV, which speech runs do not need
+
+        for path in sorted(folder.rglob("*")):
             name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
             if path.suffix == ".wav":
                 wave, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -13,7 +13,7 @@ import errno
 import gc
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,15 @@ from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, figures_of
 from engine.files import refuse_links
 from engine.seeding import seed_for
-from engine.settings import make
 from engine.training import checkpoint, distributed
 from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
-from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups
+from engine.training.parallel import ParallelTask, adamw, clipping_groups, init_state
 from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
-from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
+from engine.training.speed import Utilisation, backend_options, memory_gib, peak_tflops, tracing
 from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
@@ -49,7 +48,7 @@ class Trainer:
     Args:
         task: see `Task`; it is moved to the device.
         dataset: see `engine.training.batches.TrainingSet`.
-        config: the fields of `TrainerConfig`.
+        config: settings, divided among the processes by `TrainerConfig.shared_among`.
         run: folder of this run. An earlier run in it is resumed.
         record: the complete config, which is stored with checkpoints and log.
         fresh: delete earlier checkpoints, unless torchrun or SLURM restarted this process.
@@ -59,35 +58,35 @@ class Trainer:
         self,
         task: Task,
         dataset: TrainingSet,
-        config: Mapping[str, Any],
+        config: TrainerConfig,
         run: str | Path,
         record: dict[str, Any] | None = None,
         fresh: bool = False,
     ):
-        self.config = c = make(TrainerConfig, config).shared_among(distributed.world_size())
+        self.config = config
         if len(dataset) == 0:
             raise UserError("the training set is empty: check data.root")
         self.run = Path(run)
         self.record = record or {}
         self.fresh = fresh
         self.code = checkpoint.code_version()
-        self.device = pick_device(c.device)
-        self.parallel = ParallelTask(task, c, self.device)
+        self.device = pick_device(config.device)
+        self.parallel = ParallelTask(task, config, self.device)
         self.task = self.parallel.task
         self.parameters = {}
         self.optimisers = {}
         self.clipped = {}
         for part, module in self.task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
-            self.optimisers[part] = adamw(self.parameters[part].values(), c)
+            self.optimisers[part] = adamw(self.parameters[part].values(), config)
             self.clipped[part] = clipping_groups(self.parameters[part].values(), self.task.separate_clip_groups())
-        self.ema = ExponentialMovingAverage(self.task, c.ema_decay)
+        self.ema = ExponentialMovingAverage(self.task, config.ema_decay)
         self.buffers = [name for name, _ in self.task.named_buffers() if name in self.task.state_dict()]
-        samples_per_step = c.batch_size * c.accumulate * distributed.world_size()
-        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length, step=samples_per_step)
-        self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
-        self.agreement = distributed.Agreement()
-        self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
+        samples_per_step = config.batch_size * config.accumulate * distributed.world_size()
+        self.batches = MicroBatches(dataset, config.batch_size, config.seed, config.by_length, step=samples_per_step)
+        self.checkpoints = Checkpoints(self.run / "checkpoints", config.keep, config.best)
+        self.flags = distributed.AsyncFlags()
+        self.use = Utilisation(peak_tflops(config.peak_tflops, self.device))
         self.step = 0  # steps done
         self.position = 0  # index of the next micro-batch, over all processes
         self.saved: int | None = None  # the last step with a checkpoint
@@ -107,7 +106,8 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        start = self.step, self.validated == self.step
+        first = self.step
+        start = first, self.validated == first
         tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         window = Window()
         stopping = False
@@ -123,7 +123,7 @@ class Trainer:
             with (
                 stop_requests() as stops,
                 tracing(self.run / "profile", c.profile, distributed.rank()) as trace,
-                steady(self.device, c.precision, self.batches.fixed_shapes) as settings,
+                backend_options(self.device, c.precision, self.batches.fixed_shapes) as settings,
             ):
                 self._say(settings)
                 if self.step == 0 and c.sanity_validation:
@@ -136,11 +136,15 @@ class Trainer:
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
-                    self.use.count(self._train_step, batches, window)
+                    if self.step == first:
+                        with self.use.counting():
+                            self.use.tokens = self._train_step(batches, window)
+                    else:
+                        self._train_step(batches, window)
                     if trace:
                         trace.step()
                     failing = bool(self.write_error or self.checkpoints.problem)
-                    stopping, failed = self.agreement.reach(bool(stops), failing)  # in any process
+                    stopping, failed = self.flags.all_reduce(bool(stops), failing)  # in any process
                     if failed:
                         self._stop_on_write_error()
                     last = stopping or self.step == c.steps
@@ -188,7 +192,7 @@ class Trainer:
         If one process fails, all of them stop, as the others would wait for it.
         """
         figures: dict[str, float | ByClip] = {}
-        self._share_buffers()
+        self._broadcast_buffers()
         with self.parallel.evaluation_copy(self.ema) as task:
             torch.manual_seed(seed_for(self.config.seed, "validate"))
             try:
@@ -202,7 +206,7 @@ class Trainer:
                     self._stop_on_write_error()
                 raise
         self._stop_on_write_error()
-        return distributed.gather(figures)
+        return distributed.all_gather(figures)
 
     def _sanity_check(self) -> None:
         """Measure one clip per process before the first step, to detect errors of the validation early."""
@@ -220,7 +224,7 @@ class Trainer:
         """Update all parts with the next micro-batches. Return the number of tokens."""
         micro_batches = [window.next(batches) for _ in range(self.config.accumulate)]
         factors = self._loss_factors(micro_batches)
-        self._share_buffers()
+        self._broadcast_buffers()
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
@@ -256,7 +260,7 @@ class Trainer:
         if not names or total == 1:
             return [{} for _ in counts]
         elements = torch.tensor([[each[name] for name in names] for each in counts]).double().to(self.device)
-        mean = distributed.sum_(elements.sum(0)) / total
+        mean = distributed.all_reduce(elements.sum(0)) / total
         factors = (elements / mean.clamp(min=1e-9)).float()
         return [dict(zip(names, row.unbind())) for row in factors]
 
@@ -294,7 +298,7 @@ class Trainer:
         for number, each in zip(self._numbers(self.config.accumulate), losses):
             if not each["loss"].isfinite():
                 bad += self.batches.samples(number)
-        samples = [sample for samples_of_rank in distributed.gather(bad) for sample in samples_of_rank]
+        samples = [sample for samples_of_rank in distributed.all_gather(bad) for sample in samples_of_rank]
         listed = ", ".join(map(str, samples[:MOST_SAMPLES])) + (", ..." if len(samples) > MOST_SAMPLES else "")
         where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
         distributed.fail(
@@ -315,11 +319,11 @@ class Trainer:
     def _stop_on_write_error(self) -> None:
         """Wait for the pending checkpoint. Stop all processes if one of them had a write error."""
         self.checkpoints.wait()
-        for problem in distributed.gather(self.write_error or self.checkpoints.problem):
+        for problem in distributed.all_gather(self.write_error or self.checkpoints.problem):
             if problem:
                 distributed.fail(f"training stopped after step {self.step}: {problem}")
 
-    def _share_buffers(self) -> None:
+    def _broadcast_buffers(self) -> None:
         """Overwrite persistent buffers with those of rank 0, as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
@@ -341,7 +345,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._stop_on_write_error()
-        self._share_buffers()
+        self._broadcast_buffers()
         info = {"config": self.record, "code": self.code, **self.batches.state(self.position)}
         self.checkpoints.save(self.step, self._state(), info)
         self.saved = self.step
@@ -355,7 +359,7 @@ class Trainer:
         if folder is None:
             return
         for optimiser in self.optimisers.values():
-            begin_state(optimiser)
+            init_state(optimiser)
         state = self._state()
         info = checkpoint.load(folder, state)
         for part, optimiser in self.optimisers.items():
@@ -374,7 +378,7 @@ class Trainer:
         gc.collect(1)
         means = distributed.mean(window.means(), self.device)
         rates = window.rates(c.accumulate * c.batch_size * world, world, self.use)
-        rates["memory_gib"] = max(distributed.gather(memory_gib(self.device)))
+        rates["memory_gib"] = max(distributed.all_gather(memory_gib(self.device)))
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():

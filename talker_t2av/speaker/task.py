@@ -20,7 +20,7 @@ from engine.media.audio import read_audio
 from engine.release import load_strict
 from engine.shards.recordings import read_voices
 from engine.shards.source import join
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 from talker_t2av.speaker.encoder import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
@@ -156,7 +156,7 @@ class VoiceEncoderTask(Task):
             results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e).mean().item()
         return results
 
-    def release_info(self) -> Release:
+    def release_info(self) -> ReleaseInfo:
         config = self.encoder.config
         millions = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         about = f"""16-kHz wave -> {config.embedding} numbers that distinguish voices: ECAPA-TDNN on {config.bands}

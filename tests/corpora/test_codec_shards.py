@@ -8,7 +8,7 @@ import torch
 
 from corpora.preparation.job import prepare
 from engine.config import load as load_config
-from engine.evaluation.validation import ALONE
+from engine.evaluation.validation import Share
 from engine.instantiate import build
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import write_video
@@ -66,7 +66,7 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     data = build(recipe("lia_x_paper", shards, "task.vgg=v", "task.codec.size=32").data.train)
     pair = data.load(0, torch.Generator().manual_seed(0))["frames"]
     assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
-    clips = dict(held_out_frames(shards, "train", 4, 32, ALONE))
+    clips = dict(held_out_frames(shards, "train", 4, 32, Share()))
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
 
 

@@ -16,6 +16,7 @@ from toy_task import CONFIG, RaggedSet, ToyBlocks, ToyGAN, ToyMeasured, ToyRagge
 
 from engine.errors import exit_process
 from engine.training import distributed
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from tests.lia_x.test_liax_task import WEIGHTS, make_task
 
@@ -49,7 +50,8 @@ def run(job: dict) -> None:
     torch.manual_seed(0)
     task, data = TASKS[job.get("task", "blocks")]()
     folder = Path(job["run"])
-    trainer = Trainer(task, data, CONFIG | job["changes"], job["run"])
+    config = TrainerConfig(**CONFIG | job["changes"]).shared_among(distributed.world_size())
+    trainer = Trainer(task, data, config, job["run"])
     plain = dist.reduce_scatter_tensor
     count = 0
 

@@ -22,8 +22,8 @@ def worker(folder: Path) -> None:
     distributed.init("cpu")
     rank = distributed.rank()
     seen = {}
-    agreement = distributed.Agreement()
-    seen["flags"] = [agreement.reach(rank == 1 and step == 1, rank == 0 and step == 2) for step in range(4)]
+    flags = distributed.AsyncFlags()
+    seen["flags"] = [flags.all_reduce(rank == 1 and step == 1, rank == 0 and step == 2) for step in range(4)]
     made = []
 
     def make():
@@ -46,7 +46,7 @@ def worker(folder: Path) -> None:
     else:
         while not (folder / "failed").exists() and time.monotonic() - begin < 60:
             time.sleep(0.1)
-    objects = distributed.gather(rank)  # patient: takes as long as it takes
+    objects = distributed.all_gather(rank)  # patient: takes as long as it takes
     (folder / f"{rank}.json").write_text(json.dumps(seen | {"objects": objects}))
     exit_process(0)
 
@@ -60,7 +60,7 @@ def seen(tmp_path_factory):
 
 def test_flags_reach_all_ranks_one_step_later(seen):
     assert seen[0]["flags"] == seen[1]["flags"] == [[False, False], [False, False], [True, False], [False, True]]
-    assert distributed.Agreement().reach(True, False) == [True, False]  # alone: at once
+    assert distributed.AsyncFlags().all_reduce(True, False) == [True, False]  # alone: at once
 
 
 def test_a_task_is_built_on_rank_0_and_on_meta_elsewhere(seen):

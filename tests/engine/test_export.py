@@ -11,6 +11,7 @@ from toy_task import CONFIG, ToyGAN, ToySet
 from engine.errors import UserError
 from engine.release import read_release, save_release
 from engine.training.export import average, export, last_validation
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from scripts import export as script
 
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
     """A finished run of 20 steps, with checkpoints of steps 15 and 20."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     torch.manual_seed(0)
-    trainer = Trainer(ToyGAN(), ToySet(), CONFIG, folder, RECORD)
+    trainer = Trainer(ToyGAN(), ToySet(), TrainerConfig(**CONFIG), folder, RECORD)
     trainer.fit()
     return trainer
 
@@ -62,7 +63,8 @@ def test_a_run_is_exported_with_averaged_weights_and_a_card(run, tmp_path, call)
 
 
 def test_without_averages_the_last_weights_are_exported(tmp_path):
-    run = Trainer(ToyGAN(), ToySet(), CONFIG | {"steps": 5, "ema_decay": 0.0}, tmp_path / "run", RECORD)
+    config = TrainerConfig(**CONFIG | {"steps": 5, "ema_decay": 0.0})
+    run = Trainer(ToyGAN(), ToySet(), config, tmp_path / "run", RECORD)
     run.fit()
     export(run.run, tmp_path / "out")
     state = read_release(tmp_path / "out", "toy")[1]

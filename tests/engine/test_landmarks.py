@@ -15,11 +15,11 @@ from drawn_faces import scene, talking_head
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
-from engine.faces.landmarks import Dlib68, add_landmarks, nearest_face, read_landmarks
+from engine.faces.landmarks import Dlib68, nearest_face, read_landmarks
 from engine.faces.mtcnn import MTCNNDetector
 from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
-from engine.faces.track import track_of_boxes
+from engine.faces.track import add_landmarks, track_of_boxes
 from engine.media.video import write_video
 from engine.metrics.lips import LipOpening
 from hicodit.conditions.align import mouth_poses

@@ -9,6 +9,7 @@ from toy_task import CONFIG, ToyBlocks, ToySet, read_lines
 
 from engine.seeding import generator_for, seed_for
 from engine.training.ema import ExponentialMovingAverage
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 
 STEPS = 12
@@ -76,7 +77,7 @@ def plain_loop():
 def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
     wanted, task = plain_loop()
     torch.manual_seed(0)
-    trainer = Trainer(ToyBlocks(), ToySet(), SETTINGS, tmp_path)
+    trainer = Trainer(ToyBlocks(), ToySet(), TrainerConfig(**SETTINGS), tmp_path)
     trainer.fit()
     lines = read_lines(tmp_path / "log.jsonl")
     found = [{part: line[f"{part}/loss"] for part in wanted[0]} for line in lines if "lr" in line]

@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 
 KILLED = """
 import os, signal
-from engine.evaluation.measure import Workers
+from engine.evaluation.workers import Workers
 
 def who(_):
     return os.getpid()

@@ -7,6 +7,7 @@ from toy_task import CONFIG, ToyGAN, ToySet, read_lines
 
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 
 
@@ -24,7 +25,8 @@ class Showing(ToyGAN):
 
 def train(run, steps=7, **changes):
     torch.manual_seed(0)
-    trainer = Trainer(Showing(), ToySet(), CONFIG | {"steps": steps, "checkpoint_every": 5} | changes, run)
+    config = TrainerConfig(**CONFIG | {"steps": steps, "checkpoint_every": 5} | changes)
+    trainer = Trainer(Showing(), ToySet(), config, run)
     trainer.fit()
 
 

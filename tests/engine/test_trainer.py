@@ -13,6 +13,7 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToySet, read_lines
 from engine.errors import UserError
 from engine.release import read_release
 from engine.training import signals
+from engine.training.settings import TrainerConfig
 from engine.training.signals import stop_requests
 from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
@@ -24,7 +25,8 @@ TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
 
 def trainer(run, dataset=None, task=ToyGAN, fresh=False, **changes):
     torch.manual_seed(0)
-    return Trainer(task(), dataset or ToySet(), CONFIG | changes, run, fresh=fresh)
+    config = TrainerConfig(**CONFIG | changes).shared_among(1)
+    return Trainer(task(), dataset or ToySet(), config, run, fresh=fresh)
 
 
 def records(run):

@@ -19,7 +19,8 @@ def test_flops_of_attention_are_counted_on_the_cpu(heads):
         torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=heads < h).sum().backward()
         return 1
 
-    use.count(step)
+    with use.counting():
+        use.tokens = step()
     forward = 2 * 2 * b * h * length * length * d  # two matrix products; five in the backward pass
     assert use.share(tokens=1, steps=1, seconds=7.0)["mfu"] == forward * 3.5 / 7.0 / 1e6
 

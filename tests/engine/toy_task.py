@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.evaluation.validation import ByClip
 from engine.training.settings import TrainerConfig
-from engine.training.task import Release, Task
+from engine.training.task import ReleaseInfo, Task
 
 CONFIG = asdict(TrainerConfig()) | {
     "steps": 20, "batch_size": 4, "accumulate": 2, "lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.1, "warmup": 5,
@@ -92,7 +92,7 @@ class ToyGAN(Task):
         return {"weight": self.generator[0].weight.sum().item()}
 
     def release_info(self):
-        return Release("toy", {"width": 8}, "generator", "Toy", "An autoencoder.", "load('FOLDER')")
+        return ReleaseInfo("toy", {"width": 8}, "generator", "Toy", "An autoencoder.", "load('FOLDER')")
 
 
 class ToyBlock(nn.Module):

@@ -221,7 +221,8 @@ def losses_of(name: str) -> list[dict[str, float]]:
             torch.manual_seed(0)
             task, data = RUNS[name](folder)
             task.measure = lambda folder, share: {}
-            Trainer(task, data, TRAINER | {"batch_size": data.batch}, folder / "run").fit()
+            config = TrainerConfig(**TRAINER | {"batch_size": data.batch})
+            Trainer(task, data, config, folder / "run").fit()
             lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
             steps = [{k: v for k, v in line.items() if k not in NOT_LOSSES} for line in lines if "lr" in line]
     finally:

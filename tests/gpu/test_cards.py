@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from engine.cuda_graph import GraphedStep
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.request import MODES, Sampling
@@ -44,7 +45,8 @@ def train(name, run, **changes):
         torch.manual_seed(0)
         task, data = RUNS[name](Path(folder))
         task.measure = lambda folder, share: {}
-        trainer = Trainer(task, data, TRAINER | ON_CARD | {"batch_size": data.batch} | changes, run)
+        config = TrainerConfig(**TRAINER | ON_CARD | {"batch_size": data.batch} | changes)
+        trainer = Trainer(task, data, config, run)
         trainer.fit()
     return trainer
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.faces.landmarks import fill_landmarks
-from engine.faces.track import FaceTrack
+from engine.faces.track import FaceTrack, fill_landmarks
 from hicodit.conditions import align
 from hicodit.conditions.upstream import UpstreamEncoderConfig
 

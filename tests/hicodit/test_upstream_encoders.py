@@ -14,7 +14,7 @@ from shard_files import write_split
 from torch import nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.faces.source import FaceSource
 from hicodit.conditions import upstream
 from hicodit.conditions.arcface import ArcFace
@@ -201,7 +201,7 @@ def test_validation_from_features_equals_that_from_images(system, release, shard
 def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shards, calls, tmp_path):
     task = released_task(system, release, shards, validate_splits=["both"], validate_clips=3).eval()
     with torch.no_grad():
-        results = figures_of([task.measure(tmp_path, ALONE)])
+        results = figures_of([task.measure(tmp_path, Share())])
     assert results.keys() == {"loss_both", "dse_both"} and calls == []
     assert results["loss_both"] > results["dse_both"] > 0
 
@@ -229,7 +229,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
     with pytest.raises(UserError, match="prepared with lip"):
-        figures_of([wrong.measure(tmp_path, ALONE)])
+        figures_of([wrong.measure(tmp_path, Share())])
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"
     with pytest.raises(UserError, match="0000abcd"):

@@ -17,7 +17,7 @@ from engine.media.video import read_video
 from engine.release import load_strict
 from engine.settings import LIMITS, Limits, set_limits
 from engine.torch_files import read_checkpoint, read_matrix
-from engine.training.export import Release, write
+from engine.training.export import ReleaseInfo, write
 from hicodit.conditions.avhubert import AVHubert
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
@@ -123,7 +123,7 @@ def write_template(folder: Path, text: str) -> None:
 
 
 def write_beyond_float16(folder: Path) -> None:
-    write(folder / "out", Release("toy", {}, "net", "T", "A.", "x"), {"net.w": torch.tensor([1.0, 7e4])}, "", None)
+    write(folder / "out", ReleaseInfo("toy", {}, "net", "T", "A.", "x"), {"net.w": torch.tensor([1.0, 7e4])}, "", None)
 
 
 HICODIT = ("hicodit_tiny", HiCoDiTSystem.from_pretrained)

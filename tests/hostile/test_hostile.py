@@ -17,6 +17,7 @@ from engine.batch_runner import BatchResult
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 from tests.hostile import rows_files, rows_media, rows_values
@@ -54,7 +55,7 @@ def test_a_run_does_not_write_through_a_symbolic_link(tmp_path):
     (tmp_path / "profile").write_text("")
     (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "profile")
     with pytest.raises(UserError, match=r"log\.jsonl is a link"):
-        Trainer(ToyGAN(), ToySet(), CONFIG, tmp_path / "run").fit()
+        Trainer(ToyGAN(), ToySet(), TrainerConfig(**CONFIG), tmp_path / "run").fit()
     assert (tmp_path / "profile").read_text() == ""
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.media.video import write_video
 from engine.metrics.picture import Reconstruction, reconstruction
 from lia_x.augment import Augment, replace_wall
@@ -130,12 +130,12 @@ def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_go
 
 def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": str(corpus), "splits": ["train"], "clips": 2}).eval()
-    results = figures_of([task.measure(tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, Share())])
     assert set(results) == {f"train/{name}" for name in Reconstruction.figures}
     shares_give_the_same_figures(task)
-    _, frames = next(held_out_frames(corpus, "train", 1, 32, ALONE))
+    _, frames = next(held_out_frames(corpus, "train", 1, 32, Share()))
     assert np.abs(frames.astype(int) - moving_square(10)).mean() < 8
-    assert figures_of([make_task().measure(tmp_path, ALONE)]) == {}
+    assert figures_of([make_task().measure(tmp_path, Share())]) == {}
 
 
 def test_reconstruction_metrics_of_known_clips():

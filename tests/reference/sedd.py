@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hicodit.diffusion import LogLinearNoise, expand, exponential_noise, log_expm1
+from hicodit.diffusion import LogLinearNoise, exponential_noise, log_expm1
 from hicodit.layers import AdaLNBlock, ScaleNorm, TimeEmbedding, modulation_layer, rotary_table
 
 # ------------------------------------------------------------------------------------------------ the absorbing graph
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """Append dimensions to `value` until it broadcasts against `like` from the left."""
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
 def one_hot(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:

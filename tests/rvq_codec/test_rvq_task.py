@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.errors import exit_process
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.media.audio import write_wav
 from engine.shards.recordings import SpeechCrops
 from engine.training import distributed
@@ -51,7 +51,7 @@ def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_go
 
 def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["train"], "clips": 2}).eval()
-    results = figures_of([task.measure(tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, Share())])
     assert 1 <= results["train/perplexity"] <= 16 and 0 < results["train/used"] <= 1 and results["train/mel"] > 0
     assert (tmp_path / "train-decoded.wav").is_file()
     shares_give_the_same_figures(task)

@@ -18,6 +18,7 @@ import pytest
 
 from engine.errors import run_cli
 from engine.training import run
+from engine.training.settings import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT = "experiment=hicodit_synthetic"
@@ -98,7 +99,7 @@ def other_run(folder):
     from engine.training.trainer import Trainer
     from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
-    Trainer(ToyGAN(), ToySet(), CONFIG | {"steps": 1}, folder / "other").fit()
+    Trainer(ToyGAN(), ToySet(), TrainerConfig(**CONFIG | {"steps": 1}), folder / "other").fit()
 
 
 def files(root):

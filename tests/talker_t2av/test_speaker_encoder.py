@@ -7,7 +7,7 @@ from shard_files import write_split
 from transformers import WavLMConfig
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.media.audio import write_wav
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig, WavLMEncoder
 from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask
@@ -89,7 +89,7 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
         losses.append(result["distance"].item())
     assert losses[-1] < 0.3 * losses[0]
     task.eval()
-    results = figures_of([task.measure(tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, Share())])
     assert results.keys() == {"seen/cosine", "unseen/cosine"} and min(results.values()) > 0.8
     write_release(task, tmp_path / "release", results)
     assert "seen/cosine" in (tmp_path / "release" / "README.md").read_text()

@@ -7,7 +7,7 @@ from talker_fixtures import DS, LLM, MODEL, STATS, face_file, latents, releases,
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.media.ffmpeg import probe
 from engine.shards.reader import ShardSplit
 from talker_t2av.data import TalkerPairs
@@ -57,14 +57,14 @@ def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_sa
     for i in (0, 2):
         face_file(root / "seen" / f"seen_{i}.mp4")
     task = make_task(root, validation=checks, codecs=releases(root / "releases")).eval()
-    results = figures_of([task.measure(tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, Share())])
     losses = {f"{name}_seen" for name in ("loss", "loss_speech", "loss_motion", "loss_stop")}
     assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"} | losses
     assert results["loss_seen"] == pytest.approx(sum(results[name] for name in losses - {"loss_seen"}), rel=1e-4)
     assert 0 <= results["stopped_seen"] <= 1 and results["length_error_seen"] >= 0
     for name in ("seen_0", "seen_2"):
         assert probe(tmp_path / f"{name}.wav").audio and probe(tmp_path / f"{name}.mp4").video
-    assert figures_of([make_task(root).measure(tmp_path, ALONE)]) == {}
+    assert figures_of([make_task(root).measure(tmp_path, Share())]) == {}
     shares_give_the_same_figures(task)
 
 
@@ -161,7 +161,7 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path, known):
         TalkerPairs(tmp_path, tasks=["t2av"], codecs=codecs)
     validation = {"root": str(tmp_path), "splits": ["train"], "clips": 2, "grammar": None, "metrics": []}
     task = make_task(root, stats=None, codecs=codecs, validation=validation, model=MODEL | {"motion_dim": 40})
-    assert "stopped_train" in figures_of([task.eval().measure(tmp_path, ALONE)])
+    assert "stopped_train" in figures_of([task.eval().measure(tmp_path, Share())])
     assert "motion" not in task.release_info().config["codecs"]
 
 

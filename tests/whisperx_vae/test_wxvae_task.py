@@ -9,7 +9,7 @@ import torch
 from transformers import WhisperConfig, WhisperModel
 
 from engine.errors import UserError
-from engine.evaluation.validation import ALONE, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.media.audio import write_wav
 from tests.releases import write_release
 from tests.tiny import DISCRIMINATORS, WHISPERX_VAE
@@ -142,7 +142,7 @@ def test_a_given_whisper_is_frozen(tmp_path):
 
 def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
-    results = figures_of([task.measure(tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, Share())])
     assert {"seen/mel", "seen/latent_std", "seen/latent_speed"} <= results.keys()
     assert (tmp_path / "seen-decoded.wav").is_file()
     shares_give_the_same_figures(task)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.faces.landmarks import fill_landmarks
+from engine.faces.track import fill_landmarks
 from engine.official import rename
 from engine.release import load_strict
 from hicodit.conditions import align, arcface, avhubert
