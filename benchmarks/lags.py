@@ -23,7 +23,7 @@ from engine.arguments import existing_folder
 from engine.errors import UserError, require
 from engine.media.audio import read_audio
 from engine.nn.mel import RATE
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.untrusted import read_json_lines
 
 SHIFTS = (0.005, 0.01, 0.02, 0.03, 0.04)  # seconds
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     waves = [read_audio(args.corpus / clip.video, RATE) for clip in clips]
     noise = [np.concatenate(pauses(wave, times)) for wave, times in zip(waves, spoken)]
     figures: dict[str, list[tuple[float, float]]] = {}
-    for i in track(range(len(clips)), len(clips), "clips"):
+    for i in progress_bar(range(len(clips)), len(clips), "clips"):
         replaced = with_noise(waves[i], spoken[i], noise[i - 1])
         copies = {f"shifted by {1000 * shift:g} ms": advance(waves[i], shift, RATE) for shift in SHIFTS}
         copies["shifted by its lag"] = advance(waves[i], clips[i].lag, RATE)

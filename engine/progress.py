@@ -143,6 +143,6 @@ def watched(blocks: Iterable[B]) -> Iterator[B]:
         yield block
 
 
-def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+def progress_bar(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     """Yield the items and report progress, rate and remaining time on standard error."""
     yield from _Bar("", total, unit, items)

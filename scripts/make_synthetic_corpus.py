@@ -31,7 +31,7 @@ from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
 from engine.files import require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
-from engine.progress import track
+from engine.progress import progress_bar
 
 _maker = lru_cache(ClipMaker)  # one for a process
 
@@ -91,7 +91,7 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them
             clips = [pool.submit(_make, corpus, *job) for job in jobs]
-        for made in track(as_completed(clips), len(jobs), "clips"):
+        for made in progress_bar(as_completed(clips), len(jobs), "clips"):
             made.result()
     except BrokenProcessPool as error:
         raise UserError(

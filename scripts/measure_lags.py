@@ -24,7 +24,7 @@ from engine.errors import UserError, run_cli
 from engine.files import atomic_output, writable
 from engine.media.audio import read_audio
 from engine.nn.mel import RATE
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.shards.reader import ShardSplit
 
 LEAST = 100  # clips, with which the model still predicts
@@ -53,7 +53,7 @@ def write_lags(table: Path, corpus: Path, splits: list[ShardSplit], count: int) 
     meter = LagMeter()
     keys = []
     clips = ((split, number) for split in splits for number in range(len(split)))
-    for split, number in track(clips, count, "clips"):
+    for split, number in progress_bar(clips, count, "clips"):
         info, tensors = split.read(number, ("mouth",))
         meter.add(tensors["mouth"], torch.from_numpy(read_audio(corpus / info["source"], RATE)))
         keys.append(info["key"])

@@ -23,7 +23,7 @@ from engine.errors import SkippedClips, UserError
 from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
@@ -289,7 +289,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for i, path in track(enumerate(paths), len(paths), "clips"):
+        for i, path in progress_bar(enumerate(paths), len(paths), "clips"):
             try:
                 array[len(kept)] = sample_frames(path, frames, size, float(phases[i]))
                 kept.append(i)

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.files import writable
 from engine.instantiate import build, target
 from engine.processes import Lost
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.settings import ClusterConfig, Limits, set_limits
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
@@ -64,7 +64,7 @@ def prepare(config: DictConfig) -> None:
         count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.shards)
         items = _remaining_items(source.root, listed, writers, reuse, fingerprints)
         started = time.monotonic()
-        for item, outcome in _patient(track(executor.run(items), count, "clips"), config.patience):
+        for item, outcome in _patient(progress_bar(executor.run(items), count, "clips"), config.patience):
             if outcome.stage:
                 reject_sample(item.work, item.info.key, item.info.source, outcome.stage, outcome.reason)
             writers[item.work.parent.name].settle(item.work)

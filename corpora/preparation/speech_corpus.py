@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.files import write_json, write_text
 from engine.media.audio import read_audio, write_wav
 from engine.media.ffmpeg import command, last_line
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.shards.recordings import read_manifest
 
 RATE = 24_000  # Hz
@@ -187,7 +187,7 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
         target.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
         rows = []
-        for recording, repeat in track(recordings, len(recordings), split):
+        for recording, repeat in progress_bar(recordings, len(recordings), split):
             rows.extend(_rows(recording, target, repeat, rng))
         if not rows:
             raise UserError(f"the split {split} has no recordings of {LEAST_SECONDS} s or more: check the folders")

@@ -38,7 +38,7 @@ from engine.files import write_json, write_text
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
 from engine.nn.mel import mel_filters
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.shards.recordings import read_manifest
 from talker_t2av.faces import find_square, read_square
 
@@ -101,7 +101,7 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
-    for number in track(range(clips), clips, "flite"):
+    for number in progress_bar(range(clips), clips, "flite"):
         for voice in FLITE_VOICES:
             text = draw_open_sentence(rng, "train")
             name = f"flite-{voice}-{number:05d}"
@@ -220,7 +220,7 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool
     folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
-    for recording in track(recordings, len(recordings), split):
+    for recording in progress_bar(recordings, len(recordings), split):
         speeds = draw_speeds(recording.others, rng)
         wave = read_recording(recording)
         if len(wave) < LEAST_SECONDS * RATE:

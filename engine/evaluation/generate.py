@@ -22,7 +22,7 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.metric import FPS
 from engine.processes import Lost, Work
-from engine.progress import track
+from engine.progress import progress_bar
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
 
@@ -126,7 +126,7 @@ def write_missing(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [[item for item in batch if item[0] in waiting] for batch in batches[chosen]]
     batches = [batch for batch in batches if batch]
-    for batch in track(batches, len(batches), "batches"):
+    for batch in progress_bar(batches, len(batches), "batches"):
         try:
             write(batch)
         except UserError:

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.files import atomic_output
 from engine.metrics.metric import Metric, Take, wave_of
-from engine.progress import track
+from engine.progress import progress_bar
 
 Row = dict[str, Any]  # a single measurement
 Takes = tuple[Mapping[str, Take], Take]  # takes of one clip, by system, and the ground truth
@@ -190,7 +190,7 @@ def _measure_all(
             if not any(takes for takes, _ in works):  # such as video metrics of systems without video
                 continue
             calls = map if metric.device.startswith("cuda") and not metric.parallel else map_function
-            done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
+            done = progress_bar(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
             measured = [(clip.id, *outcome) for (clip, _), outcome in zip(good, done, strict=True)]
         except UserError as error:
             results.missing[name] = str(error)

@@ -6,7 +6,7 @@ from time import sleep
 import numpy as np
 
 from engine import progress
-from engine.progress import showing, stage, track, watched
+from engine.progress import progress_bar, showing, stage, watched
 
 
 def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
@@ -16,7 +16,7 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
         with stage("a.mp4", 5, "frames"), stage("reading"):
             for _ in watched([np.zeros(2), np.zeros(3)]):
                 sleep(0.11)  # tqdm looks at the clock ten times a second
-        for _ in track("ab", 4, "clips"):
+        for _ in progress_bar("ab", 4, "clips"):
             sleep(0.11)
     text = capsys.readouterr().err
     assert "\r" not in text and "reading" not in text
@@ -26,5 +26,5 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
 
 def test_nothing_to_do_has_no_line(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
-    assert list(track((), 0, "batches")) == []
+    assert list(progress_bar((), 0, "batches")) == []
     assert capsys.readouterr().err == ""
