@@ -41,7 +41,7 @@ def start(folder: Path, settings: list[str], seed: int, encoders: str | Path) ->
     torch.manual_seed(seed)
     system = HiCoDiTSystem(ModelConfig(**task["model"]), encoder_config(task["encoders"]))
     take(system, HiCoDiTSystem.from_pretrained(encoders), SHARED)
-    return system.save(folder, "Where the training of an ablation starts.\n")
+    return system.save_pretrained(folder, "Where the training of an ablation starts.\n")
 
 
 def derive(trained: Path, folder: Path, seed: int) -> Path:
@@ -51,7 +51,7 @@ def derive(trained: Path, folder: Path, seed: int) -> Path:
     take(system, HiCoDiTSystem(system.model.config, system.encoders.config), IDENTITY)
     text = f"{trained}, with an untrained adapter from face to voice.\n"
     extra = {**system.release, "codec": str(find_codec(trained, system.release["codec"], CODECS, BUNDLED.parent))}
-    return system.save(folder, text, extra)
+    return system.save_pretrained(folder, text, extra)
 
 
 def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) -> None:

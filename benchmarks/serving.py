@@ -171,7 +171,7 @@ def save_released_size(folder: Path) -> None:
     """Write a release with random weights of the released size, and the tokenizer and codecs of the bundled one."""
     model = build_talker("base")
     bundled = TalkerT2AV.from_pretrained(BUNDLED).release
-    model.save(
+    model.save_pretrained(
         folder, "Random weights.", {name: value for name, value in bundled.items() if name not in ("kind", "model")}
     )
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):

@@ -82,7 +82,7 @@ def build_task(
         return TalkerTask(model, {}, tokenizer=tokenizer, freeze_embeddings=freeze_embeddings)
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
         sizes = RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"])
-        RVQCodec(sizes).save(f"{folder}/codec", "")
+        RVQCodec(sizes).save_pretrained(f"{folder}/codec", "")
         encoders = encoders or tiny_encoders(model) | {"phonemes": 48}
         return HiCoDiTTask(model, encoders, f"{folder}/codec", "", None)
 

@@ -76,7 +76,7 @@ class Pretrained(nn.Module):
         """Load the tensors of a release."""
         load_strict(self, state, source)
 
-    def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
         """Write a release folder in half precision, with `card` as README.md. `extra` is added to config.yaml."""
         tensors = to_float16(self.release_state_dict())
         return save_release(folder, self.kind, self.arguments() | (extra or {}), tensors, card)

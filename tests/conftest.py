@@ -91,12 +91,12 @@ def release(tmp_path_factory):
         encoder_width=4, ratios=(8, 5, 4, 3), latent_channels=16, codebook_size=16, codebook_dim=4, vocos_dim=16,
         vocos_intermediate=32, vocos_layers=1, n_fft=960,
     )  # fmt: skip
-    RVQCodec(codec).save(root / "codec", "a test")
+    RVQCodec(codec).save_pretrained(root / "codec", "a test")
     model = ModelConfig(**HICODIT)
     system = HiCoDiTSystem(model, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
     for parameter in system.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    system.save(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
+    system.save_pretrained(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
     return root / "hicodit"
 
 

@@ -48,12 +48,12 @@ class ToyCodec(Codec):
 
 def test_hicodit_generates_speech_with_a_new_token_codec(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    ToyCodec(ToyConfig()).save(tmp_path / "toy", "card")
+    ToyCodec(ToyConfig()).save_pretrained(tmp_path / "toy", "card")
     sizes = {"width": 12, "heads": 2, "low_blocks": 1, "high_blocks": 1, "cond_dim": 8, "lip_dim": 12, "face_dim": 8}
     model = ModelConfig(levels=3, low_levels=1, codes=16, **sizes)
     tiny = {"lip_dim": 12, "lip_heads": 2, "face_dim": 8, "face_width": 4, "mouth_size": 16, "face_size": 16}
     system = HiCoDiTSystem(model, encoder_config({"kind": "tiny", **tiny}))
-    system.save(tmp_path / "hicodit", "card", {"codec": "toy", "token_digest": "00000toy"})
+    system.save_pretrained(tmp_path / "hicodit", "card", {"codec": "toy", "token_digest": "00000toy"})
     with pytest.raises(UserError, match="toy"):
         HiCoDiTPipeline.from_pretrained(tmp_path / "hicodit")
     monkeypatch.setitem(hicodit.system.CODECS, ToyCodec.kind, ToyCodec)

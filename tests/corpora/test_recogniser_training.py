@@ -62,7 +62,7 @@ def test_changes_differ_and_give_a_loss_that_training_lowers(corpus):
 
 
 def test_training_starts_from_a_release_of_the_same_sizes(corpus, tmp_path):
-    GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).save(tmp_path / "release", "card")
+    GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).save_pretrained(tmp_path / "release", "card")
     earlier = GridRecogniser.from_pretrained(tmp_path / "release")
     sizes = {"channels": 8, "hidden": 8}
     task = GridRecogniserTask(sizes, str(corpus), ["s1"], ["s1"], steps=1, init=str(tmp_path / "release"))

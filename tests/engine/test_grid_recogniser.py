@@ -59,7 +59,7 @@ def test_decoding_chooses_the_most_likely_word_of_each_slot():
 def test_word_errors_by_a_released_recogniser(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).eval()
-    network.save(tmp_path / "judge", "card")
+    network.save_pretrained(tmp_path / "judge", "card")
     metric = WordErrors(f"grid:{tmp_path / 'judge'}")
     metric.check()
     metric.load()

@@ -80,7 +80,7 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
         encoder_width=2, ratios=(8, 5, 4, 3), latent_channels=8, codebook_size=16, codebook_dim=4, vocos_dim=8,
         vocos_intermediate=8, vocos_layers=1, n_fft=960,
     )  # fmt: skip
-    RVQCodec(codec).save(folder / "codec", "made for a test")
+    RVQCodec(codec).save_pretrained(folder / "codec", "made for a test")
     g = torch.Generator().manual_seed(0)
     items = []
     for frames in (14, 15, 13):

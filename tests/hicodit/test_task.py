@@ -167,7 +167,7 @@ def test_init_loads_all_weights_except_new_modules(corpus, release, tmp_path, ch
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
     digest = {"token_digest": "abcd1234"} if "new_tokens" in changes else {}
-    other.save(tmp_path / "other", "card", {"codec": "codec"} | digest)
+    other.save_pretrained(tmp_path / "other", "card", {"codec": "codec"} | digest)
     ours = make_task(corpus, release, init=str(tmp_path / "other"), **changes).system.state_dict()
     own, theirs = {key for key in ours if re.search(new, key)}, other.state_dict()
     assert own and all(torch.equal(ours[key].half(), theirs[key].half()) for key in ours.keys() - own)

@@ -125,10 +125,12 @@ def save_talker(root: Path, delay: int = 0) -> Path:
     words = byte_tokenizer()
     torch.manual_seed(1)
     motion = LiaXConfig(style_dim=8, motion_dim=DM, scale=1, size=32, width=4, max_width=8, depth=1)
-    WhisperXVAE(VAE).save(root / "speech", "card")
-    LiaX(motion).save(root / "motion", "card")
-    VoiceEncoder(VoiceEncoderConfig(bands=20, channels=16, pooled=16, bottleneck=4)).save(root / "voice", "card")
-    model.save(
+    WhisperXVAE(VAE).save_pretrained(root / "speech", "card")
+    LiaX(motion).save_pretrained(root / "motion", "card")
+    VoiceEncoder(VoiceEncoderConfig(bands=20, channels=16, pooled=16, bottleneck=4)).save_pretrained(
+        root / "voice", "card"
+    )
+    model.save_pretrained(
         root / "talker",
         "card",
         {

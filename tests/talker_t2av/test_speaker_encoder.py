@@ -42,7 +42,7 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
 def test_voice_encoder_release(tmp_path):
     torch.manual_seed(0)
     encoder = VoiceEncoder(VoiceEncoderConfig(**SIZES)).eval()
-    encoder.save(tmp_path / "voice", "card")
+    encoder.save_pretrained(tmp_path / "voice", "card")
     again = VoiceEncoder.from_pretrained(tmp_path / "voice")
     wave = torch.randn(16_000)
     embedding = encoder.embed(wave)

@@ -184,10 +184,10 @@ def test_a_codec_that_keeps_the_codes_serves_the_model(tmp_path):
     kept = other.digest()
     with torch.no_grad():
         other.encoder.stem.weight.mul_(1.1)
-    other.save(tmp_path / "other", "")
+    other.save_pretrained(tmp_path / "other", "")
     with pytest.raises(UserError, match="computes other features"):
         _ = TalkerSystem(codecs={"motion": tmp_path / "other"}).motion
-    other.save(tmp_path / "keeper", "", {"keeps": kept})
+    other.save_pretrained(tmp_path / "keeper", "", {"keeps": kept})
     assert TalkerSystem(codecs={"motion": tmp_path / "keeper"}).motion.digest() != kept
 
 

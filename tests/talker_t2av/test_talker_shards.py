@@ -87,7 +87,7 @@ def test_latents_of_another_codec_are_refused(root, tmp_path):
     codec = WhisperXVAE.from_pretrained(codecs["speech"])
     with torch.no_grad():
         next(codec.in_proj.parameters()).add_(1)
-    codec.save(tmp_path / "speech", "card")
+    codec.save_pretrained(tmp_path / "speech", "card")
     with pytest.raises(UserError, match="prepared with whisperx_vae"):
         TalkerExamples(root / "train", codecs=codecs | {"speech": str(tmp_path / "speech")})
 
