@@ -48,7 +48,7 @@ class ParallelTask:
     Args:
         task: the task. Only the weights of the main process are used; in other processes, parameters may be on the meta
             device (see `build_once`).
-        config: `parallel`, `precision`, `compile` and `checkpointing` are used.
+        config: `parallel`, `precision`, `compile`, `checkpointing`, `reshard_after_forward` and `reduce_each` are used.
         device: device of the task, or of the shards of this process.
 
     Attributes:
@@ -57,6 +57,7 @@ class ParallelTask:
 
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
+        self.reduce_each = config.reduce_each
         self.task = without_weights(task) if self.sharded else task.to(device)
         self._spare = without_weights(task) if self.sharded else None  # used by `evaluation_copy`
         prepare_blocks(self.task, config.compile, config.checkpointing)
@@ -83,10 +84,10 @@ class ParallelTask:
         blocks = self.task.blocks()
         ignored = {p for module in self.task.unsharded_modules() for p in module.parameters()}
         for unit in blocks:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
         for embedding in _large_embeddings(self.task, blocks):
             tied = _holders(self.task, embedding.weight)
-            fully_shard(embedding, mesh=mesh, mp_policy=policy)
+            fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
             for module, name in tied:  # sharding only replaces the weight of the embedding itself
                 setattr(module, name, embedding.weight)
             ignored.add(embedding.weight)
@@ -105,9 +106,13 @@ class ParallelTask:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Context for forward and backward of a micro-batch. Processes average gradients in the `last` one."""
+        """Context for forward and backward of a micro-batch. Gradients are only averaged over processes in the `last`
+        one.
+
+        When sharded with `reduce_each`, they are averaged in every micro-batch.
+        """
         if self.sharded:
-            self._losses.set_requires_gradient_sync(last)
+            self._losses.set_requires_gradient_sync(last or self.reduce_each)
         waits = isinstance(self._losses, DistributedDataParallel) and not last
         with self._losses.no_sync() if waits else nullcontext():
             yield

@@ -43,6 +43,12 @@ class TrainerConfig(Group, prefix="trainer."):
         choices=("ddp", "fsdp", "hybrid"),
         about="data parallelism: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
     )
+    reshard_after_forward: bool = setting(
+        True, about="fsdp and hybrid: free the gathered weights of a block after its forward pass; false: more memory"
+    )
+    reduce_each: bool = setting(
+        False, about="fsdp and hybrid with accumulate: reduce the gradients of every micro-batch; true: less memory"
+    )
     checkpointing: bool = setting(False, about="recompute the blocks' activations instead of storing them")
     compile: bool = setting(False, about="apply torch.compile to the blocks")
     workers: int = setting(0, 0, 256, "data loading processes of each training process")

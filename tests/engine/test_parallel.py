@@ -34,6 +34,7 @@ def runs(tmp_path_factory):
     jobs = [
         job(root / "ddp", 2),
         job(root / "fsdp", 2, parallel="fsdp", peak_tflops=0.1),
+        job(root / "each", 2, parallel="fsdp", reduce_each=True, reshard_after_forward=False),
         job(root / "ddp_bf16", 2, precision="bf16"),
         job(root / "fsdp_bf16", 2, precision="bf16", parallel="fsdp"),
         job(root / "machines", 2, node=1, parallel="hybrid", checkpointing=True),
@@ -76,7 +77,7 @@ def assert_equal_runs(one, two, tolerance=1e-5):
             torch.testing.assert_close(its[name], value, rtol=100 * tolerance, atol=10 * tolerance, msg=name)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "machines", "1_2_1", "changing"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "each", "machines", "1_2_1", "changing"])
 def test_every_strategy_equals_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
 
@@ -148,13 +149,14 @@ def test_bfloat16_fsdp_equals_bfloat16_ddp(runs):
 
 
 def test_parameters_are_sharded_and_gradients_reduced_once_per_step(runs):
-    facts = {name: json.loads((runs / name / "facts.json").read_text()) for name in ("ddp", "fsdp", "machines")}
+    facts = {name: json.loads((runs / name / "facts.json").read_text()) for name in ("ddp", "fsdp", "each", "machines")}
     whole = sum(p.numel() for p in ToyBlocks().parameters())
     assert facts["ddp"]["held"] == whole
     assert whole / 2 <= facts["fsdp"]["held"] < 0.6 * whole
     assert facts["machines"]["held"] == whole  # one process a machine: each holds a copy
     # The root in both parts and two blocks in the generator's, however many batches are accumulated.
     assert facts["fsdp"]["reduced"] == 4 * COMMON["steps"]
+    assert facts["each"]["reduced"] == GLOBAL // 2 * facts["fsdp"]["reduced"]  # no gradient waits whole for the last
 
 
 @pytest.mark.parametrize("name", ["measured", "measured_fsdp"])
