@@ -68,7 +68,7 @@ class _Bar(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Draw the bar, or print it as a line when due."""
-        if self.total == 0:  # nothing is to be done, of which there is no rate
+        if self.total == 0:  # nothing to do
             return True
         if not self.lines:
             return super().display(msg, pos)

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from engine.config import compose, plain
+from engine.config import plain
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
@@ -20,6 +19,7 @@ from engine.evaluation.generate import write_on_devices
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
+from engine.evaluation.settings import table_defaults
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.evaluation.systems import Registry, choose_systems, output_folders
 from engine.evaluation.workers import Workers
@@ -160,8 +160,7 @@ def measure_clips(
     workers = config.workers or usable_cores()
     names = ", ".join(clips[0].takes) or "ground-truth speech alone"
     print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
-    count = min(workers, len(clips))
-    with Workers(count if count > 1 else 0) as processes:
+    with Workers(min(workers, len(clips))) as processes:
         results = measure(clips, dict.fromkeys(metrics.values()), cache, map_function=processes.map)
     summary = summarise(clips, results, with_free_words(metrics, results), config.resamples, config.compare)
     if not summary["figures"]:
@@ -184,8 +183,7 @@ def protocol_notes(figures: Mapping[str, Mapping[str, Any]], tables: Sequence[Pa
     stated = set().union(*(table.stated for table in tables))
     if not stated:
         return []
-    table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
-    defaults = compose("evaluate", table).protocol
+    defaults = table_defaults().protocol
     notes = []
     for metric, names in metrics_of([*figures]).items():
         own = protocol_of(metric, defaults)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from engine.config import compose
 from engine.settings import (
     DEVICES,
     EXECUTORS,
@@ -22,8 +26,8 @@ from engine.settings import (
 
 @dataclass(frozen=True)
 class GenerateConfig(Group, prefix="generate."):
-    """Settings of systems that generate outputs. A model has those that its function in the registry takes; others are
-    an error, unless they have their defaults.
+    """Settings of systems that generate outputs. A model has those that are parameters of its function in the registry;
+    the others must have their defaults.
     """
 
     weights: str | None = setting(None, about="release folder of the model; null: the bundled one")
@@ -154,3 +158,9 @@ class EvaluateConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_place(self.executor, self.devices, self.device, self.ray.gpus)
+
+
+def table_defaults() -> DictConfig:
+    """Return the settings of the chosen table, without the rest of the command line."""
+    table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
+    return compose("evaluate", table)

@@ -8,12 +8,12 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engine.config import plain
 from engine.errors import UserError
 from engine.evaluation.resynthesis import write_resynthesis
-from engine.evaluation.settings import GenerateConfig
+from engine.evaluation.settings import table_defaults
 from engine.instantiate import target
 from engine.settings import require_choice
 
@@ -49,7 +49,8 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
         UserError: If a model or a system is unknown, or a setting is not one of the model.
     """
     wanted = plain(config)
-    defaults = vars(GenerateConfig())
+    defaults = OmegaConf.to_container(table_defaults().generate)
+    passed_on = str(OmegaConf.to_container(config, resolve=False)["systems"])  # as in weights: "${generate.codec}"
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
     known = (*registry.models, *registry.codecs)
     require_choice("model", config.model or "hicodit", known)
@@ -58,20 +59,20 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
     for name in wanted["only"] or ():
         require_choice("only", name, systems)
     found = {}
-    for name, own in systems.items():
-        if name in (wanted["only"] or systems):
-            model = own.get("model") or config.model
-            require_choice(f"systems.{name}.model", model, known)
-            write = registry.writer(model)
-            accepted = [key for key in defaults if key in signature(write).parameters]
-            for key in own:
-                require_choice(f"systems.{name}", key, ("model", *accepted))
-            shared = wanted["generate"] if model == config.model else {}
-            for key, value in shared.items():
-                if key not in accepted and value != defaults[key]:
-                    raise UserError(f"generate.{key}: {model} has no such setting; choose {', '.join(accepted)}")
-            settings = {**shared, **own}
-            found[name] = partial(write, **{key: settings[key] for key in accepted if key in settings})
+    for name in wanted["only"] or systems:
+        own = {key: value for key, value in systems[name].items() if key != "model"}
+        model = systems[name].get("model") or config.model
+        require_choice(f"systems.{name}.model", model, known)
+        shared = wanted["generate"] if model == config.model else {}
+        changed = [key for key in shared if shared[key] != defaults[key] and f"generate.{key}" not in passed_on]
+        write = registry.writer(model)
+        accepted = [key for key in defaults if key in signature(write).parameters]
+        for prefix, keys in {f"systems.{name}.": own, "generate.": changed}.items():
+            for key in keys:
+                if key not in accepted:
+                    raise UserError(f"{prefix}{key}: {model} has no such setting; choose {', '.join(accepted)}")
+        settings = {**shared, **own}
+        found[name] = partial(write, **{key: settings[key] for key in accepted if key in settings})
     return found
 
 

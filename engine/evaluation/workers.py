@@ -27,11 +27,11 @@ class Workers(Processes):
     """Worker processes that run measurements.
 
     Args:
-        count: number of processes. 0 measures in the current process.
+        count: number of processes. 1 measures in the current process.
     """
 
     def __init__(self, count: int) -> None:
-        super().__init__(count, Calls)
+        super().__init__(count if count > 1 else 0, Calls)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """Yield `function(item)` for each item, in the order of the items."""

@@ -46,8 +46,8 @@ EVALUATE = [
     (f"{REPORT} protocol.wer=grammar", "grammar=FILE.jsgf"),
     (f"table=synthetic_hicodit {OWN} only=[other]", "only=other"),
     (f"{REPORT} model=rvq_codec generate.sampler=fast", "generate.sampler"),
-    (f"{REPORT} systems={{{{a:{{{{model:hicodit,mode:tts}}}}}}}}", "systems.a=mode"),
-    (f"{REPORT} model=lia_x generate.levels=2", "generate.levels=2"),
+    (f"{REPORT} systems={{{{a:{{{{model:hicodit,mode:tts}}}}}}}}", "systems.a.mode"),
+    (f"{REPORT} table=talker model=lia_x generate.levels=2", "generate.levels=2"),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere"),
