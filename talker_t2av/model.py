@@ -237,7 +237,7 @@ class TalkerT2AV(Pretrained):
             return cls(TalkerConfig(**arguments["model"]))
 
     def release_state_dict(self) -> dict[str, Tensor]:
-        return upstream.release_state_dict(self)
+        return upstream.without_tied_weights(self)
 
 
 class KeyValues:

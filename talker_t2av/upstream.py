@@ -127,7 +127,7 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def release_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def without_tied_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors to store in a release: without the tied output layer and exact rotary tables."""
     exact = {f"{n}.w" for n, m in model.named_modules() if isinstance(m, Rotary) and m.w.equal(m.table(m.w.device))}
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
