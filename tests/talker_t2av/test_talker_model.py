@@ -147,9 +147,3 @@ def test_fused_layers_give_the_same_outputs(bias):
     assert {FusedMLP, FusedAttention} <= kinds and not kinds & {MLP, Qwen3MLP, Qwen3Attention}
     for a, b in zip(before, answers()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_the_earlier_name_of_the_stop_weight_is_read():
-    arguments = tiny_model().arguments()
-    arguments["model"]["stop_share"] = 2 * arguments["model"].pop("stop_weight")
-    assert TalkerT2AV.from_arguments(arguments).config.stop_weight == 0.6
