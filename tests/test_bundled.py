@@ -1,4 +1,4 @@
-"""The bundled weights: the speech that they generate for the demo clip and for GRID."""
+"""The bundled weights: their size, their cards, and the speech that they generate for the demo clip and for GRID."""
 
 from pathlib import Path
 
@@ -18,9 +18,21 @@ from hicodit.bundled import REAL_RELEASE, bundled_weights
 from hicodit.pipeline import HiCoDiTPipeline
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+CARDS = [weights.with_name("README.md") for weights in ASSETS.glob("*/model.safetensors")]
 GRID = Path(__file__).resolve().parents[2] / "shared" / "grid"
 RATE = 16_000
 CLIPS = 5
+
+
+def test_assets_stay_small():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 60e6
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_every_card_has_the_training_command_and_results(card):
+    text = card.read_text()
+    assert "train.py experiment=" in text and "seed" in text
+    assert "| " in text  # a table of results
 
 
 def test_the_speech_of_the_silent_demo_clip_is_intelligible():

@@ -4,12 +4,14 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 
 from engine.config import load
+from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.record import portable
 
@@ -30,6 +32,10 @@ def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     made = probe("talk.mp4")
     assert made.video == "h264" and made.audio == "aac"
     assert sum(map(int, capsys.readouterr().out.split())) > 12_000
+    with pytest.raises(UserError, match="must end in"):
+        known["speech"].save("speech.mp3")
+    with pytest.raises(UserError, match="no frames"):
+        replace(known["talk"], frames=None).save("tts.mp4")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -93,6 +99,12 @@ def test_every_measured_value_of_the_readme_has_a_record():
         (number,) = re.findall(r"[\d.]+", text)
         decimals = len(number.partition(".")[2])
         assert f"{value_of(record, where):.{decimals}f}" == number, (text, record, where)
+
+
+def test_every_record_is_named_by_a_page():
+    pages = " ".join(path.read_text() for path in PAGES)
+    named = tuple(re.findall(r"-[\w.-]+\.(?:json|png)", pages))
+    assert [path.name for path in RESULTS.iterdir() if not path.name.endswith(named)] == []
 
 
 def test_records_contain_no_paths_of_the_machine():

@@ -124,6 +124,20 @@ def test_build_passes_user_errors_and_bugs_through():
         build({"_target_": f"tests.engine.test_config.{Broken.__name__}"})
 
 
+def test_a_missing_validation_split_is_an_error_before_training(tmp_path):
+    write_split(tmp_path / "prepared", [({"key": "a", "frames": 9, "text": ""}, {"x": torch.zeros(1)})], 1)
+    (tmp_path / "recorded.jsonl").write_text('{"id": "a"}')
+
+    def check(*splits):
+        data = {"root": str(tmp_path), "held_out": splits, "shards": None}
+        run.check_validation(OmegaConf.create({"task": {}, "data": data}))
+
+    check()
+    check("prepared", "recorded")
+    with pytest.raises(UserError, match=r"data\.held_out contains val:"):
+        check("val")
+
+
 def test_a_missing_validation_recording_is_an_error_before_training(tmp_path):
     sample = {"key": "a", "frames": 9, "text": "", "source": "s1/head.mp4"}, {"x": torch.zeros(1)}
     write_split(tmp_path / "seen", [sample], 1)

@@ -5,13 +5,17 @@ import re
 import sys
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
 from engine.errors import UserError
 from engine.evaluation.clips import read_clips
 from engine.media.audio import write_wav
+from engine.metrics import lip_sync
+from engine.metrics.lip_sync import LipSync
 from engine.metrics.quality import STOI
 from engine.metrics.words import WordErrors
 from scripts import evaluate
@@ -228,6 +232,20 @@ def test_a_clip_without_video_is_reported_before_the_model_runs(run, capsys):
     with pytest.raises(UserError, match="3 clips"):
         run("model=hicodit", "metrics=stoi", outputs=None, metrics=None, table=None)
     assert capsys.readouterr().err.count("ID.mp4") == 3
+
+
+def test_lip_sync_of_audio_outputs_uses_the_input_video(run, monkeypatch, folders):
+    (folders / "face.mp4").write_bytes(b"a video")
+    row = {"id": "x", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "face.mp4"}
+    (folders / "clips.jsonl").write_text(json.dumps(row))
+    used = []
+    score = lip_sync.SyncScore(1.0, 1.0, 0, torch.zeros(1, 1))
+    monkeypatch.setattr(LipSync, "weight_files", ())
+    monkeypatch.setattr(LipSync, "load", lambda metric: setattr(metric, "network", MagicMock()))
+    monkeypatch.setattr(lip_sync, "face_video", used.append)
+    monkeypatch.setattr(lip_sync, "sync_score", lambda *_: score)
+    assert run(outputs=None, metrics="lse_c,lse_d", table="hicodit").code == 0
+    assert set(used) == {folders / "face.mp4"}
 
 
 def test_the_prompt_of_a_talker_is_another_clip_of_the_speaker(folders):

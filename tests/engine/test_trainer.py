@@ -136,6 +136,14 @@ def test_the_sanity_validation_fails_before_the_first_step(tmp_path):
     assert run.step == 2
 
 
+def test_the_best_checkpoint_by_validation_is_kept(tmp_path):
+    trainer(tmp_path, keep=1, best="max weight", validate_every=4, checkpoint_every=100).fit()
+    seen = {line["step"]: line["validation/weight"] for line in records(tmp_path) if "validation/weight" in line}
+    best = max(seen, key=seen.get)
+    assert best < 20
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"step-{best:08d}", "step-00000020"}
+
+
 def test_a_checkpoint_that_does_not_fit_the_disk_keeps_the_last_one(tmp_path, whole):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -189,6 +197,16 @@ def test_one_autograd_graph_is_alive_at_a_time(tmp_path, accumulate):
     run.fit()
     assert run.task.most <= 2
     assert int(run.task.seen) == 3 * 4 * accumulate  # what is made again for the second part is not counted again
+
+
+def test_the_global_batch_size_is_divided_among_processes():
+    config = TrainerConfig(**CONFIG | {"global_batch_size": 32, "batch_size": 8, "accumulate": 5})
+    shares = {count: config.shared_among(count) for count in (1, 4, 8, 32)}
+    sizes = {count: (share.batch_size, share.accumulate) for count, share in shares.items()}
+    assert sizes == {1: (8, 4), 4: (8, 1), 8: (4, 1), 32: (1, 1)}
+    for count in (3, 64):
+        with pytest.raises(UserError, match=f"{count} processes"):
+            config.shared_among(count)
 
 
 def test_recomputation_counts_in_hfu_and_not_in_mfu(tmp_path):

@@ -80,6 +80,13 @@ def test_an_existing_output_survives_a_failed_run(release, clip, tmp_path, monke
     assert (tmp_path / "head.wav").stat().st_size > 1000
 
 
+def test_a_clip_is_never_replaced_by_its_own_output(release, clip, tmp_path):
+    shutil.copy(clip, tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="replace the clip"):
+        run(config(release, tmp_path, tmp_path))
+    assert (tmp_path / "a.mp4").read_bytes() == clip.read_bytes()
+
+
 def test_two_clips_of_one_output_are_refused(release, clip, tmp_path):
     for name in ("a.mp4", "a.mov"):
         shutil.copy(clip, tmp_path / name)

@@ -12,6 +12,7 @@ from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.precision import Int8Linear, can_int8
 from hicodit import pipeline as pipeline_module
+from hicodit import system as system_module
 from hicodit.generation import OVERLAP_FRAMES, RESAMPLED_FRAMES, generate, sampling_windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
@@ -115,6 +116,26 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
     assert first.shape == (150, 2) and second.shape == (60, 2)
     assert torch.equal(first[0], first[49]) and (first[49] != first[50]).all() and torch.equal(first[50], first[149])
     assert torch.equal(second[0], second[-1])
+
+
+def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch, spy):
+    """Of a longer clip no stage sees more at once, and no more face crops are kept."""
+    monkeypatch.setattr(pipeline_module, "DECODE_FRAMES", 100)
+    monkeypatch.setattr(system_module, "FACE_BATCH", 64)
+    encoders = pipeline.system.encoders
+    stages = [  # what sees a part of the clip at once, and the axis of time
+        (spy(encoders.lip, "_encode"), 1),
+        (spy(encoders.expression, "forward"), 0),
+        (spy(pipeline.codec, "decode"), 2),
+    ]
+    largest = []
+    for copies in (5, 8):
+        crops = pipeline.crops(np.concatenate([talking_head(40)] * copies), face_box=[20, 20, 90, 90])
+        (speech,) = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=1))
+        assert len(crops) == 40 * copies and len(crops.voice_faces) == 4
+        assert len(speech.wave) == 40 * copies * 960
+        largest.append([max(call.args[0].shape[axis] for call in stage.call_args_list) for stage, axis in stages])
+    assert largest[0] == largest[1] and max(largest[0]) < 120
 
 
 def test_crops_do_not_depend_on_the_blocks_of_frames(pipeline):

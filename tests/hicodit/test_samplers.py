@@ -51,6 +51,13 @@ def test_temperature_sharpens_the_drawn_frequencies():
     assert (torch.bincount(drawn, minlength=N) / 4000 - (2 * log_q).softmax(-1)).abs().max() < 1e-3
 
 
+def test_sampled_frequencies_follow_the_posterior():
+    log_q = torch.tensor([[2.0, 1, 0, -1, 0], [0, 0, 3, 0, 0], [0.5, 0, 0, 0, 1]]).log_softmax(-1)
+    (tokens,) = run("euler", [4000], log_q, steps=8).tokens
+    seen = torch.stack([torch.bincount(row, minlength=N) / 4000 for row in tokens])
+    assert (seen - log_q.exp()).abs().max() < 0.03
+
+
 def test_euler_reveals_on_a_straight_line():
     """A masked token is revealed with probability h/t: after step i a share 1 - i/steps is still masked."""
     counts = run("euler", [5000], steps=10).counts

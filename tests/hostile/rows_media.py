@@ -118,6 +118,11 @@ def truncate_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:999])
 
 
+def add_scale(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"x::scale": torch.ones(3)}, folder / "model.safetensors")
+
+
 def write_template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
@@ -131,6 +136,7 @@ TALKER = ("talker_t2av_real", TalkerT2AV.from_pretrained)
 RVQ = ("rvq_speech", RVQCodec.from_pretrained)
 TOKENIZER = ("talker_t2av_real", TalkerTokenizer.from_pretrained)
 
+EXPANDED_MOTION = torch.zeros(1).expand(10**9, 4)
 EXPANDED = {"state": torch.zeros(1).expand(10**6, 10**6)}  # a terabyte that is stored in four bytes
 
 SOUNDS = {  # name: (samples, pattern of the error)
@@ -146,11 +152,13 @@ LIMITED = {  # name: (limits, reader, file, pattern of the error)
 SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
     (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
     (RVQ, "surprise", 1, "config.yaml"),
+    (TALKER, "motion.mean", [NAN], "must be a finite number"),
     (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
     (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
 ]
 RELEASES = {  # name: (release, change of its files, pattern of the error)
     "truncated weights": (RVQ, truncate_weights, "model.safetensors is damaged"),
+    "scales without weights": (RVQ, add_scale, "x::scale does not match"),
     "NaN weights": (HICODIT, spoil_weight, "non-finite weights"),
     "a template that needs 100 GB": (
         TOKENIZER,
@@ -166,6 +174,7 @@ RELEASES = {  # name: (release, change of its files, pattern of the error)
 JOBS = {  # content of a job list: pattern of the error
     '{"text": "a", "name": "../a"}': "without folders",
     '{"txt": "a"}': "unknown setting 'txt'",
+    '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
     '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
 }
 CASES = [
@@ -175,6 +184,7 @@ CASES = [
         for k, (limits, read, path, line) in LIMITED.items()
     ),
     ("motion: not a number", file("m.pt", torch.full((3, 4), NAN), read_motion), "of finite numbers"),
+    ("motion: a million times its data", file("m.pt", EXPANDED_MOTION, read_motion), "larger than its data"),
     *(
         (
             f"release: {key}={value}",
@@ -223,6 +233,12 @@ def torch_script(folder: Path) -> None:
     WhisperXVAE.from_pretrained(folder)
 
 
+def two_checkpoints(folder: Path) -> None:
+    for name in ("a.ckpt", "b.ckpt"):
+        (folder / name).touch()
+    WhisperXVAE.from_pretrained(folder)
+
+
 def load_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
     load_strict(torch.nn.Linear(2, 1, bias=False), state, "a.pt")
 
@@ -234,4 +250,5 @@ CASES += [
     ),
     *((f"upstream: {line}", partial(load_state, state=state), line) for state, line in STATES),
     ("upstream: TorchScript", torch_script, "TorchScript"),
+    ("upstream: two checkpoints", two_checkpoints, "contains 2 checkpoints"),
 ]

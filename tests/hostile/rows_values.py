@@ -14,6 +14,7 @@ from rvq_codec import RVQCodec, RVQCodecConfig
 from service.voices import Voices
 from talker_t2av.jobs import Job
 from talker_t2av.settings import InferConfig, read_jobs
+from talker_t2av.system import MotionStats
 from tests.tiny import RVQ
 
 NAN = float("nan")
@@ -26,6 +27,7 @@ def codec() -> RVQCodec:
 VALUES = {  # name: (what uses the value, pattern of the error)
     "a boolean as a number": (lambda: LiaXConfig(width=True), "width=True must be a whole number"),
     "not a number": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
+    "statistics of motion": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
     "sizes that do not fit together": (lambda: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
     "a waveform without a channel": (lambda: codec().encode(torch.zeros(1, 51)), r"shape \(1, 51\)"),
     "an unknown code": (lambda: codec().decode(torch.full((1, 3, 3), 16)), r"0\.\.15"),
@@ -35,6 +37,7 @@ VALUES = {  # name: (what uses the value, pattern of the error)
         "has more than 268,435,456 bytes",
     ),
     "devices, a superscript": (lambda: check_place("processes", "²"), "must be a number from 1 to 64"),
+    "ray workers without a GPU": (lambda: check_place("ray", "1", "auto", 0.0), "ray.gpus=0"),
     "face, five thousand digits": (lambda: read_face("9" * 5000), "is unknown: choose largest"),
 }
 
@@ -44,14 +47,14 @@ def find_voice(folder: Path) -> None:
 
 
 def write_over_a_folder(folder: Path) -> None:
-    """Request word timestamps where a folder has the name of an output file."""
+    """Request the track of the face where a folder has the name of an output file."""
     (folder / "a.mp4").write_bytes(b"x")
-    (folder / "out" / "a.json").mkdir(parents=True)
-    find_clips(HiCoDiTInferConfig(input=str(folder / "a.mp4"), output=str(folder / "out"), timestamps=True))
+    (folder / "out" / "a_face.json").mkdir(parents=True)
+    find_clips(HiCoDiTInferConfig(input=str(folder / "a.mp4"), output=str(folder / "out"), debug=True))
 
 
 CASES = [
     *((f"value: {name}", lambda _, call=call: call(), line) for name, (call, line) in VALUES.items()),
     ("voice: a path", find_voice, "is unknown; available: none"),
-    ("output: a name that a folder has", write_over_a_folder, "cannot write .*a.json: it is a folder"),
+    ("output: a name that a folder has", write_over_a_folder, "cannot write .*a_face.json: it is a folder"),
 ]

@@ -32,6 +32,7 @@ TRAIN = [
     (f"{HICODIT} data.held_out=[nope]", "nope"),
     (f"{HICODIT} task.model.levels=99", "99 levels"),
     (f"{HICODIT} init=damaged", "damaged/model.safetensors"),
+    ("experiment=rvq_synthetic trainer.by_length=true", "no lengths"),
 ]
 INFER = [
     ("detector=nowhere.onnx", "nowhere.onnx"),
@@ -65,6 +66,7 @@ SCRIPTS = [
 PACKAGES = [  # command, module that is not installed, the line
     (f"train {HICODIT}", "resemblyzer", "this requires resemblyzer"),
     (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
+    ("infer timestamps=true", "pocketsphinx", "setup.sh eval"),
     ("scripts.serve", "fastapi", "setup.sh serve"),
     (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
 ]

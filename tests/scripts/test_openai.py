@@ -108,6 +108,7 @@ def test_a_client_that_does_not_wait_frees_its_row(client, service):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"input": " "}, "the text is empty"),
         ({"reference_audio": "***"}, "base64"),
         ({"reference_video": "/etc/passwd"}, "reference_video"),
         ({"voice": "otto"}, "otto"),

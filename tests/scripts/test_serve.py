@@ -126,8 +126,9 @@ def test_clips_and_streams_get_the_bundled_release_for_their_face(models, releas
     assert {call.args[0] for call in conditions.call_args_list} == {pipelines[REAL_RELEASE]}
 
 
-def test_an_image_with_too_many_pixels_is_refused():
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
     data = cv2.imencode(".png", np.zeros((6000, 6000), np.uint8))[1].tobytes()
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="6000 x 6000"):
         read_picture(data)
 

@@ -103,3 +103,14 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
+
+
+def test_times_of_words_are_written_beside_the_result(files, tmp_path):
+    pytest.importorskip("pocketsphinx")
+    given = {"text": "set blue", "reference_audio": files["voice"], "reference_video": files["face"]}
+    assert run(config(files, tmp_path, mode="t2av", timestamps=True, min_seconds=0.64, **given)) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["t2av.json", "t2av.mp4", "t2av.srt", "t2av.vtt", "t2av.wav"]
+    words = json.loads((tmp_path / "t2av.json").read_text())
+    assert words["origin"] == "text"
+    assert [word["text"] for word in words["words"]] in ([], ["set", "blue"])  # random weights may say nothing

@@ -1,11 +1,55 @@
-"""Parts of training and sampling beside their golden cases (`cfm_*`, `stop_labels_*`): labels, what is evaluated."""
+"""Training and sampling beside their golden cases (`llm_forward_*`, `cfm_*`): padding, labels, what is evaluated."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from talker_fixtures import DM, DS, tiny_model
+from torch.nn.utils.rnn import pad_sequence
 
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import guide, zero_steps
-from talker_t2av.losses import IGNORED, stop_labels
+from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three rows, the second without motion."""
+    g = torch.Generator().manual_seed(0)
+    prompt = torch.tensor([5, 7, 4])
+    speech_frames = torch.tensor([14, 9, 21])
+    end = prompt + torch.tensor([4, 3, 6])  # of four frames a slot
+    ids = [torch.randint(0, 250, (length,), generator=g) for length in end + 2]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "speech_span": torch.stack([prompt, end], 1),
+        "speech": torch.randn(3, 21, DS, generator=g),
+        "speech_frames": speech_frames,
+        "motion": torch.randn(3, 20, DM, generator=g),
+        "motion_frames": torch.tensor([12, 0, 20]),
+        "speaker": torch.randn(3, 256, generator=g),
+    }
+
+
+def test_padding_does_not_change_the_result(batch):
+    model = tiny_model()
+    wider = batch | {
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=9),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
+        "speech": F.pad(batch["speech"], (0, 0, 0, 7), value=5.0),
+        "motion": F.pad(batch["motion"], (0, 0, 0, 8), value=5.0),
+    }
+    losses = []
+    for given in (batch, wider):
+        torch.manual_seed(0)
+        losses.append(training_losses(model, training_forward(model, given))["loss"])
+    torch.testing.assert_close(*losses)
+
+
+def test_the_task_embedding_depends_on_whether_motion_is_given(batch):
+    model = tiny_model()
+    first = training_forward(model, batch).embeds[:, 0]
+    assert torch.equal(first, model.task_embedding.weight[[1, 0, 1]])
 
 
 @pytest.mark.parametrize(

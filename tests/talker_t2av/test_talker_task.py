@@ -3,7 +3,7 @@
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DS, LLM, MODEL, STATS, face_file, latents, releases, save_talker
+from talker_fixtures import DM, DS, LLM, MODEL, STATS, face_file, latents, releases, save_talker
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.errors import UserError
@@ -66,6 +66,19 @@ def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_sa
         assert probe(tmp_path / f"{name}.wav").audio and probe(tmp_path / f"{name}.mp4").video
     assert figures_of([make_task(root).measure(tmp_path, Share())]) == {}
     shares_give_the_same_figures(task)
+
+
+def test_a_release_holds_all_that_inference_needs(root, tmp_path):
+    task = make_task(root)
+    write_release(task, tmp_path, {"wer_seen": 0.5})
+    model = TalkerT2AV.from_pretrained(tmp_path)
+    assert model.config == task.model.config
+    codecs = {"speech": str(root / "releases" / "speech"), "motion": "some/motion", "speaker": "some/voice"}
+    assert model.release["codecs"] == codecs and model.release["digests"] == {"speech": "abc"}
+    assert model.release["motion"]["mean"] == pytest.approx([0.1] * DM)
+    assert model.release["sampling"].items() >= {"steps": 2, "temperature": 0.5, "guidance": 1.5}.items()
+    assert TalkerTokenizer.from_pretrained(tmp_path).prompt("lay blue") == task.words.prompt("lay blue")
+    assert "wer_seen | 0.5" in (tmp_path / "README.md").read_text()
 
 
 def test_frozen_embeddings_do_not_change_the_losses(root):

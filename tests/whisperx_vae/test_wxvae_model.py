@@ -61,6 +61,20 @@ def test_streamed_chunks_join_to_the_offline_wave(model, chunks):
     torch.testing.assert_close(torch.cat(pieces, -1), whole, rtol=0, atol=1e-5)
 
 
+def test_a_frame_is_returned_once_its_receptive_field_is_complete(model):
+    _, after = model.decoder.reach
+    returned = []
+
+    def arriving():
+        for _ in range(after + 6):
+            yield torch.zeros(1, 1, 6)
+            returned.append(0)
+
+    for piece in model.decode_stream(arriving()):
+        returned.append(piece.shape[-1] // 960)
+    assert returned == [0] * after + [1, 0] * 6 + [after]
+
+
 @pytest.mark.parametrize("ratios", [(12, 10, 4, 2), (10, 4, 2, 2, 6), (3, 5, 4), (5, 3)])
 def test_the_receptive_field_is_exact(ratios):
     """Of the frames around t, samples of frame t depend on exactly `reach` many."""
