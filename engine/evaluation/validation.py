@@ -19,7 +19,7 @@ import torch
 from engine.evaluation.clips import Clip
 from engine.evaluation.measure import measure
 from engine.evaluation.statistics import ratio
-from engine.metrics.metric import Sound, Take
+from engine.metrics.metric import Take, Waveform
 from engine.metrics.registry import metrics_of, protocol_of
 
 
@@ -133,8 +133,8 @@ def measure_outputs(
     }
     clips = []
     for i, number in enumerate(numbers):
-        truth = Take(None if truths is None else Sound(truths[i], rate), text=texts[i])
-        clips.append(Clip(str(number), None, truth, {OUTPUT: Take(Sound(waves[i], rate), text=texts[i])}))
+        truth = Take(None if truths is None else Waveform(truths[i], rate), text=texts[i])
+        clips.append(Clip(str(number), None, truth, {OUTPUT: Take(Waveform(waves[i], rate), text=texts[i])}))
     comparable = [metric for metric in by_metric if truths is not None or not metric.needs_truth]
     measured = measure(clips, comparable, true_row=False)
     results = {}

@@ -31,7 +31,7 @@ CACHED = 8  # cache size for recent waveforms and videos, which are shared by se
 
 
 @dataclass(frozen=True, eq=False)
-class Sound:
+class Waveform:
     """A waveform (N,) in memory at `rate` Hz, in place of a file."""
 
     wave: np.ndarray
@@ -42,7 +42,7 @@ class Sound:
 class Take:
     """One version of a clip: the output of a system, or the ground truth."""
 
-    audio: Path | Sound | None = None  # audio file, or waveform
+    audio: Path | Waveform | None = None  # audio file, or waveform
     video: Path | None = None  # video file of this take
     source: Path | None = None  # input video, if the take itself has no video
     text: str | None = None  # spoken text
@@ -151,7 +151,7 @@ class Metric:
         return rows
 
 
-class Stated(Metric):
+class Evaluations(Metric):
     """Statistics that a system reports for an output in ID.json, as (a, b)."""
 
     figures: ClassVar = {
@@ -197,10 +197,10 @@ def text_of(truth: Take) -> str:
 
 
 @lru_cache(CACHED)
-def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
+def wave_of(audio: Path | Waveform | None, rate: int) -> np.ndarray:
     """Return the waveform (N,) float32 at `rate` Hz."""
     if audio is None:
         raise UserError("the clip has no audio")
-    if isinstance(audio, Sound):
+    if isinstance(audio, Waveform):
         return resample_wave(audio.wave, audio.rate, rate)
     return read_audio(audio, rate)

@@ -32,7 +32,7 @@ METRICS = {  # figures of each class of this package
     "speech.Endings": ("ends_in_time", "ends_late", "ends_cut", "runs_away", "length_error"),
     "picture.Reconstruction": ("psnr", "ssim", "mouth_psnr", "mouth_movement", "eyes_psnr", "eyes_movement"),
     "speech.MouthOpening": ("mouth_opening",),
-    "metric.Stated": ("evaluations",),
+    "metric.Evaluations": ("evaluations",),
 }
 FIGURES = {figure: name for name, figures in METRICS.items() for figure in figures}  # class of each figure
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.media.audio import loudness
-from engine.metrics.metric import Sound, Take
+from engine.metrics.metric import Take, Waveform
 from engine.metrics.registry import metric_of
 from engine.metrics.speaker import OwnVoice, nearest
 from engine.metrics.speech import Endings, PitchContour, Prosody, spans_around_change, speech_end, synchrony
@@ -70,7 +70,7 @@ def test_pitch_contours_are_compared_where_both_are_voiced():
 
     def tone(factor):
         phase = 2 * np.pi * factor * (150 * time + 30 * time**2)  # from 150 to 210 Hz
-        return Take(Sound(0.1 * sum(np.sin(k * phase) / k for k in range(1, 6)), RATE))
+        return Take(Waveform(0.1 * sum(np.sin(k * phase) / k for k in range(1, 6)), RATE))
 
     metric = PitchContour()
     metric.load()
@@ -84,7 +84,7 @@ def test_prosody_is_measured_before_and_after_a_change():
     time = np.arange(RATE) / RATE
     parts = [level * sum(np.sin(2 * np.pi * 150 * k * time) / k for k in range(1, 6)) for level in (0.01, 0.1)]
     truth = Take(about={"change": 1.0, "phonemes": [["a", 0.0, 0.9], ["b", 1.0, 1.9]], "expressions": ["sad", "happy"]})
-    row = Prosody().measure(Take(Sound(np.concatenate(parts), RATE)), truth)
+    row = Prosody().measure(Take(Waveform(np.concatenate(parts), RATE)), truth)
     (_, before), (_, after) = row["around_change"]
     assert after - before == pytest.approx(20, abs=0.5)  # dB
 
@@ -94,8 +94,8 @@ def test_prosody_is_measured_before_and_after_a_change():
     [(0.15, True, "ends_in_time"), (0.5, True, "ends_late"), (0.0, True, "ends_cut"), (0.2, False, "runs_away")],
 )
 def test_endings_are_in_time_late_cut_off_or_missing(silence, stopped, figure):
-    take = Take(Sound(hum((0.1, 1.0), seconds=1.0 + silence), RATE), about={"stopped": stopped})
-    row = Endings().measure(take, Take(Sound(hum(seconds=1.5), RATE)))
+    take = Take(Waveform(hum((0.1, 1.0), seconds=1.0 + silence), RATE), about={"stopped": stopped})
+    row = Endings().measure(take, Take(Waveform(hum(seconds=1.5), RATE)))
     assert {name for name, (a, _) in row.items() if a == 1} == {figure}
     assert row["length_error"][0] == pytest.approx(0.5 - silence, abs=1e-3)
 

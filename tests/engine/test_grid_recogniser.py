@@ -17,7 +17,7 @@ from engine.metrics.grid_recogniser import (
     sentences,
     word_numbers,
 )
-from engine.metrics.metric import Sound, Take
+from engine.metrics.metric import Take, Waveform
 from engine.metrics.words import WordErrors
 
 TEXTS = ["bin blue at f two now", "set white with z zero soon"]
@@ -68,7 +68,7 @@ def test_word_errors_by_a_released_recogniser(tmp_path, monkeypatch):
     assert is_sentence(heard) and is_sentence(metric.closed.transcribe(np.zeros(10, np.float32), 16_000))
 
     monkeypatch.setattr(metric.closed, "transcribe", lambda wave, rate: "bin blue at g two soon")
-    found = metric.measure(Take(Sound(wave, 24_000)), Take(text="Bin blue at F two now"))
+    found = metric.measure(Take(Waveform(wave, 24_000)), Take(text="Bin blue at F two now"))
     assert found["wer"] == (2, 6) and found["letter_errors"] == (1, 1)
     with pytest.raises(UserError, match="hello"):
-        metric.measure(Take(Sound(wave, 24_000)), Take(text="hello"))
+        metric.measure(Take(Waveform(wave, 24_000)), Take(text="hello"))

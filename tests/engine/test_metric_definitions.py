@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.metrics import lip_sync
 from engine.metrics.frechet import frechet_distance
-from engine.metrics.metric import Sound, Take
+from engine.metrics.metric import Take, Waveform
 from engine.metrics.registry import METRICS, metric_of
 from engine.metrics.words import count_errors
 from engine.torch_files import read_checkpoint
@@ -38,7 +38,7 @@ def noisy(voice):
 
 
 def take(wave: np.ndarray, **more) -> Take:
-    return Take(Sound(wave, RATE), text=TEXT, **more)
+    return Take(Waveform(wave, RATE), text=TEXT, **more)
 
 
 def figures(name: str, made: Take, truth: Take, protocol: str | None = None, weights: Path = Path("nowhere")) -> dict:
@@ -99,7 +99,7 @@ def test_errors_by_qwen3_asr(voice, monkeypatch):
     asr.generate.return_value = torch.cat([inputs["input_ids"], torch.tensor([[70, 71]])], 1)
     asr.decode.return_value = "你好 四界！"
     monkeypatch.setattr("engine.metrics.words.load_speech_model", lambda *_: (asr, asr))
-    said = Take(Sound(voice, RATE), text="你好，世界。", language="zh")
+    said = Take(Waveform(voice, RATE), text="你好，世界。", language="zh")
     row = figures("cer", said, said, "qwen3-asr")
     assert row["cer"] == (1, 4) and "wer" not in row and row["heard"] == "你好 四界！"
     assert asr.apply_transcription_request.call_args.kwargs["language"] == "zh"
@@ -233,12 +233,12 @@ def test_duration_distance_compares_phoneme_durations(voice):
     slow = np.interp(np.arange(0, len(voice), 0.8), np.arange(len(voice)), voice).astype(np.float32)
     metric = metric_of("duration_distance")()
     metric.load()
-    own = [phone for word in metric.phones(Sound(voice, RATE), TEXT) for phone in word]
+    own = [phone for word in metric.phones(Waveform(voice, RATE), TEXT) for phone in word]
     assert [name for name, _ in own][:7] == ["S", "EH", "T", "G", "R", "IY", "N"] and len(own) == 19
     distance, _ = figures("duration_distance", take(slow), take(voice))["duration_distance"]
     assert distance == pytest.approx(0.25 * np.mean([frames for _, frames in own]) * 10, rel=0.4)
     with pytest.raises(UserError):
-        metric.phones(Sound(voice, RATE), "set grxxn")  # no word
+        metric.phones(Waveform(voice, RATE), "set grxxn")  # no word
 
 
 # --- pictures ---

@@ -14,7 +14,7 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.measure import measure
 from engine.evaluation.validation import figures_of
 from engine.media.audio import write_wav
-from engine.metrics.metric import Figure, Metric, Sound, Take
+from engine.metrics.metric import Figure, Metric, Take, Waveform
 from engine.metrics.phonemes import PhonemeErrors
 from engine.metrics.quality import STOI
 from engine.metrics.recogniser import Recogniser
@@ -44,10 +44,10 @@ def test_per_is_lowest_for_the_spoken_sentence(spoken):
     rates = np.zeros((3, 3))
     for i, wave in enumerate(waves):
         for j, text in enumerate(SENTENCES):
-            errors, count = metric.measure(Take(audio=Sound(wave, rate)), Take(text=text))["per"]
+            errors, count = metric.measure(Take(audio=Waveform(wave, rate)), Take(text=text))["per"]
             rates[i, j] = errors / count
     assert rates.diagonal().max() < 0.7 and (rates.argmin(1) == np.arange(3)).all()
-    first = metric.measure(Take(audio=Sound(waves[0], rate)), Take(text=SENTENCES[0]))["per"]
+    first = metric.measure(Take(audio=Waveform(waves[0], rate)), Take(text=SENTENCES[0]))["per"]
     assert first[0] / first[1] == rates[0, 0]  # whatever came before
     assert metric.reference("It's x-ray!") == ["IH", "T", "S", "EH", "K", "S", "R", "EY"]
     with pytest.raises(UserError, match="xyzzyx"):
@@ -83,7 +83,7 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     (tmp_path / "free.arpa").write_text("\n".join(model))
     metric.load()
     assert [metric.is_free(text) for text in SENTENCES] == [True, False, False]
-    heard = [metric.transcribe(Take(Sound(wave, rate), text=text)) for text, wave in zip(SENTENCES, waves)]
+    heard = [metric.transcribe(Take(Waveform(wave, rate), text=text)) for text, wave in zip(SENTENCES, waves)]
     assert "three" in heard[0] and jiwer.wer(SENTENCES[:1], heard[:1]) < 0.5
     assert jiwer.wer(SENTENCES[1:], heard[1:]) < 0.1
 
