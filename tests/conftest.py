@@ -30,7 +30,7 @@ processes.get_context = lambda _: forked.SERVER  # in place of "spawn": as separ
 LONG = [
     f"tests/{name}.py"
     for name in (
-        "rehearsal/test_rehearsal", "hicodit/test_inference", "engine/test_parallel",
+        "rehearsal/test_rehearsal", "hicodit/test_inference", "engine/test_parallel", "scripts/test_check_gpu",
         "rehearsal/test_grid_recipe", "talker_t2av/test_talker_pipeline", "hicodit/test_hard_videos",
         "corpora/test_synthetic_corpus", "corpora/test_prepare_job", "talker_t2av/test_evaluation_tables",
         "engine/test_kills", "engine/test_plan", "scripts/test_late_errors", "hicodit/test_task",

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import collectives, gpu_checks
@@ -51,6 +52,7 @@ def run_checks(machine, tmp_path, monkeypatch, *only):
     return code, {line["name"]: line for line in record["results"]}
 
 
+@pytest.mark.slow
 def test_all_checks_run(tmp_path, monkeypatch):
     _, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch)
     assert {"driver", "graphs hicodit", "graphs talker", "posteriors bf16", "service 1 clients"} <= set(lines)
