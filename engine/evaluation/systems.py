@@ -58,16 +58,23 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
         systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
     for name in wanted["only"] or ():
         require_choice("only", name, systems)
+    changed = [
+        key
+        for key, value in wanted["generate"].items()
+        if value != defaults[key] and f"generate.{key}" not in passed_on
+    ]
+    chosen = wanted["only"] or [*systems]
+    if changed and not any(systems[name].get("model", config.model) == config.model for name in chosen):
+        raise UserError(f"generate.{changed[0]} has no effect: it is for the outputs of model=, which is not generated")
     found = {}
-    for name in wanted["only"] or systems:
+    for name in chosen:
         own = {key: value for key, value in systems[name].items() if key != "model"}
         model = systems[name].get("model") or config.model
         require_choice(f"systems.{name}.model", model, known)
         shared = wanted["generate"] if model == config.model else {}
-        changed = [key for key in shared if shared[key] != defaults[key] and f"generate.{key}" not in passed_on]
         write = registry.writer(model)
         accepted = [key for key in defaults if key in signature(write).parameters]
-        for prefix, keys in {f"systems.{name}.": own, "generate.": changed}.items():
+        for prefix, keys in {f"systems.{name}.": own, "generate.": changed if shared else ()}.items():
             for key in keys:
                 if key not in accepted:
                     raise UserError(f"{prefix}{key}: {model} has no such setting; choose {', '.join(accepted)}")
