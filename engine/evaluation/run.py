@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from engine.config import plain
+from engine.config import compose, plain
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts, with_exchanged
@@ -19,7 +20,6 @@ from engine.evaluation.generate import write_on_devices
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
-from engine.evaluation.settings import table_defaults
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.evaluation.systems import Registry, choose_systems, output_folders
 from engine.evaluation.workers import Workers
@@ -51,7 +51,8 @@ def evaluate(config: DictConfig, split: str | None, output: Path, registry: Regi
     set_limits(Limits(**config.limits))
     device = str(pick_device(config.device))
     metrics = choose_metrics(config, split, device, registry)
-    systems = choose_systems(config, registry)
+    defaults = table_defaults()
+    systems = choose_systems(config, defaults["generate"], registry)
     devices = count_devices(config.devices, config.device, config.executor)
     outputs = output_folders(config, systems)
     paper_tables = read_paper_tables(plain(config)["paper_tables"])
@@ -65,7 +66,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path, registry: Regi
             clips = read_all_clips(config, split, outputs)
         clips = with_controls(config, clips)
         summary = measure_clips(config, metrics, clips, cache, device)
-        summary["notes"] += protocol_notes(summary["figures"], paper_tables)
+        summary["notes"] += protocol_notes(summary["figures"], paper_tables, defaults["protocol"])
         summary |= describe(config, split, clips, outputs, summary["figures"])
         summary |= origin(device)
         summary["paper_tables"] = [asdict(table) for table in paper_tables]
@@ -178,12 +179,25 @@ def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str
     return {figure: metrics.get(figure, metrics["wer"]) for figure in figures}
 
 
-def protocol_notes(figures: Mapping[str, Mapping[str, Any]], tables: Sequence[PaperTable]) -> list[str]:
-    """Return which of the measured figures the paper computed with another protocol."""
+def table_defaults() -> dict[str, Any]:
+    """Return the settings of the chosen table, without the rest of the command line."""
+    table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
+    return plain(compose("evaluate", table))
+
+
+def protocol_notes(
+    figures: Mapping[str, Mapping[str, Any]], tables: Sequence[PaperTable], defaults: Mapping[str, str]
+) -> list[str]:
+    """Return which of the measured figures the paper computed with another protocol.
+
+    Args:
+        figures: the measured figures.
+        tables: the paper's tables.
+        defaults: protocols of the chosen table.
+    """
     stated = set().union(*(table.stated for table in tables))
     if not stated:
         return []
-    defaults = table_defaults().protocol
     notes = []
     for metric, names in metrics_of([*figures]).items():
         own = protocol_of(metric, defaults)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from engine.config import compose
 from engine.settings import (
     DEVICES,
     EXECUTORS,
@@ -158,9 +154,3 @@ class EvaluateConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_place(self.executor, self.devices, self.device, self.ray.gpus)
-
-
-def table_defaults() -> DictConfig:
-    """Return the settings of the chosen table, without the rest of the command line."""
-    table = [f"table={HydraConfig.get().runtime.choices.table}"] if HydraConfig.initialized() else []
-    return compose("evaluate", table)

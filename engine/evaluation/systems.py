@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from engine.config import plain
 from engine.errors import UserError
 from engine.evaluation.resynthesis import write_resynthesis
-from engine.evaluation.settings import table_defaults
 from engine.instantiate import target
 from engine.settings import require_choice
 
@@ -40,16 +40,22 @@ class Registry:
         return partial(write_resynthesis, *self.codecs[model])
 
 
-def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable[..., None]]:
+def choose_systems(
+    config: DictConfig, defaults: Mapping[str, Any], registry: Registry
+) -> dict[str, Callable[..., None]]:
     """Return the function that writes the missing outputs of each system to generate, with its settings.
 
     Its arguments are the clips, the folder of the outputs, the device, and by name the slice `chosen` of the batches.
 
+    Args:
+        config: settings of the evaluation.
+        defaults: settings `generate` of the chosen table.
+        registry: models and codecs that can generate outputs.
+
     Raises:
-        UserError: If a model or a system is unknown, or a setting is not one of the model.
+        UserError: If a model or a system is unknown, or a setting has no effect or is not one of the model.
     """
     wanted = plain(config)
-    defaults = OmegaConf.to_container(table_defaults().generate)
     passed_on = str(OmegaConf.to_container(config, resolve=False)["systems"])  # as in weights: "${generate.codec}"
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
     known = (*registry.models, *registry.codecs)
@@ -65,7 +71,7 @@ def choose_systems(config: DictConfig, registry: Registry) -> dict[str, Callable
     ]
     chosen = wanted["only"] or [*systems]
     if changed and not any(systems[name].get("model", config.model) == config.model for name in chosen):
-        raise UserError(f"generate.{changed[0]} has no effect: it is for the outputs of model=, which is not generated")
+        raise UserError(f"generate.{changed[0]} has no effect: no outputs are generated with it; set model=NAME")
     found = {}
     for name in chosen:
         own = {key: value for key, value in systems[name].items() if key != "model"}
