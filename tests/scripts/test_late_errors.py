@@ -49,6 +49,7 @@ EVALUATE = [
     (f"{REPORT} model=rvq_codec generate.sampler=fast", "generate.sampler"),
     (f"{REPORT} systems={{{{a:{{{{model:hicodit,mode:tts}}}}}}}}", "systems.a.mode"),
     (f"{REPORT} table=talker model=lia_x generate.levels=2", "generate.levels=2"),
+    (f"table=synthetic_hicodit {OWN} model=rvq_codec only=[tokenizer] generate.codec=nowhere", "nowhere"),
     (f"{REPORT} outputs=sounds generate.levels=2", "generate.levels has no effect"),
 ]
 PREPARE = [
