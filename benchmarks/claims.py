@@ -30,7 +30,6 @@ from engine.evaluation.statistics import estimate, ratio
 from engine.files import write_json, write_text
 from engine.metrics.registry import metric_of
 from engine.record import dated
-from scripts.evaluate import REGISTRY
 
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
@@ -135,7 +134,7 @@ def measure(
     config.systems = {name: settings}
     config.compare = False
     split = config.split[0] if config.split else None
-    summary = evaluate(config, split, folder / "evaluation", REGISTRY)
+    summary = evaluate(config, split, folder / "evaluation")
     cells = summary["systems"]
     pairs = {figure: cell["pairs"] for figure, cell in cells.get(name, {}).items() if "pairs" in cell}
     true = {figure: cell["pairs"] for figure, cell in cells.get(TRUTH, {}).items() if "pairs" in cell}

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -181,12 +181,10 @@ class JobRunner:
     def run_batch(self, batch: PreparedBatch) -> BatchResult:
         """Generate the results of a batch and write its files."""
         ready = batch.ready
-        try:
-            results = self.generate([prepared for _, prepared in ready]) if ready else []
-        except Exception:
-            if batch.is_only_job:
-                raise
-            results = [None] * len(ready)  # run jobs one by one to find the one that fails
+        results: Sequence[Any] = [None] * len(ready)
+        if len(ready) > 1:
+            with suppress(Exception):  # the jobs then run one by one, to find the one that fails
+                results = self.generate([prepared for _, prepared in ready])
         for (name, prepared), result in zip(ready, results, strict=True):
             with batch.recording_errors(name):
                 if result is None:

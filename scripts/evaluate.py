@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.evaluation.run import evaluate, print_summary
-from engine.evaluation.systems import Registry
 from engine.program import run_program, runs
 
 HELP = """
@@ -43,21 +42,6 @@ python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" referenc
 python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
 """
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-REGISTRY = Registry(
-    models={"hicodit": "hicodit.evaluate.write_outputs", "talker_t2av": "talker_t2av.evaluate.write_outputs"},
-    codecs={
-        "rvq_codec": ("rvq_codec.codec.RVQCodec", ASSETS / "rvq_speech"),
-        "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", ASSETS / "whisperx_vae_speech"),
-        "lia_x": ("lia_x.codec.LiaX", ASSETS / "lia_x_real"),
-    },
-    arguments={
-        "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
-        "drawn": "corpora.synthetic.mouth_opening.MouthReader",
-        "landmarks": "engine.metrics.lips.LipOpening",
-    },
-)
-
 
 @hydra.main(config_path=str(CONFIGS), config_name="evaluate", version_base="1.3")
 @runs(output="output")
@@ -72,7 +56,7 @@ def evaluate_splits(config: DictConfig) -> int:
     output = Path(config.output)
     codes = []
     for split in splits:
-        summary = evaluate(config, split, output / split if len(splits) > 1 else output, REGISTRY)
+        summary = evaluate(config, split, output / split if len(splits) > 1 else output)
         if len(splits) > 1:
             print(f"--- {split} ---")
         print_summary(summary)

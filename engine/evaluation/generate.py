@@ -127,14 +127,19 @@ def write_missing(
     batches = [[item for item in batch if item[0] in waiting] for batch in batches[chosen]]
     batches = [batch for batch in batches if batch]
     for batch in progress_bar(batches, len(batches), "batches"):
-        try:
-            write(batch)
-        except UserError:
-            for item in batch:  # process clips one by one to find the one that fails
-                try:
-                    write([item])
-                except UserError as error:
-                    print(printable(f"failed: {item[1].id}: {error}"), file=sys.stderr, flush=True)
+        write_or_report(write, batch)
+
+
+def write_or_report(write: Callable[[Sequence[tuple[int, Clip]]], None], batch: Sequence[tuple[int, Clip]]) -> None:
+    """Write a batch of (index, clip). If that fails, write its clips one by one, and report those that fail."""
+    try:
+        write(batch)
+    except UserError as error:
+        if len(batch) == 1:
+            print(printable(f"failed: {batch[0][1].id}: {error}"), file=sys.stderr, flush=True)
+        else:
+            for item in batch:
+                write_or_report(write, [item])
 
 
 def write_take(

@@ -21,7 +21,7 @@ from engine.evaluation.measure import Results, measure
 from engine.evaluation.paper_tables import PaperTable, paper_lines, read_paper_tables
 from engine.evaluation.report import write_report
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
-from engine.evaluation.systems import Registry, choose_systems, output_folders
+from engine.evaluation.systems import choose_systems, output_folders
 from engine.evaluation.workers import Workers
 from engine.files import writable, write_json
 from engine.metrics.metric import Metric
@@ -30,17 +30,21 @@ from engine.processes import usable_cores
 from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, set_limits
 
+ARGUMENTS = {  # argument of metrics by protocol, such as the dotted name of an encoder: `engine` imports no models
+    "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
+    "drawn": "corpora.synthetic.mouth_opening.MouthReader",
+    "landmarks": "engine.metrics.lips.LipOpening",
+}
 RECORDED = ("columns", "protocol", "clips", "resamples", "model", "generate")  # settings in results.json
 
 
-def evaluate(config: DictConfig, split: str | None, output: Path, registry: Registry) -> dict[str, Any]:
+def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
     """Generate missing outputs, measure, and write report and results of one set of clips to `output`.
 
     Args:
         config: settings, see `engine.evaluation.settings.EvaluateConfig`.
         split: split of the synthetic corpus. None: clips of a manifest or of a folder of references.
         output: folder of report.html, results.json, the generated outputs and the cache.
-        registry: models and codecs that can generate outputs.
 
     Returns:
         The contents of results.json.
@@ -50,9 +54,9 @@ def evaluate(config: DictConfig, split: str | None, output: Path, registry: Regi
     """
     set_limits(Limits(**config.limits))
     device = str(pick_device(config.device))
-    metrics = choose_metrics(config, split, device, registry)
+    metrics = choose_metrics(config, split, device)
     defaults = table_defaults()
-    systems = choose_systems(config, defaults["generate"], registry)
+    systems = choose_systems(config, defaults["generate"])
     devices = count_devices(config.devices, config.device, config.executor)
     outputs = output_folders(config, systems)
     paper_tables = read_paper_tables(plain(config)["paper_tables"])
@@ -80,7 +84,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path, registry: Regi
     return summary
 
 
-def choose_metrics(config: DictConfig, split: str | None, device: str, registry: Registry) -> dict[str, Metric]:
+def choose_metrics(config: DictConfig, split: str | None, device: str) -> dict[str, Metric]:
     """Return the metric that measures each figure to measure, with the protocol selected in `config`.
 
     Raises:
@@ -91,7 +95,7 @@ def choose_metrics(config: DictConfig, split: str | None, device: str, registry:
     chosen = {}
     given = plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
-    arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **registry.arguments}
+    arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
     given |= {"own_voice_first": "shards"} if arguments["shards"] else {}
     for metric, names in metrics_of(figures).items():
         protocol = protocol_of(metric, given)

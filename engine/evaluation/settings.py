@@ -22,8 +22,8 @@ from engine.settings import (
 
 @dataclass(frozen=True)
 class GenerateConfig(Group, prefix="generate."):
-    """Settings of systems that generate outputs. A model has those that are parameters of its function in the registry;
-    the others must have their defaults.
+    """Settings of systems that generate outputs. A model has those that are parameters of its function in
+    `engine.evaluation.systems`; the others must have their defaults.
     """
 
     weights: str | None = setting(None, about="release folder of the model; null: the bundled one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,32 +16,19 @@ from engine.evaluation.resynthesis import write_resynthesis
 from engine.instantiate import target
 from engine.settings import require_choice
 
-
-@dataclass(frozen=True)
-class Registry:
-    """What the settings of an evaluation name, as dotted names of functions and classes: `engine` imports no models.
-
-    Attributes:
-        models: function of each model that writes its missing outputs. The arguments are the clips, the folder of the
-            outputs, the device, and by name the settings of the model and the slice `chosen` of the batches.
-        codecs: class and bundled release folder of each codec.
-        arguments: arguments of metrics by protocol, such as the class of an encoder.
-    """
-
-    models: Mapping[str, str]
-    codecs: Mapping[str, tuple[str, Path]]
-    arguments: Mapping[str, str]
-
-    def writer(self, model: str) -> Callable[..., None]:
-        """Return the function that writes the missing outputs of a model or codec, see `models`."""
-        if model in self.models:
-            return target(self.models[model])
-        return partial(write_resynthesis, *self.codecs[model])
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+# Function of each model that writes its missing outputs, as a dotted name: `engine` imports no models. Its arguments
+# are the clips, the folder of the outputs, the device, and by name the settings of the model and the slice `chosen` of
+# the batches.
+MODELS = {"hicodit": "hicodit.evaluate.write_outputs", "talker_t2av": "talker_t2av.evaluate.write_outputs"}
+CODECS = {  # class and bundled release folder of each codec
+    "rvq_codec": ("rvq_codec.codec.RVQCodec", ASSETS / "rvq_speech"),
+    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", ASSETS / "whisperx_vae_speech"),
+    "lia_x": ("lia_x.codec.LiaX", ASSETS / "lia_x_real"),
+}
 
 
-def choose_systems(
-    config: DictConfig, defaults: Mapping[str, Any], registry: Registry
-) -> dict[str, Callable[..., None]]:
+def choose_systems(config: DictConfig, defaults: Mapping[str, Any]) -> dict[str, Callable[..., None]]:
     """Return the function that writes the missing outputs of each system to generate, with its settings.
 
     Its arguments are the clips, the folder of the outputs, the device, and by name the slice `chosen` of the batches.
@@ -50,7 +36,6 @@ def choose_systems(
     Args:
         config: settings of the evaluation.
         defaults: settings `generate` of the chosen table.
-        registry: models and codecs that can generate outputs.
 
     Raises:
         UserError: If a model or a system is unknown, or a setting has no effect or is not one of the model.
@@ -58,9 +43,9 @@ def choose_systems(
     wanted = plain(config)
     passed_on = str(OmegaConf.to_container(config, resolve=False)["systems"])  # as in weights: "${generate.codec}"
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
-    known = (*registry.models, *registry.codecs)
+    known = (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
-    if config.model in registry.codecs:  # from a table with systems of several codecs, those of this one
+    if config.model in CODECS:  # from a table with systems of several codecs, those of this one
         systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
     for name in wanted["only"] or ():
         require_choice("only", name, systems)
@@ -78,7 +63,7 @@ def choose_systems(
         model = systems[name].get("model") or config.model
         require_choice(f"systems.{name}.model", model, known)
         shared = wanted["generate"] if model == config.model else {}
-        write = registry.writer(model)
+        write = target(MODELS[model]) if model in MODELS else partial(write_resynthesis, *CODECS[model])
         accepted = [key for key in defaults if key in signature(write).parameters]
         for prefix, keys in {f"systems.{name}.": own, "generate.": changed if shared else ()}.items():
             for key in keys:
