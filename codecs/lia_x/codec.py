@@ -101,16 +101,6 @@ class LiaX(PortraitCodec):
         self.encoder = Encoder(config.widths, config.base, style_dim, config.motion_dim)
         self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)
 
-    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the training pass with absolute motion: sources and targets (B, 3, S, S) show the same faces.
-
-        Returns:
-            Reconstructed targets (B, 3, S, S) and the targets' motion codes (B, M).
-        """
-        style, maps = self.encoder(source)
-        motion = self.encoder.motion(target)
-        return self.decoder(self.decoder.navigate(style, motion), maps), motion
-
     @staticmethod
     def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         from lia_x.upstream import read_official
