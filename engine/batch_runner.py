@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import STARTED
-from engine.errors import UserError, printable
+from engine.errors import UserError, printable, reason_of
 from engine.files import writable
 from engine.progress import current, stage
 from engine.settings import ClusterConfig, NamedJob, RunConfig
@@ -104,11 +104,18 @@ class PreparedBatch:
         result: results of the batch, including the jobs that have failed so far.
         is_only_job: whether the batch is the command's only job. Its error is then raised instead of reported.
         ready: name and prepared job of each job that did not fail.
+        prefix: prefix of the progress display: number of the last job that was read, and of all jobs.
     """
 
     result: BatchResult
     is_only_job: bool
     ready: list[tuple[str, Any]] = field(default_factory=list)
+    prefix: str = ""
+
+    def show_progress(self) -> None:
+        """Let the progress display, if this thread has one, name this batch."""
+        if progress := current():
+            progress.prefix = self.prefix
 
     @contextmanager
     def recording_errors(self, name: str) -> Iterator[None]:
@@ -118,8 +125,7 @@ class PreparedBatch:
         except Exception as error:
             if self.is_only_job:
                 raise
-            line = str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
-            self.result.failed.append((name, line))
+            self.result.failed.append((name, reason_of(error)))
 
 
 class JobRunner:
@@ -169,9 +175,9 @@ class JobRunner:
         """Read the files of a batch."""
         prepared = PreparedBatch(BatchResult(self.details), is_only_job=batch.total == 1)
         for number, (name, job) in enumerate(batch.jobs, batch.first):
-            progress = current()
-            if progress and not prepared.is_only_job:
-                progress.prefix = f"{number}/{batch.total} "
+            if not prepared.is_only_job:
+                prepared.prefix = f"{number}/{batch.total} "
+            prepared.show_progress()
             with prepared.recording_errors(name):
                 if isinstance(job, UserError):
                     raise job
@@ -181,6 +187,7 @@ class JobRunner:
     def run_batch(self, batch: PreparedBatch) -> BatchResult:
         """Generate the results of a batch and write its files."""
         ready = batch.ready
+        batch.show_progress()
         results: Sequence[Any] = [None] * len(ready)
         if len(ready) > 1:
             with suppress(Exception):  # the jobs then run one by one, to find the one that fails

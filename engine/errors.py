@@ -27,6 +27,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
+def reason_of(error: Exception) -> str:
+    """Return the message of an error. That of an unexpected error begins with its type."""
+    return str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
+
+
 def require(module: str, package: str, extra: str = "eval") -> ModuleType:
     """Import a package of an optional extra. The error names the extra that installs it."""
     try:

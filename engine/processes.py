@@ -200,6 +200,9 @@ class Processes(Generic[Item, Result]):
             for item in items:
                 yield item, self._work.run(item)
             return
+        for each in self.processes:
+            if each.tasks:  # of an earlier call that was not finished, whose results nobody wants
+                each.restart()
         fresh = ((item, 1) for item in items)
         again = deque[tuple[Item, int]]()
         while True:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.faces.clip import ArrayFrames, find_faces
+from engine.faces.clip import MAX_SIDE, ArrayFrames, find_faces
 from engine.faces.crops import crop_face
 from engine.faces.track import FaceError
 from engine.media.video import iter_video
@@ -24,7 +24,6 @@ REAL_RELEASE = BUNDLED.parent / "hicodit_grid"  # release for real faces
 LOOK_FRAMES = 32  # number of frames at the start of a clip that are examined
 FRAMES = 4  # number of face crops among them, evenly spaced, whose texture is measured
 SIDE = 64  # side of the face crops in pixels
-MAX_SIDE = 640  # longer side of the frames in pixels
 STEP = 1.5  # threshold out of 255: neighbouring pixels that differ by less count as flat
 FLAT_FRACTION = 0.4  # cartoon faces have 0.46 or more, those of GRID at most 0.35
 

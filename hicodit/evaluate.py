@@ -110,9 +110,10 @@ class SpeechWriter:
         self.seed = seed
         self.others = derangement(len(clips), np.random.default_rng(0))  # index of another clip for each clip
 
-    def inputs(self, clip: Clip) -> list[Path | None]:
-        """Return the files that the speech of a clip depends on."""
-        return [clip.truth.source, clip.prompt.audio if self.ge2e is not None else None]
+    def inputs(self, number: int, clip: Clip) -> list[Path | int | None]:
+        """Return the files and seeds that the speech of clip `number` depends on."""
+        other = self.clips[self.others[number]].truth.source if self.expressions == "shuffled" else None
+        return [clip.truth.source, clip.prompt.audio if self.ge2e is not None else None, other, self.seed + number]
 
     def write(self, batch: Sequence[tuple[int, Clip]]) -> None:
         """Generate and write the speech of a batch of clips, given with their indices.

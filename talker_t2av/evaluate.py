@@ -82,7 +82,7 @@ def write_outputs(
         special |= {"compat": compat, "prefix_seconds": prefix_seconds}
     write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode), **special)
     protocol = {"compat": compat, "prefix_seconds": prefix_seconds}
-    if one_pass and compat == "paper" and MODES[mode].open_ended:
+    if one_pass and compat == "paper" and mode in MODES and MODES[mode].open_ended:
         protocol["max_seconds"] = MAX_FRAMES / FPS
     writer = TalkWriter(pipeline, folder, mode, driving, seed, protocol)
     write_missing(clips, folder, batch_size, writer.inputs, writer.write, length_of_text, chosen)
@@ -115,14 +115,14 @@ class TalkWriter:
         self.seed = seed
         self.protocol = protocol
 
-    def inputs(self, clip: Clip) -> list[Path | str | None]:
-        """Return the files and the text that the output of a clip depends on."""
+    def inputs(self, number: int, clip: Clip) -> list[Path | str | int | None]:
+        """Return the text, the files and the seed that the output of clip `number` depends on."""
         if self.mode == "a2v":
             audio = self.driving_audio(clip)
         else:
             audio = clip.truth.audio if self.mode == "resynthesis" else clip.prompt.audio
         video = clip.truth.source if self.mode == "v2a" else clip.prompt.video if self.mode != "tts" else None
-        return [clip.truth.text, audio, video]
+        return [clip.truth.text, audio, video, self.seed + number]
 
     def write(self, batch: Sequence[tuple[int, Clip]]) -> None:
         """Generate and write the outputs of a batch of clips, given with their indices."""
@@ -132,8 +132,7 @@ class TalkWriter:
             return
         jobs = [self.job(i, clip) for i, clip in batch]
         for (_, clip), talk in zip(batch, self.pipeline.run(jobs)):
-            wave = wave_of(self.driving_audio(clip), RATE) if self.mode == "a2v" else talk.wave
-            write_take(self.folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped))
+            write_take(self.folder, clip.id, talk.wave, RATE, talk.frames, stopped=bool(talk.stopped))
 
     def job(self, number: int, clip: Clip) -> Job:
         """Create the job of clip `number`.

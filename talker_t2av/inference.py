@@ -81,9 +81,10 @@ def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
     if job.mode == "a2v":
         for target in outputs_of(job, name)[:-1]:
             shutil.copyfile(job.audio, folder / target)
-        write_video(folder / "silent.mp4", talk.pictures(), TalkerPipeline.fps)
-        join_audio(folder / "silent.mp4", job.audio, video, talk.comment)
-        (folder / "silent.mp4").unlink()
+        silent = folder / ".silent.mp4"  # not the name of a job
+        write_video(silent, talk.pictures(), TalkerPipeline.fps)
+        join_audio(silent, job.audio, video, talk.comment)
+        silent.unlink()
     else:
         talk.save(folder / f"{name}.wav")
     if job.mode == "t2av":

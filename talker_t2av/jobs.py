@@ -175,7 +175,8 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     mode = MODES[job.mode]
     texts = parts_of_text(job, text_bytes)
     system.require(job.mode)
-    prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
+    spoken = job.reference_text if job.prefix_seconds else ""
+    prompts = [system.tokenizer.prompt(f"{spoken} {text}".strip()) for text in texts]
     reference = Reference(job, system)
     start = reference_request(reference, prompts[0])
     request = start.request
@@ -291,5 +292,5 @@ def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[s
             remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
     if square is not None and square.remark:
         remarks.append(square.remark)
-    remarks += [f"{name} is not used by mode={job.mode}" for name in job.unused]
+    remarks += [f"{name} has no effect on this job (mode={job.mode})" for name in job.unused]
     return tuple(remarks)

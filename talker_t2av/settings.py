@@ -148,9 +148,10 @@ class Job(Group):
             "reference_motion": mode.motion == "generated" or (prefix and self.mode != "tts"),
             "audio": mode.speech == "given",
             "video": mode.motion == "given",
-            "max_seconds": mode.open_ended,
+            "reference_text": prefix,
+            "max_seconds": mode.open_ended and self.compat == "paper",
         }
-        return [name for name, needed in needs.items() if getattr(self, name) is not None and not needed]
+        return [name for name, needed in needs.items() if getattr(self, name) not in (None, "") and not needed]
 
     @property
     def keeps_prefix(self) -> bool:

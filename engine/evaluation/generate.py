@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.cluster import make_executor
 from engine.device import pick_device
-from engine.errors import UserError, printable
+from engine.errors import UserError, printable, reason_of
 from engine.evaluation.clips import Clip, find_take, system_facts
 from engine.evaluation.measure import digest_of
 from engine.files import write_json
@@ -90,7 +90,7 @@ def write_missing(
     clips: Sequence[Clip],
     folder: Path,
     batch_size: int,
-    inputs: Callable[[Clip], Sequence[Path | str | None]],
+    inputs: Callable[[int, Clip], Sequence[Path | str | int | None]],
     write: Callable[[Sequence[tuple[int, Clip]]], None],
     length: Callable[[Clip], float] = lambda clip: 0.0,
     chosen: slice = ALL_BATCHES,
@@ -101,7 +101,7 @@ def write_missing(
     FOLDER/inputs.json stores a digest of the inputs of each output.
 
     Args:
-        inputs: returns the files and texts that the output of a clip depends on.
+        inputs: returns the files, texts and seeds that the output of a clip depends on, given its index.
         write: writes the files of a batch to `folder`, the audio last; see `write_take`.
         length: returns the length of a clip. Clips of similar length share a batch.
         chosen: slice of the batches to write.
@@ -113,12 +113,12 @@ def write_missing(
     waiting = set()
     known = read_json(place) if place.is_file() else {}
     for i, clip in enumerate(clips):
-        state = digest_of(inputs(clip))
+        state = digest_of(inputs(i, clip))
         take = find_take(folder, clip.id)
         if take.audio in (None, take.video):  # no output, or a video without its audio
             waiting.add(i)
         elif known.get(clip.id, state) != state:
-            where = f"{folder} contains an output of {clip.id} for other files or text"
+            where = f"{folder} contains an output of {clip.id} for other files, text or seed"
             raise UserError(f"{where}: choose another output=, or delete this one")
         known[clip.id] = state
     write_json(place, known)
@@ -134,9 +134,9 @@ def write_or_report(write: Callable[[Sequence[tuple[int, Clip]]], None], batch: 
     """Write a batch of (index, clip). If that fails, write its clips one by one, and report those that fail."""
     try:
         write(batch)
-    except UserError as error:
+    except Exception as error:  # may be of a package or lack of memory; the other clips continue
         if len(batch) == 1:
-            print(printable(f"failed: {batch[0][1].id}: {error}"), file=sys.stderr, flush=True)
+            print(printable(f"failed: {batch[0][1].id}: {reason_of(error)}"), file=sys.stderr, flush=True)
         else:
             for item in batch:
                 write_or_report(write, [item])

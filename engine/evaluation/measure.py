@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, reason_of
 from engine.evaluation.clips import TRUTH, Clip
 from engine.files import atomic_output
 from engine.metrics.metric import Metric, Take, wave_of
@@ -119,10 +119,8 @@ def measure_clip(metric: Metric, cache: Path | None, clip: Takes) -> tuple[dict[
             else:
                 found += 1
             out[name] = row
-        except UserError as error:
-            out[name] = str(error)
-        except Exception as error:  # an unexpected error of a package on one clip; the others continue
-            out[name] = f"unexpected {type(error).__name__}: {error}"
+        except Exception as error:  # may be of a package; the other clips continue
+            out[name] = reason_of(error)
     return out, found
 
 

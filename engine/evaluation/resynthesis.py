@@ -80,7 +80,7 @@ def write_resynthesis(
                 wave = rebuild_wave(codec, wave, levels)
             write_take(folder, clip.id, wave, rate, frames)
 
-    def inputs(clip: Clip) -> list[Path | None]:
+    def inputs(_: int, clip: Clip) -> list[Path | None]:
         return [clip.truth.source if portrait else clip.truth.audio]
 
     with torch.inference_mode():

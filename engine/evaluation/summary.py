@@ -135,7 +135,7 @@ def _tests(
             first = systems[one].get(figure, {}).get("pairs", {})
             second = systems[two].get(figure, {}).get("pairs", {})
             both = [clip for clip in first if clip in second]
-            if len(both) < 2 or metric.outputs_only or not about.better:
+            if len(both) < 2 or not about.better:
                 continue
             one_pairs = np.array([first[clip] for clip in both])
             two_pairs = np.array([second[clip] for clip in both])

@@ -12,8 +12,8 @@ import numpy as np
 
 from engine.faces.track import FaceTrack
 
-MOUTH_CENTRE = (0.5, 0.77)  # size of the mouth crop, in widths of the detector's box
-MOUTH_SIDE = 0.56  # likewise
+MOUTH_CENTRE = (0.5, 0.77)  # centre (x, y) of the mouth crop in the detector's box, as fractions of its size
+MOUTH_SIDE = 0.56  # side of the mouth crop, as a fraction of the box's width
 FACE_SIDE = 1.1
 
 # Head and shoulders, as in the videos LIA-X was trained on. Of a face box from the forehead to the chin: how wide the

@@ -7,7 +7,7 @@ iBUG 300-W (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engi
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,15 @@ MAX_FRAMES = 200_000  # an hour at 25 frames per second has 90,000
 SUFFIXES = (".json", ".npz", ".pkl")
 
 
+def load_dlib() -> tuple[Callable, Callable]:
+    """Return dlib's frontal face detector and its predictor of 68 landmarks."""
+    dlib = require("dlib", "dlib", "landmarks")
+    # Only its files are used, as the package imports outdated modules.
+    folder = package_folder("face_recognition_models", "face_recognition_models", "landmarks") / "models"
+    predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
+    return dlib.get_frontal_face_detector(), predictor
+
+
 class Dlib68:
     """dlib's 68 landmarks, as in AV-HuBERT's preprocessing. Tilted heads are rotated upright first.
 
@@ -36,12 +45,8 @@ class Dlib68:
     """
 
     def __init__(self) -> None:
-        dlib = require("dlib", "dlib", "landmarks")
-        # Only its files are used, as the package imports outdated modules.
-        folder = package_folder("face_recognition_models", "face_recognition_models", "landmarks") / "models"
-        self.detect = dlib.get_frontal_face_detector()
-        self.predict = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
-        self.rectangle = dlib.rectangle
+        self.detect, self.predict = load_dlib()
+        self.rectangle = require("dlib", "dlib", "landmarks").rectangle
 
     def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
         boxes = {i: box for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for box in self._look(picture)}

@@ -10,7 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from engine.errors import UserError, require
+from engine.errors import UserError
+from engine.faces.landmarks import load_dlib
 
 SIDE = 256  # pixels of the shorter side of the images for dlib
 # of the 68 landmarks
@@ -22,10 +23,7 @@ class LipOpening:
     """Measures the distance between the inner lips, relative to the distance between the eyes."""
 
     def __init__(self) -> None:
-        self.dlib = require("dlib", "dlib", "landmarks")
-        self.models = require("face_recognition_models", "face_recognition_models", "landmarks")
-        self.detect = self.dlib.get_frontal_face_detector()
-        self.predict = self.dlib.shape_predictor(self.models.pose_predictor_model_location())
+        self.detect, self.predict = load_dlib()
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """Return the mouth opening (T,) in frames (T, H, W, 3) uint8 RGB of a clip in which the head hardly moves.

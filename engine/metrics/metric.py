@@ -156,7 +156,7 @@ class Evaluations(Metric):
 
     figures: ClassVar = {
         "evaluations": Figure(
-            "evaluations", -1, 1, meaning="network evaluations per clip, counted by guidance branch and window"
+            "evaluations", 0, 1, meaning="network evaluations per clip, counted by guidance branch and window"
         )
     }
     inputs = ("about",)
@@ -172,7 +172,7 @@ class Evaluations(Metric):
 class Bitrate(Metric):
     """Bit rate of the code, stated in system.json: levels x log2(codes) x frames per second."""
 
-    figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="bit rate of the code")}
+    figures: ClassVar = {"bitrate": Figure("bit/s", 0, 0, meaning="bit rate of the code")}
     inputs = ("bits",)
     outputs_only = True
 

@@ -134,7 +134,8 @@ class OwnVoice(Metric):
     def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         known: dict[str, dict[str, np.ndarray]] = {}
         for clip, row in true.items():
-            known.setdefault(truths[clip].speaker, {})[clip] = np.array(row["vector"], np.float32)
+            if (speaker := truths[clip].speaker) is not None:
+                known.setdefault(speaker, {})[clip] = np.array(row["vector"], np.float32)
         found = nearest(rows, truths, known if self.kind == "clips" else embeddings_by_voice(self.argument))
         return {clip: {**row, **found.get(clip, {})} for clip, row in rows.items()}
 

@@ -33,8 +33,8 @@ from safetensors.torch import load
 
 from engine.errors import UserError
 from engine.files import report_os_errors
+from engine.shards.reader import VERSION
 
-VERSION = 2
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 END = bytes(2 * tarfile.BLOCKSIZE)  # end-of-archive marker of a tar file
 MIN_STD = 1e-6

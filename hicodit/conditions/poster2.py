@@ -29,10 +29,9 @@ SIDE = 224
 BACKBONE_SIDE = 112
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-HEAD_WIDTH = 32  # number of heads of cross-attention
-# number of heads of the transformer
-WIDTH = 768
-HEADS = 8
+HEAD_WIDTH = 32  # width of a head of cross-attention
+WIDTH = 768  # width of the transformer
+HEADS = 8  # number of heads of the transformer
 POSITIONS = "n c h w -> n (h w) c"
 
 # Class order of each checkpoint.

@@ -36,6 +36,7 @@ def test_a_voice_is_compared_with_other_clips_of_its_speaker():
     assert voices([A, A, B, C], [A, B, B, C], "1123") == [(1, 1), (0, 0), None, None]
     assert voices([A, A, B, B], [A, B, B, [0] * 256], "1122") == [(1, 1), (0, 0), (1, 1), (0, 0)]  # silence is nobody's
     assert voices([A, B], [A, B], "12") == [None, None]
+    assert voices([A, A, B], [A, A, B], [None, None, "1"]) == [None, None, None]  # unknown speakers
 
 
 def test_enrolled_voices_need_no_other_clip():

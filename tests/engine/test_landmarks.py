@@ -57,8 +57,6 @@ def fake_dlib(monkeypatch):
         get_frontal_face_detector=lambda: detect, shape_predictor=lambda path: predict, rectangle=Rectangle
     )
     monkeypatch.setitem(sys.modules, "dlib", fake)
-    models = SimpleNamespace(pose_predictor_model_location=lambda: "")
-    monkeypatch.setitem(sys.modules, "face_recognition_models", models)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["x"]))
     return calls
 

@@ -95,6 +95,15 @@ def test_a_lost_gpu_is_dropped_and_its_item_is_retried(tmp_path):
     assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3
 
 
+def test_results_of_an_abandoned_run_do_not_reach_the_next_one(tmp_path):
+    with Processes(2, partial(Squares, tmp_path)) as processes:
+        abandoned = processes.run([2, "wait", 3])  # one process waits for a file
+        next(abandoned)
+        abandoned.close()
+        (tmp_path / "refused").touch()
+        assert sorted(processes.run([5, 6])) == [(5, 25), (6, 36)]
+
+
 def test_user_errors_of_workers_are_raised(tmp_path):
     with pytest.raises(UserError, match="the disk is full"):
         squares(tmp_path, [1, "refuse"])

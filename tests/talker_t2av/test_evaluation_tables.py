@@ -15,9 +15,11 @@ from corpora.synthetic.mouth_opening import MouthReader
 from corpora.synthetic.visemes import MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError
-from engine.evaluation.clips import read_corpus
+from engine.evaluation.clips import Clip, read_corpus
+from engine.evaluation.generate import write_or_report
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import write_video
+from engine.metrics.metric import Take
 from engine.metrics.speech import _reader
 from hicodit.evaluate import exchange
 from scripts import evaluate
@@ -117,6 +119,28 @@ def test_outputs_of_the_talker_are_kept_without_loss_and_completed(corpus, tmp_p
             np.testing.assert_array_equal(sound, read_audio(clip.truth.audio, RATE))
             assert (tmp_path / "out" / f"{clip.id}.mkv").is_file()
         (tmp_path / "out" / f"{clips[0].id}.wav").unlink()  # an interrupted output is made again
+    with pytest.raises(UserError, match="seed"):  # which depends on the clip's position
+        write_outputs(clips[1:], tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode="a2v")
+
+
+def test_recordings_are_resynthesised_by_the_codecs_of_the_talker(corpus, tmp_path):
+    clips = read_corpus(corpus, "train", {}, 1)
+    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode="resynthesis", one_pass=True)
+    assert (tmp_path / "out" / f"{clips[0].id}.wav").is_file()
+
+
+def test_a_batch_that_fails_is_written_clip_by_clip(capsys):
+    batch = [(number, Clip(f"clip{number}", None, Take(), {})) for number in range(3)]
+    written = []
+
+    def write(clips):
+        if len(clips) > 1 or clips[0][0] == 1:
+            raise MemoryError("too large")
+        written.extend(clips)
+
+    write_or_report(write, batch)
+    assert written == [batch[0], batch[2]]
+    assert capsys.readouterr().err == "failed: clip1: unexpected MemoryError: too large\n"
 
 
 def test_faces_move_to_the_speech_of_another_system(corpus, tmp_path):

@@ -66,9 +66,10 @@ def test_four_modes_write_their_files_and_keep_what_was_given(files, tmp_path):
     assert decoded(tmp_path / "a2v.mp4", *pcm) == decoded(files["stereo"], *pcm)
     assert len(read_video(tmp_path / "a2v.mp4")) == -(-20_011 * 25 // 22_050)
     packets = ["-map", "0:v", "-c", "copy", "-f", "framemd5"]
-    run(config(files, tmp_path / "shown", mode="a2v", audio=files["stereo"], text=r"$\x 你", figure=True, **face))
-    assert sorted(p.name for p in (tmp_path / "shown").iterdir()) == ["a2v.mp4", "a2v.png", "a2v.wav"]
-    assert cv2.imread(str(tmp_path / "shown" / "a2v.png")).std() > 20
+    shown = {"audio": files["stereo"], "text": r"$\x 你", "name": "silent", "figure": True, **face}
+    run(config(files, tmp_path / "shown", mode="a2v", **shown))
+    assert sorted(p.name for p in (tmp_path / "shown").iterdir()) == ["silent.mp4", "silent.png", "silent.wav"]
+    assert cv2.imread(str(tmp_path / "shown" / "silent.png")).std() > 20
     assert decoded(tmp_path / "v2a.mp4", *packets) == decoded(files["face"], *packets) != b""
     assert len(soundfile.read(tmp_path / "v2a.wav")[0]) == 15 * 960
 

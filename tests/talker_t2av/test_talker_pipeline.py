@@ -55,6 +55,13 @@ def jobs_of(pipeline: TalkerPipeline) -> dict[str, Job]:
     }
 
 
+def test_the_transcript_of_the_reference_precedes_the_text_of_a_continued_one(pipeline):
+    job = jobs_of(pipeline)["tts"]
+    told = replace(job, reference_text="hello")
+    without, prompt = (prepare_job(each, pipeline.system, 100).requests[0].prompt for each in (job, told))
+    assert (len(prompt) > len(without)) == (pipeline.prefix > 0) == ("reference_text" not in told.unused)
+
+
 def test_a_batch_of_all_four_modes_equals_each_job_alone(pipeline):
     jobs = list(jobs_of(pipeline).values())
     t2av, tts, a2v, v2a = pipeline.run(jobs)
