@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ def picture_frames(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
 
 
+@lru_cache
+def token_layout(codec: str | Path) -> tuple[str, int]:
+    """Return the digest and the number of levels of a tokenizer. Its release folder is read once per process."""
+    tokenizer = load_codec(codec, CODECS)
+    return tokenizer.digest(), tokenizer.levels
+
+
 class HiCoDiTDataset:
     """Clips of one split of prepared shards, for `engine.training.trainer`. Clips that are too short, or without a
     required tensor, are skipped.
@@ -119,9 +127,9 @@ class HiCoDiTDataset:
             raise UserError(f"data.train.hide={hide} must be between 0 and 1")
         if seconds is not None and seconds < 1:
             raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
-        tokenizer = load_codec(codec, CODECS)
+        digest, self.levels = token_layout(codec)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
-        self.shards.check_made_with({"rvq": tokenizer.digest()})
+        self.shards.check_made_with({"rvq": digest})
         self.inputs = CROP_TENSORS if encoders_learn(encoders) else FEATURE_TENSORS
         if self.inputs == FEATURE_TENSORS and not set(FEATURE_TENSORS) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
@@ -143,7 +151,6 @@ class HiCoDiTDataset:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
         self.augment = augment
         self.hide = hide
-        self.levels = tokenizer.levels
         self.blocks = self.shards.blocks()
 
     def read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,7 +6,6 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expressio
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from engine.evaluation.validation import ByClip, Share, spread
 from engine.faces.source import CASCADE
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
-from engine.seeding import generator_for
 from engine.settings import require_choice
 from engine.shards.source import join, read_index, read_json
 from engine.training.task import ReleaseInfo, Task
@@ -39,7 +37,6 @@ from hicodit.system import CODECS, HiCoDiTSystem
 from hicodit.validation import Recordings, evaluate_clips
 
 MIN_TIME = 1e-3  # minimum time in training; independent of the schedule's eps and the sampler's end
-VALIDATION_BATCH = 8
 # Tensors that `init` may not contain: of auxiliary losses, other lip front ends, and zero-initialised inputs.
 NEW = re.compile(r"\.phoneme_head\.|\.lip\.(frame|project)\.|\.fuse_expression\.")
 TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # tensors that depend on the tokenizer
@@ -300,7 +297,7 @@ class HiCoDiTTask(Task):
             self.system.encoders.expected = dict(self.features)
         for split in self.validate_splits:
             if share.first:
-                results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
+                results |= {f"{name}_{split}": value for name, value in self.held_out(split).items()}
             data = HiCoDiTDataset(join(self.shards, split), self.codec, kind)
             scores = evaluate_clips(
                 pipeline,
@@ -315,23 +312,15 @@ class HiCoDiTTask(Task):
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
-    def held_out_losses(self, split: str) -> dict[str, float]:
+    def held_out(self, split: str) -> dict[str, float]:
         """Return `loss` and its component `dse` for the synthesised clips."""
         source = join(self.shards, split)
         encoders = self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURE_TENSORS})
-        chosen = spread(len(data), self.validate_clips)
-        device = self.system.model.null_lip.device
-        sums = Counter()
-        for start in range(0, len(chosen), VALIDATION_BATCH):
-            clips = chosen[start : start + VALIDATION_BATCH]
-            batch = data.collate([data.load(i, generator_for(0, "held out", i)) for i in clips])
-            losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
-            sums["loss"] += len(clips) * float(losses["loss"])
-            sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])
-        return {name: value / len(chosen) for name, value in sums.items()}
+        losses = self.held_out_losses(data.load, data.collate, spread(len(data), self.validate_clips))
+        return {"loss": losses["loss"], "dse": losses["dse_low"] + losses["dse_high"]}
 
     def measure_lips(self) -> dict[str, float]:
         """Return for each held-out split the frame error rate (%) of the phonemes predicted by the lip encoder, over

@@ -214,6 +214,10 @@ class TalkerExamples:
             example["phoneme"] = latents["phoneme"][start : start + MAX_FRAMES]
         return example
 
+    def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the batch of some examples, see `collate`."""
+        return collate(items, self.words.pad_id, self.format.patch_size, self.classes)
+
 
 class TalkerPairs:
     """Batches of half T2AV and half TTS examples, for `engine.training.trainer`. An item is one example of each task,
@@ -267,7 +271,7 @@ class TalkerPairs:
         """Collate T2AV rows, followed by as many TTS rows; see `collate`."""
         rows = [row[side] for side in range(len(self.sets)) for row in items]
         first = self.sets[0]
-        return collate(rows, first.words.pad_id, first.format.patch_size, first.classes)
+        return first.collate(rows)
 
     @property
     def lengths(self) -> Tensor:

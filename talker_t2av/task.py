@@ -28,7 +28,7 @@ from engine.training import distributed
 from engine.training.task import ReleaseInfo, Task
 from talker_t2av import upstream
 from talker_t2av.alignment import Alignment
-from talker_t2av.data import STAGES, TalkerExamples, collate
+from talker_t2av.data import STAGES, TalkerExamples
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.layers import Block
@@ -39,7 +39,6 @@ from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.system import MotionStats, check_codecs, load_model, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
-VALIDATION_BATCH = 4
 NEW_WEIGHTS = re.compile(r"^head_phoneme\.")  # tensors of auxiliary losses, which `init` may not contain
 # clips per split whose files a validation saves
 WAVES = 4
@@ -182,63 +181,75 @@ class TalkerTask(Task):
         """
         if self.validation is None:
             return {}
-        device = self.model.device
-        c = self.model.config
-        codec = load_speech(self.codecs["speech"]).to(device)
         results: dict[str, float | ByClip] = {}
         for split in self.validation["splits"]:
-            source = join(self.validation["root"], split)
-            moving = self.codecs.get("motion") and read_json(join(source, "index.json")).get("motion_mean")
-            task = "t2av" if moving else "tts"
-            sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
-            examples = TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
+            examples = self.held_out_examples(split)
             chosen = spread(len(examples), self.validation["clips"])
-            count = len(chosen)
-            own = share.range(len(chosen))
-            if not own:
-                continue
-            infos = [examples.info(chosen[n]) for n in own]
-            # All clips are read, as the random crops of long clips must not depend on the share.
-            items = [examples.load(i) for i in chosen]
-            requests = [
-                Request(
-                    prompt=examples.words.prompt(info["text"]),
-                    speaker=items[n]["speaker"],
-                    speech=items[n]["speech"][:0],
-                    motion=items[n]["motion"][:0],
-                    first_motion=items[n]["motion"][0] if task == "t2av" else None,
-                    max_patches=2 * -(-len(items[n]["speech"]) // c.patch_size),
-                    seed=chosen[n],
-                )
-                for n, info in zip(own, infos)
-            ]
-            spoken = BatchedDecoder(self.model, MODES[task], self.sampling, len(requests)).generate(requests)
-            waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
-            for _, info, wave in zip(range(WAVES)[own.start :], infos, waves):
-                write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
-            drawn = len(range(VIDEOS)[own.start :])
-            if self.validation.get("corpus") and task == "t2av":
-                self._draw(folder, infos[:drawn], spoken, waves, codec.sample_rate)
-            late = {n: abs(len(r.speech) - len(items[n]["speech"])) / FPS for n, r in zip(own, spoken)}
-            scores: dict[str, float | ByClip] = {
-                "stopped": ByClip({n: r.stopped for n, r in zip(own, spoken)}),
-                "length_error": ByClip(late),  # seconds; a sentence may be spoken at another speed
-            }
-            for start in range(0, count if share.first else 0, VALIDATION_BATCH):
-                clips = chosen[start : start + VALIDATION_BATCH]
-                held_out = [examples.load(i, generator_for(0, "held out", i)) for i in clips]
-                batch = collate(held_out, examples.words.pad_id, c.patch_size, examples.classes)
-                losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
-                for name, value in losses.items():
-                    name = name if name == "loss" else f"loss_{name}"
-                    scores[name] = scores.get(name, 0.0) + len(clips) * float(value) / count
-            texts = [info["text"] for info in infos]
-            rate = codec.sample_rate
-            metrics = self.validation["metrics"]
-            grammar = self.validation["grammar"]
-            scores |= measure_outputs(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
-            results |= {f"{name}_{split}": value for name, value in scores.items()}
+            if share.range(len(chosen)):
+                figures = self.measure_speech(examples, chosen, folder, share)
+                if share.first:
+                    losses = self.held_out_losses(examples.load, examples.collate, chosen)
+                    figures |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
+                results |= {f"{name}_{split}": value for name, value in figures.items()}
         return results
+
+    def held_out_examples(self, split: str) -> TalkerExamples:
+        """Return the examples of a held-out split: with motion, if both the model and the split have it."""
+        source = join(self.validation["root"], split)
+        moving = self.codecs.get("motion") and read_json(join(source, "index.json")).get("motion_mean")
+        c = self.model.config
+        sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
+        task = "t2av" if moving else "tts"
+        return TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
+
+    def measure_speech(
+        self, examples: TalkerExamples, chosen: Sequence[int], folder: Path, share: Share
+    ) -> dict[str, ByClip]:
+        """Generate the sentences of a share of the held-out clips `chosen`, and measure their length and words.
+
+        The speech of the first clips is written to `folder`, with faces if their recordings are there.
+        """
+        own = share.range(len(chosen))
+        infos = [examples.info(chosen[n]) for n in own]
+        items = [examples.load(chosen[n], generator_for(0, "held out", chosen[n])) for n in own]
+        moving = examples.task == "t2av"
+        requests = [
+            Request(
+                prompt=examples.words.prompt(info["text"]),
+                speaker=item["speaker"],
+                speech=item["speech"][:0],
+                motion=item["motion"][:0],
+                first_motion=item["motion"][0] if moving else None,
+                max_patches=2 * -(-len(item["speech"]) // self.model.config.patch_size),
+                seed=chosen[n],
+            )
+            for n, info, item in zip(own, infos, items)
+        ]
+        spoken = BatchedDecoder(self.model, MODES[examples.task], self.sampling, len(requests)).generate(requests)
+        codec = load_speech(self.codecs["speech"]).to(self.model.device)
+        waves = [codec.decode(result.speech[None])[0, 0].cpu().numpy() for result in spoken]
+        for _, info, wave in zip(range(WAVES)[own.start :], infos, waves):
+            write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
+        if self.validation.get("corpus") and moving:
+            drawn = len(range(VIDEOS)[own.start :])
+            self._draw(folder, infos[:drawn], spoken, waves, codec.sample_rate)
+        # A sentence may be spoken at another speed, so an error of its length in seconds is not a fault by itself.
+        errors = [abs(len(result.speech) - len(item["speech"])) / FPS for result, item in zip(spoken, items)]
+        scores = {
+            "stopped": ByClip({n: result.stopped for n, result in zip(own, spoken)}),
+            "length_error": ByClip(dict(zip(own, errors))),
+        }
+        words = measure_outputs(
+            self.validation["metrics"],
+            [info["text"] for info in infos],
+            waves,
+            None,
+            codec.sample_rate,
+            self.validation["grammar"],
+            device=str(self.model.device),
+            numbers=own,
+        )
+        return scores | words
 
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int

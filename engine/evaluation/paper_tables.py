@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import UserError
+from engine.evaluation.summary import aligned
+from engine.metrics.metric import ARROWS
 from engine.metrics.registry import FIGURES, metric_of
 
 
@@ -69,10 +71,7 @@ def paper_lines(tables: Iterable[PaperTable], figures: Iterable[str]) -> list[st
         if not table.stated & {*figures}:
             continue
         rows = [[table.title, *table.heads()], *([system, *table.cells(system)] for system in table.rows)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines.append("")
-        for name, *cells in rows:
-            lines.append(name.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths[1:])))
+        lines += ["", *aligned(rows)]
     return lines
 
 
@@ -81,7 +80,7 @@ def title_of(column: str) -> str:
     if column not in FIGURES:
         return column
     figure = metric_of(column).figures[column]
-    return figure.title + {1: " ↑", -1: " ↓", 0: ""}[figure.better]
+    return figure.title + ARROWS[figure.better]
 
 
 def _decimals(value: float | None) -> int:

@@ -13,7 +13,7 @@ from engine.evaluation.clips import EXCHANGED, TRUTH, Clip
 from engine.evaluation.measure import Results
 from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
 from engine.metrics.frechet import frechet_distance
-from engine.metrics.metric import Figure, Metric
+from engine.metrics.metric import ARROWS, Figure, Metric
 
 Found = Mapping[str, Mapping[str, Any]]  # measurements of a figure, by system and clip
 SIGNIFICANT = 0.05
@@ -213,9 +213,8 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
 def table_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the table as lines for a terminal: a row per system with intervals, then the target values."""
     figures = summary["figures"]
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
     rows = [
-        ["", *(about["title"] + arrows[about["better"]] for about in figures.values())],
+        ["", *(about["title"] + ARROWS[about["better"]] for about in figures.values())],
         ["", *(about["protocol"] for about in figures.values())],
     ]
     for system, cells in summary["systems"].items():
@@ -226,9 +225,14 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary["aim"]:
         cells = {figure: {"value": value, "interval": None} for figure, value in summary["aim"].items()}
         rows.append(["aim", *(_texts(cells.get(figure), about)[0] for figure, about in figures.items())])
+    return [line for line in aligned(rows) if line]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines with aligned columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [row[0].ljust(widths[0]) + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths[1:])) for row in rows]
-    return [line.rstrip() for line in lines if line.strip()]
+    return [line.rstrip() for line in lines]
 
 
 def _texts(cell: Mapping[str, Any] | None, about: Mapping[str, Any]) -> tuple[str, str]:

@@ -56,6 +56,9 @@ class Take:
     bits: float | None = None  # bit rate of the code, in bits per second
 
 
+ARROWS = {1: " ↑", -1: " ↓", 0: ""}  # by `Figure.better`, in tables
+
+
 @dataclass(frozen=True)
 class Figure:
     """One column of a table."""

@@ -6,14 +6,20 @@ LoRA replaces the weight W of linear layers by W + scale * B A, where B (out, ra
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, require
 from engine.evaluation.validation import ByClip, Share
+from engine.seeding import generator_for
+
+HELD_OUT_BATCH = 4  # number of held-out clips per batch
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,29 @@ class Task(nn.Module):
         trackers display.
         """
         return {}
+
+    @torch.no_grad()
+    def held_out_losses(
+        self,
+        load: Callable[[int, torch.Generator], Any],
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        chosen: Sequence[int],
+    ) -> dict[str, float]:
+        """Return the mean of each loss over the clips with the indices `chosen`, for `measure`.
+
+        Args:
+            load: returns an example of a clip, whose random numbers are drawn from the generator.
+            collate: returns the batch of some examples.
+        """
+        device = next(self.parameters()).device
+        sums = Counter()
+        for start in range(0, len(chosen), HELD_OUT_BATCH):
+            clips = chosen[start : start + HELD_OUT_BATCH]
+            batch = collate([load(i, generator_for(0, "held out", i)) for i in clips])
+            batch = {name: value if name in self.on_host else value.to(device) for name, value in batch.items()}
+            for name, value in self(batch, "model").items():
+                sums[name] += len(clips) * float(value)
+        return {name: value / len(chosen) for name, value in sums.items()}
 
     def release_info(self) -> ReleaseInfo | None:
         """Return the contents of the release besides its weights, or None if the task is not released. See
