@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         root: folder of the data set.
-        splits: names of the available splits.
+        splits: names of the available splits, which are names of folders in the output.
         read: returns the clips of a split in a fixed order. Keys need not be unique yet.
         frames: whether clips have video.
         symbols: phonemes of the labels, None without labels.
@@ -45,6 +45,10 @@ class Source:
     read: Callable[[str], Iterable[SourceClip]]
     frames: bool = True
     symbols: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.splits:
+            untrusted.safe_name(name, f"{self.root}: the split")
 
     def clips(self, split: str) -> list[SourceClip]:
         """Return the clips of a split in a fixed order."""
