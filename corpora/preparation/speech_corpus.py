@@ -55,11 +55,12 @@ def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[
 
     Args:
         speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does.
-        new_speakers: all of their sentences are the split `new`.
+        new_speakers: all of their sentences are the split `new`. Empty: there is no such split.
     """
     found: dict[str, list[Recording]] = {"train": [], "val": [], "test": []}
     found |= grid_splits(root, speakers)
-    found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
+    if new_speakers:
+        found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
     return found
 
 

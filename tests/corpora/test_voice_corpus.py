@@ -126,6 +126,7 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
     assert {split: len(rows) for split, rows in found.items()} == {"train": 36, "val": 2, "test": 2, "new": 40}
     assert {row.speaker for row in found["new"]} == {"s31"}
     assert {row.name for row in found["train"]}.isdisjoint(row.name for row in found["test"])
+    assert list(grid_recordings(tmp_path, ["s1"], [])) == ["train", "val", "test"]
 
 
 def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp_path):
