@@ -65,8 +65,14 @@ def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[
 
 
 def grid_splits(root: Path, speakers: Sequence[str]) -> dict[str, list[Recording]]:
-    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences."""
+    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences.
+
+    Raises:
+        UserError: If there are none.
+    """
     source = grid(root, protocol="seen", speakers=speakers)
+    if not source.splits:
+        raise UserError(f"--grid {root} has no recordings of the speakers {', '.join(speakers)}")
     found = {}
     for split in source.splits:
         clips = source.clips(split)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import read_video, write_video
+from scripts import make_voice_corpus
 from tests.corpora.preparation_fakes import write_csv
 from tests.media_files import ffmpeg
 
@@ -70,6 +72,15 @@ def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
         file.write(lines)
     rows = prompt_sentences(tmp_path, tmp_path / "texts.gz")
     assert [(row.name, row.text) for row in rows] == [("digits-1", "one"), ("press", "Press star then pound")]
+
+
+def test_pictures_need_no_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_voice_corpus, "SOUNDS", tmp_path / "absent")
+    for options, reason in (([], "absent is not a folder: apt-get"), (["--pictures", "1"], "the speakers s1, s3, s5")):
+        call = ["make_voice_corpus.py", "--out", tmp_path / "out", "--grid", tmp_path, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, call)))
+        with pytest.raises(UserError, match=reason):
+            make_voice_corpus.main()
 
 
 def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
