@@ -256,6 +256,21 @@ def _face(path: Path, first: int, count: int) -> np.ndarray:
     return fit_frames(np.concatenate(list(read_square(path, square, count, first))), SIDE)
 
 
+def _synthetic_rows(root: Path, people: dict[str, list[Recording]], clips: int) -> dict[str, list[dict]]:
+    """Return rows of a synthetic corpus by split: the first `clips` training clips, and clips of its split `dev`.
+
+    `test` gets the first clips of `dev` and `val` the next ones, each as many as it has recordings, but at most half.
+    """
+    rows = {"train": read_manifest(root, "train")[:clips]}
+    dev = read_manifest(root, "dev")
+    start = 0
+    for split in ("test", "val"):
+        end = start + min(len(people.get(split, ())), len(dev) // 2)
+        rows[split] = dev[start:end]
+        start = end
+    return rows
+
+
 def write_voices(
     out: Path,
     people: dict[str, list[Recording]],
@@ -265,9 +280,11 @@ def write_voices(
     pictures: bool = False,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
+    """Write a corpus: `people`'s recordings of each split, and clips of a synthetic one.
 
     Args:
+        synthetic: folder of the synthetic corpus. None: no such clips.
+        clips: number of its training clips.
         facts: additional entries of corpus.json.
         pictures: include the video frames of the face, as in version 2 of the synthetic corpus.
         seed: random seed of the speeds.
@@ -276,16 +293,15 @@ def write_voices(
         The number of clips of each split.
     """
     counts = {}
+    others = {} if synthetic is None else _synthetic_rows(synthetic, people, clips)
     for split, recordings in people.items():
         rows = list(_rows(recordings, out, split, pictures, seed))
-        if synthetic is not None:
-            name = "train" if split == "train" else "dev"
-            for row in read_manifest(synthetic, name)[: clips if split == "train" else len(recordings)]:
-                for suffix in (".wav", ".mp4") if pictures else (".wav",):
-                    target = (out / split / row["id"]).with_suffix(suffix)
-                    if not target.exists():
-                        target.symlink_to((synthetic / name / target.name).resolve())
-                rows.append(row | {"split": split})
+        for row in others.get(split, ()):
+            for suffix in (".wav", ".mp4") if pictures else (".wav",):
+                target = (out / split / row["id"]).with_suffix(suffix)
+                if not target.exists():
+                    target.symlink_to((synthetic / row["split"] / target.name).resolve())
+            rows.append(row | {"split": split})
         if not rows:
             raise UserError(f"no recording of the split {split} has a known text: check the transcripts")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -29,7 +29,7 @@ from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
-from engine.media.audio import read_audio
+from engine.media.audio import read_audio, write_wav
 from engine.media.video import read_video, write_video
 from scripts import make_voice_corpus
 from tests.corpora.preparation_fakes import write_csv
@@ -117,6 +117,25 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
     expected = wave[first * RATE // FPS :][: len(sound)]
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(("clips", "each"), [(5, 2), (9, 3)])
+def test_a_held_out_synthetic_clip_is_in_one_split(tmp_path, spoken, clips, each):
+    write_wav(tmp_path / "a.wav", spoken[1], RATE)
+    recordings = [Recording(f"a{number}", tmp_path / "a.wav", "s1", TEXT) for number in range(3)]
+    (tmp_path / "drawn").mkdir()
+    for split in ("train", "dev"):
+        rows = [{"id": f"{split}_{number}", "split": split} for number in range(clips)]
+        (tmp_path / "drawn" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    people = {"train": recordings[:1], "val": recordings, "test": recordings}
+    counts = write_voices(tmp_path / "out", people, tmp_path / "drawn", 4, {})
+    assert counts == {"train": 1 + 4, "val": 3 + each, "test": 3 + each}
+    rows = {split: (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines() for split in counts}
+    found = {split: [json.loads(row)["id"] for row in of_split][3:] for split, of_split in rows.items()}
+    assert found["test"] == [f"dev_{number}" for number in range(each)]
+    assert found["val"] == [f"dev_{number}" for number in range(each, 2 * each)]
+    link = tmp_path / "out" / "val" / f"dev_{each}.wav"
+    assert link.readlink() == tmp_path / "drawn" / "dev" / link.name
 
 
 SENTENCES = [f"bbaf{digit}{adverb}" for digit in "z123456789" for adverb in "anps"]
