@@ -42,7 +42,7 @@ prepare() { if ! [ -d "$TOKENIZER/release" ] || lags_are_missing; then shards st
 tokenizer() {
     if [ -d "$TOKENIZER/release" ]; then echo "$TOKENIZER/release is there"; return; fi
     if [ "$SIZE" = cpu ]; then
-        $PYTHON "$here/scripts/make_synthetic_corpus.py" --out "$SPEECH/synthetic" --version 3 --speech 1500 --test-clips 60
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --out "$SPEECH/synthetic" --version 3 --clips 1500 --test-clips 60
         local known="${SPEAKERS//[\[\]]/}" # without brackets
         local unknown="${NEW_SPEAKERS//[\[\]]/}"
         $PYTHON "$here/scripts/make_speech_corpus.py" --out "$SPEECH" --grid "$GRID" --speakers "$known" \
