@@ -29,12 +29,13 @@ from corpora.preparation.speech_corpus import (
     grid_splits,
     read_recording,
 )
-from corpora.synthetic.corpus import LONGEST, resample, write_wave
+from corpora.synthetic.corpus import LEVEL, LONGEST, at_level, resample
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.files import write_json, write_text
+from engine.media.audio import write_wav
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
 from engine.nn.mel import mel_filters
@@ -48,7 +49,6 @@ HOPS = 100 // FPS  # in a video frame
 WINDOW = RATE // 40
 BANDS = 40
 CEPSTRA = 13
-LEVEL = 10 ** (-25 / 20)  # RMS of the synthetic corpus's neutral speech
 MARGIN = 0.15  # seconds of silence that are kept at both ends
 QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
 WORST = 4.2  # mean distance of cepstra on the path; above it, text and recording differ
@@ -154,7 +154,8 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
-    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`.
+    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and scale it to the level of the synthetic
+    corpus's neutral speech.
 
     Returns:
         The trimmed recording, and its start in seconds, which is the start of a video frame.
@@ -167,9 +168,7 @@ def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
     margin = round(MARGIN * RATE / HOP)
     first = max(0, loud[0] - margin) // HOPS * HOPS
     last = min(len(frames), loud[-1] + 1 + margin)
-    speech = wave[first * HOP : last * HOP]
-    speech = speech * (LEVEL / max(1e-6, float(np.sqrt(np.mean(speech**2)))))
-    return speech * min(1.0, 0.97 / float(np.abs(speech).max())), first * HOP / RATE
+    return at_level(wave[first * HOP : last * HOP], LEVEL), first * HOP / RATE
 
 
 def label(
@@ -243,7 +242,7 @@ def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool
             if frames > LONGEST:
                 continue
             name = recording.name if number == 0 else f"{recording.name}-{number}"
-            write_wave(folder / f"{name}.wav", other)
+            write_wav(folder / f"{name}.wav", other, RATE)
             moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
             row = {"id": name, "split": split, "text": recording.text, "phonemes": moved, "expression": "neutral"}
             row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}

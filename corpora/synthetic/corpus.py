@@ -36,7 +36,7 @@ from engine.files import atomic_output, write_text
 RATE = 24_000
 FRAME = RATE // FPS  # samples per frame
 _WORDS_PER_MINUTE = 150
-_LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
+LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
 _ROOM_TONE = 1e-3  # RMS; recognisers misread digital silence
 LONGEST = 8 * FPS  # frames of a clip of version 3
 
@@ -75,11 +75,9 @@ def speak(
             span=int(np.clip(round(style.span + 2 * span), 0, 99)),
             words_per_minute=round(_WORDS_PER_MINUTE * style.speed * (1 + 0.02 * np.clip(speed, -2, 2))),
         )
-        level = _LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
+        level = LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
         speech = resample(spoken.wave, spoken.rate, RATE)
-        speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
-        speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
-        takes.append(replace(spoken, wave=speech, rate=RATE))
+        takes.append(replace(spoken, wave=at_level(speech, level), rate=RATE))
     if len(takes) == 1:
         speech = takes[0].wave
         phonemes = takes[0].phonemes
@@ -115,6 +113,12 @@ def splice(
     wave = np.concatenate([first.wave[: a - fade], across, second.wave[b:]])
     rest = [(symbol, x - resume + cut, y - resume + cut) for symbol, x, y in second.phonemes[j:]]
     return wave, first.phonemes[:i] + rest, cut
+
+
+def at_level(wave: np.ndarray, level: float) -> np.ndarray:
+    """Scale a waveform (N,) to the RMS `level`, or to the peak 0.97 if this is less."""
+    wave = wave * (level / max(1e-6, float(np.sqrt(np.mean(wave**2)))))
+    return wave * min(1.0, 0.97 / max(1e-6, float(np.abs(wave).max())))
 
 
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
