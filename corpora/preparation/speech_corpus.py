@@ -17,10 +17,9 @@ import numpy as np
 
 from corpora.preparation.sources import folder
 from corpora.preparation.sources_grid import find_files, grid
-from corpora.synthetic.corpus import resample
 from engine.errors import UserError
 from engine.files import write_json, write_text
-from engine.media.audio import read_audio, write_wav
+from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import progress_bar
 from engine.shards.recordings import read_manifest
@@ -156,7 +155,7 @@ def draw_speeds(others: int, rng: np.random.Generator) -> list[float]:
 
 def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
     """Resample a waveform (N,) so that it plays `speed` times as fast."""
-    return wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+    return wave if speed == 1 else resample_wave(wave, RATE, round(RATE / speed / 240) * 240)
 
 
 def _rows(recording: Recording, split: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:

@@ -29,13 +29,13 @@ from corpora.preparation.speech_corpus import (
     grid_splits,
     read_recording,
 )
-from corpora.synthetic.corpus import LEVEL, LONGEST, at_level, resample
+from corpora.synthetic.corpus import LEVEL, LONGEST, at_level
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.files import write_json, write_text
-from engine.media.audio import write_wav
+from engine.media.audio import resample_wave, write_wav
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
 from engine.nn.mel import mel_filters
@@ -187,7 +187,7 @@ def label(
     silence = np.zeros(round(MARGIN * RATE), np.float32)
     for lines in voices:
         spoken = synthesizer.speak(text, lines)
-        model = np.concatenate([silence, resample(spoken.wave, spoken.rate, RATE), silence])
+        model = np.concatenate([silence, resample_wave(spoken.wave, spoken.rate, RATE), silence])
         if not 1 / LONGEST_FACTOR < len(wave) / len(model) < LONGEST_FACTOR:
             return None
         place, cost = warp(cepstra(model), heard)

@@ -11,6 +11,7 @@ import soundfile
 from corpora.preparation.speech_corpus import (
     RATE,
     Recording,
+    at_speed,
     grid_recordings,
     listed_recordings,
     prompt_recordings,
@@ -25,11 +26,10 @@ from corpora.preparation.voice_corpus import (
     trim,
     write_voices,
 )
-from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
-from engine.media.audio import read_audio, write_wav
+from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.video import read_video, write_video
 from scripts import make_voice_corpus
 from tests.corpora.preparation_fakes import write_csv
@@ -48,7 +48,7 @@ def synthesizer():
 def spoken(synthesizer):
     """A slower voice than those that recordings are compared with, and its samples at 24 kHz in noise."""
     found = synthesizer.speak(TEXT, "pitch 80 110", words_per_minute=130)
-    speech = resample(found.wave, found.rate, RATE)
+    speech = resample_wave(found.wave, found.rate, RATE)
     wave = np.random.default_rng(0).normal(0, 1e-3, len(speech) + 2 * RATE).astype(np.float32)
     wave[RATE : RATE + len(speech)] += speech
     return found, wave
@@ -173,6 +173,15 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
         pitch = np.argmax(np.abs(np.fft.rfft(wave, 10 * RATE))) / 10
         assert pitch == pytest.approx(300 / seconds[-1], rel=0.02)
     assert seconds[0] == 1.0 and len(set(seconds)) == 3
+
+
+@pytest.mark.parametrize("speed", [0.85, 1.18])
+def test_another_speed_does_not_disturb_a_recording_that_ends_in_sound(speed):
+    wave = np.cos(2 * np.pi * 300 * np.arange(RATE) / RATE).astype(np.float32)
+    fast = at_speed(wave, speed)
+    expected = np.cos(2 * np.pi * 300 * np.arange(len(fast)) / len(fast))
+    assert len(fast) == pytest.approx(RATE / speed, rel=0.01)
+    assert np.abs(fast - expected)[12:-12].max() < 1e-3  # but for half a millisecond at the ends
 
 
 def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):
