@@ -3,7 +3,8 @@
 Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings
 of a CSV file (--recordings), the voices of the program flite, which were built from recordings of people, and
 a corpus of make_synthetic_corpus.py (--synthetic).
-Splits: train; val and test (other sentences of the same speakers).
+Splits: train; val and test (other sentences of the same speakers). Run the same command again to continue after an
+interruption.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.files import write_json, write_text
-from engine.media.audio import resample_wave, write_wav
+from engine.media.audio import SILENT, resample_wave, write_wav
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
 from engine.nn.mel import mel_filters
@@ -212,41 +212,70 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes], first
 
 
-def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool, seed: int) -> Iterator[dict]:
-    """Write each recording and its copies and yield their rows; recordings whose text is in doubt are left out."""
+def _rows(recordings: Sequence[Recording], folder: Path, pictures: bool, seed: int) -> Iterator[dict]:
+    """Write the recordings of a split and their copies, and yield the rows of those whose text is certain.
+
+    NAME.json is written last, with the rows of a recording, so that an interrupted call can be continued.
+    """
     rng = np.random.default_rng(seed)
     synthesizer = Synthesizer()
-    folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
-    for recording in progress_bar(recordings, len(recordings), split):
+    for recording in progress_bar(recordings, len(recordings), folder.name):
         speeds = draw_speeds(recording.others, rng)
-        wave = read_recording(recording)
-        if len(wave) < LEAST_SECONDS * RATE:
+        made_from = repr((recording, speeds, pictures))
+        path = folder / f"{recording.name}.json"
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        if made.get("made_from") != made_from:
+            voices = known.get(recording.speaker, VOICES)
+            voice, rows = _clips(recording, folder, speeds, pictures, synthesizer, voices)
+            made = {"made_from": made_from, "voice": voice, "rows": rows}
+            write_text(path, json.dumps(made))
+        if made["voice"]:
+            known.setdefault(recording.speaker, [made["voice"]])
+        yield from made["rows"]
+
+
+def _clips(
+    recording: Recording,
+    folder: Path,
+    speeds: Sequence[float],
+    pictures: bool,
+    synthesizer: Synthesizer,
+    voices: Sequence[str],
+) -> tuple[str, list[dict]]:
+    """Write a recording at each of the speeds.
+
+    Returns:
+        The one of espeak-ng's `voices` that is nearest, and the rows. "" and no rows if the text is in doubt.
+    """
+    wave = read_recording(recording)
+    if len(wave) < LEAST_SECONDS * RATE or np.abs(wave).max() < SILENT:
+        return "", []
+    wave, start = trim(wave)
+    labels = label(wave, recording.text, synthesizer, voices)
+    if labels is None:
+        return "", []
+    voice, phonemes = labels
+    wave, phonemes, later = cut(wave, phonemes)
+    if pictures:
+        frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
+        wave = wave[: len(frames) * (RATE // FPS)]
+        write_video(folder / f"{recording.name}.mp4", frames, FPS)
+    rows = []
+    for number, speed in enumerate(speeds):
+        other = at_speed(wave, speed)
+        factor = len(other) / len(wave)
+        frames = len(other) // (RATE // FPS)
+        if frames > LONGEST:
             continue
-        wave, start = trim(wave)
-        labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
-        if labels is None:
-            continue
-        voice, phonemes = labels
-        known.setdefault(recording.speaker, [voice])
-        wave, phonemes, later = cut(wave, phonemes)
-        if pictures:
-            frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
-            wave = wave[: len(frames) * (RATE // FPS)]
-            write_video(folder / f"{recording.name}.mp4", frames, FPS)
-        for number, speed in enumerate(speeds):
-            other = at_speed(wave, speed)
-            factor = len(other) / len(wave)
-            frames = len(other) // (RATE // FPS)
-            if frames > LONGEST:
-                continue
-            name = recording.name if number == 0 else f"{recording.name}-{number}"
-            write_wav(folder / f"{name}.wav", other, RATE)
-            moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
-            row = {"id": name, "split": split, "text": recording.text, "phonemes": moved, "expression": "neutral"}
-            row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
-            yield row | ({"face": recording.speaker} if pictures else {})
+        name = recording.name if number == 0 else f"{recording.name}-{number}"
+        write_wav(folder / f"{name}.wav", other, RATE)
+        moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
+        row = {"id": name, "split": folder.name, "text": recording.text, "phonemes": moved, "expression": "neutral"}
+        row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
+        rows.append(row | ({"face": recording.speaker} if pictures else {}))
+    return voice, rows
 
 
 def _face(path: Path, first: int, count: int) -> np.ndarray:
@@ -281,6 +310,8 @@ def write_voices(
 ) -> dict[str, int]:
     """Write a corpus: `people`'s recordings of each split, and clips of a synthetic one.
 
+    Existing recordings are kept, so that an interrupted call can be continued.
+
     Args:
         synthetic: folder of the synthetic corpus. None: no such clips.
         clips: number of its training clips.
@@ -294,7 +325,7 @@ def write_voices(
     counts = {}
     others = {} if synthetic is None else _synthetic_rows(synthetic, people, clips)
     for split, recordings in people.items():
-        rows = list(_rows(recordings, out, split, pictures, seed))
+        rows = list(_rows(recordings, out / split, pictures, seed))
         for row in others.get(split, ()):
             for suffix in (".wav", ".mp4") if pictures else (".wav",):
                 target = (out / split / row["id"]).with_suffix(suffix)

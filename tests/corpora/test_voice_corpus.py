@@ -34,6 +34,7 @@ from engine.media.video import read_video, write_video
 from scripts import make_voice_corpus
 from tests.corpora.preparation_fakes import write_csv
 from tests.media_files import ffmpeg
+from tests.shard_files import contents
 
 TEXT = "lay red by seven again"
 ROW = {"path": "a.wav", "speaker": "anna"}
@@ -117,6 +118,20 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
     expected = wave[first * RATE // FPS :][: len(sound)]
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
+
+
+def test_an_interrupted_corpus_with_texts_is_continued(tmp_path, spoken):
+    for name, wave in {"a": spoken[1], "b": spoken[1], "silent": 0 * spoken[1]}.items():
+        write_wav(tmp_path / f"{name}.wav", wave, RATE)
+    recordings = [Recording(name, tmp_path / f"{name}.wav", "s1", TEXT, others=1) for name in ("a", "silent", "b")]
+    assert write_voices(tmp_path / "out", {"train": recordings}, None, 0, {}) == {"train": 4}
+    before = contents(tmp_path / "out")
+    for name in ("out/train.jsonl", "out/train/b.json", "out/train/b-1.wav", "a.wav", "silent.wav"):
+        (tmp_path / name).unlink()  # a and silent are there, so that they are not read again
+    write_voices(tmp_path / "out", {"train": recordings}, None, 0, {})
+    assert contents(tmp_path / "out") == before
+    write_voices(tmp_path / "out", {"train": recordings[2:]}, None, 0, {}, seed=1)
+    assert contents(tmp_path / "out")["train/b-1.wav"] != before["train/b-1.wav"]  # at another speed
 
 
 @pytest.mark.parametrize(("clips", "each"), [(5, 2), (9, 3)])
