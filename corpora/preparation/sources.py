@@ -59,13 +59,18 @@ class Source:
             raise UserError(f"{self.root}: no clips in split {split}")
         twice = [name for name, count in Counter(clip.source for clip in clips).items() if count > 1]
         if twice:
-            raise UserError(f"{self.root}: {twice[0]} is listed more than once in split {split}: keep one of them")
+            raise UserError(
+                f"{self.root}: {twice[0]} is listed more than once in split {split}: keep one of them; "
+                "make_speech_corpus.py has --repeat 1 for this"
+            )
         shared = {key for key, count in Counter(clip.key for clip in clips).items() if count > 1}
         return [replace(c, key=with_digest(c.key, c.source)) if c.key in shared else c for c in clips]
 
 
 def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
     """Find a corpus of scripts/make_*_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.wav and, with faces, .mp4.
+
+    `make_speech_corpus.py` needs --repeat 1, as each clip may be listed only once.
 
     Args:
         all_symbols: use the phoneme indices of all versions, so that a model can be trained on several. False: only the
