@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("release", type=existing_folder, help="release folder that gets people.json")
     args = parser.parse_args()
     clips = ShardSplit(args.shards / "train")
+    clips.require("faces")
     features = []
     speakers = []
     for number in range(len(clips)):

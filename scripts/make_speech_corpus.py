@@ -29,7 +29,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
-    add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`")
+    add("--new-speakers", default="s31,s32,s33,s34", help="speakers of GRID in the split `new`; '': no such split")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
     add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, and start and end of a part")
     add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
@@ -38,7 +38,8 @@ def main() -> None:
     add("--synthetic", type=existing_folder, help="folder of a synthetic corpus")
     add("--synthetic-clips", type=within(1), default=1200, help="number of clips of the synthetic corpus")
     args = parser.parse_args()
-    found = grid_recordings(args.grid, args.speakers.split(","), args.new_speakers.split(","))
+    new_speakers = args.new_speakers.split(",") if args.new_speakers else []
+    found = grid_recordings(args.grid, args.speakers.split(","), new_speakers)
     splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}
     if args.prompts:
         splits["train"] += [(row, 1) for row in prompt_recordings(args.prompts)]

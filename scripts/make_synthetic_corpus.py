@@ -24,7 +24,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
+from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
 from engine.arguments import Parser, within
@@ -45,17 +45,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--clips", type=within(1), default=4000, help="training clips")
-    add("--speech", type=within(1), help="training clips of version 3, without video (default: --clips)")
     add("--test-clips", type=within(0), default=240, help="number of clips in each held-out split")
     add("--version", type=int, choices=SPLITS, default=2, help="version of the corpus")
     add("--seed", type=within(0), default=0, help="seed of the corpus")
     add("--more-voices", type=within(0), default=0, help="number of training voices in addition to the 400")
     add("--workers", type=within(1), default=2, help="number of processes; does not change the result")
-    args = parser.parse_args()
-    if args.speech is not None and args.version != 3:
-        raise UserError(f"--speech is for --version 3, which has no video: use --clips for version {args.version}")
-    args.clips = args.clips if args.speech is None else args.speech
-    return args
+    return parser.parse_args()
 
 
 def prepare(root: Path, seed: int, version: int, more: int) -> None:
@@ -123,10 +118,9 @@ def main() -> None:
         "seed": args.seed,
         "clips": counts,
         "rate": RATE,
-        "samples_per_frame": FRAME,
         "voices": Counter(voice.group for voice in load_voices(args.more_voices)),
     }
-    write_json(root / "corpus.json", about | {"complete": False})
+    write_json(root / "corpus.json", about)
     write_text(root / "grammar.jsgf", grammar())
     write_text(root / "free.arpa", language_model())
     jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i, args.version)]
@@ -138,7 +132,6 @@ def main() -> None:
     for split in splits:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
-    write_json(root / "corpus.json", about | {"complete": True})
     print(f"done: {root}", flush=True)
 
 

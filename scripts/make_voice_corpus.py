@@ -3,7 +3,8 @@
 Sources: GRID (--grid), the English prompts of Debian's package asterisk-core-sounds-en-g722 (--prompts), recordings
 of a CSV file (--recordings), the voices of the program flite, which were built from recordings of people, and
 a corpus of make_synthetic_corpus.py (--synthetic).
-Splits: train; val and test (other sentences of the same speakers).
+Splits: train; val and test (other sentences of the same speakers). Run the same command again to continue after an
+interruption.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from corpora.preparation.voice_corpus import flite_sentences, grid_sentences, pr
 from engine.arguments import Parser, existing_folder, within
 from engine.errors import UserError, run_cli
 
-SOUNDS = "/usr/share/asterisk/sounds/en_US_f_Allison"
+SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
     add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
-    add("--prompts", type=existing_folder, default=SOUNDS, help="folder of the English prompts")
+    add("--prompts", type=Path, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
     add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, text, and start and end of a part")
     add("--recordings-others", type=within(0), default=4, help="copies of each of these at other speeds: more voices")
@@ -42,8 +43,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.pictures and (args.flite or args.recordings):
         raise UserError("--pictures selects recordings with video: omit --flite and --recordings")
-    if not args.pictures and not args.transcripts.is_file():
-        raise UserError(f"{args.transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts")
+    if not args.pictures:
+        if not args.prompts.is_dir():
+            raise UserError(f"--prompts {args.prompts} is not a folder: apt-get install asterisk-core-sounds-en-g722")
+        if not args.transcripts.is_file():
+            raise UserError(f"--transcripts {args.transcripts} does not exist: apt-get install asterisk-core-sounds-en")
     listed = listed_recordings(args.recordings, args.recordings_others, texts=True) if args.recordings else []
     people = grid_sentences(args.grid, args.speakers.split(","))
     if args.pictures:

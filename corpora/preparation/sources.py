@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         root: folder of the data set.
-        splits: names of the available splits.
+        splits: names of the available splits, which are names of folders in the output.
         read: returns the clips of a split in a fixed order. Keys need not be unique yet.
         frames: whether clips have video.
         symbols: phonemes of the labels, None without labels.
@@ -46,6 +46,10 @@ class Source:
     frames: bool = True
     symbols: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        for name in self.splits:
+            untrusted.safe_name(name, f"{self.root}: the split")
+
     def clips(self, split: str) -> list[SourceClip]:
         """Return the clips of a split in a fixed order."""
         if split not in self.splits:
@@ -55,13 +59,18 @@ class Source:
             raise UserError(f"{self.root}: no clips in split {split}")
         twice = [name for name, count in Counter(clip.source for clip in clips).items() if count > 1]
         if twice:
-            raise UserError(f"{self.root}: {twice[0]} is listed more than once in split {split}: keep one of them")
+            raise UserError(
+                f"{self.root}: {twice[0]} is listed more than once in split {split}: keep one of them; "
+                "make_speech_corpus.py has --repeat 1 for this"
+            )
         shared = {key for key, count in Counter(clip.key for clip in clips).items() if count > 1}
         return [replace(c, key=with_digest(c.key, c.source)) if c.key in shared else c for c in clips]
 
 
 def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
     """Find a corpus of scripts/make_*_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.wav and, with faces, .mp4.
+
+    `make_speech_corpus.py` needs --repeat 1, as each clip may be listed only once.
 
     Args:
         all_symbols: use the phoneme indices of all versions, so that a model can be trained on several. False: only the

@@ -17,10 +17,9 @@ import numpy as np
 
 from corpora.preparation.sources import folder
 from corpora.preparation.sources_grid import find_files, grid
-from corpora.synthetic.corpus import resample
 from engine.errors import UserError
 from engine.files import write_json, write_text
-from engine.media.audio import read_audio, write_wav
+from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import progress_bar
 from engine.shards.recordings import read_manifest
@@ -55,17 +54,24 @@ def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[
 
     Args:
         speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does.
-        new_speakers: all of their sentences are the split `new`.
+        new_speakers: all of their sentences are the split `new`. Empty: there is no such split.
     """
     found: dict[str, list[Recording]] = {"train": [], "val": [], "test": []}
     found |= grid_splits(root, speakers)
-    found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
+    if new_speakers:
+        found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
     return found
 
 
 def grid_splits(root: Path, speakers: Sequence[str]) -> dict[str, list[Recording]]:
-    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences."""
+    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences.
+
+    Raises:
+        UserError: If there are none.
+    """
     source = grid(root, protocol="seen", speakers=speakers)
+    if not source.splits:
+        raise UserError(f"--grid {root} has no recordings of the speakers {', '.join(speakers)}")
     found = {}
     for split in source.splits:
         clips = source.clips(split)
@@ -149,7 +155,7 @@ def draw_speeds(others: int, rng: np.random.Generator) -> list[float]:
 
 def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
     """Resample a waveform (N,) so that it plays `speed` times as fast."""
-    return wave if speed == 1 else resample(wave, RATE, round(RATE / speed / 240) * 240)
+    return wave if speed == 1 else resample_wave(wave, RATE, round(RATE / speed / 240) * 240)
 
 
 def _rows(recording: Recording, split: Path, repeat: int, rng: np.random.Generator) -> Iterator[dict]:

@@ -29,12 +29,13 @@ from corpora.preparation.speech_corpus import (
     grid_splits,
     read_recording,
 )
-from corpora.synthetic.corpus import LONGEST, resample, write_wave
+from corpora.synthetic.corpus import LEVEL, LONGEST, at_level
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
 from engine.files import write_json, write_text
+from engine.media.audio import SILENT, resample_wave, write_wav
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
 from engine.nn.mel import mel_filters
@@ -48,7 +49,6 @@ HOPS = 100 // FPS  # in a video frame
 WINDOW = RATE // 40
 BANDS = 40
 CEPSTRA = 13
-LEVEL = 10 ** (-25 / 20)  # RMS of the synthetic corpus's neutral speech
 MARGIN = 0.15  # seconds of silence that are kept at both ends
 QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
 WORST = 4.2  # mean distance of cepstra on the path; above it, text and recording differ
@@ -154,7 +154,8 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
-    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and normalise it to `LEVEL`.
+    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and scale it to the level of the synthetic
+    corpus's neutral speech.
 
     Returns:
         The trimmed recording, and its start in seconds, which is the start of a video frame.
@@ -167,9 +168,7 @@ def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
     margin = round(MARGIN * RATE / HOP)
     first = max(0, loud[0] - margin) // HOPS * HOPS
     last = min(len(frames), loud[-1] + 1 + margin)
-    speech = wave[first * HOP : last * HOP]
-    speech = speech * (LEVEL / max(1e-6, float(np.sqrt(np.mean(speech**2)))))
-    return speech * min(1.0, 0.97 / float(np.abs(speech).max())), first * HOP / RATE
+    return at_level(wave[first * HOP : last * HOP], LEVEL), first * HOP / RATE
 
 
 def label(
@@ -188,7 +187,7 @@ def label(
     silence = np.zeros(round(MARGIN * RATE), np.float32)
     for lines in voices:
         spoken = synthesizer.speak(text, lines)
-        model = np.concatenate([silence, resample(spoken.wave, spoken.rate, RATE), silence])
+        model = np.concatenate([silence, resample_wave(spoken.wave, spoken.rate, RATE), silence])
         if not 1 / LONGEST_FACTOR < len(wave) / len(model) < LONGEST_FACTOR:
             return None
         place, cost = warp(cepstra(model), heard)
@@ -213,47 +212,91 @@ def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes], first
 
 
-def _rows(recordings: Sequence[Recording], out: Path, split: str, pictures: bool, seed: int) -> Iterator[dict]:
-    """Write each recording and its copies and yield their rows; recordings whose text is in doubt are left out."""
+def _rows(recordings: Sequence[Recording], folder: Path, pictures: bool, seed: int) -> Iterator[dict]:
+    """Write the recordings of a split and their copies, and yield the rows of those whose text is certain.
+
+    NAME.json is written last, with the rows of a recording, so that an interrupted call can be continued.
+    """
     rng = np.random.default_rng(seed)
     synthesizer = Synthesizer()
-    folder = out / split
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
-    for recording in progress_bar(recordings, len(recordings), split):
+    for recording in progress_bar(recordings, len(recordings), folder.name):
         speeds = draw_speeds(recording.others, rng)
-        wave = read_recording(recording)
-        if len(wave) < LEAST_SECONDS * RATE:
+        made_from = repr((recording, speeds, pictures))
+        path = folder / f"{recording.name}.json"
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        if made.get("made_from") != made_from:
+            voices = known.get(recording.speaker, VOICES)
+            voice, rows = _clips(recording, folder, speeds, pictures, synthesizer, voices)
+            made = {"made_from": made_from, "voice": voice, "rows": rows}
+            write_text(path, json.dumps(made))
+        if made["voice"]:
+            known.setdefault(recording.speaker, [made["voice"]])
+        yield from made["rows"]
+
+
+def _clips(
+    recording: Recording,
+    folder: Path,
+    speeds: Sequence[float],
+    pictures: bool,
+    synthesizer: Synthesizer,
+    voices: Sequence[str],
+) -> tuple[str, list[dict]]:
+    """Write a recording at each of the speeds.
+
+    Returns:
+        The one of espeak-ng's `voices` that is nearest, and the rows. "" and no rows if the text is in doubt.
+    """
+    wave = read_recording(recording)
+    if len(wave) < LEAST_SECONDS * RATE or np.abs(wave).max() < SILENT:
+        return "", []
+    wave, start = trim(wave)
+    labels = label(wave, recording.text, synthesizer, voices)
+    if labels is None:
+        return "", []
+    voice, phonemes = labels
+    wave, phonemes, later = cut(wave, phonemes)
+    if pictures:
+        frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
+        wave = wave[: len(frames) * (RATE // FPS)]
+        write_video(folder / f"{recording.name}.mp4", frames, FPS)
+    rows = []
+    for number, speed in enumerate(speeds):
+        other = at_speed(wave, speed)
+        factor = len(other) / len(wave)
+        frames = len(other) // (RATE // FPS)
+        if frames > LONGEST:
             continue
-        wave, start = trim(wave)
-        labels = label(wave, recording.text, synthesizer, known.get(recording.speaker, VOICES))
-        if labels is None:
-            continue
-        voice, phonemes = labels
-        known.setdefault(recording.speaker, [voice])
-        wave, phonemes, later = cut(wave, phonemes)
-        if pictures:
-            frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
-            wave = wave[: len(frames) * (RATE // FPS)]
-            write_video(folder / f"{recording.name}.mp4", frames, FPS)
-        for number, speed in enumerate(speeds):
-            other = at_speed(wave, speed)
-            factor = len(other) / len(wave)
-            frames = len(other) // (RATE // FPS)
-            if frames > LONGEST:
-                continue
-            name = recording.name if number == 0 else f"{recording.name}-{number}"
-            write_wave(folder / f"{name}.wav", other)
-            moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
-            row = {"id": name, "split": split, "text": recording.text, "phonemes": moved, "expression": "neutral"}
-            row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
-            yield row | ({"face": recording.speaker} if pictures else {})
+        name = recording.name if number == 0 else f"{recording.name}-{number}"
+        write_wav(folder / f"{name}.wav", other, RATE)
+        moved = [(symbol, round(a * factor, 4), round(b * factor, 4)) for symbol, a, b in phonemes]
+        row = {"id": name, "split": folder.name, "text": recording.text, "phonemes": moved, "expression": "neutral"}
+        row |= {"voice": f"{recording.speaker}-{number}", "frames": frames, "seconds": frames / FPS}
+        rows.append(row | ({"face": recording.speaker} if pictures else {}))
+    return voice, rows
 
 
 def _face(path: Path, first: int, count: int) -> np.ndarray:
     """Read the square around the face as inference does, in frames `first` to `first` + `count`: (T, S, S, 3)."""
     square = find_square(path, count)
     return fit_frames(np.concatenate(list(read_square(path, square, count, first))), SIDE)
+
+
+def _synthetic_rows(root: Path, people: dict[str, list[Recording]], clips: int) -> dict[str, list[dict]]:
+    """Return rows of a synthetic corpus by split: the first `clips` training clips, and clips of its split `dev`.
+
+    `test` gets the first clips of `dev` and `val` the next ones, each as many as it has recordings, but at most half.
+    """
+    rows = {"train": read_manifest(root, "train")[:clips]}
+    dev = read_manifest(root, "dev")
+    start = 0
+    for split in ("test", "val"):
+        end = start + min(len(people.get(split, ())), len(dev) // 2)
+        rows[split] = dev[start:end]
+        start = end
+    return rows
 
 
 def write_voices(
@@ -265,9 +308,13 @@ def write_voices(
     pictures: bool = False,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write a corpus: `people`'s recordings of each split, and the first `clips` training clips of a synthetic one.
+    """Write a corpus: `people`'s recordings of each split, and clips of a synthetic one.
+
+    Existing recordings are kept, so that an interrupted call can be continued.
 
     Args:
+        synthetic: folder of the synthetic corpus. None: no such clips.
+        clips: number of its training clips.
         facts: additional entries of corpus.json.
         pictures: include the video frames of the face, as in version 2 of the synthetic corpus.
         seed: random seed of the speeds.
@@ -276,16 +323,15 @@ def write_voices(
         The number of clips of each split.
     """
     counts = {}
+    others = {} if synthetic is None else _synthetic_rows(synthetic, people, clips)
     for split, recordings in people.items():
-        rows = list(_rows(recordings, out, split, pictures, seed))
-        if synthetic is not None:
-            name = "train" if split == "train" else "dev"
-            for row in read_manifest(synthetic, name)[: clips if split == "train" else len(recordings)]:
-                for suffix in (".wav", ".mp4") if pictures else (".wav",):
-                    target = (out / split / row["id"]).with_suffix(suffix)
-                    if not target.exists():
-                        target.symlink_to((synthetic / name / target.name).resolve())
-                rows.append(row | {"split": split})
+        rows = list(_rows(recordings, out / split, pictures, seed))
+        for row in others.get(split, ()):
+            for suffix in (".wav", ".mp4") if pictures else (".wav",):
+                target = (out / split / row["id"]).with_suffix(suffix)
+                if not target.exists():
+                    target.symlink_to((synthetic / row["split"] / target.name).resolve())
+            rows.append(row | {"split": split})
         if not rows:
             raise UserError(f"no recording of the split {split} has a known text: check the transcripts")
         write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

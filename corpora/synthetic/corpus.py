@@ -36,7 +36,7 @@ from engine.files import atomic_output, write_text
 RATE = 24_000
 FRAME = RATE // FPS  # samples per frame
 _WORDS_PER_MINUTE = 150
-_LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
+LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
 _ROOM_TONE = 1e-3  # RMS; recognisers misread digital silence
 LONGEST = 8 * FPS  # frames of a clip of version 3
 
@@ -54,6 +54,11 @@ class Speech:
     wave: np.ndarray
     phonemes: list[tuple[str, float, float]]
     change: float | None
+
+    @property
+    def frames(self) -> int:
+        """Number of video frames."""
+        return len(self.wave) // FRAME
 
 
 def speak(
@@ -75,11 +80,9 @@ def speak(
             span=int(np.clip(round(style.span + 2 * span), 0, 99)),
             words_per_minute=round(_WORDS_PER_MINUTE * style.speed * (1 + 0.02 * np.clip(speed, -2, 2))),
         )
-        level = _LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
+        level = LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
         speech = resample(spoken.wave, spoken.rate, RATE)
-        speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
-        speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
-        takes.append(replace(spoken, wave=speech, rate=RATE))
+        takes.append(replace(spoken, wave=at_level(speech, level), rate=RATE))
     if len(takes) == 1:
         speech = takes[0].wave
         phonemes = takes[0].phonemes
@@ -115,6 +118,12 @@ def splice(
     wave = np.concatenate([first.wave[: a - fade], across, second.wave[b:]])
     rest = [(symbol, x - resume + cut, y - resume + cut) for symbol, x, y in second.phonemes[j:]]
     return wave, first.phonemes[:i] + rest, cut
+
+
+def at_level(wave: np.ndarray, level: float) -> np.ndarray:
+    """Scale a waveform (N,) to the RMS `level`, or to the peak 0.97 if this is less."""
+    wave = wave * (level / max(1e-6, float(np.sqrt(np.mean(wave**2)))))
+    return wave * min(1.0, 0.97 / max(1e-6, float(np.abs(wave).max())))
 
 
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
@@ -170,44 +179,50 @@ class ClipMaker:
         """Write the .mp4 (except in version 3), .wav and finally the .json of a clip. Return the contents of
         the .json.
         """
-        version = self._version
-        rng = np.random.default_rng([self._seed, SPLITS[version].index(split), index, version])
+        rng = np.random.default_rng([self._seed, SPLITS[self._version].index(split), index, self._version])
         voice = self._voices[split][index % len(self._voices[split])]
         stem = self._root / split / clip_id(split, index)
-        free = version == 2 and bool(rng.random() < 0.5)
-        changing = version == 2 and bool(rng.random() < 0.5)
-        text = None if version == 3 else draw_sentence(rng, split, free)
-        expression, intensity = draw_expression(rng)
-        if version == 3 and rng.random() >= 0.5:
-            expression = "neutral"
-            intensity = 0.0
-        shown = draw_change(rng) if changing else (expression,)
-        styles = [prosody(name, intensity) for name in shown]
-        while True:
-            if version == 3:
-                text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
-            speech = speak(self._synthesizer, text, voice.lines, styles, rng)
-            frames = len(speech.wave) // FRAME
-            if version == 2 or frames <= LONGEST:
-                break
-        windows = window_expressions(frames, shown[0], shown[-1], speech.change)
-        entry = {"id": stem.name, "split": split, "text": text, "phonemes": speech.phonemes, "voice": voice.number}
-        entry |= {"expression": max(shown, key=windows.count), "intensity": round(intensity, 4), "frames": frames}
-        entry["seconds"] = frames / FPS
-        if version == 2:
-            entry |= self._draw(rng, voice, speech, shown, intensity, stem)
-            entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
-            entry |= {"traits": vars(voice.traits)}
-        entry["seed"] = self._seed
+        if self._version == 2:
+            speech, facts = self._face_clip(rng, split, voice, stem)
+        else:
+            speech, facts = self._speech_clip(rng, split, voice, index)
+        entry = {"id": stem.name, "split": split} | facts | {"seed": self._seed}
         write_wave(stem.with_suffix(".wav"), speech.wave)
         write_text(stem.with_suffix(".json"), json.dumps(entry))
         return entry
+
+    def _speech_clip(self, rng: np.random.Generator, split: str, voice: Voice, index: int) -> tuple[Speech, dict]:
+        """Speak an open sentence of at most `LONGEST` frames in one style. Return it with its entries of the .json."""
+        expression, intensity = draw_expression(rng)
+        if rng.random() >= 0.5:
+            expression = "neutral"
+            intensity = 0.0
+        while True:
+            text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
+            speech = speak(self._synthesizer, text, voice.lines, [prosody(expression, intensity)], rng)
+            if speech.frames <= LONGEST:
+                return speech, _describe(speech, text, voice, expression, intensity)
+
+    def _face_clip(self, rng: np.random.Generator, split: str, voice: Voice, stem: Path) -> tuple[Speech, dict]:
+        """Speak a sentence in one or two styles and render the face. Return the speech and the entries of the .json."""
+        free = bool(rng.random() < 0.5)
+        changing = bool(rng.random() < 0.5)
+        text = draw_sentence(rng, split, free)
+        expression, intensity = draw_expression(rng)
+        shown = draw_change(rng) if changing else (expression,)
+        styles = [prosody(name, intensity) for name in shown]
+        speech = speak(self._synthesizer, text, voice.lines, styles, rng)
+        windows = window_expressions(speech.frames, shown[0], shown[-1], speech.change)
+        facts = _describe(speech, text, voice, max(shown, key=windows.count), intensity)
+        facts |= self._draw(rng, voice, speech, shown, intensity, stem)
+        facts |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
+        return speech, facts | {"traits": vars(voice.traits)}
 
     def _draw(
         self, rng: np.random.Generator, voice: Voice, speech: Speech, shown: Sequence[str], intensity: float, stem: Path
     ) -> dict:
         """Render the video of a speaking face with one or two expressions. Return its entries of the .json."""
-        frames = len(speech.wave) // FRAME
+        frames = speech.frames
         light = float(rng.uniform(0.93, 1.07))
         mouth = mouth_track(speech.phonemes, frames)
         mouth[:, MOUTH.index("open")] *= rng.uniform(0.93, 1.05)
@@ -219,6 +234,19 @@ class ClipMaker:
         for name, tracks in {"mouth": dict(zip(MOUTH, mouth.T)), "pose": motion}.items():  # a number per frame
             facts[name] = {key: [round(float(value), 3) for value in track] for key, track in tracks.items()}
         return facts
+
+
+def _describe(speech: Speech, text: str, voice: Voice, expression: str, intensity: float) -> dict:
+    """Return the entries of the .json that clips of both versions have."""
+    return {
+        "text": text,
+        "phonemes": speech.phonemes,
+        "voice": voice.number,
+        "expression": expression,
+        "intensity": round(intensity, 4),
+        "frames": speech.frames,
+        "seconds": speech.frames / FPS,
+    }
 
 
 def is_done(root: Path, split: str, index: int, version: int) -> bool:

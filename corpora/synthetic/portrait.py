@@ -19,10 +19,6 @@ SCALE = 2
 CANVAS = SIZE * SCALE
 _SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
 
-_SKINS = ((246, 212, 184), (240, 200, 168), (231, 184, 143), (212, 158, 115), (184, 128, 88), (150, 100, 68))
-_HAIRS = ((38, 28, 24), (66, 42, 28), (106, 68, 38), (150, 100, 52), (212, 170, 96), (160, 72, 38), (150, 148, 146))
-_EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 30))
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -55,70 +51,25 @@ class Identity:
     detail_seed: int
 
 
-def design(seed: int, pitch: float, formants: float) -> Identity:
-    """Draw an identity for a voice: a low pitch and low formants make a long, broad, square-jawed face with heavy
-    brows; a high pitch and high formants a small, round one with fuller lips. The rest is drawn from the seed."""
-    rng = np.random.default_rng([seed, 0xFACE])
-    size = float(np.clip((1.2 - formants) / 0.36, 0, 1))  # 1: a long vocal tract
-    deep = float(np.clip((235 - pitch) / 163, 0, 1))  # 1: a low voice
-    grey = deep > 0.6 and rng.random() < 0.35
-    skin = np.array(_SKINS[int(np.clip(rng.normal(0.5 + 4.2 * size, 1.0), 0, 5))]) * rng.normal(1, 0.03) + rng.normal(
-        0, 1.8, 3
-    )
-    hair = _HAIRS[6] if grey else _HAIRS[int(rng.integers(0, 6))]
-    low = ("bald", "buzz", "short", "side", "curly")
-    high = ("side", "curly", "bob", "long", "bun")
-    style = str(rng.choice(low if rng.random() < 0.15 + 0.7 * deep else high))
-    redness = rng.uniform(0.25, 0.5) + 0.35 * (1 - deep)
-    lip = skin * (1 - redness) * np.array([0.98, 0.82, 0.84]) + redness * np.array([196, 52, 70])
-    hue = rng.uniform(0, 180)
-    bright = bool(skin.mean() < 165)
-    return Identity(
-        half_width=31.0 + 4.0 * size + rng.normal(0, 1.0),
-        chin=108.5 + 3.0 * size + rng.normal(0, 0.8),
-        jaw=float(np.clip(0.98 - 0.3 * deep + rng.normal(0, 0.05), 0.62, 1.05)),
-        top=24.0 - 2.0 * size + rng.normal(0, 1.0),
-        skin=_rgb(np.minimum(skin, 246)),
-        hair=_rgb(np.array(hair) + rng.normal(0, 6, 3)),
-        hair_style=style,
-        hairline=rng.uniform(0.42, 0.6),
-        brow=1.2 + 1.7 * deep + rng.uniform(-0.3, 0.5),
-        eye=_EYES[int(rng.integers(0, 5))],
-        eye_gap=14.4 + 1.6 * size + rng.normal(0, 0.5),
-        eye_size=7.9 - 0.9 * size + rng.normal(0, 0.3),
-        nose_width=5.6 + 2.2 * deep + rng.normal(0, 0.4),
-        nose_length=15.0 + 3.0 * size + rng.normal(0, 0.7),
-        mouth_y=90.5 + 1.5 * size,
-        mouth_width=15.6 + 1.2 * size + rng.normal(0, 0.3),
-        lip=4.6 - 1.3 * deep + rng.normal(0, 0.35),
-        lip_colour=_rgb(lip),
-        beard=float(rng.uniform(0.35, 1.0)) if deep > 0.62 and rng.random() < 0.5 else 0.0,
-        glasses=bool(rng.random() < 0.25),
-        freckles=int(rng.integers(14, 34)) if rng.random() < 0.22 else 0,
-        ears=rng.uniform(4.2, 6.4),
-        shirt=_hsv(hue + rng.uniform(50, 130), rng.uniform(90, 190), rng.uniform(80, 210)),
-        back=_hsv(hue, rng.uniform(25, 80), rng.uniform(205, 235) if bright else rng.uniform(105, 150)),
-        detail_seed=int(rng.integers(2**31)),
-    )
-
-
-def _rgb(values) -> tuple[int, int, int]:
+def rgb(values: ArrayLike) -> tuple[int, int, int]:
+    """Round a colour to 8 bits."""
     return tuple(round(min(255.0, max(0.0, float(value)))) for value in values)
 
 
-def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
+def hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
+    """Return the colour of a hue in units of 2 degrees, and a saturation and value from 0 to 255."""
     pixel = cv2.cvtColor(np.array([[[h % 180, s, v]]], np.uint8), cv2.COLOR_HSV2RGB)
-    return _rgb(pixel[0, 0])
+    return rgb(pixel[0, 0])
 
 
 def shade(colour, factor: float) -> tuple[int, int, int]:
     """Darken (factor below 1) or lighten (above 1) a colour."""
-    return _rgb([value * factor for value in colour])
+    return rgb([value * factor for value in colour])
 
 
 def mix(a, b, weight: float) -> tuple[int, int, int]:
     """Mix colour `b` into colour `a`, with weight `weight` from 0 to 1."""
-    return _rgb([x * (1 - weight) + y * weight for x, y in zip(a, b)])
+    return rgb([x * (1 - weight) + y * weight for x, y in zip(a, b)])
 
 
 def fixed(points: ArrayLike) -> np.ndarray:
@@ -206,7 +157,7 @@ def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.
 
     middle = 0.5 * (who.top + who.chin)
     _hair_behind(who, paint, middle)
-    if who.hair_style in ("bob", "long"):
+    if who.hair_style == "bob":
         _neck(canvas, who.half_width * 0.56, (88, 113, 122), 0, shade(who.skin, 0.78 * light))
     for side in (-1, 1):
         x = 64 + side * (who.half_width + 0.4 * who.ears - 1.5)
@@ -275,14 +226,9 @@ def _nose(who: Identity, canvas: np.ndarray) -> None:
 def _hair_behind(who: Identity, paint, middle: float) -> None:
     dark = shade(who.hair, 0.72)
     w = who.half_width
-    if who.hair_style in ("long", "bob"):
-        long = who.hair_style == "long"
-        outer = 9 if long else 8
-        inner = 2 if long else 1
-        high = 112 if long else 92
-        low = 122 if long else 99
+    if who.hair_style == "bob":
         crown = ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360)
-        ends = [[64 + w + outer, high], [64 + w - inner, low], [64 - w + inner, low], [64 - w - outer, high]]
+        ends = [[64 + w + 8, 92], [64 + w - 1, 99], [64 - w + 1, 99], [64 - w - 8, 92]]
         paint(np.concatenate([crown, ends]), dark)
     elif who.hair_style == "bun":
         paint(ellipse(64, who.top - 5, 11, 9), dark)
@@ -291,20 +237,17 @@ def _hair_behind(who: Identity, paint, middle: float) -> None:
 
 def _hair_front(who: Identity, paint, canvas: np.ndarray, rng: np.random.Generator) -> None:
     """Draw the hair over the forehead: an outer curve above the skull and a hairline that leaves the forehead free."""
-    if who.hair_style == "bald":
-        fill(canvas, ellipse(56, who.top + 8, 6, 3.2), shade(who.skin, 1.12))
-        return
     middle = 0.5 * (who.top + who.chin)
     w = who.half_width
-    rise = {"buzz": 1.0, "short": 3.0, "side": 4.5, "curly": 5.0, "bob": 4.0, "long": 4.0, "bun": 2.0}[who.hair_style]
-    down = {"bob": 92, "long": 104}.get(who.hair_style, middle - 4)
+    rise = {"buzz": 1.0, "short": 3.0, "side": 4.5, "curly": 5.0, "bob": 4.0, "bun": 2.0}[who.hair_style]
+    down = 92 if who.hair_style == "bob" else middle - 4
     spread = {"buzz": 0.6, "bun": 0.8, "short": 1.8}.get(who.hair_style, 2.8)
     outer = ellipse(64, middle - 8, w + spread, middle - 8 - who.top + rise, 180, 360)
     line_y = who.top + who.hairline * (58 - who.top) - 2
-    temple = w - (3.5 if who.hair_style in ("bob", "long") else 1.2)
+    temple = w - (3.5 if who.hair_style == "bob" else 1.2)
     t = np.linspace(1, -1, 31)
-    part = {"side": 0.42, "long": -0.1, "bob": 0.0}.get(who.hair_style, 0.0)
-    depth = 1.0 if who.hair_style in ("side", "long", "bob") else 0.0
+    part = 0.42 if who.hair_style == "side" else 0.0
+    depth = 1.0 if who.hair_style in ("side", "bob") else 0.0
     arch = line_y + (middle - 8 - line_y) * np.abs(t) ** (3.2 if depth else 4.5)
     arch += depth * 5.5 * (np.abs(t - part) - 0.5) * (1 - np.abs(t) ** 6)
     if who.hair_style == "curly":

@@ -187,21 +187,17 @@ def grammar() -> str:
     return "\n".join(["#JSGF V1.0;", "grammar grid;", f"public <sentence> = {whole};", *rules, ""])
 
 
-def language_model(count: int = 20_000, closed: bool = False) -> str:
-    """Return a bigram model of free training sentences in ARPA format, for a recogniser without a grammar: any word
-    may follow any other (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
-
-    Args:
-        closed: include sentences of the closed vocabulary, every second one, for a recogniser of both kinds.
+def language_model() -> str:
+    """Return a bigram model of 20,000 free training sentences in ARPA format, for a recogniser without a grammar: any
+    word may follow any other (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
     """
     rng = np.random.default_rng(0)
     pairs: Counter[tuple[str, str]] = Counter()
-    for number in range(count):
-        words = ["<s>", *draw_sentence(rng, "train", free=not closed or number % 2 == 0).split(), "</s>"]
+    for _ in range(20_000):
+        words = ["<s>", *draw_sentence(rng, "train", free=True).split(), "</s>"]
         pairs.update(pairwise(words))
     fixed = re.sub(r"{\w+}", "", " ".join(TEMPLATES)).split()
-    slots = [*free_words().values(), *(SLOTS if closed else ())]
-    vocabulary = sorted({"<s>", "</s>", *fixed, *(word for words in slots for word in words)})
+    vocabulary = sorted({"<s>", "</s>", *fixed, *(word for words in free_words().values() for word in words)})
     total = Counter()
     kinds = Counter()
     follows = Counter()

@@ -11,14 +11,18 @@ splits unseen and dev are those that GE2E distinguishes best (farthest points).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from corpora.synthetic.portrait import Identity, design, mix
+from corpora.synthetic.portrait import Identity, hsv, mix, rgb
 
 _FOLDER = Path(__file__).parent
+_SKINS = ((246, 212, 184), (240, 200, 168), (231, 184, 143), (212, 158, 115), (184, 128, 88), (150, 100, 68))
+_EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 30))
+_HAIR_STYLES = "buzz", "short", "side", "curly", "bob", "bun"
 _HAIR = np.array([(34, 24, 20), (112, 66, 34), (226, 184, 108)])  # RGB by brightness: 0, 0.5, 1
 _PITCH_RANGE = 1.7  # of every voice, so that expressions alone decide how far the pitch moves
 
@@ -63,23 +67,20 @@ def voice_lines(traits: Traits) -> str:
 
 def looks(traits: Traits, seed: int) -> Identity:
     """Create a face that shows the traits. Other attributes are drawn from the seed."""
-    rng = np.random.default_rng([seed, 0x100C5])
-    plain = design(seed, pitch=150.0, formants=1.02)  # its traits do not depend on the voice
     depth = traits.depth
     tract = traits.tract
     age = traits.age
     fair = [np.interp(traits.bright, (0, 0.5, 1), _HAIR[:, channel]) for channel in range(3)]
     grey = 40 + 170 * (0.25 + 0.5 * traits.bright)
-    lip = mix(mix(plain.skin, (120, 70, 66), 0.35), (206, 36, 66), 0.75 * (1 - depth))
-    return replace(
-        plain,
+    drawn = _draw_looks(seed)
+    return Identity(
         half_width=27.5 + 9.5 * tract,
         chin=104.5 + 9.0 * tract,
         top=28.0 - 9.0 * tract,
         jaw=1.06 - 0.44 * depth,
         brow=1.0 + 3.2 * depth,
         lip=5.4 - 2.6 * depth,
-        lip_colour=lip,
+        lip_colour=mix(mix(drawn["skin"], (120, 70, 66), 0.35), (206, 36, 66), 0.75 * (1 - depth)),
         beard=float(np.clip((depth - 0.65) / 0.35, 0, 1)),
         eye_gap=12.0 + 3.4 * traits.front + 2.4 * tract,
         eye_size=7.6 - 0.6 * depth,
@@ -88,9 +89,38 @@ def looks(traits: Traits, seed: int) -> Identity:
         mouth_width=15.0 + 1.8 * tract,
         mouth_y=90.0 + 2.0 * tract,
         hair=mix(fair, (grey, grey, grey), max(0.0, 1.25 * age - 0.25)),
-        hair_style=str(rng.choice(("buzz", "short", "side", "curly", "bob", "bun"))),
         hairline=0.66 - 0.36 * age,
+        **drawn,
     )
+
+
+def _draw_looks(seed: int) -> dict[str, Any]:
+    """Draw the entries of `Identity` that do not depend on the traits.
+
+    Random numbers without a use are drawn so that all others, and thus the faces of existing corpora, stay the same.
+    """
+    rng = np.random.default_rng([seed, 0xFACE])
+    skin = np.array(_SKINS[int(np.clip(rng.normal(2.6, 1.0), 0, 5))]) * rng.normal(1, 0.03) + rng.normal(0, 1.8, 3)
+    rng.integers(6)
+    rng.random()
+    rng.integers(5)
+    rng.random()
+    hue = rng.uniform(0, 180)
+    rng.normal(size=7)
+    rng.random(2)
+    eye = _EYES[int(rng.integers(5))]
+    rng.normal(size=6)
+    return {
+        "skin": rgb(np.minimum(skin, 246)),
+        "hair_style": str(np.random.default_rng([seed, 0x100C5]).choice(_HAIR_STYLES)),
+        "eye": eye,
+        "glasses": bool(rng.random() < 0.25),
+        "freckles": int(rng.integers(14, 34)) if rng.random() < 0.22 else 0,
+        "ears": rng.uniform(4.2, 6.4),
+        "shirt": hsv(hue + rng.uniform(50, 130), rng.uniform(90, 190), rng.uniform(80, 210)),
+        "back": hsv(hue, rng.uniform(25, 80), rng.uniform(205, 235) if skin.mean() < 165 else rng.uniform(105, 150)),
+        "detail_seed": int(rng.integers(2**31)),
+    }
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ RUN="${RUN:-runs/$name}"                  # run of the model
 SPEECH="${SPEECH:-data/speech}"           # SIZE=cpu: waves that the tokenizer trains on
 PROMPTS="${PROMPTS:-/usr/share/asterisk/sounds}"   # SIZE=cpu: of apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-g722
 REPORT="${REPORT:-outputs/grid}"          # reports of the evaluation: test, and new
-NEW_SPEAKERS="${NEW_SPEAKERS:-$new}"      # speakers that do not train, all of whose sentences are the report `new`; empty: none
+NEW_SPEAKERS="${NEW_SPEAKERS-$new}"       # speakers that do not train, all of whose sentences are the report `new`; empty: none
 DOWNLOADS="${DOWNLOADS:-checkpoints}"     # networks of the metrics: python scripts/download_checkpoints.py metrics
 # Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
 
@@ -42,10 +42,11 @@ prepare() { if ! [ -d "$TOKENIZER/release" ] || lags_are_missing; then shards st
 tokenizer() {
     if [ -d "$TOKENIZER/release" ]; then echo "$TOKENIZER/release is there"; return; fi
     if [ "$SIZE" = cpu ]; then
-        $PYTHON "$here/scripts/make_synthetic_corpus.py" --out "$SPEECH/synthetic" --version 3 --speech 1500 --test-clips 60
-        known="${SPEAKERS//[\[\]]/}" # without brackets
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --out "$SPEECH/synthetic" --version 3 --clips 1500 --test-clips 60
+        local known="${SPEAKERS//[\[\]]/}" # without brackets
+        local unknown="${NEW_SPEAKERS//[\[\]]/}"
         $PYTHON "$here/scripts/make_speech_corpus.py" --out "$SPEECH" --grid "$GRID" --speakers "$known" \
-            --prompts "$PROMPTS" --synthetic "$SPEECH/synthetic" --synthetic-clips 1500
+            --new-speakers "$unknown" --prompts "$PROMPTS" --synthetic "$SPEECH/synthetic" --synthetic-clips 1500
         $PYTHON "$here/train.py" experiment=rvq_speech "data.corpus=$SPEECH" "run=$TOKENIZER" ${TOKENIZE:-}
         return
     fi

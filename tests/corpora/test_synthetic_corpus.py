@@ -54,7 +54,7 @@ def entries(root: Path, split: str) -> list[dict]:
 
 ARGUMENTS = {  # by version
     2: ("--seed", "3", "--clips", "16", "--test-clips", "4"),
-    3: ("--seed", "3", "--speech", "8", "--test-clips", "3", "--version", "3"),
+    3: ("--seed", "3", "--clips", "8", "--test-clips", "3", "--version", "3"),
 }
 
 

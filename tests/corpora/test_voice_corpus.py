@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import soundfile
 from corpora.preparation.speech_corpus import (
     RATE,
     Recording,
+    at_speed,
     grid_recordings,
     listed_recordings,
     prompt_recordings,
@@ -24,14 +26,15 @@ from corpora.preparation.voice_corpus import (
     trim,
     write_voices,
 )
-from corpora.synthetic.corpus import resample
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
-from engine.media.audio import read_audio
+from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.video import read_video, write_video
+from scripts import make_voice_corpus
 from tests.corpora.preparation_fakes import write_csv
 from tests.media_files import ffmpeg
+from tests.shard_files import contents
 
 TEXT = "lay red by seven again"
 ROW = {"path": "a.wav", "speaker": "anna"}
@@ -46,7 +49,7 @@ def synthesizer():
 def spoken(synthesizer):
     """A slower voice than those that recordings are compared with, and its samples at 24 kHz in noise."""
     found = synthesizer.speak(TEXT, "pitch 80 110", words_per_minute=130)
-    speech = resample(found.wave, found.rate, RATE)
+    speech = resample_wave(found.wave, found.rate, RATE)
     wave = np.random.default_rng(0).normal(0, 1e-3, len(speech) + 2 * RATE).astype(np.float32)
     wave[RATE : RATE + len(speech)] += speech
     return found, wave
@@ -70,6 +73,15 @@ def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
         file.write(lines)
     rows = prompt_sentences(tmp_path, tmp_path / "texts.gz")
     assert [(row.name, row.text) for row in rows] == [("digits-1", "one"), ("press", "Press star then pound")]
+
+
+def test_pictures_need_no_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_voice_corpus, "SOUNDS", tmp_path / "absent")
+    for options, reason in (([], "absent is not a folder: apt-get"), (["--pictures", "1"], "the speakers s1, s3, s5")):
+        call = ["make_voice_corpus.py", "--out", tmp_path / "out", "--grid", tmp_path, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, call)))
+        with pytest.raises(UserError, match=reason):
+            make_voice_corpus.main()
 
 
 def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
@@ -108,6 +120,39 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
 
 
+def test_an_interrupted_corpus_with_texts_is_continued(tmp_path, spoken):
+    for name, wave in {"a": spoken[1], "b": spoken[1], "silent": 0 * spoken[1]}.items():
+        write_wav(tmp_path / f"{name}.wav", wave, RATE)
+    recordings = [Recording(name, tmp_path / f"{name}.wav", "s1", TEXT, others=1) for name in ("a", "silent", "b")]
+    assert write_voices(tmp_path / "out", {"train": recordings}, None, 0, {}) == {"train": 4}
+    before = contents(tmp_path / "out")
+    for name in ("out/train.jsonl", "out/train/b.json", "out/train/b-1.wav", "a.wav", "silent.wav"):
+        (tmp_path / name).unlink()  # a and silent are there, so that they are not read again
+    write_voices(tmp_path / "out", {"train": recordings}, None, 0, {})
+    assert contents(tmp_path / "out") == before
+    write_voices(tmp_path / "out", {"train": recordings[2:]}, None, 0, {}, seed=1)
+    assert contents(tmp_path / "out")["train/b-1.wav"] != before["train/b-1.wav"]  # at another speed
+
+
+@pytest.mark.parametrize(("clips", "each"), [(5, 2), (9, 3)])
+def test_a_held_out_synthetic_clip_is_in_one_split(tmp_path, spoken, clips, each):
+    write_wav(tmp_path / "a.wav", spoken[1], RATE)
+    recordings = [Recording(f"a{number}", tmp_path / "a.wav", "s1", TEXT) for number in range(3)]
+    (tmp_path / "drawn").mkdir()
+    for split in ("train", "dev"):
+        rows = [{"id": f"{split}_{number}", "split": split} for number in range(clips)]
+        (tmp_path / "drawn" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    people = {"train": recordings[:1], "val": recordings, "test": recordings}
+    counts = write_voices(tmp_path / "out", people, tmp_path / "drawn", 4, {})
+    assert counts == {"train": 1 + 4, "val": 3 + each, "test": 3 + each}
+    rows = {split: (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines() for split in counts}
+    found = {split: [json.loads(row)["id"] for row in of_split][3:] for split, of_split in rows.items()}
+    assert found["test"] == [f"dev_{number}" for number in range(each)]
+    assert found["val"] == [f"dev_{number}" for number in range(each, 2 * each)]
+    link = tmp_path / "out" / "val" / f"dev_{each}.wav"
+    assert link.readlink() == tmp_path / "drawn" / "dev" / link.name
+
+
 SENTENCES = [f"bbaf{digit}{adverb}" for digit in "z123456789" for adverb in "anps"]
 
 
@@ -126,6 +171,7 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
     assert {split: len(rows) for split, rows in found.items()} == {"train": 36, "val": 2, "test": 2, "new": 40}
     assert {row.speaker for row in found["new"]} == {"s31"}
     assert {row.name for row in found["train"]}.isdisjoint(row.name for row in found["test"])
+    assert list(grid_recordings(tmp_path, ["s1"], [])) == ["train", "val", "test"]
 
 
 def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp_path):
@@ -142,6 +188,15 @@ def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp
         pitch = np.argmax(np.abs(np.fft.rfft(wave, 10 * RATE))) / 10
         assert pitch == pytest.approx(300 / seconds[-1], rel=0.02)
     assert seconds[0] == 1.0 and len(set(seconds)) == 3
+
+
+@pytest.mark.parametrize("speed", [0.85, 1.18])
+def test_another_speed_does_not_disturb_a_recording_that_ends_in_sound(speed):
+    wave = np.cos(2 * np.pi * 300 * np.arange(RATE) / RATE).astype(np.float32)
+    fast = at_speed(wave, speed)
+    expected = np.cos(2 * np.pi * 300 * np.arange(len(fast)) / len(fast))
+    assert len(fast) == pytest.approx(RATE / speed, rel=0.01)
+    assert np.abs(fast - expected)[12:-12].max() < 1e-3  # but for half a millisecond at the ends
 
 
 def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):

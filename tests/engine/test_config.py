@@ -11,7 +11,7 @@ from test_trainer import train_arguments
 
 import infer
 import train
-from engine.config import compose, load
+from engine.config import compose, load, plain
 from engine.errors import UserError
 from engine.instantiate import build
 from engine.training import run
@@ -157,3 +157,11 @@ def test_a_target_in_an_override_is_checked():
     words = ["source=folder", "source.root=clips", "output=shards"]
     with pytest.raises(UserError, match=r"os\.system"):
         load("prepare", [*words, "stages.transcription.second={_target_: os.system}"])
+
+
+def test_networks_of_filters_run_on_the_device_of_the_job():
+    words = ["source=folder", "source.root=clips", "output=shards", "downloads=checkpoints", "device=cuda"]
+    stages = plain(compose("prepare", [*words, "features=hicodit_paper_voxceleb2"]))["stages"]
+    parts = [part for stage in stages.values() for part in stage.values() if isinstance(part, dict)]
+    engines = [part for part in parts if "preparation.engines" in part.get("_target_", "")]
+    assert len(engines) == 6 and all(part.get("device") == "cuda" for part in engines)

@@ -1,13 +1,17 @@
 """The choice between the two bundled releases, by the face, and the remark about a face unlike those of training."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from drawn_faces import talking_head
 
 from hicodit.bundled import CARTOON_RELEASE, REAL_RELEASE, PipelineChooser, bundled_weights
 from hicodit.people import KnownPeople, face_features
+from scripts import known_people
+from tests.shard_files import write_split
 
 DEMO = Path(__file__).parents[2] / "assets/demo"
 
@@ -60,3 +64,16 @@ def test_known_faces_have_no_remark_and_others_have_one(tmp_path):
     assert all(stored.remark(pictures(person, 99)) == "" for person in (1, 2, 3))
     assert all("unlike" in stored.remark(pictures(person, 0)) for person in (4, 5))
     assert KnownPeople.from_release(tmp_path / "nowhere") is None
+
+
+def test_clips_without_faces_describe_nobody(tmp_path, monkeypatch, capsys):
+    samples = []
+    for number in range(4):
+        info = {"key": f"k{number}", "frames": 4, "speaker": number % 2}
+        tensors = {"faces": torch.from_numpy(pictures(number % 2, number))} if number < 3 else {"wave": torch.zeros(1)}
+        samples.append((info, tensors))
+    write_split(tmp_path / "train", samples, 2)
+    monkeypatch.setattr(sys, "argv", ["known_people.py", str(tmp_path), str(tmp_path)])
+    known_people.main()
+    assert "2 people of 3 clips" in capsys.readouterr().out
+    assert len(KnownPeople.from_release(tmp_path).means) == 2

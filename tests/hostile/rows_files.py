@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from corpora.preparation.sources import folder as table_source
 from corpora.preparation.sources_listed import tar_members
 from engine.evaluation.clips import read_clips
 from engine.instantiate import build
@@ -192,6 +193,10 @@ def tar_with(folder: Path, name: str) -> None:
     tar_members(folder, "*.tar")
 
 
+def table_of(path: Path) -> None:
+    table_source(path.parent)
+
+
 def manifest_of(path: Path) -> None:
     read_manifest(path.parent, "train")
 
@@ -209,6 +214,7 @@ CONFIGS = {  # text of a release's config.yaml, and the line
     "kind: toy\nx: " + "y" * 2**21: "has more than 1,048,576 bytes",
     "kind: toy\nx: !!python/object/apply:os.system [true]": "cannot be read as YAML",
 }
+SPLITS = ["..", ".", "../../../ran", "a/b"]
 TARGETS = ["os.system", "engine.release.torch.load", "engine.nowhere.Thing", 7]
 DEEP = {"_target_": "engine.shards.reader.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]}
 
@@ -240,6 +246,7 @@ CASES = [
     ("json: deeply nested", lambda _: parse_json("[" * 100_000, "it"), "it cannot be read as JSON: it is nested too"),
     ("json: a null character", lambda _: parse_json('{"a": "\\u0000"}', "it"), "it contains a null character"),
     ("manifest: cut off", file("train.jsonl", '{"id": "a"}\n{"id": \n', manifest_of), "line 2 cannot be read"),
+    *((f"table: split {n}", file("clips.csv", f"path,split\na.mp4,{n}\n", table_of), NAME) for n in SPLITS),
     ("clips: two of one id", file("clips.jsonl", '{"id": "a"}\n{"id": "a"}', clips_of), "line 2: id a"),
     ("clips: a path", file("clips.jsonl", '{"id": "../x"}', clips_of), "line 1: id"),
     ("tar: no tar", file("a.tar", b"no tar" * 200, lambda path: tar_members(path.parent, "*.tar")), "cannot be read"),

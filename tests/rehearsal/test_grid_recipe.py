@@ -56,3 +56,13 @@ def test_grid_from_its_files_to_a_report(tmp_path):
     )
     (table,) = results["paper_tables"]
     assert table["rows"]["Visual Voice Memory, known speakers"][table["columns"].index("estoi")] == 0.602
+
+
+@pytest.mark.parametrize(
+    ("variables", "speakers"),
+    [({}, "s31,s32,s33,s34"), ({"NEW_SPEAKERS": "[s2,s9]"}, "s2,s9"), ({"NEW_SPEAKERS": ""}, "")],
+)
+def test_the_speech_corpus_has_the_speakers_that_do_not_train(tmp_path, variables, speakers):
+    (tmp_path / "grid" / "s1").mkdir(parents=True)
+    done = grid(tmp_path, "tokenizer", SIZE="cpu", PYTHON="echo", **variables)
+    assert done.returncode == 0 and f" --new-speakers {speakers} --prompts " in done.stdout, done.stdout + done.stderr
