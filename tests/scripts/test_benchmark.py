@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.claims import CLAIMS
 from benchmarks.hicodit_models import LOSSES
+from benchmarks.reenactment import clips_of
 from engine.config import compose
 from engine.errors import UserError
 from engine.metrics.registry import FIGURES
@@ -62,6 +63,19 @@ def test_what_was_measured_before_an_error_is_recorded(measure, tmp_path):
         measure(1, 2, 3, 4)
     (path,) = tmp_path.glob("*-faces-cpu-stopped.json")
     assert [row["steps"] for row in json.loads(path.read_text())["results"]] == [1, 2, 3]
+
+
+def test_clips_of_people_are_found_as_grid_unpacks_them(tmp_path):
+    """Files .mpg, perhaps in folders below the speaker's, evenly spaced by name."""
+    folder = tmp_path / "s31" / "video" / "mpg_6000"
+    folder.mkdir(parents=True)
+    for name in ("bbaf2n", "lbbc1a", "pgwi9s", "sgaf4p"):
+        (folder / f"{name}.mpg").touch()
+    assert [path.name for path in clips_of(tmp_path / "s31", 2)] == ["bbaf2n.mpg", "pgwi9s.mpg"]
+    assert [path.parent for path in clips_of(tmp_path / "s31", 9)] == [folder] * 4
+    (tmp_path / "s32").mkdir()
+    with pytest.raises(UserError, match="s32 contains no"):
+        clips_of(tmp_path / "s32", 2)
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
