@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks import serving
 from benchmarks.claims import CLAIMS
 from benchmarks.hicodit_models import LOSSES
 from benchmarks.reenactment import clips_of
@@ -63,6 +64,50 @@ def test_what_was_measured_before_an_error_is_recorded(measure, tmp_path):
         measure(1, 2, 3, 4)
     (path,) = tmp_path.glob("*-faces-cpu-stopped.json")
     assert [row["steps"] for row in json.loads(path.read_text())["results"]] == [1, 2, 3]
+
+
+DYING_SERVER = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    answers = 0
+
+    def do_GET(self):
+        self.answer(b'{"requests": 0}')
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Handler.answers += 1
+        if Handler.answers > 6:  # four to warm up, and those of the first load
+            os._exit(3)
+        self.answer(b"sound")
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_loads_before_the_server_died_are_recorded(tmp_path, monkeypatch):
+    """Also the load during which it died: its requests are lost."""
+    pytest.importorskip("httpx")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "serve.py").write_text(DYING_SERVER)
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    words = ["--clients", "1", "2", "4", "--requests", "2", "--mixed", "0"]
+    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", "serving", "--out", str(tmp_path), *words])
+    with pytest.raises(UserError, match="the server ended with exit code 3"):
+        benchmark.main()
+    (path,) = tmp_path.glob("*-serving-*-stopped.json")
+    first, second = json.loads(path.read_text())["results"]
+    assert first["answers"] == {"speech: as it should": 2} and first["left_inside"] == 0
+    assert sum(second["answers"].values()) == 2 and all(answer.startswith("lost") for answer in second["answers"])
+    assert second["left_inside"] is None
 
 
 def test_clips_of_people_are_found_as_grid_unpacks_them(tmp_path):
