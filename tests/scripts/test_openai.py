@@ -238,6 +238,15 @@ def test_a_body_that_is_too_large_is_refused(client, path, body):
     assert answer.status_code == 413 and "33,554,432" in answer.json()["error"]["message"]
 
 
+def test_a_voice_of_the_folder_replaces_the_bundled_one_and_names_are_unique(models, tmp_path):
+    own = tmp_path / "default.safetensors"
+    models[1].save_voice(models[2], own)
+    assert Voices(models[1], tmp_path, models[2]).files == {"default": own}
+    (tmp_path / "default.wav").touch()
+    with pytest.raises(UserError, match=r"default\.safetensors and default\.wav are both the voice default"):
+        Voices(models[1], tmp_path, models[2])
+
+
 def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
     voices = Voices(models[1], None, models[2])
     path = voices.find("default")
