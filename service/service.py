@@ -8,6 +8,7 @@ import errno
 import re
 import tempfile
 import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -203,5 +204,5 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 503, str(error)
     if isinstance(error, UserError):
         return 400, without_folders(str(error))
-    print(f"unforeseen {type(error).__name__}: {error}", flush=True)
+    traceback.print_exception(error)
     return 500, f"internal error: {type(error).__name__}"

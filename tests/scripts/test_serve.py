@@ -23,7 +23,7 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import SamplerConfig
 from service.app import make_app, read_picture
 from service.limits import ServeLimits
-from service.service import Service
+from service.service import Service, explain
 from service.workers import Ticket
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.pipeline import Job
@@ -191,6 +191,16 @@ def test_no_request_waits_for_the_capture_of_a_graph(models, job, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_unexpected_error_is_logged_with_its_place(capsys):
+    def broken():
+        return {}["face"]
+
+    with pytest.raises(KeyError) as caught:
+        broken()
+    assert explain(caught.value) == (500, "internal error: KeyError")
+    assert "in broken" in capsys.readouterr().err
+
+
 def test_requests_of_a_worker_that_dies_are_answered(models, job, monkeypatch):
     """Its thread ends by an unexpected exception; the running request and later ones get 503, and so does /health."""
     service = service_of(models)
