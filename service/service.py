@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import re
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from engine.errors import UserError
+from engine.files import write_failure
 from engine.word_times import WordTimes
 from hicodit.bundled import PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
@@ -44,7 +44,6 @@ KINDS = {  # of values, by the beginning of pydantic's names of faults
     "list": "a list",
     "string": "a text",
 }
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 FOLDER = "serve-"  # begin of the names of folders with a request's files
 
 
@@ -191,11 +190,8 @@ def invalid_field(error: dict[str, Any]) -> str:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Return status code and message of an error, without the paths of request folders."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
-            return 507, f"the server cannot write files: {cause.strerror}"
-        cause = cause.__cause__
+    if (failure := write_failure(error)) is not None:
+        return 507, f"the server cannot write files: {failure.strerror}"
     if isinstance(error, RequestValidationError):
         return 400, invalid_field(error.errors()[0])
     if isinstance(error, HTTPException):

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Stage, WorkItem
 from engine.device import pick_device, use_gpu
 from engine.errors import UserError
-from engine.files import checksum
+from engine.files import checksum, write_failure
 from engine.instantiate import build, target
 from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
@@ -34,8 +34,7 @@ from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
 from hicodit.data import FACE_DETECTOR
 
-# Errors that are not caused by clips: the disk is full or read-only, or no file handles are available.
-FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # errors that, like a full disk, no clip can cause
 LONGEST_REASON = 300
 
 
@@ -177,12 +176,9 @@ def _run(name: str, stage: Stage, clip: WorkItem) -> Outcome | None:
         try:
             stage(clip)
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError) and cause.errno in FATAL:
-                    advice = "finished clips are kept, run the same command to continue"
-                    raise UserError(f"{cause.strerror} ({error}); {advice}") from error
-                cause = cause.__cause__ or cause.__context__
+            if (failure := write_failure(error, *NO_HANDLES)) is not None:
+                advice = "finished clips are kept, run the same command to continue"
+                raise UserError(f"{failure.strerror} ({error}); {advice}") from error
             known = isinstance(error, UserError)
             reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
             return Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)

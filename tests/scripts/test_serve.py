@@ -1,6 +1,7 @@
 """The web service with random tiny models: results as from the pipelines, one sentence for every error, limits."""
 
 import base64
+import errno
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,19 @@ def test_no_request_waits_for_the_capture_of_a_graph(models, job, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("cause", ["stated", "being handled"])
+def test_a_full_disk_is_found_among_the_causes_of_an_error(cause):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise full
+        except OSError:
+            if cause == "stated":
+                raise RuntimeError("unable to write") from full
+            raise RuntimeError("unable to write")  # noqa: B904
+    assert explain(caught.value) == (507, "the server cannot write files: No space left on device")
+
+
 def test_an_unexpected_error_is_logged_with_its_place(capsys):
     def broken():
         return {}["face"]
