@@ -35,8 +35,8 @@ class Processor(Machine):
     def bandwidths(self):
         return {"all-reduce": 1.0, "all-gather": 1.0}
 
-    def time(self, name, call, repeats=1):
-        return super().time(name, call, 1)
+    def time(self, call, repeats=1):
+        return super().time(call, 1)
 
     def in_process(self, measure, *arguments):
         return measure(*arguments)
