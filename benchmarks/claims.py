@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks import hicodit_models
-from benchmarks.common import in_own_process, run_program
+from benchmarks.common import in_own_process
 from engine.arguments import within
 from engine.charts import chart_curves, chart_differences
 from engine.config import load
@@ -31,6 +34,7 @@ from engine.files import write_json, write_text
 from engine.metrics.registry import metric_of
 from engine.record import dated
 
+ROOT = Path(__file__).resolve().parents[1]
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
 MADE_OF = {"derive", "weights"}  # keys of a variant that needs the release of another one
@@ -186,8 +190,12 @@ def train(
         if "start" in claim:
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
-        # In the user's working folder: what the settings name lies there.
-        run_program(args.threads, "train.py", f"run={folder}", *NEVER, *settings)
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'codecs'}"
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(args.threads)}
+        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
+        code = subprocess.run(command, env=environment).returncode  # in the user's folder, as paths are relative to it
+        if code:
+            raise UserError(f"train.py exited with code {code}, see its output; run the command again to continue")
     write_text(done, wanted)
     return folder / "release"
 
