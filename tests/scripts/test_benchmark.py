@@ -1,19 +1,24 @@
-"""The frame of benchmarks: limits of settings, lines as they arrive, one record with command, hardware and versions."""
+"""The frame of benchmarks: limits of settings, lines as they arrive, one record with command, hardware and versions;
+and intervals over the seeds of claims.
+"""
 
 import importlib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from benchmarks import serving
 from benchmarks.claims import CLAIMS
+from benchmarks.comparison import estimate
 from benchmarks.hicodit_models import LOSSES
 from benchmarks.reenactment import clips_of
 from engine.config import compose
 from engine.errors import UserError
+from engine.evaluation.statistics import ratio
 from engine.metrics.registry import FIGURES
 from scripts import benchmark
 
@@ -139,3 +144,32 @@ def test_claims_are_settings_of_the_recipes_and_columns_of_tables(claim):
             if claim == "orders":
                 rows = [c.trainer.batch_size * len(c.data.train.tasks) for c in (config, plain)]
                 assert rows[0] == rows[1], name
+
+
+def pairs(values):
+    return np.stack([values, np.ones(np.shape(values))], -1)
+
+
+SPEAKERS = [str(i // 2) for i in range(40)]
+
+
+def test_the_interval_over_seeds_and_clips_covers_the_true_mean():
+    """Voices and seeds both vary; an interval over clips alone holds it in 60 of 100."""
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(60):
+        voices = rng.normal(size=20).repeat(2)
+        seeds = rng.normal(size=(3, 1)) * 0.5
+        mean, half = estimate(ratio, pairs(5 + voices + seeds + 0.1 * rng.normal(size=(3, 40))), SPEAKERS)
+        inside += abs(mean - 5) < half
+    assert inside >= 54
+
+
+def test_a_paired_difference_cancels_shared_variance():
+    one = pairs(np.random.default_rng(2).normal(size=(3, 40)) * 10)
+    two = one + [0.5, 0.0]
+    two[:, 7] = np.nan  # a clip that does not count
+    mean, half = estimate(ratio, two, SPEAKERS, minus=one)
+    assert mean == pytest.approx(0.5) and half < 1e-9
+    assert estimate(ratio, one, SPEAKERS)[1] > 1
+    assert np.isnan(estimate(ratio, one, ["0"] * 40)[0])
