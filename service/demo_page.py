@@ -208,8 +208,6 @@ def page(demo: Demo) -> gr.Blocks:
             stopped.add(request.session_hash)
 
         blocks.unload(leave)
-    blocks.rules = CSS
-    blocks.script = SCRIPT
     return blocks
 
 
