@@ -288,7 +288,7 @@ def graphs(machine: Machine) -> Iterator[Line]:
         results.append(decoder.generate([random_request(talker, machine.patches, 0)])[0])
     one, two = results
     drift = max(float((getattr(one, s) - getattr(two, s)).abs().max()) for s in ("speech", "motion"))
-    yield line("graphs talker", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
+    yield line("graphs talker_t2av", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
 
 
 def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
@@ -360,7 +360,7 @@ def talker(machine: Machine) -> Iterator[Line]:
         decoder.run_step.backend = None if eager else graphs
         decoder.generate([random_request(model, patches, 0)])
 
-    yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
+    yield from _speed(machine, "talker_t2av", model, speak, machine.patches, 1, 0.16 * machine.patches)
 
 
 # Frames per second that Talker-T2AV's paper states for one H20 (arXiv 2604.23586, version 2, Table 2).
@@ -437,7 +437,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if machine.size == "tiny":
-            sizes = common.read_config(f"task/model/{training.MODELS[model]}_tiny")
+            sizes = common.read_config(f"task/model/{model}_tiny")
         most = min(trainer.batch_size, machine.samples)
         pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, machine.stated, 1, total).largest_batch))
@@ -481,8 +481,8 @@ def service(machine: Machine) -> Iterator[Line]:
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
     "driver": versions, "rates": rates, "tests": gpu_tests, "graphs": graphs, "posteriors": posteriors,
-    "flash": flash, "hicodit": hicodit, "talker": talker, "clip": clip, "training": train_steps, "service": service,
-    "two_gpus": two_gpus, "collectives": collectives,
+    "flash": flash, "hicodit": hicodit, "talker_t2av": talker, "clip": clip, "training": train_steps,
+    "service": service, "two_gpus": two_gpus, "collectives": collectives,
 }  # fmt: skip
 
 

@@ -227,19 +227,19 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
     """Return a recipe's (model, model settings, trainer settings, rows per sample, samples of the whole run)."""
     config = compose("train", [f"experiment={name}", *words])
     target = str(OmegaConf.select(config, "task._target_") or "")
-    model = next((model for model in MODELS if target.startswith(model)), None)
-    if model is None:
+    model = target.partition(".")[0]
+    if model not in MODELS:
         raise UserError(f"{name} trains {target}: only recipes of HiCoDiT and Talker-T2AV are supported")
     settings = TrainerConfig(**plain(config.trainer) | {"device": "cpu", "compile": False})
     sizes = plain(config.task.model)
-    if model == "talker":
+    if model == "talker_t2av":
         sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
     elif config.task.encoders.kind == "tiny":  # released encoders do not run in training
         sizes["encoders"] = plain(config.task.encoders)
     if config.lora.rank:
         sizes["lora"] = plain(config.lora)
     whole = settings.global_batch_size or settings.batch_size * settings.accumulate
-    rows = 2 if model == "talker" else 1
+    rows = 2 if model == "talker_t2av" else 1
     return model, sizes, settings, rows, whole * settings.steps
 
 
@@ -259,8 +259,8 @@ def measure_samples(
 
     def make_task() -> Task:
         # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
-        with nullcontext() if model == "talker" else _disable_current_modes():
-            task = build_task(f"{MODELS[model]}_base", **sizes)
+        with nullcontext() if model == "talker_t2av" else _disable_current_modes():
+            task = build_task(model, "base", **sizes)
         if lora["rank"]:  # PEFT would move the updates to the device on which a model without data is
             with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
                 task.adapt(**lora)
