@@ -74,15 +74,15 @@ class Service:
         self.voices: Voices | None = None
         self.aliases = aliases
         self.served: dict[str, Any] = {}  # pipelines by name in requests
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}  # by the same names
         if talker is not None:
             talker.system.require("t2av")
             self.served[TALKER] = talker
-            self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
+            self.workers[TALKER] = TalkerWorker(talker, limits.rows)
             self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None, aliases)
         if hicodit is not None:
             self.served[HICODIT] = hicodit
-            self.workers["hicodit"] = HiCoDiTWorker(hicodit, limits.rows)
+            self.workers[HICODIT] = HiCoDiTWorker(hicodit, limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state

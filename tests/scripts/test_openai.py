@@ -96,13 +96,13 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
         model="talker-t2av", input=TEXT * 4, voice="anna", response_format="pcm", stream_format="audio"
     ) as answer:
         next(answer.iter_bytes())
-    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"])
+    wait_until(lambda: not service.workers["talker-t2av"].rows and not service.inside["requests"])
 
 
 def test_a_client_that_does_not_wait_frees_its_row(client, service):
     with pytest.raises(openai.APITimeoutError):
         speak(client.with_options(timeout=0.5), extra_body={"min_seconds": 30.0, "max_seconds": 30.0})
-    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"], seconds=10)
+    wait_until(lambda: not service.workers["talker-t2av"].rows and not service.inside["requests"], seconds=10)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_requests_beyond_the_limits_are_refused(models, job):
         with service.admitted():
             health = client.get("/health").json()
             answer = client.post(SPEECH, json=job)
-        assert health == {"status": "ok", "models": ["hicodit", "talker_t2av"], "requests": 1}
+        assert health == {"status": "ok", "models": ["hicodit", "talker-t2av"], "requests": 1}
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         with client.websocket_connect(STREAM) as socket:
             assert socket.receive_json()["status"] == 429
@@ -218,7 +218,7 @@ def test_an_unexpected_error_is_logged_with_its_place(capsys):
 def test_requests_of_a_worker_that_dies_are_answered(models, job, monkeypatch):
     """Its thread ends by an unexpected exception; the running request and later ones get 503, and so does /health."""
     service = service_of(models)
-    monkeypatch.setattr(service.workers["talker_t2av"], "step", lambda _: 1 / 0)
+    monkeypatch.setattr(service.workers["talker-t2av"], "step", lambda _: 1 / 0)
     with TestClient(make_app(service)) as client:
         assert [client.post(SPEECH, json=job).status_code for _ in range(2)] == [503, 503]
         assert client.get("/health").status_code == 503
