@@ -51,7 +51,7 @@ class Crops(Stage):
         pictures: F, number of face crops, evenly spaced over the clip.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("mouth", "faces")
 
     def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
@@ -71,7 +71,7 @@ class Lip(Encoder):
         encoders: fields of `hicodit.conditions.upstream.UpstreamEncoderConfig`.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("lip",)
     encoder = "lip"
 
@@ -136,7 +136,7 @@ class Expression(Encoder):
         every: classify every n-th video frame.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("expression",)
 
     def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
@@ -261,7 +261,7 @@ class Motion(CodecEncoder):
         crop: "face" for the square around the face, as in generation; "centre" for the largest centred square.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("motion",)
     name = "lia_x"
     load = load_motion
@@ -289,7 +289,7 @@ class Portraits(Stage):
         crop: see `Motion`.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("portraits", "portraits_at")
 
     def __init__(self, size: int = 512, pictures: int = 12, crop: str = "face") -> None:

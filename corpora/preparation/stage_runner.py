@@ -88,10 +88,11 @@ class StageRunner(Work[WorkItem, Outcome]):
 
     def _needed(self, clip: WorkItem) -> Iterator[tuple[str, Stage]]:
         """Yield the stages that a clip needs: not those whose results are copied, unless other stages read theirs."""
-        needed = {stage.needs for name, stage in self.stages.items() if stage.reusable and name not in clip.unchanged}
+        computed = (stage for name, stage in self.stages.items() if stage.reusable and name not in clip.unchanged)
+        frames_needed = any(stage.needs for stage in computed)
         for name, stage in self.stages.items():
-            skipped = name in clip.unchanged and (stage.reusable or stage.needs not in {"", *needed})
-            if not skipped and (stage.needs != "frames" or clip.info.video is not None):
+            skipped = name in clip.unchanged and (stage.reusable or (stage.needs and not frames_needed))
+            if not skipped and (not stage.needs or clip.info.video is not None):
                 yield name, stage
 
     @torch.inference_mode()
