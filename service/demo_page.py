@@ -156,7 +156,7 @@ def status_line(kind: str, text: str) -> str:
     return f'<div class="status {kind}" role="status">{escape(text)}</div>'
 
 
-def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
+def part_settings(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is `CLIP` or `PHOTO`."""
     file = {"a2v": "the audio", "v2a": "the clip"}.get(mode)
     has_source = mode in ("t2av", "a2v")
@@ -230,7 +230,7 @@ def _speech_tab(demo: Demo, stopped: set[str]) -> None:
 
 
 def _talk_tab(demo: Demo, stopped: set[str]) -> None:
-    start = looks("t2av", PHOTO)
+    start = part_settings("t2av", PHOTO)
     line = gr.Markdown(LINES["t2av"])
     with gr.Row():
         with gr.Column():
@@ -263,7 +263,7 @@ def _talk_tab(demo: Demo, stopped: set[str]) -> None:
         return demo.talk(mode, text, voice, picture if by_picture else clip, *rest)
 
     def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> dict[Any, Any]:
-        updates = looks(mode, source)
+        updates = part_settings(mode, source)
         updates["text"]["value"] = text_for(mode, text, voice, clip)
         return {parts[name]: gr.update(**look) for name, look in updates.items()}
 
@@ -285,7 +285,7 @@ def _clip_field(demo: Demo, label: str, visible: bool = True) -> gr.Video:
 
 
 def _voice_field(value: str | None) -> gr.Audio:
-    label = looks("t2av", PHOTO)["voice"]["label"]
+    label = part_settings("t2av", PHOTO)["voice"]["label"]
     voice = gr.Audio(value, type="filepath", sources=["upload", "microphone"], label=label, buttons=[])
     gr.Examples([[path] for path in VOICES], voice, label="Example voices", example_labels=VOICE_NAMES)
     return voice

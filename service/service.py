@@ -34,7 +34,7 @@ WATCH = 0.2  # seconds between two checks whether the client is still connected
 # names of the models in requests
 TALKER = "talker-t2av"
 HICODIT = "hicodit"
-ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's model names, which are aliases of Talker-T2AV
+MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's model names, which are aliases of Talker-T2AV
 BOUNDS = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}  # of numbers, by pydantic's names
 KINDS = {  # of values, by the beginning of pydantic's names of faults
     "bool": "true or false",
@@ -94,7 +94,7 @@ class Service:
 
     def find(self, name: str) -> Any:
         """Return the pipeline of a model, or HiCoDiT's chooser. Respond with 404 if it is not served."""
-        if self.aliases and name in ALIASES:
+        if self.aliases and name in MODEL_ALIASES:
             name = TALKER
         if name not in self.served:
             raise HTTPException(404, f"model {name[:80]!r} is not served here; available: {', '.join(self.served)}")

@@ -10,7 +10,7 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.settings import SAVED_VOICE, is_voice
 
 DEFAULT = "default"  # the bundled voice
-ALIASES = (  # OpenAI's names of voices
+VOICE_ALIASES = (  # OpenAI's names of voices
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ class Voices:
 
     def is_alias(self, name: str) -> bool:
         """Return whether a name is an OpenAI voice name that is an alias of the default voice."""
-        return self.aliases and name in ALIASES and name not in self.files
+        return self.aliases and name in VOICE_ALIASES and name not in self.files
 
     def find(self, name: str) -> Path:
         """Return the file of a voice.

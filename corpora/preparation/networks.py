@@ -29,8 +29,8 @@ from hicodit.conditions.types import (
     EXPRESSIONS,
     NO_EXPRESSION,
     WINDOW_SECONDS,
+    majority_expressions,
     num_expression_windows,
-    window_expressions,
 )
 from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
@@ -158,7 +158,7 @@ class Expression(Encoder):
         faces = clip.crop_faces(self.crops, range(0, clip.length, self.every)).permute(0, 3, 1, 2)
         logits = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
         probabilities = torch.cat(logits).float().softmax(-1).cpu()
-        classes = window_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
+        classes = majority_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
         clip.tensors["expression"] = classes.to(torch.uint8)
 
 
