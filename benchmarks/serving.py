@@ -60,6 +60,7 @@ WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
 CUT = 0.2  # seconds after which a client leaves
 PATIENCE = 600.0  # seconds for an answer
 READY_SECONDS = 300  # for loading and warm-up
+ENDING = 5  # seconds in which a server that has stopped answering ends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     with _server(args) as (address, process):
         for result in _measure(address, process.pid, args):
             yield result, ", ".join(f"{key} {value}" for key, value in result.items())
+            if result["left_inside"] is None:  # it may be about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING)
             if process.poll() is not None:
                 raise UserError(f"the server ended with exit code {process.returncode}")
 
