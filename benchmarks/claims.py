@@ -2,7 +2,7 @@
 
 benchmarks/claims.yaml lists the claims. Models are trained with several seeds in RUNS/CLAIM/VARIANT-SEED; finished work
 is skipped. `engine.evaluation.run` generates and measures. The result: means over seeds, paired differences to the
-first variant with 95 % intervals (with one model over clips alone; see `engine.evaluation.statistics.estimate`), and a
+first variant with 95 % intervals (with one model over clips alone; see `benchmarks.comparison.estimate`), and a
 chart of them, or of the figures over the costs.
 """
 
@@ -10,32 +10,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks import hicodit_models
-from benchmarks.common import in_own_process, run_program
+from benchmarks.common import in_own_process
+from benchmarks.comparison import Pairs, chart_curves, chart_differences, compare, line
 from engine.arguments import within
-from engine.charts import chart_curves, chart_differences
 from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH
 from engine.evaluation.run import evaluate
-from engine.evaluation.statistics import estimate, ratio
 from engine.files import write_json, write_text
-from engine.metrics.registry import metric_of
 from engine.record import dated
 
+ROOT = Path(__file__).resolve().parents[1]
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
 MADE_OF = {"derive", "weights"}  # keys of a variant that needs the release of another one
 FEW = 10  # speakers: with fewer, intervals are over clips in place of speakers
-Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,43 +186,11 @@ def train(
         if "start" in claim:
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
-        # In the user's working folder: what the settings name lies there.
-        run_program(args.threads, "train.py", f"run={folder}", *NEVER, *settings)
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'codecs'}"
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(args.threads)}
+        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
+        code = subprocess.run(command, env=environment).returncode  # in the user's folder, as paths are relative to it
+        if code:
+            raise UserError(f"train.py exited with code {code}, see its output; run the command again to continue")
     write_text(done, wanted)
     return folder / "release"
-
-
-def compare(
-    measured: Mapping[str, Sequence[Pairs]], figures: Sequence[str], groups: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Return a row for each system: the `estimate` of each figure, and of its difference to the first system."""
-    rows = []
-    first = next(iter(measured))
-    clips = sorted({clip for models in measured.values() for pairs in models for of in pairs.values() for clip in of})
-    speakers = [groups.get(clip, clip) for clip in clips]
-
-    def table(system: str, figure: str) -> np.ndarray:
-        none = (np.nan, np.nan)
-        return np.array([[pairs[figure].get(clip, none) for clip in clips] for pairs in measured[system]], float)
-
-    for system, models in measured.items():
-        row: dict[str, Any] = {"variant": system, "seeds": len(models)}
-        for figure in figures:
-            if not all(figure in pairs for pairs in models):
-                continue
-            about = None if figure in hicodit_models.LOSSES else metric_of(figure).figures[figure]
-            statistic = about.statistic if about else ratio
-            scale = about.scale if about else 1.0
-            own = table(system, figure)
-            row[figure] = [round(scale * value, 4) for value in estimate(statistic, own, speakers)]
-            if system not in (first, TRUTH) and figure in measured[first][0]:
-                difference = estimate(statistic, own, speakers, minus=table(first, figure))
-                row[f"{figure}_minus_{first}"] = [round(scale * value, 4) for value in difference]
-        rows.append(row)
-    return rows
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """Return the results of a row as text."""
-    own = {name: value for name, value in row.items() if isinstance(value, list) and "_minus_" not in name}
-    return f"{row['variant']}: " + ", ".join(f"{name} {mean:.4g} +- {half:.2g}" for name, (mean, half) in own.items())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import time
 import weakref
 from collections import Counter
@@ -13,7 +10,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +23,6 @@ from engine.errors import UserError
 from engine.precision import Int8Linear, prepare_inference
 from engine.training.speed import counter, memory_gib
 
-ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
 
@@ -189,11 +184,3 @@ def read_config(name: str) -> dict[str, Any]:
 def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
     """Return the settings of tiny condition encoders with the widths in a HiCoDiT config."""
     return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
-
-
-def run_program(threads: int, program: str, *words: str, **environment: str) -> None:
-    """Run a program or shell script of the repository with arguments and additional environment variables."""
-    settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
-    call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
-    if code := subprocess.run(call, env=os.environ | settings).returncode:
-        raise UserError(f"{program} exited with code {code}, see its output; run the command again to continue")

@@ -27,7 +27,7 @@ from benchmarks.common import Operators, nbytes
 from benchmarks.fake_step import HostOrFake
 from benchmarks.lengths import FPS, MadeUpClips, padding_efficiency
 from benchmarks.plan import read_recipe
-from benchmarks.training import MODELS, build_task, random_batch
+from benchmarks.training import build_task, random_batch
 from engine.errors import UserError
 from engine.training import distributed, parallel
 from engine.training.parallel import without_weights
@@ -117,8 +117,8 @@ def without_data() -> Iterator[None]:
 
 def fake_task(model: str, sizes: dict[str, Any], mode: HostOrFake) -> Task:
     """Return a task whose parameters and buffers have no data."""
-    with mode, nullcontext() if model == "talker" else _disable_current_modes():
-        task = build_task(f"{MODELS[model]}_base", **sizes)
+    with mode, nullcontext() if model == "talker_t2av" else _disable_current_modes():
+        task = build_task(model, "base", **sizes)
     with mode:
         empty: dict[int, Any] = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in task.parameters()}
         empty |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in task.buffers()}

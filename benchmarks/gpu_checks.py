@@ -114,8 +114,7 @@ class Rates(NamedTuple):
 class Machine:
     """The GPU under test and its measurements.
 
-    All measured values pass through `reading`. Tests substitute a machine that runs all checks on a CPU and returns
-    values of a GPU.
+    Tests substitute a machine that runs all checks on a CPU.
 
     Args:
         device: a CUDA device.
@@ -168,28 +167,20 @@ class Machine:
         fp32 = common.matrix_rate(self.device, torch.float32)
         return Rates(bf16, fp32, common.copy_rate(self.device))
 
-    def reading(self, name: str, measured: float) -> float:
-        """Return the value of a measurement."""
-        return measured
-
-    def time(self, name: str, call: Callable[[], Any], repeats: int = 3) -> float:
+    def time(self, call: Callable[[], Any], repeats: int = 3) -> float:
         """Return the median time of a call in seconds, after an untimed call."""
         durations = []
         for _ in range(repeats + 1):
             begin = common.now(self.device)
             call()
             durations.append(common.now(self.device) - begin)
-        return self.reading(f"{name} seconds", statistics.median(durations[1:]))
+        return statistics.median(durations[1:])
 
     def forget_peak(self) -> None:
         """Reset the peak memory statistics."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self, name: str) -> float:
-        """Return the peak memory in MiB."""
-        return self.reading(f"{name} MiB", common.peak_memory_mb(self.device))
 
     def in_process(self, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a call in a separate process, which has the GPU memory for itself."""
@@ -267,7 +258,7 @@ def collectives(machine: Machine) -> Iterator[Line]:
     if machine.gpus < 2:
         return
     for name, value in machine.bandwidths().items():
-        rate = machine.reading(f"{name} bytes/s", value) / 1e9
+        rate = value / 1e9
         if machine.card is None:
             yield Line(name, "WARN", rate, "GB/s", note=f"no data sheet of {machine.name} in benchmarks/plan.py")
             continue
@@ -297,7 +288,7 @@ def graphs(machine: Machine) -> Iterator[Line]:
         results.append(decoder.generate([random_request(talker, machine.patches, 0)])[0])
     one, two = results
     drift = max(float((getattr(one, s) - getattr(two, s)).abs().max()) for s in ("speech", "motion"))
-    yield line("graphs talker", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
+    yield line("graphs talker_t2av", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
 
 
 def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
@@ -369,7 +360,7 @@ def talker(machine: Machine) -> Iterator[Line]:
         decoder.run_step.backend = None if eager else graphs
         decoder.generate([random_request(model, patches, 0)])
 
-    yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
+    yield from _speed(machine, "talker_t2av", model, speak, machine.patches, 1, 0.16 * machine.patches)
 
 
 # Frames per second that Talker-T2AV's paper states for one H20 (arXiv 2604.23586, version 2, Table 2).
@@ -414,10 +405,10 @@ def clip(machine: Machine) -> Iterator[Line]:
 
     for mode, stated in PAPER_SPEED.items():
         decoder = BatchedDecoder(model, MODES[mode], Sampling(), use_stop=False, backend=machine.backend)
-        took = machine.time(f"clip {mode}", partial(generate_patches, mode, decoder, latents))
+        took = machine.time(partial(generate_patches, mode, decoder, latents))
         note = f"the paper, on an H20: {stated:g}"
         yield line(f"clip {mode}, without codecs", frames / took, "frames/s", stated, None, note)
-        took = machine.time(f"clip {mode} with codecs", partial(generate_clip, mode, decoder))
+        took = machine.time(partial(generate_clip, mode, decoder))
         yield line(f"clip {mode}, with codecs", frames / took, "frames/s", None, None, f"{note}, codecs perhaps")
 
 
@@ -430,9 +421,9 @@ def _speed(
     The argument of `speak` selects eager execution, which allows counting operations, or CUDA graphs.
     """
     weights = common.nbytes(model.parameters()) / MIB
-    took = machine.time(name, lambda: speak(whole, False))
-    sound = machine.time(f"{name} first audio", lambda: speak(first, False))
-    peak = machine.peak(name)
+    took = machine.time(lambda: speak(whole, False))
+    sound = machine.time(lambda: speak(first, False))
+    peak = common.peak_memory_mb(machine.device)
     low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(whole, True)))
     yield line(f"{name} real-time factor", took / seconds, "", low / seconds, high / seconds, note)
     low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(first, True)))
@@ -446,7 +437,7 @@ def train_steps(machine: Machine) -> Iterator[Line]:
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if machine.size == "tiny":
-            sizes = common.read_config(f"task/model/{training.MODELS[model]}_tiny")
+            sizes = common.read_config(f"task/model/{model}_tiny")
         most = min(trainer.batch_size, machine.samples)
         pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, machine.stated, 1, total).largest_batch))
@@ -459,12 +450,12 @@ def train_steps(machine: Machine) -> Iterator[Line]:
         })  # fmt: skip
         if result.get("out_of_memory"):
             raise UserError(f"{recipe}: {samples} samples of {seconds:g} s do not fit into the memory of the GPU")
-        step = machine.reading(f"{recipe} step seconds", result["step_s"])
         how = f"{samples} samples of {seconds:g} s"
         how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of an unknown GPU")
+        step = result["step_s"]
         yield line(f"{recipe} step", step, "s", expected.step_s / 2, 2 * expected.step_s, f"{how}; half to twice that")
         memory = sum(expected.memory.values()) / 2**30
-        gib = machine.reading(f"{recipe} GiB", result["peak_gib"])
+        gib = result["peak_gib"]
         yield line(f"{recipe} memory", gib, "GiB", memory / 2, LEAST * memory, f"predicted {memory:.3g} GiB")
 
 
@@ -482,7 +473,7 @@ def service(machine: Machine) -> Iterator[Line]:
         if result["answers"] != {"speech: as it should": requests} or result["left_inside"]:
             yield Line(name, "FAIL", note=f"answers {result['answers']}, {result['left_inside']} left inside")
             continue
-        value = machine.reading(name, result["requests_a_second"])
+        value = result["requests_a_second"]
         note = f"at least {'real time' if result['clients'] == 1 else 'what fewer clients got'}; "
         yield line(name, value, "requests/s", least, None, note + f"median {result['p50_s']:g} s")
         least = max(least, 0.9 * value)
@@ -490,8 +481,8 @@ def service(machine: Machine) -> Iterator[Line]:
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
     "driver": versions, "rates": rates, "tests": gpu_tests, "graphs": graphs, "posteriors": posteriors,
-    "flash": flash, "hicodit": hicodit, "talker": talker, "clip": clip, "training": train_steps, "service": service,
-    "two_gpus": two_gpus, "collectives": collectives,
+    "flash": flash, "hicodit": hicodit, "talker_t2av": talker, "clip": clip, "training": train_steps,
+    "service": service, "two_gpus": two_gpus, "collectives": collectives,
 }  # fmt: skip
 
 

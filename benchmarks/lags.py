@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     source = grid(args.corpus, protocol="seen", lags=args.lags)
     corpus = [clip for split in source.splits for clip in source.clips(split)]
     clips = [clip for clip in corpus if clip.key in wanted]
-    spoken = [words_of(clip.phonemes or [], clip.lag) for clip in clips]
+    spoken = [speech_span(clip.phonemes or [], clip.lag) for clip in clips]
     if len(clips) < 2 or len(clips) < len(rows) or None in spoken:
         raise UserError(
             f"{args.manifest} names {len(clips)} clips of {args.corpus}: two or more with alignments are required"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         yield result, f"{name}: STOI {stoi:.3f}, ESTOI {estoi:.3f}"
 
 
-def words_of(phonemes: list[tuple[str, float, float]], lag: float) -> tuple[float, float] | None:
+def speech_span(phonemes: list[tuple[str, float, float]], lag: float) -> tuple[float, float] | None:
     """Return the start of the first and the end of the last word in the recording, in seconds. None: no words."""
     words = [(start, end) for word, start, end in phonemes if word not in ("sil", "sp")]
     return (words[0][0] + lag, words[-1][1] + lag) if words else None

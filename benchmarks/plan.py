@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -143,8 +144,8 @@ def plan(
         half: blocks are gathered in half precision.
         padding: padding efficiency; the longest batch has 1 / `padding` times the operations of the mean.
     """
-    one = spread(one, parallel, gpus, card.machine, half)
-    two = spread(two, parallel, gpus, card.machine, half)
+    one = on_each_process(one, parallel, gpus, card.machine, half)
+    two = on_each_process(two, parallel, gpus, card.machine, half)
 
     def at(first: float, second: float) -> float:
         return first + (second - first) * (samples - 1)
@@ -176,70 +177,105 @@ def padding_of(trainer: TrainerConfig, gpus: int, samples: int) -> float:
     return padding_efficiency(batches, gpus)
 
 
-def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:
+def on_each_process(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:
     """Return a measurement of one process as it would be on each of `gpus`, `machine` of them in one machine.
 
-    DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a shard of the first dimension of each
-    parameter. It gathers a block for its forward and again for its backward pass, the rest once, and scatters each
-    group's gradients; parameters that are not sharded are all-reduced. Two gathered blocks are counted at its peak, and
-    not the rest: in one process, large gradients of the rest take as much. For both recipes of the papers, this is
-    within 7 % of a step in a fake process group. `hybrid` does this in each machine, and reduces the shards of
-    gradients over machines.
+    `hybrid` is FSDP in each machine, which also reduces the shards of gradients over machines.
     """
     if gpus == 1:
         return one
     if parallel == "ddp":
-        gradients = one.memory["gradients"]
-        memory = one.memory | {"activations": one.beside}
-        buckets = 1 + math.ceil(max(0, gradients - 2**20) / 25 / 2**20)
-        return replace(one, memory=memory, sent={"allreduce": gradients}, calls={"allreduce": buckets})
-    shards = gpus if parallel == "fsdp" else min(gpus, machine)
+        return _with_ddp(one)
+    return _with_shards(one, gpus if parallel == "fsdp" else min(gpus, machine), gpus, half)
 
-    def numbers(sizes: list[Size], count: int, trained: bool) -> int:
-        """Return the number of elements of a shard of `count` elements."""
-        return sum(-(-first // count) * rest for first, rest, learns in sizes if learns or not trained)
 
-    every = [size for sizes in (*one.groups, one.whole) for size in sizes]
-    grouped = [s for g in one.groups for s in g]
-    shares = [
-        Fraction(numbers(grouped, shards, trained) + numbers(one.whole, 1, trained), max(1, numbers(every, 1, trained)))
-        for trained in (False, True)
+def _with_ddp(one: Measured) -> Measured:
+    """Return the measurement of a process with DDP, which reduces all gradients, in a bucket of 1 MiB and others of
+    25.
+    """
+    gradients = one.memory["gradients"]
+    memory = one.memory | {"activations": one.beside}
+    buckets = 1 + math.ceil(max(0, gradients - 2**20) / 25 / 2**20)
+    return replace(one, memory=memory, sent={"allreduce": gradients}, calls={"allreduce": buckets})
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Numbers of elements of parameters that FSDP gathers together, with the padding of their shards."""
+
+    every: int
+    trained: int
+
+
+def _with_shards(one: Measured, shards: int, gpus: int, half: bool) -> Measured:
+    """Return the measurement of a process with FSDP, which keeps one of `shards` shards of each parameter.
+
+    Parameters are divided along their first dimension. A block is gathered for its forward and again for its backward
+    pass, the rest once, and the gradients of each group are scattered; parameters that are not sharded are all-reduced.
+    If there are more GPUs than shards, shards of gradients are reduced over those that have the same. Two gathered
+    blocks are counted at the peak, and not the rest: in one process, large gradients of the rest take as much. For both
+    recipes of the papers, this is within 7 % of a step in a fake process group.
+
+    Args:
+        half: blocks are gathered in half precision.
+    """
+    divided = [size for sizes in one.groups for size in sizes]
+
+    def share(trained: bool) -> Fraction:
+        """Return the fraction of all parameters, or of the trained ones, that a process keeps."""
+        kept = _elements(divided, shards, trained) + _elements(one.whole, 1, trained)
+        return Fraction(kept, max(1, _elements([*divided, *one.whole], 1, trained)))
+
+    share_of_weights = share(trained=False)
+    share_of_trained = share(trained=True)
+    groups = [
+        Gathered(shards * _elements(sizes, shards, trained=False), shards * _elements(sizes, shards, trained=True))
+        for sizes in one.groups
     ]
-    *blocks, rest = ([shards * numbers(sizes, shards, trained) for trained in (False, True)] for sizes in one.groups)
-    travels = 2 if half else 4  # bytes of a block's number
-    scattered = 4 * sum(trained for _, trained in (*blocks, rest))
-    whole = 4 * numbers(one.whole, 1, True)
-    sent = {"allgather": 2 * travels * sum(b for b, _ in blocks) + 4 * rest[0], "reduce_scatter": scattered}
-    calls = {"allgather": 2 * len(blocks) + bool(rest[0])}
-    calls["reduce_scatter"] = sum(trained > 0 for _, trained in (*blocks, rest))
+    *blocks, rest = groups
+    block_bytes = 2 if half else 4  # of a gathered element
+    gathered = 2 * block_bytes * sum(block.every for block in blocks) + 4 * rest.every
+    scattered = 4 * sum(group.trained for group in groups)
+    whole = 4 * _elements(one.whole, 1, trained=True)
     between = scattered // shards if gpus > shards else 0
+    sent = {"allgather": gathered, "reduce_scatter": scattered}
+    calls = {
+        "allgather": 2 * len(blocks) + bool(rest.every),
+        "reduce_scatter": sum(group.trained > 0 for group in groups),
+    }
     if between or whole:
         sent["allreduce"] = between + whole
         calls["allreduce"] = calls["reduce_scatter"] * bool(between) + len(one.whole)
-    largest = max(blocks, default=[0, 0])
-    gathered = 2 * travels * largest[0]
-    memory = {part: int(size * shares[part != "weights"]) for part, size in one.memory.items()}
-    memory["activations"] = one.sharded + gathered
-    return replace(one, memory=memory, moved=int(one.moved * shares[1]), sent=sent, calls=calls)
+    memory = {
+        part: int(size * (share_of_weights if part == "weights" else share_of_trained))
+        for part, size in one.memory.items()
+    }
+    memory["activations"] = one.sharded + 2 * block_bytes * max((block.every for block in blocks), default=0)
+    return replace(one, memory=memory, moved=int(one.moved * share_of_trained), sent=sent, calls=calls)
+
+
+def _elements(sizes: Iterable[Size], shards: int, trained: bool) -> int:
+    """Return the number of elements of one of `shards` shards of parameters, or only of the trained ones."""
+    return sum(-(-first // shards) * others for first, others, learns in sizes if learns or not trained)
 
 
 def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], TrainerConfig, int, float]:
     """Return a recipe's (model, model settings, trainer settings, rows per sample, samples of the whole run)."""
     config = compose("train", [f"experiment={name}", *words])
     target = str(OmegaConf.select(config, "task._target_") or "")
-    model = next((model for model in MODELS if target.startswith(model)), None)
-    if model is None:
+    model = target.partition(".")[0]
+    if model not in MODELS:
         raise UserError(f"{name} trains {target}: only recipes of HiCoDiT and Talker-T2AV are supported")
     settings = TrainerConfig(**plain(config.trainer) | {"device": "cpu", "compile": False})
     sizes = plain(config.task.model)
-    if model == "talker":
+    if model == "talker_t2av":
         sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
     elif config.task.encoders.kind == "tiny":  # released encoders do not run in training
         sizes["encoders"] = plain(config.task.encoders)
     if config.lora.rank:
         sizes["lora"] = plain(config.lora)
     whole = settings.global_batch_size or settings.batch_size * settings.accumulate
-    rows = 2 if model == "talker" else 1
+    rows = 2 if model == "talker_t2av" else 1
     return model, sizes, settings, rows, whole * settings.steps
 
 
@@ -259,8 +295,8 @@ def measure_samples(
 
     def make_task() -> Task:
         # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
-        with nullcontext() if model == "talker" else _disable_current_modes():
-            task = build_task(f"{MODELS[model]}_base", **sizes)
+        with nullcontext() if model == "talker_t2av" else _disable_current_modes():
+            task = build_task(model, "base", **sizes)
         if lora["rank"]:  # PEFT would move the updates to the device on which a model without data is
             with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
                 task.adapt(**lora)

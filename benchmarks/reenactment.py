@@ -24,6 +24,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from corpora.preparation.sources import evenly_spaced
+from corpora.preparation.sources_grid import find_files
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.arguments import within
 from engine.errors import UserError
@@ -42,7 +44,9 @@ EVERY = 10  # frames from one embedding to the next
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codecs", nargs="+", default=["assets/lia_x_real"], help=f"releases of LIA-X, or {COPY}")
-    parser.add_argument("--people", nargs="*", type=Path, default=[], help="folders of clips, one for each person")
+    parser.add_argument(
+        "--people", nargs="*", type=Path, default=[], help="folders of .mpg or .mp4 clips, one for each person"
+    )
     parser.add_argument("--clips", type=within(1), default=4, help="number of clips per person, evenly spaced by name")
     parser.add_argument("--drawn", type=Path, help="synthetic corpus")
     parser.add_argument("--drawn-clips", type=within(1), default=8, help="number of clips per held-out split")
@@ -52,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     judge = Judge() if args.people else None
-    people = {folder.name: [judge.read(path) for path in spread(folder, args.clips)] for folder in args.people}
+    people = {folder.name: [judge.read(path) for path in clips_of(folder, args.clips)] for folder in args.people}
     if len(people) > 1 and args.clips > 1:
         result = {"same_person": _cosine(people, 0, 1), "other_people": _cosine(people, 1, 0)}
         yield result, "identity, ground-truth clips: " + _line(result)
@@ -62,20 +66,18 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"codec": name, **result}, f"{name}, {result['what']}: {_line(result)}"
 
 
-def spread(folder: Path, count: int) -> list[Path]:
-    """Return `count` clips of a folder, evenly spaced by name, or all clips if there are fewer."""
-    files = sorted(folder.glob("*.mp4"))
+def clips_of(folder: Path, count: int) -> list[Path]:
+    """Return `count` clips in or below a folder, evenly spaced by name, or all clips if there are fewer."""
+    files = find_files(folder, ".mpg", ".mp4")
     if not files:
-        raise UserError(f"--people {folder} contains no *.mp4 files")
-    count = min(count, len(files))
-    return [files[k * len(files) // count] for k in range(count)]
+        raise UserError(f"--people {folder} contains no .mpg or .mp4 files")
+    return [folder / file for file in evenly_spaced(files, count)]
 
 
 @dataclass
 class Seen:
     """Inputs of the metrics: frames (T, 128, 128, 3), mouth opening (T,), face embeddings (E, 128) of unit length."""
 
-    name: str
     frames: np.ndarray
     box: Any
     opening: np.ndarray
@@ -102,7 +104,7 @@ class Judge(LipOpening):
             box = self.find(frames[0])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        return Seen(f"{path.parent.name}-{path.stem}", frames, box, *self.look(frames, box))
+        return Seen(frames, box, *self.look(frames, box))
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
         """Measure the opening (T,) and embeddings (E, 128) in frames (T, S, S, 3) whose face is in `box`."""
@@ -126,8 +128,7 @@ def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None
 def _self(codec, people, judge, args) -> Iterator[dict[str, Any]]:
     for person, clips in people.items():
         found = defaultdict(list)
-        sheet = []
-        for clip in clips:
+        for number, clip in enumerate(clips):
             made = _made(codec, clip.frames)
             opening, faces = judge.look(made, clip.box)
             figures = reconstruction(clip.frames, made)
@@ -135,10 +136,9 @@ def _self(codec, people, judge, args) -> Iterator[dict[str, Any]]:
             figures["identity"] = float((clip.faces * faces).sum(1).mean())
             for name, value in figures.items():
                 found[name].append(value)
-            sheet.append((clip.frames, made))
-        if args.sheets:
-            name = "copy" if isinstance(codec, Copy) else codec.digest()
-            write_sheet(args.sheets / f"{name}-{person}.png", *sheet[0])
+            if args.sheets and number == 0:
+                name = "copy" if isinstance(codec, Copy) else codec.digest()
+                write_sheet(args.sheets / f"{name}-{person}.png", clip.frames, made)
         yield {"what": f"self-reenactment of {person}", **_means(found)}
 
 

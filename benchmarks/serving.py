@@ -23,9 +23,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from engine.settings import PRECISIONS
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = ROOT / "assets" / "demo" / "silent.mp4"
 VOICE = ROOT / "assets" / "demo" / "voice.wav"
@@ -59,6 +60,7 @@ WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
 CUT = 0.2  # seconds after which a client leaves
 PATIENCE = 600.0  # seconds for an answer
 READY_SECONDS = 300  # for loading and warm-up
+ENDING = 5  # seconds in which a server that has stopped answering ends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,23 +79,37 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     require("httpx", "httpx", "serve")
     if args.size == "base" and args.mixed:
         raise UserError("--size base only serves Talker-T2AV, with random weights: set --mixed 0")
-    for result in asyncio.run(_measure(args)):
-        yield result, ", ".join(f"{key} {value}" for key, value in result.items())
+    with _server(args) as (address, process):
+        for result in _measure(address, process.pid, args):
+            yield result, ", ".join(f"{key} {value}" for key, value in result.items())
+            if result["left_inside"] is None:  # it may be about to end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING)
+            if process.poll() is not None:
+                raise UserError(f"the server ended with exit code {process.returncode}")
 
 
-async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(address: str, process: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each load when it has ended, so that those before a failure are recorded."""
+    asyncio.run(_with_client(address, _warm_up))
+    for clients in args.clients:
+        figures = asyncio.run(_with_client(address, _load, process, clients, ["speech"] * args.requests))
+        yield {"clients": clients} | figures
+    if args.mixed:
+        others = {7: "cut", 11: "clip", 1: "chunks"}
+        kinds = ["wrong" if i % 10 == 3 else others.get(i % 20, "speech") for i in range(args.mixed)]
+        yield {"clients": 16, "mixed": True} | asyncio.run(_with_client(address, _load, process, 16, kinds))
+
+
+async def _with_client(address: str, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     import httpx
 
-    results = []
-    async with _server(args) as (address, process), httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
-        await asyncio.gather(*(_send(client, number, "speech") for number in range(4)))  # warm up
-        for clients in args.clients:
-            results.append({"clients": clients} | await _load(client, process, clients, ["speech"] * args.requests))
-        if args.mixed:
-            others = {7: "cut", 11: "clip", 1: "chunks"}
-            kinds = ["wrong" if i % 10 == 3 else others.get(i % 20, "speech") for i in range(args.mixed)]
-            results.append({"clients": 16, "mixed": True} | await _load(client, process, 16, kinds))
-    return results
+    async with httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
+        return await work(client, *arguments)
+
+
+async def _warm_up(client: Any) -> None:
+    await asyncio.gather(*(_send(client, number, "speech") for number in range(4)))
 
 
 async def _send(client: Any, number: int, kind: str) -> tuple[Any, int]:
@@ -120,6 +136,8 @@ async def _send(client: Any, number: int, kind: str) -> tuple[Any, int]:
 
 async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> dict[str, Any]:
     """Send all requests, as many at a time as there are clients, to the server with the id `process`."""
+    import httpx
+
     waiting = iter(enumerate(kinds))
     seconds = []
     answers = Counter()
@@ -152,19 +170,24 @@ async def _load(client: Any, process: int, clients: int, kinds: list[str]) -> di
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     took = time.monotonic() - begin
-    for _ in range(100):  # rows of clients that left end at their next step
-        if (inside := (await client.get("/health")).json()["requests"]) == 0:
-            break
-        await asyncio.sleep(0.2)
+    inside = None
+    with contextlib.suppress(httpx.TransportError):  # the server has died, as its answers show
+        for _ in range(100):  # rows of clients that left end at their next step
+            if (inside := (await client.get("/health")).json().get("requests")) == 0:
+                break
+            await asyncio.sleep(0.2)
     quantiles = {f"p{q}_s": round(float(np.percentile(seconds, q)), 3) for q in (50, 90, 99) if seconds}
     figures = {"requests": len(kinds), "requests_a_second": round(len(kinds) / took, 2)} | quantiles
     return figures | {"answers": dict(answers), "left_inside": inside, "server_memory_mb": memory}
 
 
 def resident_megabytes(process: int) -> int:
-    """Return the resident memory of a process on Linux in MB."""
+    """Return the resident memory of a process on Linux in MB. Raise `ProcessLookupError` if it has ended."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[1]) // 1024
+    resident = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+    if resident is None:  # its exit code has not been read yet
+        raise ProcessLookupError(f"process {process} has ended")
+    return int(resident[1]) // 1024
 
 
 def save_released_size(folder: Path) -> None:
@@ -178,14 +201,15 @@ def save_released_size(folder: Path) -> None:
         shutil.copy(BUNDLED / name, folder)
 
 
-@contextlib.asynccontextmanager
-async def _server(args: argparse.Namespace) -> AsyncIterator[tuple[str, int]]:
-    """Run the service on a free port of this machine; yield its address and the id of its process."""
+@contextlib.contextmanager
+def _server(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Run the service on a free port of this machine; yield its address and its process."""
     import httpx
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "scripts/serve.py", "--port", str(port), "--rows", str(args.rows)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
     command += [f"--{name}={getattr(args, name)}" for name in ("precision", "sampling")]
@@ -195,17 +219,16 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[tuple[str, int]]:
         command += ["--models", "talker_t2av", "--talker", folder.name]
     process = subprocess.Popen([*command, "--device", args.device.type], cwd=ROOT, env=environment)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            for _ in range(2 * READY_SECONDS):
-                if process.poll() is not None:
-                    raise UserError(f"the server ended with exit code {process.returncode}")
-                with contextlib.suppress(httpx.TransportError):
-                    if (await client.get("/health")).status_code == 200:
-                        break
-                await asyncio.sleep(0.5)
-            else:
-                raise UserError(f"the server is not ready after {READY_SECONDS} s")
-        yield f"http://127.0.0.1:{port}", process.pid
+        for _ in range(2 * READY_SECONDS):
+            if process.poll() is not None:
+                raise UserError(f"the server ended with exit code {process.returncode}")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        else:
+            raise UserError(f"the server is not ready after {READY_SECONDS} s")
+        yield address, process
     finally:
         process.terminate()
         try:

@@ -34,13 +34,13 @@ from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.task import TalkerTask
 
-MODELS = {"hicodit": "hicodit", "talker": "talker_t2av"}  # and their packages
+MODELS = ("hicodit", "talker_t2av")
 PARTS = ("forward", "backward", "clip", "optimiser", "average")  # of a step
 SWITCH = {"off": (False,), "on": (True,), "both": (False, True)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="models to measure")
     parser.add_argument("--size", default="base", choices=("tiny", "base"), help="size of the models")
     parser.add_argument("--batches", nargs="+", type=within(1), default=[1], help="batch sizes")
     parser.add_argument("--seconds", type=within(0.2, kind=float), default=2.4, help="duration of each row in seconds")
@@ -69,15 +69,15 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def build_task(
-    name: str, freeze_embeddings: bool = True, encoders: dict[str, Any] | None = None, **changes: Any
+    name: str, size: str, /, freeze_embeddings: bool = True, encoders: dict[str, Any] | None = None, **changes: Any
 ) -> Task:
-    """Return the training task of configs/task/model/NAME.yaml with random weights.
+    """Return the training task of configs/task/model/NAME_SIZE.yaml with random weights. NAME is one of `MODELS`.
 
     HiCoDiT has the given encoders, else tiny ones; Talker's word embeddings are frozen or not, by default frozen as in
     the released recipe.
     """
-    model = read_config(f"task/model/{name}") | changes
-    if name.startswith("talker"):
+    model = read_config(f"task/model/{name}_{size}") | changes
+    if name == "talker_t2av":
         tokenizer = {"kind": "phonemes", "language": "en-us"} if model.get("phonemes") else None
         return TalkerTask(model, {}, tokenizer=tokenizer, freeze_embeddings=freeze_embeddings)
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
@@ -125,7 +125,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     device = distributed.init(job["device"])
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
     config = TrainerConfig(**settings)
-    task = build_task(f"{MODELS[job['model']]}_{job['size']}", **job.get("changes", {})).to(device).train()
+    task = build_task(job["model"], job["size"], **job.get("changes", {})).to(device).train()
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()
     parameters = [p for p in module.parameters() if p.requires_grad]

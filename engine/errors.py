@@ -9,7 +9,7 @@ import select
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,14 @@ def printable(text: object) -> str:
 def reason_of(error: Exception) -> str:
     """Return the message of an error. That of an unexpected error begins with its type."""
     return str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {error}"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, then its cause, or else the error that was being handled when it occurred, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def require(module: str, package: str, extra: str = "eval") -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,9 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, causes
 
 SPACE = 500  # minimum free disk space of a run in megabytes
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the disk is full or read-only, or a file too large
 
 
 @contextmanager
@@ -26,6 +28,16 @@ def report_os_errors(what: str, advice: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}{advice}") from error
+
+
+def write_failure(error: BaseException, *others: int) -> OSError | None:
+    """Return the error of a full or read-only disk among an error and its `causes`. None: there is none.
+
+    Args:
+        others: further error numbers that count.
+    """
+    numbers = {*NO_SPACE, *others}
+    return next((e for e in causes(error) if isinstance(e, OSError) and e.errno in numbers), None)
 
 
 @contextmanager

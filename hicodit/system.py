@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.release import Pretrained
 from hicodit.conditions import EncoderConfig, encoder_config, encoders_learn, make_encoders
 from hicodit.conditions.encoders import to_unit_range
-from hicodit.conditions.types import EXPRESSIONS, window_expressions
+from hicodit.conditions.types import EXPRESSIONS, majority_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
@@ -61,7 +61,7 @@ class HiCoDiTSystem(Pretrained):
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
         """Reduce the results of `read_expressions` to half-second classes (J,) of a clip with `frames` frames."""
-        return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
+        return majority_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
 
     def arguments(self) -> dict[str, Any]:
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}

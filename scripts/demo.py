@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
         require("gradio", "gradio", "demo")
-        from service.demo_page import page
+        from service.demo_page import CSS, SCRIPT, page
 
         print("loading the models", flush=True)
         blocks = page(Demo(Path(folder), args.weights, args.talker, args.device))
@@ -52,8 +52,8 @@ def main() -> None:
                 max_file_size="500mb",
                 run_history=False,
                 footer_links=[],
-                css=blocks.rules,
-                js=blocks.script,
+                css=CSS,
+                js=SCRIPT,
             )
         except OSError as error:
             raise UserError(f"cannot listen on {args.host}:{args.port}: use another --port") from error

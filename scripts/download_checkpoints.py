@@ -1,6 +1,6 @@
 """Download the released checkpoints that this project can load; scripts/checkpoints.yaml lists them.
 
-    python scripts/download_checkpoints.py talker_t2av|hicodit|metrics|metrics_large|all --to DIR [--list]
+    python scripts/download_checkpoints.py GROUP --to DIR [--list]
 
 Complete files are left alone, an interrupted download is resumed, and a file is verified before it gets its final name.
 The licence of each file is printed without confirmation: by downloading a file you accept it.
@@ -86,7 +86,8 @@ def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("group", nargs="?", help="talker_t2av, hicodit, metrics or all (with --list, default: all)")
+    groups = ", ".join(read_catalogue())
+    parser.add_argument("group", nargs="?", help=f"{groups} or all (with --list, default: all)")
     parser.add_argument("--catalogue", type=Path, default=CATALOGUE, help="list of the files, e.g. of a mirror")
     parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="download folder")
     parser.add_argument("--list", action="store_true", help="list the files and which are present; no download")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
-from PIL import Image
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
+from engine.media.pictures import picture_size
 from engine.settings import LIMITS, check_seed
 from engine.untrusted import parse_object
 from hicodit.bundled import PipelineChooser
@@ -176,12 +177,11 @@ def read_picture(data: bytes) -> np.ndarray:
     if not data.startswith(IMAGE_SIGNATURES):
         raise UserError("expected an image (JPEG or PNG), or a text message at the end")
     try:
-        with Image.open(io.BytesIO(data)) as header:  # reads the size, and decodes nothing
-            width, height = header.size
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the image has more than {LIMITS.pixels:,} pixels: scale it down") from error
-    except (OSError, ValueError, SyntaxError) as error:
+        width, height = picture_size(io.BytesIO(data))
+    except ValueError as error:
         raise UserError("the image cannot be decoded: send a complete JPEG or PNG file") from error
+    if math.isinf(width):
+        raise UserError(f"the image has more than {LIMITS.pixels:,} pixels: scale it down")
     if width * height > LIMITS.pixels:
         raise UserError(f"the image has {width} x {height} pixels: at most {LIMITS.pixels:,} are allowed")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

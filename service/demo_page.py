@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,16 +107,13 @@ class Stopped(Exception):
 
 @dataclass
 class Tab:
-    """State of a tab: its action, inputs and outputs, and the sessions that use it.
+    """A tab: its action, inputs and outputs.
 
     Attributes:
         word: label of the button that starts the action.
         action: called with the values of `inputs`.
         files: indices into `inputs` of the inputs that are files, by their name on the page.
         errors: component that shows the error message of each field, by name of the field.
-        working: sessions that wait for a result.
-        changed: sessions in `working` whose inputs have changed since they started.
-        pressed: sessions in `working` in which Enter was pressed again.
     """
 
     name: str
@@ -128,9 +125,6 @@ class Tab:
     buttons: list[gr.Button]
     status: gr.HTML
     outputs: list[Any]
-    working: set[str] = field(default_factory=set)
-    changed: set[str] = field(default_factory=set)
-    pressed: set[str] = field(default_factory=set)
 
     @property
     def shown(self) -> list[Any]:
@@ -162,7 +156,7 @@ def status_line(kind: str, text: str) -> str:
     return f'<div class="status {kind}" role="status">{escape(text)}</div>'
 
 
-def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
+def part_settings(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is `CLIP` or `PHOTO`."""
     file = {"a2v": "the audio", "v2a": "the clip"}.get(mode)
     has_source = mode in ("t2av", "a2v")
@@ -196,7 +190,7 @@ def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
 
 def page(demo: Demo) -> gr.Blocks:
     """Create the page, which `launch` opens."""
-    stopped: set[str] = set()  # sessions that have left, and runs (see `_connect`) that shall end
+    stopped: set[str] = set()  # see `TabEvents`
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS} **{CONSENT}**")
         with gr.Tab("Speech for a clip"):
@@ -208,8 +202,6 @@ def page(demo: Demo) -> gr.Blocks:
             stopped.add(request.session_hash)
 
         blocks.unload(leave)
-    blocks.rules = CSS
-    blocks.script = SCRIPT
     return blocks
 
 
@@ -238,7 +230,7 @@ def _speech_tab(demo: Demo, stopped: set[str]) -> None:
 
 
 def _talk_tab(demo: Demo, stopped: set[str]) -> None:
-    start = looks("t2av", PHOTO)
+    start = part_settings("t2av", PHOTO)
     line = gr.Markdown(LINES["t2av"])
     with gr.Row():
         with gr.Column():
@@ -271,7 +263,7 @@ def _talk_tab(demo: Demo, stopped: set[str]) -> None:
         return demo.talk(mode, text, voice, picture if by_picture else clip, *rest)
 
     def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> dict[Any, Any]:
-        updates = looks(mode, source)
+        updates = part_settings(mode, source)
         updates["text"]["value"] = text_for(mode, text, voice, clip)
         return {parts[name]: gr.update(**look) for name, look in updates.items()}
 
@@ -293,7 +285,7 @@ def _clip_field(demo: Demo, label: str, visible: bool = True) -> gr.Video:
 
 
 def _voice_field(value: str | None) -> gr.Audio:
-    label = looks("t2av", PHOTO)["voice"]["label"]
+    label = part_settings("t2av", PHOTO)["voice"]["label"]
     voice = gr.Audio(value, type="filepath", sources=["upload", "microphone"], label=label, buttons=[])
     gr.Examples([[path] for path in VOICES], voice, label="Example voices", example_labels=VOICE_NAMES)
     return voice
@@ -367,81 +359,116 @@ def _bound(what: str) -> float | None:
     return float(bound[1]) if bound else None
 
 
-def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> None:
-    """Connect the events: triggers start the action, Stop ends it, and a changed input clears outdated results."""
+class TabEvents:
+    """Handlers of the events of a tab, which gradio calls with the session of the visitor.
 
-    def of_tab(request: gr.Request) -> str:
-        """Return the name of a session's run in this tab, as another tab may have one, too."""
-        return f"{request.session_hash} {tab.name}"
+    Args:
+        stopped: sessions that have left, and runs that shall end, of all tabs.
 
-    def begin(request: gr.Request) -> list[Any]:
-        if request.session_hash in tab.working:
-            tab.pressed.add(request.session_hash)
-            return [gr.skip()] * len(everything)
-        stopped.difference_update((request.session_hash, of_tab(request)))
-        tab.changed.discard(request.session_hash)
-        tab.pressed.discard(request.session_hash)
-        tab.working.add(request.session_hash)
-        return [*_button_updates(True), *tab.show("busy", "Working.")]
+    Attributes:
+        everything: components that `begin` and `run` update.
+        working: sessions that wait for a result.
+        changed: sessions in `working` whose inputs have changed since they started.
+        pressed: sessions in `working` in which Enter was pressed again.
+    """
 
-    def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
+    def __init__(self, demo: Demo, tab: Tab, stopped: set[str]) -> None:
+        self.demo = demo
+        self.tab = tab
+        self.stopped = stopped
+        self.everything = [*tab.buttons, *tab.shown]
+        self.working: set[str] = set()
+        self.changed: set[str] = set()
+        self.pressed: set[str] = set()
+
+    def begin(self, request: gr.Request) -> list[Any]:
+        """Show that a run begins. A session that already has one keeps it."""
+        session = request.session_hash
+        if session in self.working:
+            self.pressed.add(session)
+            return [gr.skip()] * len(self.everything)
+        self.stopped.difference_update((session, self._run_of(session)))
+        self.changed.discard(session)
+        self.pressed.discard(session)
+        self.working.add(session)
+        return [*_button_updates(True), *self.tab.show("busy", "Working.")]
+
+    def run(self, request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
+        """Run the action on the values of the inputs, and show its result or error."""
+        session = request.session_hash
+        if session in self.pressed:  # one run is enough
+            self.pressed.discard(session)
+            return [gr.skip()] * len(self.everything)
+        run_progress = RunProgress()
+
         def report(step: int, total: int | None, what: str) -> None:
-            if not stopped.isdisjoint((request.session_hash, of_tab(request))):
+            if not self.stopped.isdisjoint((session, self._run_of(session))):
                 raise Stopped
             done, line = run_progress.at(step, total, what)
             progress(done, desc=line)
 
-        if request.session_hash in tab.pressed:  # one run is enough
-            tab.pressed.discard(request.session_hash)
-            return [gr.skip()] * len(everything)
-        values = list(values)
-        for number in tab.files.values():
-            values[number] = demo.original(values[number])
-        paths = {name: values[number] for name, number in tab.files.items()}
-        start = time.monotonic()
-        run_progress = RunProgress()
         try:
             with showing(report):
-                made = tab.action(*values)
-            notes = [*made.notes, f"done in {time.monotonic() - start:.1f} s"]
-            if request.session_hash in tab.changed:
-                notes.append("the inputs were changed during the run")
-            shown = tab.show("done", " ".join(in_page_words(note, paths) for note in notes), made=made)
+                shown = self._result(session, list(values))
+        finally:
+            self.working.discard(session)
+        return [*_button_updates(False), *shown]
+
+    def stop(self, request: gr.Request) -> list[Any]:
+        """End the run of a session, also one that waits for its turn."""
+        self.stopped.add(self._run_of(request.session_hash))
+        self.working.discard(request.session_hash)
+        return [*_button_updates(False), status_line("idle", "Stopped.")]
+
+    def reset(self, value: Any, request: gr.Request) -> list[Any]:
+        """Clear outdated results after the change of an input to `value`. During a run, only note the change."""
+        if request.session_hash in self.working:
+            if not (isinstance(value, str) and self.demo.original(value) != value):  # a copy is no new clip
+                self.changed.add(request.session_hash)
+            return [gr.skip()] * len(self.tab.shown)
+        return self.tab.show("idle", f"Press {self.tab.word}.")
+
+    def _run_of(self, session: str) -> str:
+        """Return the name of a session's run in this tab, as another tab may have one, too."""
+        return f"{session} {self.tab.name}"
+
+    def _result(self, session: str, values: list[Any]) -> list[Any]:
+        """Return what is shown after the action."""
+        tab = self.tab
+        for number in tab.files.values():
+            values[number] = self.demo.original(values[number])
+        paths = {name: values[number] for name, number in tab.files.items()}
+        start = time.monotonic()
+        try:
+            made = tab.action(*values)
         except Stopped:
-            shown = tab.show("idle", "Stopped.")
+            return tab.show("idle", "Stopped.")
         except UserError as error:
             print(printable(f"error shown on the page: {error}"), file=sys.stderr, flush=True)
             wrong = faulty_field(error, paths)
             if wrong not in tab.errors:
                 wrong = FACE_FILES.get(wrong, "")
-            shown = tab.show("error", in_page_words(str(error), paths), wrong)
+            return tab.show("error", in_page_words(str(error), paths), wrong)
         except Exception:
             traceback.print_exc()
-            shown = tab.show("error", "Internal error. See the log of the server for details.")
-        finally:
-            tab.working.discard(request.session_hash)
-        return [*_button_updates(False), *shown]
+            return tab.show("error", "Internal error. See the log of the server for details.")
+        notes = [*made.notes, f"done in {time.monotonic() - start:.1f} s"]
+        if session in self.changed:
+            notes.append("the inputs were changed during the run")
+        return tab.show("done", " ".join(in_page_words(note, paths) for note in notes), made=made)
 
-    def stop(request: gr.Request) -> list[Any]:
-        stopped.add(of_tab(request))
-        tab.working.discard(request.session_hash)
-        return [*_button_updates(False), status_line("idle", "Stopped.")]
 
-    def reset(value: Any, request: gr.Request) -> list[Any]:
-        if request.session_hash in tab.working:
-            if not (isinstance(value, str) and demo.original(value) != value):  # a copy is no new clip
-                tab.changed.add(request.session_hash)
-            return [gr.skip()] * len(tab.shown)
-        return tab.show("idle", f"Press {tab.word}.")
-
-    everything = [*tab.buttons, *tab.shown]
-    start = gr.on(triggers, begin, None, everything, **QUIET)
+def _connect(demo: Demo, tab: Tab, triggers: list[Any], stopped: set[str]) -> None:
+    """Connect the events: triggers start the action, Stop ends it, and a changed input clears outdated results."""
+    events = TabEvents(demo, tab, stopped)
+    start = gr.on(triggers, events.begin, None, events.everything, **QUIET)
     gr.on(triggers, None, None, None, js=SCROLL.replace("NAME", f"{tab.name}-status"), **QUIET)
     running = start.then(
-        run, tab.inputs, everything, show_progress_on=tab.status, concurrency_id="models", api_name=tab.name
-    )
+        events.run, tab.inputs, events.everything, show_progress_on=tab.status, concurrency_id="models",
+        api_name=tab.name,
+    )  # fmt: skip
     running.then(None, None, None, js=SCROLL_TO_ERROR, **QUIET)
     # Stop also ends a run that waits for its turn.
-    tab.buttons[1].click(stop, None, [*tab.buttons, tab.status], **QUIET, cancels=[running])
+    tab.buttons[1].click(events.stop, None, [*tab.buttons, tab.status], **QUIET, cancels=[running])
     for changed in tab.inputs:
-        changed.change(reset, changed, tab.shown, **QUIET)
+        changed.change(events.reset, changed, tab.shown, **QUIET)

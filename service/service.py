@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import re
 import tempfile
 import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from engine.errors import UserError
+from engine.files import write_failure
 from engine.word_times import WordTimes
 from hicodit.bundled import PipelineChooser
 from hicodit.pipeline import HiCoDiTPipeline
@@ -33,7 +34,7 @@ WATCH = 0.2  # seconds between two checks whether the client is still connected
 # names of the models in requests
 TALKER = "talker-t2av"
 HICODIT = "hicodit"
-ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's model names, which are aliases of Talker-T2AV
+MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # OpenAI's model names, which are aliases of Talker-T2AV
 BOUNDS = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}  # of numbers, by pydantic's names
 KINDS = {  # of values, by the beginning of pydantic's names of faults
     "bool": "true or false",
@@ -43,7 +44,6 @@ KINDS = {  # of values, by the beginning of pydantic's names of faults
     "list": "a list",
     "string": "a text",
 }
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 FOLDER = "serve-"  # begin of the names of folders with a request's files
 
 
@@ -74,15 +74,15 @@ class Service:
         self.voices: Voices | None = None
         self.aliases = aliases
         self.served: dict[str, Any] = {}  # pipelines by name in requests
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}  # by the same names
         if talker is not None:
             talker.system.require("t2av")
             self.served[TALKER] = talker
-            self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
+            self.workers[TALKER] = TalkerWorker(talker, limits.rows)
             self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None, aliases)
         if hicodit is not None:
             self.served[HICODIT] = hicodit
-            self.workers["hicodit"] = HiCoDiTWorker(hicodit, limits.rows)
+            self.workers[HICODIT] = HiCoDiTWorker(hicodit, limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state
@@ -94,7 +94,7 @@ class Service:
 
     def find(self, name: str) -> Any:
         """Return the pipeline of a model, or HiCoDiT's chooser. Respond with 404 if it is not served."""
-        if self.aliases and name in ALIASES:
+        if self.aliases and name in MODEL_ALIASES:
             name = TALKER
         if name not in self.served:
             raise HTTPException(404, f"model {name[:80]!r} is not served here; available: {', '.join(self.served)}")
@@ -190,11 +190,8 @@ def invalid_field(error: dict[str, Any]) -> str:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Return status code and message of an error, without the paths of request folders."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
-            return 507, f"the server cannot write files: {cause.strerror}"
-        cause = cause.__cause__
+    if (failure := write_failure(error)) is not None:
+        return 507, f"the server cannot write files: {failure.strerror}"
     if isinstance(error, RequestValidationError):
         return 400, invalid_field(error.errors()[0])
     if isinstance(error, HTTPException):
@@ -203,5 +200,5 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 503, str(error)
     if isinstance(error, UserError):
         return 400, without_folders(str(error))
-    print(f"unforeseen {type(error).__name__}: {error}", flush=True)
+    traceback.print_exception(error)
     return 500, f"internal error: {type(error).__name__}"

@@ -15,7 +15,7 @@ import torch
 from engine.codec import StreamDecoder
 from engine.media.audio import encode_wav, generated_comment
 from engine.media.ffmpeg import command
-from service.service import Service
+from service.service import TALKER, Service
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
@@ -54,7 +54,7 @@ async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncI
         ticket = Ticket(part)
         if stream:
             ticket.on_patch = put
-        service.workers["talker_t2av"].submit(ticket)
+        service.workers[TALKER].submit(ticket)
         ticket.add_done_callback(lambda _, put=put: put(None))
         try:
             while stream and (patch := await patches.get()) is not None:

@@ -24,7 +24,7 @@ from engine.media.video import mux_audio
 from engine.settings import WHICH_FACE
 from hicodit.pipeline import GENERATED
 from service.openai import OurFields, save_upload
-from service.service import FOLDER, TALKER, Service, explain, without_folders
+from service.service import FOLDER, HICODIT, TALKER, Service, explain, without_folders
 from service.sound import parts_of
 from service.voices import DEFAULT
 from service.workers import Ticket
@@ -191,7 +191,7 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
         video.progress = min(90, 90 * patches // max_patches)
 
     tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
-    results = [await service.generate("talker_t2av", ticket) for ticket in tickets]
+    results = [await service.generate(TALKER, ticket) for ticket in tickets]
     talk = await asyncio.to_thread(talker.decode, prepared, *results)
     video.remarks = [without_folders(remark) for remark in talk.remarks]
     await asyncio.to_thread(talk.save, video.path("video1.mp4"))
@@ -203,7 +203,7 @@ async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed
     crops = await asyncio.to_thread(lambda: list(pipeline.all_crops(clip, face)))
     tickets = [Ticket(part, seed, pipeline=pipeline) for part in crops]
     try:
-        speeches = await asyncio.gather(*(service.generate("hicodit", ticket) for ticket in tickets))
+        speeches = await asyncio.gather(*(service.generate(HICODIT, ticket) for ticket in tickets))
     finally:
         for ticket in tickets:  # where one fails, the others are not needed; a finished ticket stays as it is
             ticket.cancel()

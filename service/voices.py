@@ -10,7 +10,7 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.settings import SAVED_VOICE, is_voice
 
 DEFAULT = "default"  # the bundled voice
-ALIASES = (  # OpenAI's names of voices
+VOICE_ALIASES = (  # OpenAI's names of voices
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
 )  # fmt: skip
 
@@ -20,11 +20,11 @@ class Voices:
 
     Args:
         folder: each recording (NAME.wav, ...) or saved voice (NAME.safetensors) in it is the voice NAME.
-        default: recording of the voice `default`. None: no such voice.
+        default: recording of the voice `default`, unless the folder has one. None: no such voice.
         aliases: whether OpenAI's voice names are aliases of `default`, or of the first voice, if no file has that name.
 
     Raises:
-        UserError: If a file in the folder is not a recording.
+        UserError: If a file in the folder is not a recording, or two files have the same name.
     """
 
     def __init__(
@@ -33,10 +33,15 @@ class Voices:
         self.aliases = aliases
         self._embeddings = tempfile.TemporaryDirectory(prefix="voices-")  # deleted with the object
         self.files: dict[str, Path] = {}
-        recordings = {} if default is None else {DEFAULT: default}
+        recordings: dict[str, Path] = {}
         for path in sorted(folder.iterdir()) if folder else ():
-            if path.is_file() and not path.name.startswith("."):
-                recordings.setdefault(path.stem, path)
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            if (other := recordings.get(path.stem)) is not None:
+                raise UserError(f"{other} and {path.name} are both the voice {path.stem}: rename one of them")
+            recordings[path.stem] = path
+        if default is not None:
+            recordings.setdefault(DEFAULT, default)
         for name, path in recordings.items():
             if is_voice(path):
                 self.files[name] = path
@@ -51,7 +56,7 @@ class Voices:
 
     def is_alias(self, name: str) -> bool:
         """Return whether a name is an OpenAI voice name that is an alias of the default voice."""
-        return self.aliases and name in ALIASES and name not in self.files
+        return self.aliases and name in VOICE_ALIASES and name not in self.files
 
     def find(self, name: str) -> Path:
         """Return the file of a voice.

@@ -7,7 +7,6 @@ Axes: F frames, H height, W width, S side of the square.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +14,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
 from engine.faces.crops import centre_square, portrait_square
 from engine.faces.track import FaceError, FaceTrack, read_boxes
 from engine.media.ffmpeg import check_readable, probe
+from engine.media.pictures import picture_size
 from engine.media.video import iter_video
 from engine.progress import stage, watched
 from engine.settings import LIMITS
@@ -166,11 +165,8 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
 def read_picture(path: str | Path) -> np.ndarray:
     """Read an image file as (1, H, W, 3) uint8 RGB."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(check_readable(path)) as header:
-            pixels = math.prod(header.size)
-    except Image.DecompressionBombError:  # of far more
-        pixels = math.inf
-    except (OSError, ValueError, SyntaxError) as error:
+        pixels = math.prod(picture_size(check_readable(path)))
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as an image ({error})") from error
     if pixels > LIMITS.picture_pixels:
         raise UserError(f"{path} has more than {LIMITS.picture_pixels:,} pixels (limits.picture_pixels): scale it down")

@@ -202,7 +202,8 @@ class Stage:
     """A preparation stage, which modifies the clip, or raises a UserError with the reason for rejecting it.
 
     Attributes:
-        needs: "frames" for a stage that skips clips without video, else "".
+        needs: "frames" for a stage that skips clips without video, "face" for one that also reads the tracked face,
+            else "".
         reusable: False for a stage that always runs because it modifies frames or audio for later stages.
         tensors, facts: names of the tensors and JSON values that the stage adds to a sample.
     """

@@ -132,15 +132,16 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
     if not stages["decode"]["use"]:
         raise UserError("stages.decode.use=false: this stage is required")
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
+    needs = {name: target(stage["_target_"]).needs for name, stage in used.items()}
     if not source.frames:
-        blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
+        blind = [name for name in used if needs[name]]
         print(f"skipped, as the source has no video: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
-    for name in ("crops", "lip", "face_identity", "expression", "motion", "portraits") if "face" not in used else ():
-        if name in used and used[name].get("crop") != "centre":
+    for name, stage in used.items():
+        if "face" not in used and needs[name] == "face" and stage.get("crop") != "centre":
             raise UserError(
                 f"stages.face.use=false, but {name} needs the face: set stages.{name}.use=false too"
-                + (f", or stages.{name}.crop=centre" if "crop" in used[name] else "")
+                + (f", or stages.{name}.crop=centre" if "crop" in stage else "")
             )
     return used
 

@@ -65,16 +65,7 @@ class Decode(Stage):
         sound = clip.path(info.audio or info.video)
         clip.wave = advance(read_audio(sound, RATE, info.span), info.lag, RATE)
         motion = read_matrix(clip.path(info.motion)).half().contiguous() if info.motion else None
-        lengths = {"audio": len(clip.wave) // HOP}
-        lengths |= {"video": len(clip.frames)} if clip.frames is not None else {}
-        lengths |= {"motion": len(motion)} if motion is not None else {}
-        lengths |= {"the list": round((info.span[1] - info.span[0]) * FPS)} if info.span is not None else {}
-        clip.length = length = min(lengths.values())
-        lengths_text = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
-        if max(lengths.values()) - length > self.max_mismatch * FPS:
-            raise UserError(f"{lengths_text}: the lengths must agree")
-        if not self.min_seconds <= length / FPS <= self.max_seconds:
-            raise UserError(f"{lengths_text}: must be {self.min_seconds:g} to {self.max_seconds:g} s")
+        clip.length = length = self._common_length(clip, motion)
         wave16 = advance(read_audio(sound, RATE16, info.span), info.lag, RATE16)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
@@ -90,16 +81,38 @@ class Decode(Stage):
     def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
         """Read all frames. Reading stops when the clip becomes too long, to bound memory."""
         frames = None
-        count = 0
         max_frames = int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
-            if frames is None:  # memory is used as it is filled
-                frames = np.empty((max_frames, *block.shape[1:]), np.uint8)
+            if frames is None:
+                frames = np.empty((0, *block.shape[1:]), np.uint8)
+            count = len(frames)
             if count + len(block) > max_frames:
                 raise UserError(f"longer than {self.max_seconds:g} s")
-            frames[count : count + len(block)] = block
-            count += len(block)
-        return frames[:count]
+            frames.resize((count + len(block), *block.shape[1:]), refcheck=False)  # large arrays grow without a copy
+            frames[count:] = block
+        return frames
+
+    def _common_length(self, clip: WorkItem, motion: torch.Tensor | None) -> int:
+        """Return the number of frames that all parts of a clip have. `motion` (T, Dm) is None without a file of it.
+
+        Raises:
+            UserError: If the lengths differ too much, or are not allowed.
+        """
+        lengths = {"audio": len(clip.wave) // HOP}
+        if clip.frames is not None:
+            lengths["video"] = len(clip.frames)
+        if motion is not None:
+            lengths["motion"] = len(motion)
+        if clip.info.span is not None:
+            start, end = clip.info.span
+            lengths["the list"] = round((end - start) * FPS)
+        shortest = min(lengths.values())
+        text = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
+        if max(lengths.values()) - shortest > self.max_mismatch * FPS:
+            raise UserError(f"{text}: the lengths must agree")
+        if not self.min_seconds <= shortest / FPS <= self.max_seconds:
+            raise UserError(f"{text}: must be {self.min_seconds:g} to {self.max_seconds:g} s")
+        return shortest
 
 
 def advance(wave: np.ndarray, seconds: float, rate: int) -> np.ndarray:

@@ -29,8 +29,8 @@ from hicodit.conditions.types import (
     EXPRESSIONS,
     NO_EXPRESSION,
     WINDOW_SECONDS,
+    majority_expressions,
     num_expression_windows,
-    window_expressions,
 )
 from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
@@ -51,7 +51,7 @@ class Crops(Stage):
         pictures: F, number of face crops, evenly spaced over the clip.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("mouth", "faces")
 
     def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
@@ -71,7 +71,7 @@ class Lip(Encoder):
         encoders: fields of `hicodit.conditions.upstream.UpstreamEncoderConfig`.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("lip",)
     encoder = "lip"
 
@@ -136,7 +136,7 @@ class Expression(Encoder):
         every: classify every n-th video frame.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("expression",)
 
     def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
@@ -158,7 +158,7 @@ class Expression(Encoder):
         faces = clip.crop_faces(self.crops, range(0, clip.length, self.every)).permute(0, 3, 1, 2)
         logits = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
         probabilities = torch.cat(logits).float().softmax(-1).cpu()
-        classes = window_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
+        classes = majority_expressions(probabilities.repeat_interleave(self.every, 0)[: clip.length])
         clip.tensors["expression"] = classes.to(torch.uint8)
 
 
@@ -261,7 +261,7 @@ class Motion(CodecEncoder):
         crop: "face" for the square around the face, as in generation; "centre" for the largest centred square.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("motion",)
     name = "lia_x"
     load = load_motion
@@ -289,7 +289,7 @@ class Portraits(Stage):
         crop: see `Motion`.
     """
 
-    needs = "frames"
+    needs = "face"
     tensors = ("portraits", "portraits_at")
 
     def __init__(self, size: int = 512, pictures: int = 12, crop: str = "face") -> None:

@@ -12,10 +12,10 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from corpora.preparation.clip import SourceClip, make_key, with_digest
 from engine import untrusted
@@ -25,6 +25,7 @@ from engine.settings import require_range
 from engine.shards.recordings import read_manifest
 from talker_t2av.phonemes import SYMBOLS
 
+T = TypeVar("T")
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 
 
@@ -261,6 +262,12 @@ def held_out(groups: Iterable[str], fractions: Mapping[str, float]) -> dict[str,
         count = min(max(1, round(fraction * len(names))) if fraction else 0, len(names) - len(found) - 1)
         found |= dict.fromkeys(names[len(found) :][: max(0, count)], split)
     return found
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """Return `count` items, spread evenly over their order, or all items if there are fewer."""
+    count = min(count, len(items))
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 def _folders(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, divided, existing, held_out, read_lines, read_table
+from corpora.preparation.sources import Source, divided, evenly_spaced, existing, held_out, read_lines, read_table
 from engine.errors import UserError
 from engine.settings import require_choice, require_range
 
@@ -80,7 +80,8 @@ def grid(
         raise UserError(f"source.lags={lags} lists none of the {len(clips)} clips in {root}: measure the lags of these")
     names = {clip.speaker for clip in clips}
     if clips_each is not None:
-        clips = [clip for name in sorted(names) for clip in _spread(clips, name, clips_each)]
+        by_speaker = ([clip for clip in clips if clip.speaker == name] for name in sorted(names))
+        clips = [clip for own in by_speaker for clip in evenly_spaced(own, clips_each)]
     tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
     split_of = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
     if protocol == "unseen":
@@ -102,13 +103,6 @@ def grid(
     letters = set("abcdefghijklmnopqrstuvxyz")  # no w
     symbols = letters.union(VERBS.values(), COLOURS.values(), PREPOSITIONS.values(), DIGITS.values(), ADVERBS.values())
     return replace(source, read=read, symbols=sorted(symbols))
-
-
-def _spread(clips: Sequence[SourceClip], speaker: str, count: int) -> list[SourceClip]:
-    """Return `count` clips of a speaker, or all that there are, spread evenly over their order."""
-    own = [clip for clip in clips if clip.speaker == speaker]
-    count = min(count, len(own))
-    return [own[k * len(own) // count] for k in range(count)]
 
 
 def _speaker(path: Path) -> str | None:

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from corpora.preparation.clip import MachineFault, Outcome, SourceClip, Stage, WorkItem
 from engine.device import pick_device, use_gpu
 from engine.errors import UserError
-from engine.files import checksum
+from engine.files import checksum, write_failure
 from engine.instantiate import build, target
 from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
@@ -34,8 +34,7 @@ from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
 from hicodit.data import FACE_DETECTOR
 
-# Errors that are not caused by clips: the disk is full or read-only, or no file handles are available.
-FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # errors that, like a full disk, no clip can cause
 LONGEST_REASON = 300
 
 
@@ -89,10 +88,11 @@ class StageRunner(Work[WorkItem, Outcome]):
 
     def _needed(self, clip: WorkItem) -> Iterator[tuple[str, Stage]]:
         """Yield the stages that a clip needs: not those whose results are copied, unless other stages read theirs."""
-        needed = {stage.needs for name, stage in self.stages.items() if stage.reusable and name not in clip.unchanged}
+        computed = (stage for name, stage in self.stages.items() if stage.reusable and name not in clip.unchanged)
+        frames_needed = any(stage.needs for stage in computed)
         for name, stage in self.stages.items():
-            skipped = name in clip.unchanged and (stage.reusable or stage.needs not in {"", *needed})
-            if not skipped and (stage.needs != "frames" or clip.info.video is not None):
+            skipped = name in clip.unchanged and (stage.reusable or (stage.needs and not frames_needed))
+            if not skipped and (not stage.needs or clip.info.video is not None):
                 yield name, stage
 
     @torch.inference_mode()
@@ -177,12 +177,9 @@ def _run(name: str, stage: Stage, clip: WorkItem) -> Outcome | None:
         try:
             stage(clip)
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError) and cause.errno in FATAL:
-                    advice = "finished clips are kept, run the same command to continue"
-                    raise UserError(f"{cause.strerror} ({error}); {advice}") from error
-                cause = cause.__cause__ or cause.__context__
+            if (failure := write_failure(error, *NO_HANDLES)) is not None:
+                advice = "finished clips are kept, run the same command to continue"
+                raise UserError(f"{failure.strerror} ({error}); {advice}") from error
             known = isinstance(error, UserError)
             reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
             return Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)

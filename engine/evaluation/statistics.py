@@ -3,7 +3,7 @@
 The measurement of a clip is a pair (a, b). A figure is sum(a) / sum(b) over clips, or the correlation of a and b.
 Resampling weights clips, or groups of clips such as speakers.
 
-Axes: N clips, W rows of weights, S seeds (models of one system).
+Axes: N clips, W rows of weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import numpy as np
 LEVEL = 95.0  # confidence level of an interval in per cent
 BLOCK = 2**22  # random numbers drawn at once
 RESAMPLES = 2000
-NORMAL = 1.96
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of the t distribution, by number of values
 
 Statistic = Callable[[np.ndarray, np.ndarray | float], np.ndarray]
 
@@ -100,34 +98,6 @@ def permutation_test(
         apart = statistic(np.where(swap, two, one), 1.0) - statistic(np.where(swap, one, two), 1.0)
         larger += int((np.abs(apart) >= abs(seen) - 1e-12).sum())
     return seen, (1 + larger) / (1 + resamples)
-
-
-def estimate(
-    statistic: Statistic, models: np.ndarray, groups: Sequence[str], minus: np.ndarray | None = None
-) -> tuple[float, float]:
-    """Estimate the mean of a figure over seeds, or of its difference to another system, with a 95 % interval.
-
-    The variances of two components are added: a Student t interval over the seeds, and a normal interval over clips
-    from resampled groups, which are the same for all seeds and both systems.
-
-    Args:
-        models: pairs (S, N, 2), NaN for excluded clips.
-        groups: the clips' speakers.
-        minus: pairs of the other system.
-
-    Returns:
-        (mean, half-width), NaN with fewer than two groups.
-    """
-    counts = ~np.isnan(models).any((0, 2)) & (True if minus is None else ~np.isnan(minus).any((0, 2)))
-    weights = [np.ones((1, counts.sum())), *resampled(counts.sum(), np.asarray(groups)[counts], RESAMPLES)]
-    if len(weights) == 1:
-        return float("nan"), float("nan")
-    values = np.stack([statistic(pairs[counts], np.vstack(weights)) for pairs in models])  # (S, 1 + W)
-    if minus is not None:
-        values = values - np.stack([statistic(pairs[counts], np.vstack(weights)) for pairs in minus])
-    seeds = len(values)
-    spread = STUDENT.get(seeds, STUDENT[5]) * values[:, 0].std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
-    return float(values[:, 0].mean()), float(np.hypot(spread, NORMAL * values[:, 1:].mean(0).std()))
 
 
 def holm(values: Sequence[float]) -> list[float]:

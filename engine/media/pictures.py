@@ -1,17 +1,41 @@
-"""Conversions between uint8 images and the [-1, 1] range of a portrait codec, and spectrogram images.
+"""Conversions between uint8 images and the [-1, 1] range of a portrait codec, spectrogram images, and sizes of image
+files.
 
 Axes: T frames, H height, W width, S side of the codec's square, N samples.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from engine.media.audio import mel_picture
+
+
+def picture_size(file: Path | BinaryIO) -> tuple[float, float]:
+    """Return width and height of an image in pixels from its header, without decoding it.
+
+    Both are infinite if the image is so large that Pillow refuses it.
+
+    Raises:
+        ValueError: If the file is not an image.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as header:
+            return header.size
+    except Image.DecompressionBombError:
+        return math.inf, math.inf
+    except (OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
 
 
 def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:

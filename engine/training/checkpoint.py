@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from engine.errors import UserError
+from engine.errors import UserError, causes
 from engine.files import checksum, write_json
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
@@ -331,9 +331,5 @@ def _cause(error: BaseException) -> str:
     """Return the message of the operating system, if any, or the first line of the error."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError):
-            return str(link)
-        link = link.__cause__ or link.__context__
-    return load_problem(error)
+    system = next((link for link in causes(error) if isinstance(link, OSError)), None)
+    return load_problem(error) if system is None else str(system)

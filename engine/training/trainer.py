@@ -9,7 +9,6 @@ not depend on how the global batch is divided.
 
 from __future__ import annotations
 
-import errno
 import gc
 import math
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, figures_of
-from engine.files import refuse_links
+from engine.files import refuse_links, write_failure
 from engine.seeding import seed_for
 from engine.training import checkpoint, distributed
 from engine.training.batches import MicroBatches, TrainingSet, load_batches
@@ -38,7 +37,6 @@ from engine.training.speed import Utilisation, backend_options, memory_gib, peak
 from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_SAMPLES = 8  # maximum number of samples listed in the message about a non-finite step
 
 
@@ -312,7 +310,7 @@ class Trainer:
         try:
             yield
         except (OSError, UserError) as error:
-            if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            if isinstance(error, OSError) and write_failure(error) is None:
                 raise
             self.write_error = str(error)
 

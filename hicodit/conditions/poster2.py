@@ -302,7 +302,7 @@ class POSTER2(nn.Module):
     def forward(self, faces: Tensor) -> Tensor:
         """Map aligned face crops (n, 3, H, W) RGB in [0, 1] to logits (n, 7) over `EXPRESSIONS`.
 
-        `hicodit.conditions.types.window_expressions` reduces a sequence of logits to one class per half second.
+        `hicodit.conditions.types.majority_expressions` reduces a sequence of logits to one class per half second.
         """
         order = to_device(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
         return self.logits(self.normalise(faces))[:, order]

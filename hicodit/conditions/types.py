@@ -44,7 +44,7 @@ class Conditions:
     frames: Tensor
 
 
-def window_expressions(probabilities: Tensor) -> Tensor:
+def majority_expressions(probabilities: Tensor) -> Tensor:
     """Reduce class probabilities of frames (T, classes), 25 per second, to one class per half second (J,), where J =
     `num_expression_windows(T)`.
 

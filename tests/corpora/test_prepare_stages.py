@@ -31,7 +31,7 @@ from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
 from talker_t2av.system import codec_digests
 from tests.corpora.preparation_fakes import read_sample
-from tests.drawn_faces import draw_face
+from tests.drawn_faces import draw_face, talking_head
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
@@ -48,6 +48,15 @@ def corpus(tmp_path_factory):
     write_wav(root / "train" / "a.wav", wave[: FRAMES * 960], 24_000)
     (root / "train.jsonl").write_text(json.dumps(row) + "\n")
     return root
+
+
+def test_frames_take_the_memory_of_the_clip_not_of_the_longest_one_allowed(tmp_path):
+    """Here the clip has more frames than a block, in which they are read."""
+    write_video(tmp_path / "one.mp4", talking_head(75), 25, np.zeros(72_000), 24_000)
+    clip = WorkItem(SourceClip("one", "one.mp4"), tmp_path)
+    Decode(max_seconds=3600.0)(clip)
+    assert np.array_equal(clip.all_frames, read_video(tmp_path / "one.mp4")) and len(clip.frames) == 75
+    assert clip.all_frames.base is None  # not the beginning of a larger array
 
 
 def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):

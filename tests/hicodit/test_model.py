@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hicodit.conditions import Conditions
-from hicodit.conditions.types import num_expression_windows, window_expressions
+from hicodit.conditions.types import majority_expressions, num_expression_windows
 from hicodit.layers import AdaLNBlock, rotary_table
 from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
 
@@ -174,9 +174,11 @@ def test_expression_windows_vote_and_break_ties_by_probability():
     # six frames each: a tie that summed probability settles
     p[13:19, 2] = 0.5
     p[19:, 4] = 0.8
-    assert window_expressions(p).tolist() == [1, 4]
+    assert majority_expressions(p).tolist() == [1, 4]
     for frames in range(1, 60):  # a last partial window counts: a clip of 13 frames has 26 tokens
         assert (
-            len(window_expressions(p[:1].expand(frames, -1))) == num_expression_windows(frames) == -(-2 * frames // 25)
+            len(majority_expressions(p[:1].expand(frames, -1)))
+            == num_expression_windows(frames)
+            == -(-2 * frames // 25)
         )
-    assert window_expressions(p[12:13].expand(13, -1)).tolist() == [1, 1]
+    assert majority_expressions(p[12:13].expand(13, -1)).tolist() == [1, 1]

@@ -35,8 +35,8 @@ class Processor(Machine):
     def bandwidths(self):
         return {"all-reduce": 1.0, "all-gather": 1.0}
 
-    def time(self, name, call, repeats=1):
-        return super().time(name, call, 1)
+    def time(self, call, repeats=1):
+        return super().time(call, 1)
 
     def in_process(self, measure, *arguments):
         return measure(*arguments)
@@ -55,10 +55,10 @@ def run_checks(machine, tmp_path, monkeypatch, *only):
 @pytest.mark.slow
 def test_all_checks_run(tmp_path, monkeypatch):
     _, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch)
-    assert {"driver", "graphs hicodit", "graphs talker", "posteriors bf16", "service 1 clients"} <= set(lines)
+    assert {"driver", "graphs hicodit", "graphs talker_t2av", "posteriors bf16", "service 1 clients"} <= set(lines)
     errors = [name for name, line in lines.items() if name != "flash-attn" and "Error" in line["note"]]
     assert not errors, [lines[name]["note"] for name in errors]
-    exact = ("graphs hicodit", "graphs talker", "posteriors bf16")  # what does not depend on speed
+    exact = ("graphs hicodit", "graphs talker_t2av", "posteriors bf16")  # what does not depend on speed
     assert [lines[name]["verdict"] for name in exact] == ["PASS"] * 3
 
 
@@ -67,10 +67,10 @@ def test_a_check_that_raises_is_a_failure_and_the_others_run(tmp_path, monkeypat
         raise RuntimeError("CUDA error:\nan illegal memory access")
 
     monkeypatch.setattr(gpu_checks, "build_hicodit", broken)
-    code, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch, "hicodit", "talker")
+    code, lines = run_checks(Processor(tmp_path / "tests"), tmp_path, monkeypatch, "hicodit", "talker_t2av")
     assert code == 1 and lines["hicodit"]["verdict"] == "FAIL"
     assert lines["hicodit"]["note"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert "talker memory" in lines
+    assert "talker_t2av memory" in lines
 
 
 def test_a_value_far_out_of_its_range_fails_and_one_nearby_warns():

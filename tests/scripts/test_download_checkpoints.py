@@ -122,6 +122,14 @@ def test_listing_states_presence_size_and_source(checkpoints, server, tmp_path, 
     assert "licence: MIT" in text and not server.requests
 
 
+def test_all_groups_are_named_by_the_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["download_checkpoints.py", "--help"])
+    with pytest.raises(SystemExit):
+        download_checkpoints.main()
+    words = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert set(read_catalogue()) <= words
+
+
 def test_catalogue_has_unique_paths_licences_digests_and_commits():
     everything = [row for rows in read_catalogue().values() for row in rows]
     paths = [file.path for checkpoint in everything for file in checkpoint["files"]]

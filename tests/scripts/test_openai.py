@@ -96,13 +96,13 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
         model="talker-t2av", input=TEXT * 4, voice="anna", response_format="pcm", stream_format="audio"
     ) as answer:
         next(answer.iter_bytes())
-    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"])
+    wait_until(lambda: not service.workers["talker-t2av"].rows and not service.inside["requests"])
 
 
 def test_a_client_that_does_not_wait_frees_its_row(client, service):
     with pytest.raises(openai.APITimeoutError):
         speak(client.with_options(timeout=0.5), extra_body={"min_seconds": 30.0, "max_seconds": 30.0})
-    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"], seconds=10)
+    wait_until(lambda: not service.workers["talker-t2av"].rows and not service.inside["requests"], seconds=10)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,15 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
 def test_a_body_that_is_too_large_is_refused(client, path, body):
     answer = client._client.post(f"{client.base_url}{path}", **body)
     assert answer.status_code == 413 and "33,554,432" in answer.json()["error"]["message"]
+
+
+def test_a_voice_of_the_folder_replaces_the_bundled_one_and_names_are_unique(models, tmp_path):
+    own = tmp_path / "default.safetensors"
+    models[1].save_voice(models[2], own)
+    assert Voices(models[1], tmp_path, models[2]).files == {"default": own}
+    (tmp_path / "default.wav").touch()
+    with pytest.raises(UserError, match=r"default\.safetensors and default\.wav are both the voice default"):
+        Voices(models[1], tmp_path, models[2])
 
 
 def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):

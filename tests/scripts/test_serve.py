@@ -1,6 +1,7 @@
 """The web service with random tiny models: results as from the pipelines, one sentence for every error, limits."""
 
 import base64
+import errno
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import SamplerConfig
 from service.app import make_app, read_picture
 from service.limits import ServeLimits
-from service.service import Service
+from service.service import Service, explain
 from service.workers import Ticket
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.pipeline import Job
@@ -151,7 +152,7 @@ def test_requests_beyond_the_limits_are_refused(models, job):
         with service.admitted():
             health = client.get("/health").json()
             answer = client.post(SPEECH, json=job)
-        assert health == {"status": "ok", "models": ["hicodit", "talker_t2av"], "requests": 1}
+        assert health == {"status": "ok", "models": ["hicodit", "talker-t2av"], "requests": 1}
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         with client.websocket_connect(STREAM) as socket:
             assert socket.receive_json()["status"] == 429
@@ -191,10 +192,33 @@ def test_no_request_waits_for_the_capture_of_a_graph(models, job, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("cause", ["stated", "being handled"])
+def test_a_full_disk_is_found_among_the_causes_of_an_error(cause):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise full
+        except OSError:
+            if cause == "stated":
+                raise RuntimeError("unable to write") from full
+            raise RuntimeError("unable to write")  # noqa: B904
+    assert explain(caught.value) == (507, "the server cannot write files: No space left on device")
+
+
+def test_an_unexpected_error_is_logged_with_its_place(capsys):
+    def broken():
+        return {}["face"]
+
+    with pytest.raises(KeyError) as caught:
+        broken()
+    assert explain(caught.value) == (500, "internal error: KeyError")
+    assert "in broken" in capsys.readouterr().err
+
+
 def test_requests_of_a_worker_that_dies_are_answered(models, job, monkeypatch):
     """Its thread ends by an unexpected exception; the running request and later ones get 503, and so does /health."""
     service = service_of(models)
-    monkeypatch.setattr(service.workers["talker_t2av"], "step", lambda _: 1 / 0)
+    monkeypatch.setattr(service.workers["talker-t2av"], "step", lambda _: 1 / 0)
     with TestClient(make_app(service)) as client:
         assert [client.post(SPEECH, json=job).status_code for _ in range(2)] == [503, 503]
         assert client.get("/health").status_code == 503

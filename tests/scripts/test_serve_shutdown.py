@@ -35,7 +35,7 @@ def start(models, monkeypatch):
 
     def start(grace):
         service = Service(hicodit, talker, ServeLimits(rows=4, grace=grace), False, voice.parent)
-        worker = service.workers["talker_t2av"]
+        worker = service.workers["talker-t2av"]
         step = worker.step
         monkeypatch.setattr(worker, "step", lambda batch: (time.sleep(0.05), step(batch)))
         port = free_port()
@@ -55,7 +55,7 @@ def start(models, monkeypatch):
 
 
 def in_work(server):
-    return len(server.service.workers["talker_t2av"].rows)
+    return len(server.service.workers["talker-t2av"].rows)
 
 
 def asking(client, **more):
