@@ -167,7 +167,10 @@ def save_release(
     card: str,
     files: Path | None = None,
 ) -> Path:
-    """Write a release folder atomically: `folder` contains either the whole release or its previous contents.
+    """Write a release folder: `folder` contains either the whole release or its previous contents.
+
+    If the process is killed in the instant in which a release is replaced, its previous contents are in
+    `.NAME-old-*/release` beside it.
 
     Tensors keep their dtypes. Pass `to_float16(state)`, or that of `engine.training.export.compact`, for smaller files.
 

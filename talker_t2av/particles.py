@@ -50,7 +50,7 @@ class Particles(BatchedDecoder):
     sufficiently. All requests are added before the first step and removed after the last one.
 
     Args:
-        max_requests: maximum number of concurrent requests.
+        max_requests: maximum number of requests of a call, none of which waits for another.
     """
 
     def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, max_requests: int = 1, **how: Any) -> None:
