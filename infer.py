@@ -46,7 +46,7 @@ moves to the given audio, which is kept sample for sample; v2a: speech for a giv
 output folder gets NAME.wav, except for tts NAME.mp4, and for t2av and a2v NAME.png (frames, spectrogram, movement
 of the mouth, loudness). In a2v the given audio file is copied instead of NAME.wav, and keeps its suffix (NAME.mp3); the
 audio of a given .mp4 is in NAME.mp4 alone. Longer texts are split at sentences, else clauses, else words, into parts of
-up to 190 bytes (bundled model: 40), which are spoken with one voice and short pauses between. With jobs=FILE.jsonl, a
+up to 190 bytes (bundled model: 120), which are spoken with one voice and short pauses between. With jobs=FILE.jsonl, a
 job that fails is reported and the others continue (exit code 1 at the end). Existing files are replaced only when the
 new ones are complete.
 
