@@ -18,10 +18,8 @@ from engine.device import to_device
 from engine.errors import UserError
 from engine.precision import half_precision
 from engine.release import weights_digest
-from engine.settings import Group, setting
+from engine.settings import Group, require_range, setting
 from lia_x.networks import Decoder, Encoder
-
-CHUNK = 8  # number of frames that are encoded or decoded at once
 
 
 @dataclass(frozen=True)
@@ -128,21 +126,23 @@ class LiaX(PortraitCodec):
         return Identity(*self.encoder(to_device(picture, self._device())))
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """Encode frames (T, 3, S, S) to absolute motion codes (T, M)."""
         self._check(video, "video")
-        return torch.cat([self.encoder.motion(to_device(part, self._device())) for part in video.split(CHUNK)])
+        require_range("chunk", chunk, 1, 2**20)
+        return torch.cat([self.encoder.motion(to_device(part, self._device())) for part in video.split(chunk)])
 
     @torch.no_grad()
-    def decode(self, motion: Tensor, identity: Tensor | Identity) -> Tensor:
+    def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
         """Decode absolute motion codes (T, M) with an identity, or its image (3, S, S), to frames (T, 3, S, S), not
         clamped.
         """
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
             raise UserError(f"motion of shape {tuple(motion.shape)}: expected (frames, {self.config.motion_dim})")
+        require_range("chunk", chunk, 1, 2**20)
         codes = to_device(motion.float(), self._device())
-        styles = [self.decoder.navigate(identity.style, part) for part in codes.split(CHUNK)]
+        styles = [self.decoder.navigate(identity.style, part) for part in codes.split(chunk)]
         with half_precision(self._device(), self.dtype):
             return torch.cat([self.decoder(style, identity.maps) for style in styles])
 

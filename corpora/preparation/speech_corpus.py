@@ -49,29 +49,34 @@ class Recording:
     others: int = 0
 
 
-def grid_recordings(root: Path, speakers: Sequence[str], new_speakers: Sequence[str]) -> dict[str, list[Recording]]:
+def grid_recordings(
+    root: Path, speakers: Sequence[str] | None, new_speakers: Sequence[str]
+) -> dict[str, list[Recording]]:
     """Find GRID's recordings by split.
 
     Args:
-        speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does.
+        speakers: their sentences are divided into `train`, `val` and `test`, as `source.protocol=seen` does. None: all
+            but the new ones.
         new_speakers: all of their sentences are the split `new`. Empty: there is no such split.
     """
     found: dict[str, list[Recording]] = {"train": [], "val": [], "test": []}
-    found |= grid_splits(root, speakers)
+    for split, rows in grid_splits(root, speakers).items():
+        found[split] = [row for row in rows if row.speaker not in new_speakers]
     if new_speakers:
         found["new"] = [row for rows in grid_splits(root, new_speakers).values() for row in rows]
     return found
 
 
-def grid_splits(root: Path, speakers: Sequence[str]) -> dict[str, list[Recording]]:
-    """Find the recordings of some of GRID's speakers by split, as `source.protocol=seen` divides their sentences.
+def grid_splits(root: Path, speakers: Sequence[str] | None) -> dict[str, list[Recording]]:
+    """Find the recordings of some of GRID's speakers, or of all, by split, as `source.protocol=seen` divides their
+    sentences.
 
     Raises:
         UserError: If there are none.
     """
     source = grid(root, protocol="seen", speakers=speakers)
     if not source.splits:
-        raise UserError(f"--grid {root} has no recordings of the speakers {', '.join(speakers)}")
+        raise UserError(f"--grid {root} has no recordings of {', '.join(speakers or ['any speaker'])}")
     found = {}
     for split in source.splits:
         clips = source.clips(split)

@@ -77,7 +77,7 @@ def test_prompts_without_speech_or_without_a_file_are_left_out(tmp_path):
 
 def test_pictures_need_no_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(make_voice_corpus, "SOUNDS", tmp_path / "absent")
-    for options, reason in (([], "absent is not a folder: apt-get"), (["--pictures", "1"], "the speakers s1, s3, s5")):
+    for options, reason in (([], "absent is not a folder: apt-get"), (["--pictures", "1"], "recordings of s1, s3, s5")):
         call = ["make_voice_corpus.py", "--out", tmp_path / "out", "--grid", tmp_path, *options]
         monkeypatch.setattr(sys, "argv", list(map(str, call)))
         with pytest.raises(UserError, match=reason):
@@ -172,6 +172,8 @@ def test_sentences_of_training_speakers_are_divided_and_new_speakers_kept_apart(
     assert {row.speaker for row in found["new"]} == {"s31"}
     assert {row.name for row in found["train"]}.isdisjoint(row.name for row in found["test"])
     assert list(grid_recordings(tmp_path, ["s1"], [])) == ["train", "val", "test"]
+    every = grid_recordings(tmp_path, None, ["s31"])
+    assert {row.speaker for row in every["train"]} == {row.speaker for row in found["train"]}
 
 
 def test_listed_recordings_are_parts_of_files_and_get_copies_at_other_speeds(tmp_path):
