@@ -1,5 +1,9 @@
-"""Exit with a message if the command is run outside of the environment created by setup.sh."""
+"""Check and set the environment of a command before PyTorch is imported.
 
+Outside of the environment created by setup.sh, the command exits with a message.
+"""
+
+import os
 import sys
 from importlib.util import find_spec
 
@@ -10,3 +14,6 @@ if find_spec("torch") is None or find_spec("engine") is None:
         file=sys.stderr,
     )
     sys.exit(2)
+
+# Threads that spin while they wait for each other are ten times slower if another process uses one of their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

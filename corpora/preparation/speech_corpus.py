@@ -18,7 +18,7 @@ import numpy as np
 from corpora.preparation.sources import folder
 from corpora.preparation.sources_grid import find_files, grid
 from engine.errors import UserError
-from engine.files import write_json, write_text
+from engine.files import writable, write_json, write_text
 from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import progress_bar
@@ -72,15 +72,17 @@ def grid_splits(root: Path, speakers: Sequence[str] | None) -> dict[str, list[Re
     sentences.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or none of one of the speakers.
     """
     source = grid(root, protocol="seen", speakers=speakers)
-    if not source.splits:
-        raise UserError(f"--grid {root} has no recordings of {', '.join(speakers or ['any speaker'])}")
     found = {}
     for split in source.splits:
         clips = source.clips(split)
         found[split] = [Recording(clip.key, root / clip.video, clip.speaker, clip.text) for clip in clips]
+    known = {row.speaker for rows in found.values() for row in rows}
+    missing = [name for name in speakers or () if name not in known]
+    if missing or not known:
+        raise UserError(f"--grid {root} has no recordings of {', '.join(missing) or 'any speaker'}")
     return found
 
 
@@ -192,16 +194,20 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
     Raises:
         UserError: If a split has no recordings.
     """
-    counts = {}
-    for split, recordings in splits.items():
-        target = out / split
-        target.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        rows = []
-        for recording, repeat in progress_bar(recordings, len(recordings), split):
-            rows.extend(_rows(recording, target, repeat, rng))
-        if not rows:
-            raise UserError(f"the split {split} has no recordings of {LEAST_SECONDS} s or more: check the folders")
-        counts[split] = len(rows)
-        write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})
+    with writable(out, "--out"):
+        counts = {split: _write_split(out, split, recordings, seed) for split, recordings in splits.items()}
+        write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})
+
+
+def _write_split(out: Path, split: str, recordings: list[tuple[Recording, int]], seed: int) -> int:
+    """Write a split and return its number of recordings, repetitions included."""
+    target = out / split
+    target.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for recording, repeat in progress_bar(recordings, len(recordings), split):
+        rows.extend(_rows(recording, target, repeat, rng))
+    if not rows:
+        raise UserError(f"the split {split} has no recordings of {LEAST_SECONDS} s or more: check the folders")
+    write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
