@@ -2,6 +2,8 @@
 
 import json
 import signal
+import socket
+import sys
 import threading
 import time
 
@@ -15,6 +17,8 @@ pytest.importorskip("websockets")
 
 from websockets.sync.client import connect
 
+from engine.errors import UserError
+from scripts import serve
 from service.limits import ServeLimits
 from service.server import Server
 from service.service import Service
@@ -111,3 +115,11 @@ def test_a_stream_whose_client_sends_nothing_does_not_keep_the_server(start, mon
         server.handle_exit(signal.SIGTERM, None)
         thread.join(20)
         assert not thread.is_alive()
+
+
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--port", str(port)])
+        with pytest.raises(UserError, match=f"port {port}: Address already in use"):
+            serve.main()
