@@ -89,6 +89,8 @@ def main() -> int:
 
 def command() -> None:
     """Run the console command `speaking-faces`."""
+    from scripts import environment  # noqa: F401 -- as above
+
     if sys.argv[1:2] == ["train"]:
         del sys.argv[1]
         runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import UserError
+from engine.files import report_os_errors
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -56,3 +58,14 @@ def existing_folder(word: str) -> Path:
     if not Path(word).is_dir():
         raise argparse.ArgumentTypeError(f"{word} is not a folder")
     return Path(word)
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that a server can listen on a port, before models are loaded.
+
+    Raises:
+        UserError: If the port is in use, or the host is not an address of this machine.
+    """
+    with report_os_errors(f"cannot listen on {host}, port {port}", ": choose another --host or --port"):
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.arguments import Parser, within
-from engine.errors import UserError, require, run_cli
+from engine.arguments import Parser, check_port, within
+from engine.errors import require, run_cli
 from engine.settings import DEVICES, Limits, set_limits
 from service.demo_actions import MAX_SECONDS, Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
@@ -32,6 +32,7 @@ def main() -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=within(1, 65_535), default=7860, help="port to listen on")
     args = parser.parse_args()
+    check_port(args.host, args.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder of uploads would stay
     set_limits(Limits(seconds=MAX_SECONDS))
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:
@@ -41,22 +42,19 @@ def main() -> None:
 
         print("loading the models", flush=True)
         blocks = page(Demo(Path(folder), args.weights, args.talker, args.device))
-        try:
-            blocks.launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=False,
-                show_error=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size="500mb",
-                run_history=False,
-                footer_links=[],
-                css=CSS,
-                js=SCRIPT,
-            )
-        except OSError as error:
-            raise UserError(f"cannot listen on {args.host}:{args.port}: use another --port") from error
+        blocks.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            show_error=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size="500mb",
+            run_history=False,
+            footer_links=[],
+            css=CSS,
+            js=SCRIPT,
+        )
         print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
         blocks.block_thread()
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import socket
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from engine.arguments import Parser, within
+from engine.arguments import Parser, check_port, within
 from engine.device import pick_device
 from engine.errors import UserError, require, run_cli
-from engine.files import report_os_errors
 from engine.settings import DEVICES, PRECISIONS, Limits, set_limits
 from service.limits import ServeLimits
 
@@ -45,9 +43,7 @@ def main() -> None:
         add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["about"])
     args = parser.parse_args()
     limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
-    with report_os_errors(f"cannot listen on {args.host}, port {args.port}", ": choose another --host or --port"):
-        family = socket.getaddrinfo(args.host, args.port)[0][0]
-        socket.create_server((args.host, args.port), family=family).close()
+    check_port(args.host, args.port)
     if args.voices is not None and not args.voices.is_dir():
         raise UserError(f"--voices {args.voices} is not a folder: create it, or omit the option")
     for package in ("fastapi", "uvicorn", "websockets", "python_multipart"):
