@@ -31,6 +31,7 @@ from engine.arguments import within
 from engine.errors import UserError
 from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import Share
+from engine.faces.landmarks import load_face_recogniser
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
 from engine.metrics.lips import LipOpening, enlarge
 from engine.metrics.picture import reconstruction
@@ -95,7 +96,7 @@ class Judge(LipOpening):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = self.dlib.face_recognition_model_v1(self.models.face_recognition_model_location())
+        self.embed = load_face_recogniser()
 
     def read(self, path: Path) -> Seen:
         square = find_square(path, 75)

@@ -68,9 +68,10 @@ class LiaXTask(Task):
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
         decoder_only: freeze the encoder of `init`, so that motion codes do not change.
-        keep: `release`, a codec whose motion codes of cartoon faces are preserved, and the `weight` of the squared
-            distance to them. Requires batches with the flag "drawn". Cartoon faces are reconstructed from the preserved
-            codes, so that models of these codes can use the new decoder. None: disabled.
+        keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones, are preserved,
+            and the `weight` of the squared distance to them. Requires batches with the flag "drawn". These faces are
+            reconstructed from the preserved codes, so that models of these codes can use the new decoder. None:
+            disabled.
         discriminator: `width` and `max_width` of the discriminator.
         vgg: file with torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
@@ -110,7 +111,13 @@ class LiaXTask(Task):
         self.keeper = None
         self.keeps = None
         if keep:
-            earlier = load_like(LiaX, keep["release"], LiaXConfig(**codec))
+            earlier = LiaX.from_pretrained(keep["release"])
+            for name in ("size", "motion_dim"):
+                if getattr(earlier.config, name) != getattr(self.codec.config, name):
+                    raise UserError(
+                        f"task.keep.release={keep['release']} has {name} {getattr(earlier.config, name)}, but "
+                        f"task.codec.{name} is {getattr(self.codec.config, name)}: its codes cannot be preserved"
+                    )
             self.keeps = earlier.digest()
             self.keeper = earlier.encoder.requires_grad_(False)
         self.weights = dict(weights)
@@ -156,8 +163,9 @@ class LiaXTask(Task):
             views = _pictures(batch["views"]) if "views" in batch else None
             kept = None
             if self.keeper is not None:
+                known = torch.ones_like(batch["drawn"]) if self.keep.get("people") else batch["drawn"]
                 with torch.no_grad():
-                    kept = self.keeper.motion(frames), batch["drawn"].repeat_interleave(2)[:, None]
+                    kept = self.keeper.motion(frames if views is None else views), known.repeat_interleave(2)[:, None]
             fake, still, motion = self._rebuild(frames, views, kept)
             batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion
             batch["_kept"] = kept
@@ -189,9 +197,9 @@ class LiaXTask(Task):
             losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
             total = total + self.guide["weight"] * losses["guide"]
         if self.keep:
-            earlier, drawn = batch["_kept"]
+            earlier, known = batch["_kept"]
             distance = (motion - earlier).float().square().mean(1, keepdim=True)
-            losses["keep"] = (distance * drawn).sum() / drawn.sum().clamp(min=1)
+            losses["keep"] = (distance * known).sum() / known.sum().clamp(min=1)
             total = total + self.keep["weight"] * losses["keep"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,10 +30,19 @@ SUFFIXES = (".json", ".npz", ".pkl")
 def load_dlib() -> tuple[Callable, Callable]:
     """Return dlib's frontal face detector and its predictor of 68 landmarks."""
     dlib = require("dlib", "dlib", "landmarks")
-    # Only its files are used, as the package imports outdated modules.
-    folder = package_folder("face_recognition_models", "face_recognition_models", "landmarks") / "models"
-    predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
+    predictor = dlib.shape_predictor(_dlib_file("shape_predictor_68_face_landmarks.dat"))
     return dlib.get_frontal_face_detector(), predictor
+
+
+def load_face_recogniser() -> Any:
+    """Return dlib's face recognition network, whose `compute_face_descriptor` embeds a face with 68 landmarks."""
+    dlib = require("dlib", "dlib", "landmarks")
+    return dlib.face_recognition_model_v1(_dlib_file("dlib_face_recognition_resnet_model_v1.dat"))
+
+
+def _dlib_file(name: str) -> str:
+    """Return the path of a file of `face_recognition_models`, a package that imports outdated modules."""
+    return str(package_folder("face_recognition_models", "face_recognition_models", "landmarks") / "models" / name)
 
 
 class Dlib68:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from drawn_faces import scene, talking_head
 
+from benchmarks import reenactment
 from engine.errors import UserError
 from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
@@ -53,8 +54,12 @@ def fake_dlib(monkeypatch):
         parts = [SimpleNamespace(x=x, y=y) for x, y in dot(picture) + 6 * SHAPE]
         return SimpleNamespace(parts=lambda: parts, part=parts.__getitem__)
 
+    recogniser = SimpleNamespace(compute_face_descriptor=lambda picture, shape: calls.embedding)
     fake = SimpleNamespace(
-        get_frontal_face_detector=lambda: detect, shape_predictor=lambda path: predict, rectangle=Rectangle
+        get_frontal_face_detector=lambda: detect,
+        shape_predictor=lambda path: predict,
+        face_recognition_model_v1=lambda path: recogniser,
+        rectangle=Rectangle,
     )
     monkeypatch.setitem(sys.modules, "dlib", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["x"]))
@@ -92,6 +97,16 @@ def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
     openings = [LipOpening()(frames) for frames in (small, large)]
     assert fake_dlib.sizes == [(256, 341)] * 3 + [(360, 480)] * 3  # the face in one frame, the lips in both
     assert np.allclose(openings, openings[0][0])
+
+
+def test_reenactment_is_measured_with_dlibs_networks(fake_dlib, tmp_path):
+    clip = talking_head(12)
+    write_video(tmp_path / "person" / "a.mp4", clip, 25)
+    fake_dlib.embedding = [3.0, 4.0]
+    args = SimpleNamespace(people=[tmp_path / "person"], clips=1, codecs=["copy"], drawn=None, sheets=None, codes=None)
+    results = [result for result, _ in reenactment.run(args)]
+    assert [result["what"] for result in results] == ["self-reenactment of person"]
+    assert results[0]["identity"] == pytest.approx(1) and results[0]["psnr"] > 20
 
 
 def test_dlib_finds_drawn_faces():

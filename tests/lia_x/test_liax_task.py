@@ -197,6 +197,22 @@ def test_codes_of_an_earlier_release_are_a_target_and_are_decoded(tmp_path):
     torch.testing.assert_close(fake[2:], plain[2:])
 
 
+def test_codes_of_people_are_kept_by_a_codec_of_another_width(tmp_path):
+    """They are those of the views, whose colours differ from those of the frames."""
+    write_release(make_task(weights=PLAIN), tmp_path / "release")
+    keep = {"release": str(tmp_path / "release"), "weight": 2.0}
+    frames = batch() | {"drawn": torch.tensor([False, False])}
+    views = frames | {"views": 255 - frames["frames"]}
+    wider = LIA_X | {"width": 2 * LIA_X["width"]}
+    found = {}
+    for people in (False, True):
+        task = make_task(weights=PLAIN, codec=wider, keep=keep | {"people": people})
+        found[people] = [float(task(dict(each), "generator")["keep"]) for each in (frames, views)]
+    assert found[False] == [0, 0] and found[True][0] != found[True][1]
+    with pytest.raises(UserError, match="has motion_dim 4, but task.codec.motion_dim is 3"):
+        make_task(weights=PLAIN, codec=LIA_X | {"motion_dim": 3}, keep=keep)
+
+
 def test_motion_is_read_from_views():
     task = make_task().eval()
     frames, views = torch.rand(2, 4, 3, 32, 32) * 2 - 1
