@@ -209,7 +209,7 @@ def test_codes_of_people_are_kept_by_a_codec_of_another_width(tmp_path):
         task = make_task(weights=PLAIN, codec=wider, keep=keep | {"people": people})
         found[people] = [float(task(dict(each), "generator")["keep"]) for each in (frames, views)]
     assert found[False] == [0, 0] and found[True][0] != found[True][1]
-    with pytest.raises(UserError, match="has motion_dim 4, but task.codec.motion_dim is 3"):
+    with pytest.raises(UserError, match=r"has motion_dim 4, but task\.codec\.motion_dim is 3"):
         make_task(weights=PLAIN, codec=LIA_X | {"motion_dim": 3}, keep=keep)
 
 
