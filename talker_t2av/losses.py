@@ -324,7 +324,7 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     size = model.config.patch_size
     count = model.config.phonemes
     labels = batch["phoneme"].long()
-    frame = torch.arange(labels.shape[1], device=labels.device)
+    frame = torch.arange(labels.shape[1], device=batch["speech_frames"].device)
     labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
