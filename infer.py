@@ -84,7 +84,8 @@ def main() -> int:
         raise UserError(f"model={model} is unknown; choose {', '.join(PROGRAMS)}")
     config_name, help_text = PROGRAMS[model]
     words = [word for word in sys.argv[1:] if word not in models]
-    return run_program(infer, config_name, help_text, words)
+    others = {name: f"model={other}" for other, (name, _) in PROGRAMS.items() if other != model}
+    return run_program(infer, config_name, help_text, words, others)
 
 
 def command() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
         return word
     is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
     if is_added and field is None and find_schema(config_name, name.rpartition(".")[0]):
-        raise UserError(f"unknown setting {name!r}; {nearest(name, _names(config_name, []))}")
+        raise UserError(f"unknown setting {name!r}; {nearest(name, [*_keys(config_name, []), *_groups()])}")
     if not equals:
         raise UserError(f"unknown argument {word!r}: settings are written key=value; --help lists them")
     if text in ("", "''", '""'):
@@ -231,20 +231,23 @@ def _allow_changes(node: DictConfig) -> None:
 
 
 @contextmanager
-def explained(config_name: str = "", words: Sequence[str] = ()) -> Iterator[None]:
+def explained(
+    config_name: str = "", words: Sequence[str] = (), others: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Convert errors of Hydra and OmegaConf to a one-line `UserError` that suggests the nearest valid name.
 
     Args:
         config_name: name of the composed configuration, in which valid names are looked up.
         words: its overrides from the command line.
+        others: other configurations of the program, and the word that selects each.
     """
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explanation(error, config_name, words)) from error
+        raise UserError(_explanation(error, config_name, words, others or {})) from error
 
 
-def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> str:
+def _explanation(error: Exception, config_name: str, words: Sequence[str], others: Mapping[str, str]) -> str:
     text = str(error)
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
@@ -262,24 +265,28 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str]) -> st
             kind = kind_of(field[1])[0] if field else None
             reason = f"must be {KINDS[kind]}" if kind else " ".join(str(cause).partition("\n")[0].split())
             return f"{key}={value[:40]} {reason}"
-        names = _names(config_name, words)
-        if key in names:
+        keys = _keys(config_name, words)
+        if key in keys:
             return f"{key} has no such keys by default: write ++{key}=... to add them"
-        return f"unknown setting {key!r}; {nearest(key, names)}"
+        for other, choice in others.items():
+            register(other)
+            if key in _keys(other, []):
+                return f"{key} is a setting of {choice}, which the command line does not select"
+        return f"unknown setting {key!r}; {nearest(key, [*keys, *_groups()])}"
     lines = [text.split("\nset HYDRA_FULL_ERROR")[0]]
     if isinstance(cause, OmegaConfBaseException):
         lines.append(str(cause))
     return f"configuration: {' '.join(' '.join(lines).split())}"
 
 
-def _names(config_name: str, words: Sequence[str]) -> list[str]:
-    """Return the dotted keys of all settings and config groups, given the group choices among `words`."""
+def _keys(config_name: str, words: Sequence[str]) -> list[str]:
+    """Return the dotted keys of all settings, given the choices of config groups among `words`."""
     choices = [word for word in words if word.partition("=")[0].partition("@")[0] in _groups()]
     try:
         config = _compose(config_name, choices)
     except HydraException:
         config = _compose(config_name, [])
-    return [*(key for key, _ in walk(config)), *_groups()]
+    return [key for key, _ in walk(config)]
 
 
 def _groups() -> list[str]:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
@@ -75,7 +75,13 @@ def runs(output: str) -> Callable[[Callable[[DictConfig], int | None]], Callable
     return decorate
 
 
-def run_program(program: Callable[[], None], config_name: str, help_text: str, words: Sequence[str]) -> int:
+def run_program(
+    program: Callable[[], None],
+    config_name: str,
+    help_text: str,
+    words: Sequence[str],
+    others: Mapping[str, str] | None = None,
+) -> int:
     """Run a `@hydra.main` function decorated by `runs` as a command. Return the exit code.
 
     Args:
@@ -83,6 +89,7 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
         words: the command line, Hydra's flags and overrides.
         help_text: description of the program, then a line `Examples:` and examples. `--help` inserts the settings
             between them.
+        others: other configurations of the program, and the word of the command line that selects each.
 
     Raises:
         UserError: If the command line or the configuration is invalid. With HYDRA_FULL_ERROR=1, Hydra's own errors are
@@ -98,7 +105,7 @@ def run_program(program: Callable[[], None], config_name: str, help_text: str, w
     logging.raiseExceptions = False  # Hydra logs its `--info`; a closed pipe, as with `head`, is not a logging error
     sys.argv = [arguments[0], "--config-name", config_name, *prepared(config_name, overrides, is_sweep), *flags]
     try:
-        one_line = nullcontext() if wants_full_errors else explained(config_name, overrides)
+        one_line = nullcontext() if wants_full_errors else explained(config_name, overrides, others)
         with one_line, env_override({"HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
             program()
     except Failed as failure:

@@ -185,7 +185,8 @@ def _check_stream(c: InferConfig) -> None:
     is_set |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
     for name in (name for name, value in is_set.items() if value):
         raise UserError(
-            f"stream=true does not support {name}: it tracks the largest face and uses the settings of sampler=fast"
+            f"stream=true does not support {name}: it tracks the largest face and always has the settings of "
+            "sampler=fast; omit the setting"
         )
 
 

@@ -108,6 +108,8 @@ class Attention(nn.Module):
         q, k = queries_keys.chunk(2, 2)
         if keep is not None:
             q = q[:, keep]
+        if not len(x):  # no motion in a batch of TTS; PyTorch 2.11's attention of no rows is None on CUDA
+            return self.proj(q.flatten(2))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).flatten(2))
 

@@ -77,7 +77,7 @@ class Phonemizer:
         with self._lock:
             for _ in range(2):
                 if self._process is None or self._owner != os.getpid():  # forked processes must not share the pipes
-                    command = [sys.executable, "-I", str(HELPER), self.language]
+                    command = [sys.executable, "-P", str(HELPER), self.language]
                     pipe = subprocess.PIPE
                     self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
                     self._owner = os.getpid()

@@ -143,7 +143,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": SPEECH}]
     known = {"messages": turns, "add_generation_prompt": False, "enable_thinking": False}
     known |= tokenizer.special_tokens_map
-    call = [sys.executable, "-I", "-c", RENDER]
+    call = [sys.executable, "-P", "-c", RENDER]
     given = json.dumps([tokenizer.chat_template, known])
     try:
         done = subprocess.run(call, input=given, capture_output=True, text=True, timeout=RENDER_SECONDS)

@@ -40,6 +40,9 @@ MISTAKES = [
     ("device=tpu", "device=tpu"),
     ("model=talker_t2av mode=v2a video={clip} reference_video={clip}", "silent.mp4 has no audio"),
     ("model=talker_t2av name=../x", "name="),
+    ("text=hello", "text is a setting of model=talker_t2av"),
+    ("model=talker_t2av sampler=fast", "sampler is a setting of model=hicodit"),
+    ("modle=talker_t2av", "unknown setting 'modle'; did you mean model"),
 ]
 CALL = """
 import json, sys, infer

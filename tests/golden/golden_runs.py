@@ -99,7 +99,7 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
     return task, Made(items, HiCoDiTDataset.collate)
 
 
-def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
+def talker_t2av(folder: Path, with_motion: bool = True, phonemes: int | None = None) -> tuple[Task, Made]:
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
@@ -116,7 +116,7 @@ def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
         return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
 
     codecs = {"speech": "a", "motion": "b", "speaker": "c"}
-    task = TalkerTask(MODEL | {"repeats": 2}, codecs, str(folder / "stats.json"))
+    task = TalkerTask(MODEL | {"repeats": 2, "phonemes": phonemes}, codecs, str(folder / "stats.json"))
     return task, Made(pairs, together)
 
 

@@ -22,7 +22,7 @@ from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from hicodit.validation import stored_conditions
 from service.workers import TalkerWorker, Ticket
 from talker_t2av.pipeline import Job, TalkerPipeline
-from tests.golden.golden_runs import RUNS
+from tests.golden.golden_runs import RUNS, talker_t2av
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.talker_t2av.talker_fixtures import face_file, save_talker, voice_file
 from tests.tiny import HICODIT, batch_of
@@ -159,11 +159,14 @@ STEPS = dict.fromkeys([*RUNS, "talker_guided"], (0,)) | {"rvq_codec": (1, 2), "w
 
 def made(name, folder):
     torch.manual_seed(0)
-    task, data = RUNS["talker_t2av" if name == "talker_guided" else name](folder)
-    if name == "talker_guided":
+    if name == "talker_guided":  # by the place in the text and by phonemes
+        task, data = talker_t2av(folder, phonemes=5)
         task.guided_layers = (1,)
         collate = data.collate
-        data.collate = lambda items: (batch := collate(items)) | {"pointer": batch["speech"][..., 0].long() * 0}
+        zeros = lambda batch: batch["speech"][..., 0].long() * 0  # noqa: E731
+        data.collate = lambda items: (b := collate(items)) | {"pointer": zeros(b), "phoneme": zeros(b)}
+    else:
+        task, data = RUNS[name](folder)
     if name == "whisperx_vae":
         task.targets = LatentTargets(8, 24_000, task.codec.hop)
         task.targets_until = 1

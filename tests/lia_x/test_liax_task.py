@@ -161,6 +161,10 @@ def test_regions_have_a_larger_weight_in_the_losses():
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert structural(noise, noise, weights) == pytest.approx(0, abs=1e-5)
     assert structural(noise, noise.flip(-1), weights) > 0.5
+    flat = 0.9 + 0.01 * noise  # small differences of large values, which bfloat16 does not hold
+    exact = structural(flat, flat.flip(-1), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert structural(flat, flat.flip(-1), weights) == exact
 
 
 def test_perceptual_loss_takes_torchvision_weights(tmp_path):
