@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     judge = Judge() if args.people else None
     people = {folder.name: [judge.read(path) for path in clips_of(folder, args.clips)] for folder in args.people}
-    if len(people) > 1 and args.clips > 1:
+    if len(people) > 1 and min(map(len, people.values())) > 1:
         result = {"same_person": _cosine(people, 0, 1), "other_people": _cosine(people, 1, 0)}
         yield result, "identity, ground-truth clips: " + _line(result)
     for name in args.codecs:
