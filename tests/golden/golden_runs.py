@@ -99,7 +99,7 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
     return task, Made(items, HiCoDiTDataset.collate)
 
 
-def talker_t2av(folder: Path, with_motion: bool = True, phonemes: int | None = None) -> tuple[Task, Made]:
+def talker_t2av(folder: Path, with_motion: bool = True, phonemes: int = 0) -> tuple[Task, Made]:
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
