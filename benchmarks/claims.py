@@ -186,7 +186,7 @@ def train(
         if "start" in claim:
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
-        paths = f"{ROOT}{os.pathsep}{ROOT / 'codecs'}"
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(args.threads)}
         command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
         code = subprocess.run(command, env=environment).returncode  # in the user's folder, as paths are relative to it

@@ -211,8 +211,8 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "scripts/serve.py", "--port", str(port), "--rows", str(args.rows)]
-    paths = [str(ROOT), str(ROOT / "codecs"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": os.pathsep.join(paths)}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": paths}
     command += [f"--{name}={getattr(args, name)}" for name in ("precision", "sampling")]
     folder = tempfile.TemporaryDirectory(prefix="serving-")  # deleted with the object, whatever happens
     if args.size == "base":

@@ -54,11 +54,10 @@ def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tens
 
 
 def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean of 1 - SSIM of the luminance, computed in float32 also under autocast."""
-    fake = fake.float().mean(1, keepdim=True) + 1  # SSIM requires positive means
-    real = real.float().mean(1, keepdim=True) + 1
-    with torch.autocast(fake.device.type, enabled=False):  # variances are small differences of matrix products
-        similarity = ssim_map(fake, real, 2.0)
+    """Return the weighted mean of 1 - SSIM of the luminance."""
+    fake = fake.mean(1, keepdim=True) + 1  # SSIM requires positive means
+    real = real.mean(1, keepdim=True) + 1
+    similarity = ssim_map(fake, real, 2.0)
     crop = (weights.shape[-1] - similarity.shape[-1]) // 2
     return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
 

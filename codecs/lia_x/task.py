@@ -27,6 +27,7 @@ from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import held_out_frames
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural, unexplained
 
+WIDTHS = ("style_dim", "scale", "width", "max_width", "depth")  # fields that do not affect what a motion code is
 MOTION_GAIN = 4.0  # scale of the initial motion codes, relative to equalised weights
 
 
@@ -111,13 +112,7 @@ class LiaXTask(Task):
         self.keeper = None
         self.keeps = None
         if keep:
-            earlier = LiaX.from_pretrained(keep["release"])
-            for name in ("size", "motion_dim"):
-                if getattr(earlier.config, name) != getattr(self.codec.config, name):
-                    raise UserError(
-                        f"task.keep.release={keep['release']} has {name} {getattr(earlier.config, name)}, but "
-                        f"task.codec.{name} is {getattr(self.codec.config, name)}: its codes cannot be preserved"
-                    )
+            earlier = load_like(LiaX, keep["release"], LiaXConfig(**codec), WIDTHS)
             self.keeps = earlier.digest()
             self.keeper = earlier.encoder.requires_grad_(False)
         self.weights = dict(weights)

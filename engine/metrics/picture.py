@@ -47,13 +47,14 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """Compute the local structural similarity (Wang et al., 2004) of images (B, C, H, W): (B, C, H - 10, W - 10).
 
     Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding. `span` is the range of
-    the values.
+    the values. Computed in the precision of the images, also under autocast.
     """
     batch, channels, height, width = a.shape
     stacked = torch.cat([a, b, a * a, b * b, a * b])
     rows = to_device(_gaussian(height).to(a.dtype), a.device)
     columns = to_device(_gaussian(width).to(a.dtype), a.device)
-    blurred = rows @ stacked @ columns.T
+    with torch.autocast(a.device.type, enabled=False):  # variances are small differences of these products
+        blurred = rows @ stacked @ columns.T
     mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
     c1 = (0.01 * span) ** 2
     c2 = (0.03 * span) ** 2

@@ -163,8 +163,13 @@ def made(name, folder):
         task, data = talker_t2av(folder, phonemes=5)
         task.guided_layers = (1,)
         collate = data.collate
-        zeros = lambda batch: batch["speech"][..., 0].long() * 0  # noqa: E731
-        data.collate = lambda items: (b := collate(items)) | {"pointer": zeros(b), "phoneme": zeros(b)}
+
+        def with_labels(items):
+            batch = collate(items)
+            zeros = batch["speech"][..., 0].long() * 0
+            return batch | {"pointer": zeros, "phoneme": zeros.clone()}
+
+        data.collate = with_labels
     else:
         task, data = RUNS[name](folder)
     if name == "whisperx_vae":

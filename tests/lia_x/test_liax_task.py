@@ -215,7 +215,7 @@ def test_codes_of_people_are_kept_by_a_codec_of_another_width(tmp_path):
     wider = LIA_X | {"width": 2 * LIA_X["width"]}
     assert distance(people=True) == pytest.approx(0, abs=1e-5)  # the same weights, and the same codes
     assert distance(wider, people=True) > 0 and distance(wider) == 0
-    with pytest.raises(UserError, match=r"has motion_dim 4, but task\.codec\.motion_dim is 3"):
+    with pytest.raises(UserError, match=r"has motion_dim=4, but task\.codec requires 3"):
         make_task(weights=PLAIN, codec=LIA_X | {"motion_dim": 3}, keep=keep)
 
 
