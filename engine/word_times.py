@@ -81,20 +81,19 @@ class WordTimes:
         return self._spans(self._recogniser, wave, rate)
 
     @staticmethod
-    def write(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
-        """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
+    def write(stem: Path, words: Sequence[Word], origin: str) -> None:
+        """Write STEM.json, STEM.srt and STEM.vtt.
 
         Args:
             origin: source of the words, text or recogniser.
         """
         content = {"origin": origin, "words": [asdict(word) for word in words]}
         write_json(stem.with_name(f"{stem.name}.json"), content)
-        if subtitles:
-            lines = cues(words)
-            srt = [f"{n}\n{_span(line, ',')}\n{line.text}\n" for n, line in enumerate(lines, 1)]
-            vtt = ["WEBVTT\n", *(f"{_span(line, '.')}\n{line.text}\n" for line in lines)]
-            stem.with_name(f"{stem.name}.srt").write_text("\n".join(srt))
-            stem.with_name(f"{stem.name}.vtt").write_text("\n".join(vtt))
+        lines = cues(words)
+        srt = [f"{n}\n{_span(line, ',')}\n{line.text}\n" for n, line in enumerate(lines, 1)]
+        vtt = ["WEBVTT\n", *(f"{_span(line, '.')}\n{line.text}\n" for line in lines)]
+        stem.with_name(f"{stem.name}.srt").write_text("\n".join(srt))
+        stem.with_name(f"{stem.name}.vtt").write_text("\n".join(vtt))
 
     @cached_property
     def _recogniser(self) -> Any:

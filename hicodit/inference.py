@@ -128,7 +128,7 @@ class ClipRunner(HiCoDiTRunner):
                 write_speech(clip, speech, staging, stem, self.config.figure)
                 if self.times is not None:
                     words = self.times.recognise(speech.wave, speech.rate)
-                    self.times.write(staging / stem, words, "recogniser", subtitles=True)
+                    self.times.write(staging / stem, words, "recogniser")
                 total += len(speech.wave) / speech.rate
                 remarks += speech.remarks
             files = [path.name for path in sorted(staging.iterdir())]

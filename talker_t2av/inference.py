@@ -65,7 +65,7 @@ class TalkRunner(JobRunner):
                 draw(talk, job.text, staging / f"{name}.png")
             if self.times is not None:
                 words = self.times.align(job.text, talk.wave, rate)
-                self.times.write(staging / name, words, "text", subtitles=job.mode != "tts")
+                self.times.write(staging / name, words, "text")
         files = outputs_of(job, name, c.figure, c.timestamps)
         remark = f" ({'; '.join(talk.remarks)})" if talk.remarks else ""
         seconds = len(talk.wave) / rate

@@ -35,6 +35,8 @@ from talker_t2av.request import MODES, Sampling
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEMO = ASSETS / "demo"
+DEMO_VOICE = str(DEMO / "voice.wav")
+DEMO_FACE = str(DEMO / "silent.mp4")
 MAX_TEXT = 2000  # maximum bytes of a text: about two minutes of speech, whose frames take 2.4 GB at 512 pixels
 MAX_SPEECH_TEXT = 16_384  # maximum bytes of a text without video
 COMPAT = ("paper", "official", "library")
@@ -126,6 +128,8 @@ class Job(Group):
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
                 raise UserError(f"mode={self.mode} requires the file {name}")
+        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
+            raise UserError(f"max_seconds={self.max_seconds:g} is below min_seconds={self.min_seconds:g}")
         if self.mode == "v2a" and is_picture(self.video):
             raise UserError(f"video={self.video} is an image: expected a clip")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
@@ -252,9 +256,11 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
 def read_jobs(c: InferConfig) -> list[NamedJob]:
     """Return names and jobs of the command line, or of each line of `jobs`. Invalid lines yield their error."""
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
+    complete = dict if c.weights else with_demo_references
     if c.jobs is None:
-        fields_ = with_demo(common) if c.weights is None else common
-        return [(safe_name(c.name or c.mode, "name="), Job(**fields_))]
+        if c.weights is None:
+            common = with_demo(common)
+        return [(safe_name(c.name or c.mode, "name="), Job(**complete(common)))]
     path = Path(c.jobs)
     jobs = []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
@@ -263,7 +269,7 @@ def read_jobs(c: InferConfig) -> list[NamedJob]:
                 row = parse_object(line, "the line", {"name", *JOB_FIELDS}, '{"text": "hello"}')
                 name = row.pop("name", f"{number:04d}")
                 name = safe_name(str(name) if type(name) is int else name, "name=")
-                jobs.append((name, Job(**{**common, **row})))
+                jobs.append((name, Job(**complete({**common, **row}))))
         except UserError as error:
             jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
@@ -277,20 +283,25 @@ def read_jobs(c: InferConfig) -> list[NamedJob]:
 
 
 def with_demo(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill missing fields of a job with the bundled voice, face and sentence."""
+    """Fill missing inputs of a job with the bundled sentence, or in a2v and v2a with a bundled file and its text."""
     mode = values.get("mode", "t2av")
     job = dict(values)
-    voice = str(DEMO / "voice.wav")
-    face = str(DEMO / "silent.mp4")
-    given = {"a2v": ("audio", voice), "v2a": ("video", face)}.get(mode)
+    given = {"a2v": ("audio", DEMO_VOICE), "v2a": ("video", DEMO_FACE)}.get(mode)
     if given is None or given[0] not in job:  # the transcript of the bundled file
         if given is not None:
             job[given[0]] = given[1]
         job.setdefault("text", (DEMO / f"{'voice' if mode == 'a2v' else 'silent'}.txt").read_text().strip())
+    return job
+
+
+def with_demo_references(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill the missing voice and face of a job with the bundled ones."""
+    mode = values.get("mode", "t2av")
+    job = dict(values)
     if mode in ("t2av", "tts", "v2a") and "reference_video" not in job:
-        job.setdefault("reference_audio", voice)
+        job.setdefault("reference_audio", DEMO_VOICE)
     if mode in ("t2av", "a2v"):
-        job.setdefault("reference_video", face)
+        job.setdefault("reference_video", DEMO_FACE)
     return job
 
 
@@ -303,7 +314,7 @@ def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = Fal
     suffix = Path(job.audio).suffix if job.mode == "a2v" else ".wav"
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]
     video = [] if job.mode == "tts" else [f"{name}.mp4"]
-    words = [f"{name}{end}" for end in (WORD_FILES if video else WORD_FILES[:1])] if timestamps else []
+    words = [f"{name}{end}" for end in WORD_FILES] if timestamps else []
     return sound + video + ([f"{name}.png"] if figure and job.mode in ("t2av", "a2v") else []) + words
 
 

@@ -89,9 +89,9 @@ def check_inputs(config: DictConfig) -> None:
     for key, count in (("validate_clips", task.get("validate_clips")), ("validation.clips", validation.get("clips"))):
         require_range(f"task.{key}", 1 if count is None else count, 1, 10**6)
     metrics_of(validation.get("metrics") or ())
-    for split in (data.get("held_out") or ()) if splits else ():
-        if split not in splits:
-            raise UserError(f"data.held_out contains {split}, but the splits are {', '.join(splits)}")
+    for split in [data.get("split"), *(data.get("held_out") or ())] if splits else ():
+        if split not in (None, *splits):
+            raise UserError(f"data.split or data.held_out names {split}, but the splits are {', '.join(splits)}")
     for key, folder in {"run": config.run, **made_folders(data)}.items():
         require_space(folder, key)
     refuse_links(Path(config.run))

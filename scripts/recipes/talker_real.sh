@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Talker-T2AV for portraits and human voices: GRID=/data/grid bash scripts/recipes/talker_real.sh [STEP ...]
-# Steps, in this order: corpora shards speech both; without any, all of them. Each continues where it stopped.
+# Steps, in this order: corpora shards speech both measure; without any, all of them. Each continues where it stopped.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
@@ -12,7 +12,9 @@ VOICES="${VOICES:-data/voices}"             # speech of people, of flite's voice
 FACES="${FACES:-data/faces}"                # people and cartoon faces that speak, with the text
 SPEECH="${SPEECH:-runs/talker_real_speech}" # run of the first stage
 RUN="${RUN:-runs/talker_real}"
-# Further settings of each step: SHARDS, TRAIN_SPEECH, TRAIN_BOTH, such as TRAIN_BOTH="trainer.steps=1000"
+HELD_OUT="${HELD_OUT:-s31 s32 s33 s34}"     # who is measured on
+REPORTS="${REPORTS:-outputs/portraits}"     # manifests and tables
+# Further settings of each step: SHARDS, TRAIN_SPEECH, TRAIN_BOTH, MEASURE, such as TRAIN_BOTH="trainer.steps=1000"
 
 check_grid
 
@@ -57,4 +59,20 @@ both() {
         "init=$SPEECH/release" "run=$RUN" ${TRAIN_BOTH:-}
 }
 
-run_steps "corpora shards speech both" "$@"
+# table MODE MANIFEST METRICS [SETTING ...]: a row group of the table of portraits in docs/results.md
+table() {
+    $PYTHON "$here/scripts/evaluate.py" table=talker model=talker_t2av "generate.mode=$1" \
+        "generate.weights=$RUN/release" "manifest=$REPORTS/$2.jsonl" "metrics=[$3]" "output=$REPORTS/$1" \
+        "record=$REPORTS/$1" "${@:4}" ${MEASURE:-}
+}
+
+measure() {
+    $PYTHON "$here/scripts/make_portrait_manifests.py" --grid "$GRID" --people $HELD_OUT --out "$REPORTS"
+    table tts sentences per,speaker_similarity,dnsmos,ends_in_time,ends_cut,runs_away \
+        ++protocol.speaker_similarity=ge2e ++protocol.dnsmos=p835
+    table t2av sentences synchrony,synchrony_late clips=16 ++protocol.synchrony=landmarks
+    table a2v clips mouth_opening,synchrony ++protocol.synchrony=landmarks ++protocol.mouth_opening=landmarks
+    table v2a clips wer ++protocol.wer=grammar "grammar=$here/assets/grid_recogniser/grammar.jsgf"
+}
+
+run_steps "corpora shards speech both measure" "$@"

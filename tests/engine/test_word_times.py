@@ -46,7 +46,7 @@ def test_words_are_written_as_json_and_subtitles(tmp_path):
     words = [Word("Set", 0.1, 0.3), Word("blue.", 0.3, 0.75), Word("Now", 3661.5, 3662.0)]
     lines = [(cue.text, cue.begin, cue.end) for cue in cues(words)]
     assert lines == [("Set blue.", 0.1, 0.75), ("Now", 3661.5, 3662.0)]
-    WordTimes.write(tmp_path / "talk.one", words, "text", subtitles=True)
+    WordTimes.write(tmp_path / "talk.one", words, "text")
     written, srt, vtt = ((tmp_path / f"talk.one.{suffix}").read_text() for suffix in ("json", "srt", "vtt"))
     assert json.loads(written)["words"][1] == {"text": "blue.", "begin": 0.3, "end": 0.75}
     assert srt == "1\n00:00:00,100 --> 00:00:00,750\nSet blue.\n\n2\n01:01:01,500 --> 01:01:02,000\nNow\n"

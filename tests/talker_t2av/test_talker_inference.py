@@ -106,6 +106,17 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
         job(mode="tts", text="a", weights="folder")
 
 
+def test_jobs_of_a_file_have_the_bundled_voice_and_face_but_their_own_text(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"text": "hello"}\n{"text": "hello", "reference_video": "x.mp4"}\n{"reference_audio": "v.wav"}\n')
+    (_, plain), (_, own), (_, wordless) = read_jobs(InferConfig(jobs=str(path)))
+    assert Path(plain.reference_audio).is_file() and Path(plain.reference_video).is_file()
+    assert (own.reference_video, own.reference_audio) == ("x.mp4", None)  # its own audio
+    assert "requires text" in str(wordless)
+    (_, faceless), *_ = read_jobs(InferConfig(jobs=str(path), weights="folder"))
+    assert "requires the file reference_video" in str(faceless)
+
+
 def test_times_of_words_are_written_beside_the_result(files, tmp_path):
     pytest.importorskip("pocketsphinx")
     given = {"text": "set blue", "reference_audio": files["voice"], "reference_video": files["face"]}

@@ -1,0 +1,84 @@
+"""Write the manifests with which Talker-T2AV is evaluated on people of GRID, for scripts/evaluate.py table=talker.
+
+    python scripts/make_portrait_manifests.py --grid /data/grid --people s31 s32 s33 s34 --out outputs/portraits
+
+sentences.jsonl contains the sentences of assets/demo/sentences.txt, spoken in turn in the voice and with the portrait of
+each person. clips.jsonl contains a few clips of each person, the input of a2v and v2a. Voice and portrait are never from
+the clip that the output is compared with. The rows contain paths of GRID's files, which are not copied.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+import json
+from pathlib import Path
+
+from corpora.preparation.sources_grid import find_files, grid_sentence
+from engine.arguments import Parser, existing_folder, within
+from engine.errors import UserError, run_cli
+from engine.files import atomic_output, writable
+
+SENTENCES = Path(__file__).resolve().parents[1] / "assets" / "demo" / "sentences.txt"
+FIRST, EVERY = 2, 3  # of a person's clips sorted by name, those of clips.jsonl
+
+Row = dict[str, str]
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--grid", type=existing_folder, required=True, help="folder of GRID, with a folder per person")
+    parser.add_argument("--people", nargs="+", required=True, help="names of the people's folders")
+    parser.add_argument("--clips", type=within(1), default=3, help="number of clips per person in clips.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the manifests")
+    args = parser.parse_args()
+    people = {person: clips_of(args.grid.resolve() / person, FIRST + EVERY * args.clips) for person in args.people}
+    with writable(args.out):
+        for name, rows in (("sentences", sentence_rows(people)), ("clips", clip_rows(people, args.clips))):
+            target = args.out / f"{name}.jsonl"
+            with atomic_output(target) as partial:
+                partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            print(f"{target}: {len(rows)} rows")
+
+
+def clips_of(folder: Path, least: int) -> list[Path]:
+    """Return the clips of a person, sorted by name.
+
+    Raises:
+        UserError: If there are fewer than `least`.
+    """
+    files = [folder / file for file in find_files(folder, ".mpg", ".mp4") if grid_sentence(file.stem)]
+    if len(files) < least:
+        raise UserError(f"{folder} has {len(files)} clips with names of GRID, such as bbaf2n.mpg: {least} are needed")
+    return files
+
+
+def sentence_rows(people: dict[str, list[Path]]) -> list[Row]:
+    """Return a row for each sentence. `reference` is another recording of the voice, to compare voices with."""
+    names = list(people)
+    rows = []
+    for number, text in enumerate(SENTENCES.read_text().splitlines()):
+        turn, person = divmod(number, len(names))
+        clips = people[names[person]]
+        given = str(clips[turn % len(clips)])
+        other = str(clips[(turn + 1) % len(clips)])
+        row = {"id": f"plain-{number:02d}", "text": text, "speaker": names[person]}
+        rows.append(row | {"reference_audio": given, "reference_video": given, "reference": other})
+    return rows
+
+
+def clip_rows(people: dict[str, list[Path]], count: int) -> list[Row]:
+    """Return rows with `count` clips of each person. Voice and portrait are from the clip after it."""
+    rows = []
+    for person, clips in people.items():
+        for number in range(FIRST, FIRST + EVERY * count, EVERY):
+            clip, other = str(clips[number]), str(clips[(number + 1) % len(clips)])
+            row = {"id": f"{person}-{clips[number].stem}", "text": grid_sentence(clips[number].stem), "speaker": person}
+            row |= {"reference": clip, "video": clip, "reference_audio": other, "reference_video": other}
+            rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    run_cli(main)
