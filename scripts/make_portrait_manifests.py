@@ -2,9 +2,9 @@
 
     python scripts/make_portrait_manifests.py --grid /data/grid --people s31 s32 s33 s34 --out outputs/portraits
 
-sentences.jsonl contains the sentences of assets/demo/sentences.txt, spoken in turn in the voice and with the portrait of
-each person. clips.jsonl contains a few clips of each person, the input of a2v and v2a. Voice and portrait are never from
-the clip that the output is compared with. The rows contain paths of GRID's files, which are not copied.
+sentences.jsonl contains the sentences of assets/demo/sentences.txt, spoken in turn in the voice and with the portrait
+of each person. clips.jsonl contains a few clips of each person, the input of a2v and v2a. Voice and portrait are never
+from the clip that the output is compared with. The rows contain paths of GRID's files, which are not copied.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ class LiaXTask(Task):
             # Omitted levels add nothing to the upsampled image, and are then faded in.
             for level in self.codec.decoder.levels[-growth["levels"] :]:
                 nn.init.zeros_(level.to_rgb.conv.weight)
+        self.decoder_only = decoder_only
         if decoder_only:
             if not init:
                 raise UserError("task.decoder_only=true needs task.init, the release whose codes are preserved")
@@ -155,7 +156,9 @@ class LiaXTask(Task):
         """
         if "_run" not in batch:
             frames = _pictures(batch["frames"])
-            views = _pictures(batch["views"]) if "views" in batch else None
+            # Other colours teach the encoder to ignore them; a frozen one would only get noisier codes.
+            recoloured = "views" in batch and not self.decoder_only
+            views = _pictures(batch["views"]) if recoloured else None
             kept = None
             if self.keeper is not None:
                 known = torch.ones_like(batch["drawn"]) if self.keep.get("people") else batch["drawn"]

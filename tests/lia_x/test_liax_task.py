@@ -131,6 +131,19 @@ def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_go
     the_decoder_alone_goes_on_from_a_release(make_task, batch(), picture, sizes, "depth=1")
 
 
+def test_a_frozen_encoder_sees_the_frames_in_their_own_colours(tmp_path):
+    write_release(make_task(weights=PLAIN), tmp_path / "release")
+    for frozen in (True, False):
+        task = make_task(weights=PLAIN, init=str(tmp_path / "release"), decoder_only=frozen)
+        pairs = batch()
+        pairs["views"] = 255 - pairs["frames"]
+        task(pairs, "generator")
+        shown = pairs["frames"] if frozen else pairs["views"]
+        with torch.no_grad():
+            expected = task.codec.encoder.motion(shown.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        torch.testing.assert_close(pairs["_run"][3].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": str(corpus), "splits": ["train"], "clips": 2}).eval()
     results = figures_of([task.measure(tmp_path, Share())])
