@@ -67,7 +67,10 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
         release = ReleaseInfo(**read_json(run / DESCRIPTION))
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
-    state, info = checkpoint.read(found, ("model.", "ema."))
+    try:
+        state, info = checkpoint.read(found, ("model.", "ema."))
+    except FileNotFoundError as error:
+        raise UserError(f"{found} was deleted by the run (trainer.keep) while it was read: export again") from error
     averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")} | averaged
     results, at = last_validation(run / "log.jsonl", info["step"])

@@ -10,6 +10,7 @@ from toy_task import CONFIG, ToyGAN, ToySet
 
 from engine.errors import UserError
 from engine.release import read_release, save_release
+from engine.training import checkpoint
 from engine.training.export import average, export, last_validation
 from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
@@ -60,6 +61,20 @@ def test_a_run_is_exported_with_averaged_weights_and_a_card(run, tmp_path, call)
         assert words in text
     (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results  # what the hub shows
     assert result.metric_type == "weight" and result.metric_value == pytest.approx(weight)
+
+
+def test_a_checkpoint_that_the_run_deletes_in_the_meantime_is_one_line(run, tmp_path, monkeypatch):
+    there = shutil.copytree(run.run, tmp_path / "run")
+    read = checkpoint.read
+
+    def read_late(folder, prefixes):
+        (folder / checkpoint.INFO).unlink()
+        return read(folder, prefixes)
+
+    monkeypatch.setattr(checkpoint, "read", read_late)
+    with pytest.raises(UserError, match="step-00000020 was deleted by the run"):
+        export(there, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_averages_the_last_weights_are_exported(tmp_path):
