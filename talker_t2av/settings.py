@@ -256,11 +256,10 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
 def read_jobs(c: InferConfig) -> list[NamedJob]:
     """Return names and jobs of the command line, or of each line of `jobs`. Invalid lines yield their error."""
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
-    complete = dict if c.weights else with_demo_references
+    complete = with_demo_references if c.weights is None else dict
     if c.jobs is None:
-        if c.weights is None:
-            common = with_demo(common)
-        return [(safe_name(c.name or c.mode, "name="), Job(**complete(common)))]
+        fields_ = with_demo(common) if c.weights is None else common
+        return [(safe_name(c.name or c.mode, "name="), Job(**complete(fields_)))]
     path = Path(c.jobs)
     jobs = []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
