@@ -270,11 +270,12 @@ def read_jobs(c: InferConfig) -> list[NamedJob]:
                 name = safe_name(str(name) if type(name) is int else name, "name=")
                 jobs.append((name, Job(**complete({**common, **row}))))
         except UserError as error:
-            jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
+            jobs.append((f"line {number}", UserError(f"jobs={path}: {error}")))
     if not jobs:
         raise UserError(f"jobs={path} has no line with a job")
     if all(isinstance(job, UserError) for _, job in jobs):
-        raise jobs[0][1]
+        line, error = jobs[0]
+        raise UserError(f"{line} of {error}")
     for name, count in Counter(name for name, _ in jobs).items():
         if count > 1:
             raise UserError(f"jobs={path}: two jobs have the name {name}: names must be unique")

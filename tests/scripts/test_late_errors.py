@@ -37,7 +37,7 @@ TRAIN = [
 INFER = [
     ("detector=nowhere.onnx", "nowhere.onnx"),
     (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace"),
-    ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
+    ("model=talker_t2av jobs=bad.jsonl", "line 1 of jobs=bad.jsonl"),
 ]
 REPORT = "references=sounds output=report"
 OWN = "corpus=corpus output=report split=[train]"
