@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import TRUTH
 from engine.evaluation.run import evaluate
 from engine.files import write_json, write_text
+from engine.processes import script_environment
 from engine.record import dated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,8 +186,7 @@ def train(
         if "start" in claim:
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(args.threads)}
+        environment = script_environment(OMP_NUM_THREADS=str(args.threads))
         command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
         code = subprocess.run(command, env=environment).returncode  # in the user's folder, as paths are relative to it
         if code:

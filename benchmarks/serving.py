@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import os
 import re
 import shutil
 import socket
@@ -32,6 +31,7 @@ import numpy as np
 from benchmarks.inference import build_talker
 from engine.arguments import within
 from engine.errors import UserError, require
+from engine.processes import script_environment
 from engine.settings import PRECISIONS
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
@@ -211,8 +211,7 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "scripts/serve.py", "--port", str(port), "--rows", str(args.rows)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": paths}
+    environment = script_environment(OMP_NUM_THREADS=str(args.threads))
     command += [f"--{name}={getattr(args, name)}" for name in ("precision", "sampling")]
     folder = tempfile.TemporaryDirectory(prefix="serving-")  # deleted with the object, whatever happens
     if args.size == "base":

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from engine.errors import UserError
@@ -26,6 +27,7 @@ from engine.settings import LIMITS, Limits, set_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ROOT = Path(__file__).resolve().parents[1]
 PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2)
 ATTEMPTS = 2  # attempts at an item whose process dies
 
@@ -35,6 +37,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def script_environment(**variables: str) -> dict[str, str]:
+    """Return the environment for a subprocess that runs this checkout's code: its packages come before those of
+    PYTHONPATH.
+
+    Args:
+        variables: further environment variables.
+    """
+    paths = [str(ROOT), str(ROOT / "codecs"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
 
 
 class Work(Generic[Item, Result]):

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.arguments import Parser
 from engine.errors import UserError, run_cli
+from engine.processes import script_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,8 +54,7 @@ def main() -> int:
     for path in files:
         check_file(path)
     command = [sys.executable, "-m", "tests.golden.check", "failed" if args.quiet else "all", *map(str, files)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}).returncode and 1
+    return subprocess.run(command, cwd=ROOT, env=script_environment()).returncode and 1
 
 
 if __name__ == "__main__":

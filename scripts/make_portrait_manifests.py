@@ -18,10 +18,12 @@ from pathlib import Path
 from corpora.preparation.sources_grid import find_files, grid_sentence
 from engine.arguments import Parser, existing_folder, within
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output, writable
+from engine.files import writable, write_text
 
 SENTENCES = Path(__file__).resolve().parents[1] / "assets" / "demo" / "sentences.txt"
-FIRST, EVERY = 2, 3  # of a person's clips sorted by name, those of clips.jsonl
+# position in a person's sorted clips of the first one in clips.jsonl, and step to the next
+FIRST = 2
+EVERY = 3
 
 Row = dict[str, str]
 
@@ -37,8 +39,7 @@ def main() -> None:
     with writable(args.out):
         for name, rows in (("sentences", sentence_rows(people)), ("clips", clip_rows(people, args.clips))):
             target = args.out / f"{name}.jsonl"
-            with atomic_output(target) as partial:
-                partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
             print(f"{target}: {len(rows)} rows")
 
 
@@ -73,9 +74,10 @@ def clip_rows(people: dict[str, list[Path]], count: int) -> list[Row]:
     rows = []
     for person, clips in people.items():
         for number in range(FIRST, FIRST + EVERY * count, EVERY):
-            clip, other = str(clips[number]), str(clips[(number + 1) % len(clips)])
-            row = {"id": f"{person}-{clips[number].stem}", "text": grid_sentence(clips[number].stem), "speaker": person}
-            row |= {"reference": clip, "video": clip, "reference_audio": other, "reference_video": other}
+            clip = clips[number]
+            other = str(clips[(number + 1) % len(clips)])
+            row = {"id": f"{person}-{clip.stem}", "text": grid_sentence(clip.stem), "speaker": person}
+            row |= {"reference": str(clip), "video": str(clip), "reference_audio": other, "reference_video": other}
             rows.append(row)
     return rows
 

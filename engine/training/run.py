@@ -91,7 +91,7 @@ def check_inputs(config: DictConfig) -> None:
     metrics_of(validation.get("metrics") or ())
     for split in [data.get("split"), *(data.get("held_out") or ())] if splits else ():
         if split not in (None, *splits):
-            raise UserError(f"data.split or data.held_out names {split}, but the splits are {', '.join(splits)}")
+            raise UserError(f"data.split or data.held_out: no split is called {split}; choose from {', '.join(splits)}")
     for key, folder in {"run": config.run, **made_folders(data)}.items():
         require_space(folder, key)
     refuse_links(Path(config.run))

@@ -30,6 +30,7 @@ TRAIN = [
     (f"{HICODIT} run=finished", "finished/release"),
     (f"{HICODIT} run=other", "model has changed"),
     (f"{HICODIT} data.held_out=[nope]", "nope"),
+    (f"{HICODIT} data.split=trian", "trian"),
     (f"{HICODIT} task.model.levels=99", "99 levels"),
     (f"{HICODIT} init=damaged", "damaged/model.safetensors"),
     ("experiment=rvq_synthetic trainer.by_length=true", "no lengths"),
@@ -38,6 +39,7 @@ INFER = [
     ("detector=nowhere.onnx", "nowhere.onnx"),
     (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace"),
     ("model=talker_t2av jobs=bad.jsonl", "line 1 of jobs=bad.jsonl"),
+    (f"{SPEAK} min_seconds=2 max_seconds=1", "max_seconds=1 is below min_seconds=2"),
 ]
 REPORT = "references=sounds output=report"
 OWN = "corpus=corpus output=report split=[train]"

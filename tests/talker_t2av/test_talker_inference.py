@@ -126,3 +126,5 @@ def test_times_of_words_are_written_beside_the_result(files, tmp_path):
     words = json.loads((tmp_path / "t2av.json").read_text())
     assert words["origin"] == "text"
     assert [word["text"] for word in words["words"]] in ([], ["set", "blue"])  # random weights may say nothing
+    assert run(config(files, tmp_path / "tts", mode="tts", timestamps=True, **given)) == 0
+    assert sorted(path.suffix for path in (tmp_path / "tts").iterdir()) == [".json", ".srt", ".vtt", ".wav"]
