@@ -23,6 +23,7 @@ from engine.errors import SkippedClips, UserError
 from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
+from engine.metrics.lips import LipOpening
 from engine.progress import progress_bar
 from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
@@ -31,7 +32,9 @@ from engine.shards.source import join
 from lia_x.augment import Augment
 from lia_x.losses import region_weights
 
+OPEN = "open"  # name of the track of mouth opening
 PORTRAITS = ("portraits", "portraits_at")  # tensors of a prepared clip, see `pack_portraits`
+UNKNOWN = torch.full((2, 1), torch.nan)
 QUALITY = 95  # JPEG quality
 # maximum bytes and pixels of a stored image
 MAX_PICTURE = 2**24
@@ -79,12 +82,14 @@ class FramePairs:
         size: S.
         frames: K, at least 2. Not used for shards.
         cache: folder for the decoded frames. Not used for shards.
-        tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. Not
-            supported for shards.
+        tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. For
+            shards only `open`, the mouth opening by dlib's landmarks in units of the distance between the eyes (extra
+            `landmarks`), which is measured once at the start. NaN for clips in which dlib detects no face.
         shards: fields of `engine.shards.reader.Reading`.
     """
 
     blocks: Blocks | None = None
+    openings: list[Tensor] | None = None  # per clip (K, 1), of shards
 
     def __init__(
         self,
@@ -102,10 +107,12 @@ class FramePairs:
         self.stored = None
         self.tracks = None
         if is_prepared(root, split):
-            if tracks:
-                raise UserError("data.train.tracks: prepared shards contain no ground-truth movements; set it to null")
+            if tracks and set(tracks) != {OPEN}:
+                raise UserError(f"data.train.tracks={list(tracks)}: of real faces, only {OPEN!r} can be measured")
             self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
+            if tracks:
+                self.openings = _measure_openings(self.stored, size, tracks[OPEN])
             return
         if cache is None:
             raise UserError("data.train.cache: set a folder for the decoded frames of recordings")
@@ -142,7 +149,8 @@ class FramePairs:
             if len(starts) < 3:  # preparation rejects such a clip
                 raise UserError(f"{self.stored.source}: a clip has fewer than 2 images: prepare it again")
             chosen = torch.randperm(len(starts) - 1, generator=generator)[:2].tolist()
-            return {"frames": torch.from_numpy(unpack_portraits(packed, starts, self.size, chosen))}
+            item = {"frames": torch.from_numpy(unpack_portraits(packed, starts, self.size, chosen))}
+            return item if self.openings is None else item | {"tracks": self.openings[index][chosen]}
         chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
         item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
@@ -207,12 +215,13 @@ class RealAndDrawn:
             views: (2, S, S, 3) uint8, the same frames with other colours, from which motion is encoded.
             weights: (S, S), loss weight of each pixel.
             drawn: whether it is a cartoon face, for which views equal frames.
+            tracks: (2, L), movements, NaN where unknown.
         """
         pairs, index = self.items[index]
-        frames = pairs.load(index, generator)["frames"]
+        item = {"tracks": UNKNOWN, "drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
+        frames = item["frames"]
         if pairs is self.drawn:
-            weights = torch.from_numpy(self.weights)
-            return {"frames": frames, "views": frames, "weights": weights, "drawn": torch.tensor(True)}
+            return item | {"views": frames, "weights": torch.from_numpy(self.weights)}
         seed = int(torch.randint(2**31, (), generator=generator))
         rng = np.random.default_rng(seed)
         moved, grid = self.augment.frame(frames.numpy(), self.size, rng)
@@ -221,11 +230,10 @@ class RealAndDrawn:
         if self.moving:
             weights = weights * (1 + self.moving * relative_change(moved))
             weights = weights / weights.mean()
-        return {
+        return item | {
             "frames": torch.from_numpy(self.augment.recolour(moved, rng)),
             "views": torch.from_numpy(self.augment.recolour(moved, rng)),
             "weights": torch.from_numpy(weights),
-            "drawn": torch.tensor(False),
         }
 
     collate = staticmethod(default_collate)
@@ -263,6 +271,20 @@ def _stored_portraits(root: str | Path, split: str, reading: Reading | None = No
     stored.check_contains("portraits")
     stored.require(*PORTRAITS)
     return stored
+
+
+def _measure_openings(stored: ShardSplit, size: int, factor: float) -> list[Tensor]:
+    """Return the mouth opening times `factor` in the images of each clip, (K, 1); NaN if dlib detects no face."""
+    measure = LipOpening()
+    openings = []
+    for index in progress_bar(range(len(stored)), len(stored), "clips"):
+        packed, starts = map(stored.read(index, PORTRAITS)[1].get, PORTRAITS)
+        try:
+            values = torch.from_numpy(measure(unpack_portraits(packed, starts, size))).float()
+        except UserError:
+            values = torch.full((len(starts) - 1,), torch.nan)
+        openings.append(factor * values[:, None])
+    return openings
 
 
 def _positions(total: int, count: int, shift: float) -> np.ndarray:

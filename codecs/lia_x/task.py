@@ -64,7 +64,7 @@ class LiaXTask(Task):
         growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
             None: all levels from the start.
         guide: `weight` of a loss that, until step `until`, regresses the first motion codes on the batch's "tracks"
-            (ground-truth movements of the corpus; the other codes are not supervised). None: no such loss.
+            (movements, NaN where unknown; the other codes are not supervised). None: no such loss.
         motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
@@ -192,7 +192,8 @@ class LiaXTask(Task):
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self.guide and self.step < self.guide["until"]:
             known = batch["tracks"].flatten(0, 1)
-            losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
+            error = torch.where(known.isnan(), 0, motion[:, : known.shape[1]].float() - known)
+            losses["guide"] = error.square().sum() / known.isfinite().sum().clamp(min=1)
             total = total + self.guide["weight"] * losses["guide"]
         if self.keep:
             earlier, known = batch["_kept"]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
 # Steps, in this order: prepare drawn train measure; without any, all of them. Each continues where it stopped.
+# Needs the extra `landmarks`, for the mouth opening in training and measurement.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
@@ -13,6 +14,18 @@ RUN="${RUN:-runs/lia_x_real}"
 # Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
 
 check_grid
+$PYTHON - <<'END'
+from scripts import environment  # noqa: F401
+from engine.errors import run_cli
+from engine.faces.landmarks import load_dlib
+
+
+def check() -> None:
+    load_dlib()
+
+
+run_cli(check)
+END
 
 prepare() {
     $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.speakers=$SPEAKERS" \

@@ -8,6 +8,7 @@ import torch
 
 from corpora.preparation.job import prepare
 from engine.config import load as load_config
+from engine.errors import UserError
 from engine.evaluation.validation import Share
 from engine.instantiate import build
 from engine.media.audio import read_audio, write_wav
@@ -68,6 +69,23 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
     clips = dict(held_out_frames(shards, "train", 4, 32, Share()))
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
+
+
+def test_mouth_openings_of_real_faces_belong_to_the_frames(shards, monkeypatch):
+    def measure(frames):
+        if clips.pop():
+            raise UserError("dlib detects no face in the first frame")
+        return frames.mean((1, 2, 3))
+
+    clips = [True, False]  # dlib detects no face in the second
+    monkeypatch.setattr("lia_x.data.LipOpening", lambda: measure)
+    pairs = FramePairs(shards, 32, tracks={"open": 0.1})
+    item = pairs.load(0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(item["tracks"], 0.1 * item["frames"].float().mean((1, 2, 3))[:, None])
+    assert item["tracks"][0] != item["tracks"][1]
+    assert pairs.load(1, torch.Generator().manual_seed(0))["tracks"].isnan().all()
+    with pytest.raises(UserError, match="only 'open' can be measured"):
+        FramePairs(shards, 32, tracks={"open": 1.0, "width": 1.0})
 
 
 def test_unreadable_recordings_are_skipped_and_counted(footage, tmp_path, capsys):
