@@ -34,7 +34,7 @@ from lia_x.losses import region_weights
 
 OPEN = "open"  # name of the track of mouth opening
 PORTRAITS = ("portraits", "portraits_at")  # tensors of a prepared clip, see `pack_portraits`
-UNKNOWN = torch.full((2, 1), torch.nan)
+UNKNOWN = torch.full((2, 1), torch.nan)  # mouth opening of a pair
 QUALITY = 95  # JPEG quality
 # maximum bytes and pixels of a stored image
 MAX_PICTURE = 2**24
@@ -191,6 +191,11 @@ class RealAndDrawn:
         augment: Mapping[str, float] | None = None,
     ):
         require_range("data.train.moving", moving, 0.0, 100.0)
+        if drawn.tracks is not None and drawn.tracks.shape[-1] != UNKNOWN.shape[-1]:
+            raise UserError(
+                f"data.train.drawn.tracks has {drawn.tracks.shape[-1]} movements: with real people, only {OPEN!r} can "
+                "be supervised"
+            )
         self.drawn = drawn
         self.people = people
         self.size = size

@@ -264,6 +264,9 @@ def test_real_faces_are_changed_and_drawn_ones_are_not(corpus, tmp_path, monkeyp
     torch.testing.assert_close(items[2], again, rtol=0, atol=0, equal_nan=True)
     assert all(item["weights"].mean() == pytest.approx(1, abs=1e-3) for item in items[:3])
     assert all(item["tracks"].isnan().all() for item in items)
+    guided = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"open": 2.0, "width": 1.0})
+    with pytest.raises(UserError, match="has 2 movements: with real people, only 'open' can be supervised"):
+        RealAndDrawn(guided, people, 32)
     assert data.collate(items)["views"].shape == (6, 2, 32, 32, 3)
 
 
