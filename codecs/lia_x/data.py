@@ -82,14 +82,13 @@ class FramePairs:
         size: S.
         frames: K, at least 2. Not used for shards.
         cache: folder for the decoded frames. Not used for shards.
-        tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors. For
-            shards only `open`, the mouth opening by dlib's landmarks in units of the distance between the eyes (extra
-            `landmarks`), which is measured once at the start. NaN for clips in which dlib detects no face.
+        tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors.
+            Shards support only `open`, the mouth opening in units of the distance between the eyes. It is measured with
+            dlib's landmarks at the start (extra `landmarks`), and NaN for clips in which dlib detects no face.
         shards: fields of `engine.shards.reader.Reading`.
     """
 
     blocks: Blocks | None = None
-    openings: list[Tensor] | None = None  # per clip (K, 1), of shards
 
     def __init__(
         self,
@@ -105,14 +104,14 @@ class FramePairs:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
         self.size = size
         self.stored = None
-        self.tracks = None
+        self.tracks: Tensor | list[Tensor] | None = None  # (K, L) of each clip
         if is_prepared(root, split):
             if tracks and set(tracks) != {OPEN}:
                 raise UserError(f"data.train.tracks={list(tracks)}: of real faces, only {OPEN!r} can be measured")
             self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
             if tracks:
-                self.openings = _measure_openings(self.stored, size, tracks[OPEN])
+                self.tracks = _measure_openings(self.stored, size, tracks[OPEN])
             return
         if cache is None:
             raise UserError("data.train.cache: set a folder for the decoded frames of recordings")
@@ -149,11 +148,12 @@ class FramePairs:
             if len(starts) < 3:  # preparation rejects such a clip
                 raise UserError(f"{self.stored.source}: a clip has fewer than 2 images: prepare it again")
             chosen = torch.randperm(len(starts) - 1, generator=generator)[:2].tolist()
-            item = {"frames": torch.from_numpy(unpack_portraits(packed, starts, self.size, chosen))}
-            return item if self.openings is None else item | {"tracks": self.openings[index][chosen]}
-        chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
-        item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
-        return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
+            frames = unpack_portraits(packed, starts, self.size, chosen)
+        else:
+            chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
+            frames = np.stack([self.pictures[index, k] for k in chosen])
+        item = {"frames": torch.from_numpy(frames)}
+        return item if self.tracks is None else item | {"tracks": self.tracks[index][chosen]}
 
     collate = staticmethod(default_collate)  # {"frames": (B, 2, S, S, 3) bytes}, with tracks also {"tracks": (B, 2, L)}
 
@@ -191,10 +191,10 @@ class RealAndDrawn:
         augment: Mapping[str, float] | None = None,
     ):
         require_range("data.train.moving", moving, 0.0, 100.0)
-        if drawn.tracks is not None and drawn.tracks.shape[-1] != UNKNOWN.shape[-1]:
+        if drawn.tracks is not None and drawn.tracks[0].shape[-1] != UNKNOWN.shape[-1]:
             raise UserError(
-                f"data.train.drawn.tracks has {drawn.tracks.shape[-1]} movements: with real people, only {OPEN!r} can "
-                "be supervised"
+                f"data.train.drawn.tracks has {drawn.tracks[0].shape[-1]} movements: with real people, only {OPEN!r} "
+                "can be supervised"
             )
         self.drawn = drawn
         self.people = people
