@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Talk:
     Attributes:
         wave: (N,) float32 in [-1, 1] at 24 kHz. For a2v, the given audio.
         frames: (F, S, S, 3) uint8 at 25 frames per second; None if no face is generated (tts, v2a).
-        speech: (F, Ds) generated latents, without pauses between the parts of a long text.
+        speech: (F, Ds) generated latents, without pauses between the parts of a long text. Padding is silence.
         motion: (F, Dm) generated motion, not normalised. None if given or absent.
         stopped: True if the stop head ended it, False if it reached the limit or a given stream determined the length.
         remarks: one-line notes about inputs and result, which are shown with it.
@@ -345,7 +345,7 @@ class TalkerPipeline:
             if len(request.speech):
                 yield to_device(request.speech[None], self.system.device)
             for step in steps:
-                waiting.append(step.speech)
+                waiting.append(self._without_padding(prepared, step.speech))
                 if step.motion is not None:
                     new_motion.append(step.motion[0])
                 if step.motion is not None or prepared.mode.motion != "generated":
@@ -368,6 +368,7 @@ class TalkerPipeline:
         The parts of a long text are separated by pauses, during which the motion is interpolated.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
+        results = tuple(replace(each, speech=self._without_padding(prepared, each.speech)) for each in results)
         motions = join_motion(results)
         with stage("decoding"):
             wave = self.decode_speech(prepared, results) if prepared.wave is None else prepared.wave
@@ -379,6 +380,12 @@ class TalkerPipeline:
         if prepared.mode.open_ended and not stopped:
             remarks += (TRUNCATED,)
         return Talk(np.asarray(wave), frames, speech, motion, stopped, remarks, prepared.surroundings)
+
+    def _without_padding(self, prepared: PreparedJob, speech: Tensor | None) -> Tensor | None:
+        """Replace padding in generated latents (..., F, Ds) with silence, except in the official routines."""
+        if speech is None or prepared.job.compat != "paper":
+            return speech
+        return self.system.silence_padding(speech)
 
     def decode_speech(self, prepared: PreparedJob, results: Sequence[Result]) -> np.ndarray:
         """Decode the generated speech of a job (N,), with a pause between the parts of a long text.

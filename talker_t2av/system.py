@@ -30,6 +30,7 @@ from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_upstream
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_real"
+PADDING = 0.3  # RMS of speech latents; generated padding has 0.1 or less, speech and silence 0.6 or more
 CODECS: dict[str, dict[str, type[Codec]]] = {  # supported codecs of each stream, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
     "motion": {LiaX.kind: LiaX},
@@ -161,6 +162,24 @@ class TalkerSystem:
                 f"{codec.frame_rate:g}: use the codec of its release"
             )
         return codec
+
+    @cached_property
+    def silence(self) -> Tensor:
+        """Latent (Ds,) of silence."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.speech.encode(torch.zeros(1, 1, RATE))[0, FPS // 2]
+
+    def silence_padding(self, latents: Tensor) -> Tensor:
+        """Replace padding in generated speech latents (..., F, Ds) with silence.
+
+        In training, as in the official program, the last patch of a clip is filled with zeros, which are targets, too.
+        The model therefore generates zeros after the speech, and the codec, which never had such latents, decodes
+        them to noise.
+        """
+        padding = latents.square().mean(-1, keepdim=True) < PADDING**2
+        if not padding.any():
+            return latents
+        return torch.where(padding, to_device(self.silence, latents.device).to(latents.dtype), latents)
 
     @cached_property
     def motion(self) -> PortraitCodec:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchaudio.functional import highpass_biquad
 
 from corpora.preparation.speech_corpus import (
     LEAST_SECONDS,
@@ -50,6 +51,8 @@ WINDOW = RATE // 40
 BANDS = 40
 CEPSTRA = 13
 MARGIN = 0.15  # seconds of silence that are kept at both ends
+PAUSES = 0.15, 0.6  # the same for video, random: recordings that A2V receives have pauses, in which mouths move, too
+RUMBLE = 50.0  # Hz; GRID's recordings have noise below, in some clips louder than the speech
 QUIET = 35.0, 20.0  # dB under the loud parts: the most and the least that an end may have to count as silence
 WORST = 4.2  # mean distance of cepstra on the path; above it, text and recording differ
 LONGEST_FACTOR = 2.5  # recording over espeak-ng's speech, and the inverse; beyond it, they differ
@@ -153,6 +156,12 @@ def warp(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
     return place, float(total[-1, -1] / length)
 
 
+def without_rumble(wave: np.ndarray) -> np.ndarray:
+    """Remove what is below `RUMBLE` from a waveform (N,) at `RATE`: 25 dB at half of it, 6 dB at it, 1 dB at 85 Hz."""
+    once = highpass_biquad(torch.from_numpy(wave.copy()), RATE, RUMBLE)
+    return highpass_biquad(once, RATE, RUMBLE).numpy()
+
+
 def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
     """Trim the silent ends of a waveform (N,) except for `MARGIN`, and scale it to the level of the synthetic
     corpus's neutral speech.
@@ -201,14 +210,16 @@ def label(
     return best[1:] if best[0] < WORST else None
 
 
-def cut(wave: np.ndarray, phonemes: list[tuple[str, float, float]]) -> tuple[np.ndarray, list, float]:
-    """Trim a recording (N,) to its phonemes and `MARGIN` seconds on both sides, as noise may mask silent ends.
+def cut(
+    wave: np.ndarray, phonemes: list[tuple[str, float, float]], margin: float = MARGIN
+) -> tuple[np.ndarray, list, float]:
+    """Trim a recording (N,) to its phonemes and `margin` seconds on both sides, as noise may mask silent ends.
 
     Returns:
         The trimmed recording, its phonemes, and its start in seconds, which is the start of a video frame.
     """
-    first = int(max(0.0, phonemes[0][1] - MARGIN) * FPS) / FPS
-    speech = wave[round(first * RATE) : round((phonemes[-1][2] + MARGIN) * RATE)]
+    first = int(max(0.0, phonemes[0][1] - margin) * FPS) / FPS
+    speech = wave[round(first * RATE) : round((phonemes[-1][2] + margin) * RATE)]
     return speech, [(symbol, round(a - first, 4), round(b - first, 4)) for symbol, a, b in phonemes], first
 
 
@@ -223,12 +234,13 @@ def _rows(recordings: Sequence[Recording], folder: Path, pictures: bool, seed: i
     known: dict[str, list[str]] = {}  # by speaker, espeak-ng's voice that is nearest
     for recording in progress_bar(recordings, len(recordings), folder.name):
         speeds = draw_speeds(recording.others, rng)
-        made_from = repr((recording, speeds, pictures))
+        margin = round(float(rng.uniform(*PAUSES)), 2) if pictures else MARGIN
+        made_from = repr((recording, speeds, pictures and margin))
         path = folder / f"{recording.name}.json"
         made = json.loads(path.read_text()) if path.is_file() else {}
         if made.get("made_from") != made_from:
             voices = known.get(recording.speaker, VOICES)
-            voice, rows = _clips(recording, folder, speeds, pictures, synthesizer, voices)
+            voice, rows = _clips(recording, folder, speeds, margin, pictures, synthesizer, voices)
             made = {"made_from": made_from, "voice": voice, "rows": rows}
             write_text(path, json.dumps(made))
         if made["voice"]:
@@ -240,11 +252,12 @@ def _clips(
     recording: Recording,
     folder: Path,
     speeds: Sequence[float],
+    margin: float,
     pictures: bool,
     synthesizer: Synthesizer,
     voices: Sequence[str],
 ) -> tuple[str, list[dict]]:
-    """Write a recording at each of the speeds.
+    """Write a recording at each of the speeds, with `margin` seconds before and after the speech.
 
     Returns:
         The one of espeak-ng's `voices` that is nearest, and the rows. "" and no rows if the text is in doubt.
@@ -252,14 +265,19 @@ def _clips(
     wave = read_recording(recording)
     if len(wave) < LEAST_SECONDS * RATE or np.abs(wave).max() < SILENT:
         return "", []
-    wave, start = trim(wave)
-    labels = label(wave, recording.text, synthesizer, voices)
+    if not pictures:  # the sound of a video is kept, as it is the input of A2V
+        wave = without_rumble(wave)
+    speech, start = trim(wave)
+    labels = label(speech, recording.text, synthesizer, voices)
     if labels is None:
         return "", []
     voice, phonemes = labels
-    wave, phonemes, later = cut(wave, phonemes)
+    first = round(start * RATE)
+    gain = np.abs(speech).max() / np.abs(wave[first : first + len(speech)]).max()
+    phonemes = [(symbol, a + start, b + start) for symbol, a, b in phonemes]
+    wave, phonemes, start = cut(gain * wave, phonemes, margin)
     if pictures:
-        frames = _face(recording.path, round((start + later) * FPS), len(wave) // (RATE // FPS))
+        frames = _face(recording.path, round(start * FPS), len(wave) // (RATE // FPS))
         wave = wave[: len(frames) * (RATE // FPS)]
         write_video(folder / f"{recording.name}.mp4", frames, FPS)
     rows = []

@@ -33,7 +33,7 @@ corpora() {
             --synthetic-clips 1400 ${RECORDINGS:+--recordings "$RECORDINGS"}
     fi
     if [ ! -f "$FACES/corpus.json" ]; then
-        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$FACES" --grid "$GRID" --pictures 450 --synthetic "$DRAWN"
+        $PYTHON "$here/scripts/make_voice_corpus.py" --out "$FACES" --grid "$GRID" --pictures 1000 --synthetic "$DRAWN"
     fi
 }
 

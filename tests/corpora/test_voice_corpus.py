@@ -19,6 +19,7 @@ from corpora.preparation.speech_corpus import (
 )
 from corpora.preparation.voice_corpus import (
     MARGIN,
+    PAUSES,
     cut,
     grid_sentences,
     label,
@@ -118,6 +119,37 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
     expected = wave[first * RATE // FPS :][: len(sound)]
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
+
+
+def test_videos_have_pauses_of_other_lengths_than_speech_alone(tmp_path, spoken):
+    wave = spoken[1]
+    frames = np.zeros((len(wave) * FPS // RATE, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", frames, FPS, wave, RATE, lossless=True)
+    people = {"train": [Recording(f"a{number}", tmp_path / "a.mp4", "s1", TEXT) for number in range(6)]}
+    pauses = {}
+    for pictures in (False, True):
+        out = tmp_path / str(pictures)
+        write_voices(out, people, None, 0, {}, pictures)
+        rows = map(json.loads, (out / "train.jsonl").read_text().splitlines())
+        pauses[pictures] = [(row["phonemes"][0][1], row["seconds"] - row["phonemes"][-1][2]) for row in rows]
+    assert all(pause == pytest.approx(MARGIN, abs=0.04) for pair in pauses[False] for pause in pair)
+    before, after = np.transpose(pauses[True])
+    assert before.min() > PAUSES[0] - 0.04 and before.max() < PAUSES[1] + 0.04 and np.ptp(before) > 0.15
+    assert np.abs(before - after).max() < 0.08
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_rumble_is_removed_from_speech_but_not_from_the_sound_of_a_video(tmp_path, spoken, pictures):
+    """What a video's sound contains is in the input of A2V, too."""
+    times = np.arange(len(spoken[1])) / RATE
+    wave = 0.3 * spoken[1] + (0.1 * np.sin(2 * np.pi * 20 * times)).astype(np.float32)
+    frames = np.zeros((len(wave) * FPS // RATE, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", frames, FPS, wave, RATE, lossless=True)
+    write_voices(tmp_path / "out", {"train": [Recording("a", tmp_path / "a.mp4", "s1", TEXT)]}, None, 0, {}, pictures)
+    sound = read_audio(tmp_path / "out/train/a.wav", RATE)
+    power = np.abs(np.fft.rfft(sound, 4 * RATE)) ** 2
+    share = power[4 * 15 : 4 * 25].sum() / power.sum()
+    assert share > 0.3 if pictures else share < 0.01
 
 
 def test_an_interrupted_corpus_with_texts_is_continued(tmp_path, spoken):

@@ -98,6 +98,28 @@ def test_streamed_chunks_add_up_to_the_offline_result(pipeline, mode):
     assert_streamed(pipeline, job, pipeline(job))
 
 
+def test_generated_padding_is_silent(pipeline, monkeypatch):
+    """Training fills the last patch of a clip with zeros; the official program also decodes them."""
+    step = BatchedDecoder._step
+
+    def padded(*arguments, **more):
+        state, patches, token, stop = step(*arguments, **more)
+        patches["speech"][:, -1] = 0.02  # of several frames
+        return state, patches, token, stop
+
+    monkeypatch.setattr(BatchedDecoder, "_step", padded)
+    monkeypatch.setattr(pipeline, "_idle", {})
+    for mode in ("tts", "v2a"):
+        job = jobs_of(pipeline)[mode]
+        size = pipeline.system.model.config.patch_size
+        talk = pipeline(job)
+        assert torch.equal(talk.speech[size - 1 :: size], pipeline.system.silence.expand(len(talk.speech) // size, -1))
+        assert (talk.speech[0] != pipeline.system.silence).all()
+        assert_streamed(pipeline, job, talk)
+    official = pipeline(replace(jobs_of(pipeline)["tts"], compat="official", prefix_seconds=0.33))
+    assert (official.speech[size - 1 :: size] == 0.02).all()
+
+
 def test_a_job_may_run_while_a_stream_waits(pipeline):
     """Each has its own decoder."""
     job = jobs_of(pipeline)["tts"]
