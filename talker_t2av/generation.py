@@ -8,8 +8,9 @@ prefix, which the decoder continues. Position j of the sequence contains speech 
 in training.
 
 In training, the hidden state after the token of the last patch is labelled as stop, and the two states before it are
-unlabelled. By default, the first positive stop prediction therefore ends a row. The official routines wait for three
-consecutive ones (`StoppingRules`, talker_t2av/official.py).
+unlabelled. By default, the first positive stop prediction therefore ends a row, and so does a patch whose last frame
+is padding, as only the last patch is padded. The official routines wait for three consecutive positive predictions
+(`StoppingRules`, talker_t2av/official.py).
 
 The KV cache is allocated once, for a fixed number of rows and a length that is a multiple of `BUCKET`, and reused for
 later requests. It grows if a request needs more tokens, up to the backbone's maximum position. Rows are contiguous:
@@ -41,6 +42,7 @@ from talker_t2av.prompt import known_tokens, seeded_noise, step_limit
 from talker_t2av.request import ORDERS, Mode, Request, Sampling, Stream, tokens_per_patch
 
 BUCKET = 64  # the cache length in tokens is a multiple of it
+PADDING = 0.3  # RMS of speech latents; generated padding has 0.1 or less, speech and silence 0.6 or more
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Plan:
         known: (B, N, n, D) part of the tokens that does not depend on generated frames.
         noise: (B, N, C, P).
         condition: (B, G) speaker embedding, or first frame of the motion.
-        first_test, stop_hits: (B,) see `StoppingRules`.
+        first_test, stop_hits, padding_ends: (B,) see `StoppingRules`.
     """
 
     known: Tensor
@@ -131,6 +133,7 @@ class Plan:
     condition: dict[Stream, Tensor]
     first_test: Tensor
     stop_hits: Tensor
+    padding_ends: Tensor
 
 
 class BatchedDecoder:
@@ -262,6 +265,7 @@ class BatchedDecoder:
             (self.state.end, limit),
             (self.plan.first_test, first_test),
             (self.plan.stop_hits, request.rules.stop_hits),
+            (self.plan.padding_ends, request.rules.padding_ends),
         ):
             tensor[slot].fill_(number)  # `tensor[slot] = number` would synchronise, as it copies from the host
         self.active.append(row)
@@ -436,6 +440,8 @@ class BatchedDecoder:
             stop = self.model.head_stop(hidden).sigmoid()
             hits = torch.where((stop >= 0.5) & (index >= plan.first_test), hits + 1, 0)
             end = torch.where(hits >= plan.stop_hits, torch.minimum(end, index), end)
+            padded = is_padding(patches["speech"][:, -1]) & plan.padding_ends & (index >= plan.first_test)
+            end = torch.where(padded, torch.minimum(end, index + self.delay), end)
         return State(hidden, context, index, state.length + len(self.turns), hits, end), patches, token, stop
 
     def _allocate(self, tokens: int) -> None:
@@ -453,12 +459,13 @@ class BatchedDecoder:
 
         with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
             index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))
+            padding_ends = zeros(dtype=torch.bool)
             context = {s: zeros(c.context * size, channels[s]) for s in self.streams}
             state = State(zeros(self.model.width), context, index, total, hits, end)
             noise = {s: zeros(length, channels[s], size) for s in self.streams}
             condition = {s: zeros(conditions[s]) for s in self.streams}
             known = zeros(length, self.per_patch, self.model.width)
-            plan = Plan(known, noise, condition, first_test, stop_hits)
+            plan = Plan(known, noise, condition, first_test, stop_hits, padding_ends)
             shape = llm.num_hidden_layers, 2, llm.num_key_value_heads, length, llm.head_dim
             cache = zeros(*shape, dtype=self.model.dtype)
         for old, new in zip(before, tensors_of((state, plan, cache))):
@@ -469,6 +476,11 @@ class BatchedDecoder:
         self.cache = cache
         self.length = length
         self.run_step.graphs.clear()  # they refer to the former tensors
+
+
+def is_padding(latents: Tensor) -> Tensor:
+    """Return which generated speech latents (..., Ds) are padding: (...)."""
+    return latents.square().mean(-1) < PADDING**2
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -28,7 +29,8 @@ from talker_t2av.request import Request, StoppingRules
 from talker_t2av.system import MotionStats
 
 STOP_HITS = 3  # consecutive positive stop predictions that end a row
-MOTION_RULES = StoppingRules(STOP_HITS, first_test=7, motion_waits=True, trim=False)  # of both routines with motion
+SPEECH_RULES = StoppingRules(STOP_HITS, padding_ends=False)
+MOTION_RULES = replace(SPEECH_RULES, first_test=7, motion_waits=True, trim=False)  # of both routines with motion
 SPEECH_FIRST_TEST = 25  # frames before the first stop test of `generate_speech`
 # Patches by which the result may exceed the reference.
 EXTRA_SPEECH_PATCHES = 25
@@ -80,7 +82,7 @@ def library_method(
         prefix,
         max_patches=-(-reference // size) - prefix + extra,
         prefix_has_motion=not has_motion,
-        rules=MOTION_RULES if has_motion else StoppingRules(STOP_HITS, SPEECH_FIRST_TEST // size),
+        rules=MOTION_RULES if has_motion else replace(SPEECH_RULES, first_test=SPEECH_FIRST_TEST // size),
     )
 
 

@@ -92,12 +92,15 @@ class StoppingRules:
         first_test: first step in which the stop head is evaluated.
         motion_waits: before step `delay`, tokens have no motion part, instead of zero frames or those of the prefix.
         trim: speech is trimmed to the length of the motion, which is delayed by `delay` patches.
+        padding_ends: a patch whose last frame is padding ends the row, as in training, where only the last patch of a
+            clip is padded, with zeros.
     """
 
     stop_hits: int = 1
     first_test: int = 1
     motion_waits: bool = False
     trim: bool = True
+    padding_ends: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from engine.hub import CHECKOUT, release_folder
 from engine.progress import stage
 from engine.release import find_codec
 from lia_x.codec import LiaX
+from talker_t2av.generation import is_padding
 from talker_t2av.model import FPS, RATE, TalkerT2AV
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import ASSETS
@@ -30,7 +31,6 @@ from talker_t2av.upstream import MOTION_MEAN, MOTION_STD, find_upstream
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = ASSETS / "talker_t2av_real"
-PADDING = 0.3  # RMS of speech latents; generated padding has 0.1 or less, speech and silence 0.6 or more
 CODECS: dict[str, dict[str, type[Codec]]] = {  # supported codecs of each stream, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
     "motion": {LiaX.kind: LiaX},
@@ -176,10 +176,10 @@ class TalkerSystem:
         The model therefore generates zeros after the speech, and the codec, which never had such latents, decodes
         them to noise.
         """
-        padding = latents.square().mean(-1, keepdim=True) < PADDING**2
+        padding = is_padding(latents)
         if not padding.any():
             return latents
-        return torch.where(padding, to_device(self.silence, latents.device).to(latents.dtype), latents)
+        return torch.where(padding[..., None], to_device(self.silence, latents.device).to(latents.dtype), latents)
 
     @cached_property
     def motion(self) -> PortraitCodec:

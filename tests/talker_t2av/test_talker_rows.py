@@ -3,6 +3,8 @@
 Axes: B rows, S steps.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from talker_fixtures import assert_close, generate, request, tiny_model
@@ -123,3 +125,29 @@ def test_a_step_compiles_to_a_full_graph():
     for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), decoder.generate(asked)):
         assert_close(a, b, 1e-5)
     assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.parametrize(("mode", "delay"), [("tts", 0), ("t2av", 0), ("t2av", 2)])
+def test_a_patch_that_ends_in_padding_ends_the_row(monkeypatch, mode, delay):
+    """In training, only the last patch of a clip is padded."""
+    model = tiny_model(delay)
+    monkeypatch.setattr(model.head_stop, "forward", lambda hidden: torch.full((len(hidden),), -9.0))
+    sample = model.speech_cfm.sample
+    calls = []
+
+    def third_is_padded(*arguments, **more):
+        patch = sample(*arguments, **more) + 1.0
+        calls.append(0)
+        patch[..., -1] *= len(calls) != 3
+        return patch
+
+    monkeypatch.setattr(model.speech_cfm, "sample", third_is_padded)
+    size = model.config.patch_size
+    asked = request(5, 1, max_patches=8)
+    (result,) = generate(model, [asked], MODES[mode], SAMPLING)
+    assert len(result.speech) == 3 * size and result.stopped
+    assert result.motion is None or len(result.motion) == 3 * size
+    for other in (replace(asked, rules=StoppingRules(padding_ends=False)), replace(asked, min_patches=4)):
+        calls.clear()
+        (result,) = generate(model, [other], MODES[mode], SAMPLING)
+        assert len(result.speech) == 8 * size and not result.stopped
