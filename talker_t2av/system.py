@@ -167,7 +167,7 @@ class TalkerSystem:
     def silence(self) -> Tensor:
         """Latent (Ds,) of silence."""
         with torch.inference_mode(False), torch.no_grad():
-            return self.speech.encode(torch.zeros(1, 1, RATE))[0, FPS // 2]
+            return self.speech.encode(torch.zeros(1, 1, RATE, device=self.device))[0, FPS // 2]
 
     def silence_padding(self, latents: Tensor) -> Tensor:
         """Replace padding in generated speech latents (..., F, Ds) with silence.
@@ -176,10 +176,8 @@ class TalkerSystem:
         The model therefore generates zeros after the speech, and the codec, which never had such latents, decodes
         them to noise.
         """
-        padding = is_padding(latents)
-        if not padding.any():
-            return latents
-        return torch.where(padding[..., None], to_device(self.silence, latents.device).to(latents.dtype), latents)
+        padding = is_padding(latents)[..., None]  # a test whether there is any would synchronise
+        return torch.where(padding, self.silence.to(latents.dtype), latents)
 
     @cached_property
     def motion(self) -> PortraitCodec:
