@@ -66,7 +66,7 @@ class Result:
     """New frames of one row, without the prefix: speech (F, Ds), and normalised motion (F, Dm), or None.
 
     Attributes:
-        stopped: whether the stop head ended it, instead of the limit.
+        stopped: whether the stop head or padding ended it, instead of the limit.
     """
 
     speech: Tensor | None

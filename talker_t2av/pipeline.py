@@ -61,7 +61,8 @@ class Talk:
         frames: (F, S, S, 3) uint8 at 25 frames per second; None if no face is generated (tts, v2a).
         speech: (F, Ds) generated latents, without pauses between the parts of a long text. Padding is silence.
         motion: (F, Dm) generated motion, not normalised. None if given or absent.
-        stopped: True if the stop head ended it, False if it reached the limit or a given stream determined the length.
+        stopped: True if the stop head or padding ended it, False if it reached the limit or a given stream determined
+            the length.
         remarks: one-line notes about inputs and result, which are shown with it.
         surroundings: image into which the face is pasted when saved. None: only the face is saved.
     """
@@ -383,7 +384,7 @@ class TalkerPipeline:
 
     def _without_padding(self, prepared: PreparedJob, speech: Tensor | None) -> Tensor | None:
         """Replace padding in generated latents (..., F, Ds) with silence, except in the official routines."""
-        if speech is None or prepared.job.compat != "paper":
+        if speech is None or not prepared.requests[0].rules.padding_ends:
             return speech
         return self.system.silence_padding(speech)
 

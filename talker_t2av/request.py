@@ -89,11 +89,11 @@ class StoppingRules:
     Attributes:
         stop_hits: number of consecutive positive stop predictions that end a row. Patches generated between the first
             and the last are kept.
-        first_test: first step in which the stop head is evaluated.
+        first_test: first step in which the stop head and padding can end the row.
         motion_waits: before step `delay`, tokens have no motion part, instead of zero frames or those of the prefix.
         trim: speech is trimmed to the length of the motion, which is delayed by `delay` patches.
-        padding_ends: a patch whose last frame is padding ends the row, as in training, where only the last patch of a
-            clip is padded, with zeros.
+        padding_ends: a patch whose last frame is padding ends the row, as only the last patch of a training clip is
+            padded, and padding is replaced with silence.
     """
 
     stop_hits: int = 1

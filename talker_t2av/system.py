@@ -166,7 +166,7 @@ class TalkerSystem:
     @cached_property
     def silence(self) -> Tensor:
         """Latent (Ds,) of silence."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             return self.speech.encode(torch.zeros(1, 1, RATE, device=self.device))[0, FPS // 2]
 
     def silence_padding(self, latents: Tensor) -> Tensor:
