@@ -23,7 +23,7 @@ from engine.errors import SkippedClips, UserError
 from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
-from engine.metrics.lips import LipOpening
+from engine.metrics.lips import LipOpening, eye_closure, mouth_opening
 from engine.progress import progress_bar
 from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
@@ -32,9 +32,8 @@ from engine.shards.source import join
 from lia_x.augment import Augment
 from lia_x.losses import region_weights
 
-OPEN = "open"  # name of the track of mouth opening
+MEASURES = {"open": mouth_opening, "blink": eye_closure}  # tracks that can be measured in images of real faces
 PORTRAITS = ("portraits", "portraits_at")  # tensors of a prepared clip, see `pack_portraits`
-UNKNOWN = torch.full((2, 1), torch.nan)  # mouth opening of a pair
 QUALITY = 95  # JPEG quality
 # maximum bytes and pixels of a stored image
 MAX_PICTURE = 2**24
@@ -83,8 +82,9 @@ class FramePairs:
         frames: K, at least 2. Not used for shards.
         cache: folder for the decoded frames. Not used for shards.
         tracks: ground-truth movements of the manifest's `mouth` or `pose`, one number per frame, and their factors.
-            Shards support only `open`, the mouth opening in units of the distance between the eyes. It is measured with
-            dlib's landmarks at the start (extra `landmarks`), and NaN for clips in which dlib detects no face.
+            Shards support `open`, the mouth opening in units of the distance between the eyes, and `blink`, from 0 to 1
+            for closed eyes. They are measured with dlib's landmarks at the start (extra `landmarks`), and NaN for clips
+            in which dlib detects no face.
         shards: fields of `engine.shards.reader.Reading`.
     """
 
@@ -106,12 +106,14 @@ class FramePairs:
         self.stored = None
         self.tracks: Tensor | list[Tensor] | None = None  # (K, L) of each clip
         if is_prepared(root, split):
-            if tracks and set(tracks) != {OPEN}:
-                raise UserError(f"data.train.tracks={list(tracks)}: of real faces, only {OPEN!r} can be measured")
+            if tracks and not set(tracks) <= set(MEASURES):
+                raise UserError(
+                    f"data.train.tracks={list(tracks)}: of real faces, only {list(MEASURES)} can be measured"
+                )
             self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
             if tracks:
-                self.tracks = _measure_openings(self.stored, size, tracks[OPEN])
+                self.tracks = _measure(self.stored, size, tracks)
             return
         if cache is None:
             raise UserError("data.train.cache: set a folder for the decoded frames of recordings")
@@ -191,11 +193,12 @@ class RealAndDrawn:
         augment: Mapping[str, float] | None = None,
     ):
         require_range("data.train.moving", moving, 0.0, 100.0)
-        if drawn.tracks is not None and drawn.tracks[0].shape[-1] != UNKNOWN.shape[-1]:
+        known = [pairs.tracks[0].shape[-1] for pairs in (drawn, people) if pairs.tracks is not None]
+        if len(set(known)) > 1:
             raise UserError(
-                f"data.train.drawn.tracks has {drawn.tracks[0].shape[-1]} movements: with real people, only {OPEN!r} "
-                "can be supervised"
+                f"data.train.drawn.tracks has {known[0]} movements, data.train.people.tracks {known[1]}: name the same"
             )
+        self.unknown = torch.full((2, known[0] if known else 1), torch.nan)
         self.drawn = drawn
         self.people = people
         self.size = size
@@ -223,7 +226,7 @@ class RealAndDrawn:
             tracks: (2, L), movements, NaN where unknown.
         """
         pairs, index = self.items[index]
-        item = {"tracks": UNKNOWN, "drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
+        item = {"tracks": self.unknown, "drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
         frames = item["frames"]
         if pairs is self.drawn:
             return item | {"views": frames, "weights": torch.from_numpy(self.weights)}
@@ -278,18 +281,19 @@ def _stored_portraits(root: str | Path, split: str, reading: Reading | None = No
     return stored
 
 
-def _measure_openings(stored: ShardSplit, size: int, factor: float) -> list[Tensor]:
-    """Return the mouth opening times `factor` in the images of each clip, (K, 1); NaN if dlib detects no face."""
-    measure = LipOpening()
-    openings = []
+def _measure(stored: ShardSplit, size: int, factors: Mapping[str, float]) -> list[Tensor]:
+    """Return the movements in the images of each clip times their factors, (K, L); NaN if dlib detects no face."""
+    find = LipOpening().landmarks
+    tracks = []
     for index in progress_bar(range(len(stored)), len(stored), "clips"):
         packed, starts = map(stored.read(index, PORTRAITS)[1].get, PORTRAITS)
         try:
-            values = torch.from_numpy(measure(unpack_portraits(packed, starts, size))).float()
+            points = find(unpack_portraits(packed, starts, size))
+            values = np.stack([factor * MEASURES[name](points) for name, factor in factors.items()], 1)
         except UserError:
-            values = torch.full((len(starts) - 1,), torch.nan)
-        openings.append(factor * values[:, None])
-    return openings
+            values = np.full((len(starts) - 1, len(factors)), np.nan)
+        tracks.append(torch.from_numpy(values).float())
+    return tracks
 
 
 def _positions(total: int, count: int, shift: float) -> np.ndarray:

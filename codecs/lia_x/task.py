@@ -63,8 +63,9 @@ class LiaXTask(Task):
         regions: image regions with larger weights in L1 and structural losses; see `region_weights`.
         growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
             None: all levels from the start.
-        guide: `weight` of a loss that, until step `until`, regresses the first motion codes on the batch's "tracks"
-            (movements, NaN where unknown; the other codes are not supervised). None: no such loss.
+        guide: `weight` of a loss that, until step `until`, regresses motion codes on the batch's "tracks" (movements,
+            NaN where unknown; other codes are not supervised), and with `codes` the indices of these codes, otherwise
+            the first ones. None: no such loss.
         motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
@@ -86,7 +87,7 @@ class LiaXTask(Task):
         pyramid: int = 4,
         regions: Sequence[Mapping[str, float]] = (),
         growth: Mapping[str, int] | None = None,
-        guide: Mapping[str, float] | None = None,
+        guide: Mapping[str, Any] | None = None,
         motion_noise: float = 0.0,
         init: str | None = None,
         decoder_only: bool = False,
@@ -121,6 +122,8 @@ class LiaXTask(Task):
         self.motion_noise = motion_noise
         self.growth = growth
         self.guide = guide
+        for code in (guide or {}).get("codes") or ():
+            require_range("task.guide.codes", code, 0, self.codec.config.motion_dim - 1)
         self.validation = validation
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
         self.discriminator = self.perceptual = None
@@ -192,7 +195,12 @@ class LiaXTask(Task):
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self.guide and self.step < self.guide["until"]:
             known = batch["tracks"].flatten(0, 1)
-            error = torch.where(known.isnan(), 0, motion[:, : known.shape[1]].float() - known)
+            codes = self.guide.get("codes") or range(known.shape[1])
+            if len(codes) != known.shape[1]:
+                raise UserError(f"task.guide.codes={list(codes)}: the data has {known.shape[1]} movements")
+            # stack, as an index tensor would be copied to the device in each step
+            guided = torch.stack([motion[:, code].float() for code in codes], 1)
+            error = torch.where(known.isnan(), 0, guided - known)
             losses["guide"] = error.square().sum() / known.isfinite().sum().clamp(min=1)
             total = total + self.guide["weight"] * losses["guide"]
         if self.keep:

@@ -1,6 +1,7 @@
 """The three codecs train from prepared shards, and leave out what cannot be used."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,20 +72,23 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
 
 
-def test_mouth_openings_of_real_faces_belong_to_the_frames(shards, monkeypatch):
-    def measure(frames):
+def test_movements_of_real_faces_belong_to_the_frames(shards, monkeypatch):
+    def landmarks(frames):
         if clips.pop():
             raise UserError("dlib detects no face in the first frame")
-        return frames.mean((1, 2, 3))
+        return frames
 
     clips = [True, False]  # dlib detects no face in the second
-    monkeypatch.setattr("lia_x.data.LipOpening", lambda: measure)
-    pairs = FramePairs(shards, 32, tracks={"open": 0.1})
+    monkeypatch.setattr("lia_x.data.LipOpening", lambda: SimpleNamespace(landmarks=landmarks))
+    measures = {"open": lambda frames: frames.mean((1, 2, 3)), "blink": lambda frames: frames[:, 0, 0, 0]}
+    monkeypatch.setattr("lia_x.data.MEASURES", measures)
+    pairs = FramePairs(shards, 32, tracks={"open": 0.1, "blink": 2.0})
     item = pairs.load(0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(item["tracks"], 0.1 * item["frames"].float().mean((1, 2, 3))[:, None])
-    assert item["tracks"][0] != item["tracks"][1]
+    frames = item["frames"].float()
+    torch.testing.assert_close(item["tracks"], torch.stack([0.1 * frames.mean((1, 2, 3)), 2 * frames[:, 0, 0, 0]], 1))
+    assert item["tracks"][0, 0] != item["tracks"][1, 0]
     assert pairs.load(1, torch.Generator().manual_seed(0))["tracks"].isnan().all()
-    with pytest.raises(UserError, match="only 'open' can be measured"):
+    with pytest.raises(UserError, match=r"only \['open', 'blink'\] can be measured"):
         FramePairs(shards, 32, tracks={"open": 1.0, "width": 1.0})
 
 

@@ -22,7 +22,7 @@ from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
 from engine.faces.track import add_landmarks, track_of_boxes
 from engine.media.video import write_video
-from engine.metrics.lips import LipOpening
+from engine.metrics.lips import LipOpening, eye_closure
 from hicodit.conditions.align import mouth_poses
 
 SHAPE = np.stack([np.arange(68) % 9 - 4.0, np.arange(68) // 9 - 3.0], 1)  # of 68 landmarks round their middle
@@ -97,6 +97,15 @@ def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
     openings = [LipOpening()(frames) for frames in (small, large)]
     assert fake_dlib.sizes == [(256, 341)] * 3 + [(360, 480)] * 3  # the face in one frame, the lips in both
     assert np.allclose(openings, openings[0][0])
+
+
+def test_eyes_are_closed_relative_to_how_they_usually_are_in_the_clip():
+    points = np.zeros((5, 68, 2))
+    outline = np.array([[0, 0], [1, 0.5], [2, 0.5], [3, 0], [2, -0.5], [1, -0.5]])
+    for frame, height in zip(points, (1, 1, 1.2, 0.675, 0.3)):
+        for eye, scale in ((36, 1.0), (42, 3.0)):  # the larger eye counts as much
+            frame[eye : eye + 6] = scale * outline * (1, height)
+    assert eye_closure(points) == pytest.approx([0, 0, 0, 0.5, 1])
 
 
 def test_reenactment_is_measured_with_dlibs_networks(fake_dlib, tmp_path):

@@ -129,6 +129,17 @@ def test_unknown_movements_are_not_supervised():
     assert task(unknown, "generator")["guide"] == 0
 
 
+def test_the_codes_that_movements_supervise_can_be_chosen():
+    task = make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": [0, 3]})
+    moved = batch() | {"tracks": torch.zeros(2, 2, 2)}
+    losses = task(moved, "generator")
+    assert losses["guide"] == pytest.approx(moved["_run"][3][:, [0, 3]].square().mean().item())
+    with pytest.raises(UserError, match=r"task\.guide\.codes=\[0, 3\]: the data has 3 movements"):
+        task(batch() | {"tracks": torch.zeros(2, 2, 3)}, "generator")
+    with pytest.raises(UserError, match="task.guide.codes=4"):
+        make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": [4]})
+
+
 def test_a_start_from_a_release_keeps_all_levels(tmp_path):
     write_release(make_task(weights=PLAIN), tmp_path / "release")
     task = make_task(weights=PLAIN, init=str(tmp_path / "release"), growth={"levels": 1, "until": 9})
@@ -265,7 +276,9 @@ def test_real_faces_are_changed_and_drawn_ones_are_not(corpus, tmp_path, monkeyp
     assert all(item["weights"].mean() == pytest.approx(1, abs=1e-3) for item in items[:3])
     assert all(item["tracks"].isnan().all() for item in items)
     guided = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"open": 2.0, "width": 1.0})
-    with pytest.raises(UserError, match="has 2 movements: with real people, only 'open' can be supervised"):
+    assert RealAndDrawn(guided, people, 32).load(2)["tracks"].shape == (2, 2)
+    people.tracks = torch.zeros(2, 5, 1)
+    with pytest.raises(UserError, match=r"drawn\.tracks has 2 movements, data\.train\.people\.tracks 1: name the same"):
         RealAndDrawn(guided, people, 32)
     assert data.collate(items)["views"].shape == (6, 2, 32, 32, 3)
 
