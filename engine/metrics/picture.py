@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device import to_device
 from engine.media.pictures import fit_frames
 from engine.media.video import read_video
 from engine.metrics.metric import FPS, Figure, Metric, Take
@@ -33,29 +32,27 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
-def _gaussian(size: int) -> Tensor:
-    """Return a 1-D blur as a matrix (size - 10, size), which is faster on a CPU than a single-channel convolution."""
-    assert size >= WINDOW, f"SSIM needs at least {WINDOW} pixels, not {size}"
-    taps = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2).double() / (2 * SIGMA**2))
-    rows = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
-    for k, tap in enumerate(taps / taps.sum()):
-        rows.diagonal(k).fill_(tap)
-    return rows
+def _blur(x: Tensor) -> Tensor:
+    """Blur images (..., H, W) by SSIM's Gaussian window: (..., H - 10, W - 10).
+
+    Variances are small differences of blurred images. Products and sums of elements keep full precision; matrix
+    products and convolutions would be computed in bfloat16 under autocast, and in TF32 on a GPU.
+    """
+    taps = [math.exp(-((k - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for k in range(WINDOW)]
+    for dim in (-2, -1):
+        size = x.shape[dim] - WINDOW + 1
+        assert size > 0, f"SSIM needs at least {WINDOW} pixels, not {x.shape[dim]}"
+        x = sum(tap / sum(taps) * x.narrow(dim, k, size) for k, tap in enumerate(taps))
+    return x
 
 
 def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """Compute the local structural similarity (Wang et al., 2004) of images (B, C, H, W): (B, C, H - 10, W - 10).
 
     Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding. `span` is the range of
-    the values. Computed in the precision of the images, also under autocast.
+    the values. Computed in the precision of the images.
     """
-    batch, channels, height, width = a.shape
-    stacked = torch.cat([a, b, a * a, b * b, a * b])
-    rows = to_device(_gaussian(height).to(a.dtype), a.device)
-    columns = to_device(_gaussian(width).to(a.dtype), a.device)
-    with torch.autocast(a.device.type, enabled=False):  # variances are small differences of these products
-        blurred = rows @ stacked @ columns.T
-    mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
+    mean_a, mean_b, aa, bb, ab = _blur(torch.stack([a, b, a * a, b * b, a * b]))
     c1 = (0.01 * span) ** 2
     c2 = (0.03 * span) ** 2
     spread = aa - mean_a**2 + bb - mean_b**2

@@ -200,7 +200,7 @@ def test_regions_have_a_larger_weight_in_the_losses():
     assert structural(noise, noise.flip(-1), weights) > 0.5
     flat = 0.9 + 0.01 * noise  # small differences of large values, which bfloat16 does not hold
     exact = structural(flat, flat.flip(-1), weights)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):  # which changes all operations that can use TF32 on a GPU
         assert structural(flat, flat.flip(-1), weights) == exact
 
 
