@@ -136,7 +136,7 @@ def test_the_codes_that_movements_supervise_can_be_chosen():
     assert losses["guide"] == pytest.approx(moved["_run"][3][:, [0, 3]].square().mean().item())
     with pytest.raises(UserError, match=r"task\.guide\.codes=\[0, 3\]: the data has 3 movements"):
         task(batch() | {"tracks": torch.zeros(2, 2, 3)}, "generator")
-    with pytest.raises(UserError, match="task.guide.codes=4"):
+    with pytest.raises(UserError, match=r"task\.guide\.codes=4"):
         make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": [4]})
 
 
