@@ -104,6 +104,7 @@ class FramePairs:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
         self.size = size
         self.stored = None
+        self.movements = list(tracks or ())  # names, (L,)
         self.tracks: Tensor | list[Tensor] | None = None  # (K, L) of each clip
         if is_prepared(root, split):
             if tracks and not set(tracks) <= set(MEASURES):
@@ -193,12 +194,13 @@ class RealAndDrawn:
         augment: Mapping[str, float] | None = None,
     ):
         require_range("data.train.moving", moving, 0.0, 100.0)
-        known = [pairs.tracks[0].shape[-1] for pairs in (drawn, people) if pairs.tracks is not None]
-        if len(set(known)) > 1:
+        if drawn.movements and people.movements and drawn.movements != people.movements:
             raise UserError(
-                f"data.train.drawn.tracks has {known[0]} movements, data.train.people.tracks {known[1]}: name the same"
+                f"data.train.drawn.tracks={drawn.movements} and data.train.people.tracks={people.movements}: set the "
+                "same movements in the same order"
             )
-        self.unknown = torch.full((2, known[0] if known else 1), torch.nan)
+        movements = drawn.movements or people.movements
+        self.unknown = {"tracks": torch.full((2, len(movements)), torch.nan)} if movements else {}
         self.drawn = drawn
         self.people = people
         self.size = size
@@ -223,10 +225,10 @@ class RealAndDrawn:
             views: (2, S, S, 3) uint8, the same frames with other colours, from which motion is encoded.
             weights: (S, S), loss weight of each pixel.
             drawn: whether it is a cartoon face, for which views equal frames.
-            tracks: (2, L), movements, NaN where unknown.
+            tracks: (2, L), movements, NaN where unknown. Omitted if no movements are read.
         """
         pairs, index = self.items[index]
-        item = {"tracks": self.unknown, "drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
+        item = self.unknown | {"drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
         frames = item["frames"]
         if pairs is self.drawn:
             return item | {"views": frames, "weights": torch.from_numpy(self.weights)}

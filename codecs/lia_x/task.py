@@ -63,9 +63,9 @@ class LiaXTask(Task):
         regions: image regions with larger weights in L1 and structural losses; see `region_weights`.
         growth: progressive growing: the finest `levels` are omitted until step `until`, as they are the most expensive.
             None: all levels from the start.
-        guide: `weight` of a loss that, until step `until`, regresses motion codes on the batch's "tracks" (movements,
-            NaN where unknown; other codes are not supervised), and with `codes` the indices of these codes, otherwise
-            the first ones. None: no such loss.
+        guide: `weight` of a loss that regresses motion codes on the batch's "tracks" (movements, NaN where unknown)
+            until step `until`. `codes`: indices of these codes, one per movement (default: the first ones). Other
+            codes are not supervised. None: no such loss.
         motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
@@ -122,8 +122,12 @@ class LiaXTask(Task):
         self.motion_noise = motion_noise
         self.growth = growth
         self.guide = guide
-        for code in (guide or {}).get("codes") or ():
-            require_range("task.guide.codes", code, 0, self.codec.config.motion_dim - 1)
+        codes = guide.get("codes") if guide else None
+        if codes is not None:
+            if not isinstance(codes, Sequence) or not 0 < len(codes) == len(set(codes)):
+                raise UserError(f"task.guide.codes={codes}: list different motion codes, such as [0, 11]")
+            for code in codes:
+                require_range("task.guide.codes", code, 0, self.codec.config.motion_dim - 1)
         self.validation = validation
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
         self.discriminator = self.perceptual = None
@@ -194,6 +198,8 @@ class LiaXTask(Task):
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self.guide and self.step < self.guide["until"]:
+            if "tracks" not in batch:
+                raise UserError("task.guide needs the movements of data.train: set its tracks, or task.guide=null")
             known = batch["tracks"].flatten(0, 1)
             codes = self.guide.get("codes") or range(known.shape[1])
             if len(codes) != known.shape[1]:

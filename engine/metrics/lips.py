@@ -17,7 +17,8 @@ SIDE = 256  # pixels of the shorter side of the images for dlib
 # of the 68 landmarks
 LIPS = ([61, 62, 63], [67, 66, 65])
 EYES = (slice(36, 42), slice(42, 48))
-# eye height at which closure begins and is complete, relative to the clip's median: landmarks of open eyes vary by 10 %
+# ratio of an eye's height to its width at which closure begins and is complete, relative to the clip's median: that of
+# open eyes varies by 10 %
 OPEN_EYE = 0.9
 CLOSED_EYE = 0.45
 

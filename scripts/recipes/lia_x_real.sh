@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
 # Steps, in this order: prepare drawn train measure; without any, all of them. Each continues where it stopped.
-# Needs the extra `landmarks`, for the mouth opening in training and measurement.
+# Needs the extra `landmarks`, for mouth opening and eye closure in training, and for measurement.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from engine.cuda_graph import GraphedStep
+from engine.metrics.picture import ssim_map
 from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from talker_t2av.generation import BatchedDecoder
@@ -176,3 +177,20 @@ def test_graphs_of_the_talker_equal_its_eager_steps(compiled):
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a.speech, b.speech, atol=1e-3, rtol=0)
             torch.testing.assert_close(a.motion, b.motion, atol=1e-3, rtol=0)
+
+
+@one_card
+def test_the_gradient_of_ssim_does_not_depend_on_tf32(monkeypatch):
+    """Training in bfloat16 permits TF32, in which variances of smooth images are noise."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pictures = 0.9 + 0.01 * torch.rand(2, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(device, dtype):
+        a, b = pictures.to(device, dtype, copy=True).unbind()
+        a.requires_grad_()
+        ssim_map(a, b, 2.0).mean().backward()
+        return a.grad.double().cpu()
+
+    exact = gradient("cpu", torch.float64)
+    assert (gradient("cuda", torch.float32) - exact).norm() < 0.01 * exact.norm()

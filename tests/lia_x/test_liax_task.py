@@ -136,8 +136,13 @@ def test_the_codes_that_movements_supervise_can_be_chosen():
     assert losses["guide"] == pytest.approx(moved["_run"][3][:, [0, 3]].square().mean().item())
     with pytest.raises(UserError, match=r"task\.guide\.codes=\[0, 3\]: the data has 3 movements"):
         task(batch() | {"tracks": torch.zeros(2, 2, 3)}, "generator")
+    with pytest.raises(UserError, match=r"task\.guide needs the movements of data\.train"):
+        task(batch(), "generator")
     with pytest.raises(UserError, match=r"task\.guide\.codes=4"):
         make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": [4]})
+    for codes in ([], [1, 1], 1):
+        with pytest.raises(UserError, match="list different motion codes"):
+            make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": codes})
 
 
 def test_a_start_from_a_release_keeps_all_levels(tmp_path):
@@ -274,11 +279,13 @@ def test_real_faces_are_changed_and_drawn_ones_are_not(corpus, tmp_path, monkeyp
     again = data.load(2, torch.Generator().manual_seed(2))
     torch.testing.assert_close(items[2], again, rtol=0, atol=0, equal_nan=True)
     assert all(item["weights"].mean() == pytest.approx(1, abs=1e-3) for item in items[:3])
-    assert all(item["tracks"].isnan().all() for item in items)
+    assert not any("tracks" in item for item in items)
     guided = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"open": 2.0, "width": 1.0})
-    assert RealAndDrawn(guided, people, 32).load(2)["tracks"].shape == (2, 2)
-    people.tracks = torch.zeros(2, 5, 1)
-    with pytest.raises(UserError, match=r"drawn\.tracks has 2 movements, data\.train\.people\.tracks 1: name the same"):
+    assert RealAndDrawn(guided, people, 32).load(2)["tracks"].isnan().all()
+    people.movements = ["width", "open"]
+    with pytest.raises(
+        UserError, match=r"people\.tracks=\['width', 'open'\]: set the same movements in the same order"
+    ):
         RealAndDrawn(guided, people, 32)
     assert data.collate(items)["views"].shape == (6, 2, 32, 32, 3)
 
