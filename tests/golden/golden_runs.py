@@ -1,6 +1,6 @@
 """Four seeded training steps of every task at toy size on made data, through the trainer; their losses are in git.
 
-    python tests/golden/golden_runs.py [NAME ...]     # writes tests/golden/losses/NAME.json anew
+    python -m tests.golden.golden_runs [NAME ...]     # writes tests/golden/losses/NAME.json anew
 
 Write them anew only for a change that is meant to change training, and say in the commit which figures moved and why.
 

@@ -23,7 +23,7 @@ def test_losses_are_those_in_git(name):
         for figure, value in expected.items():
             allowed = NORM_TOLERANCE if figure.endswith("grad_norm") else TOLERANCE
             expected[figure] = pytest.approx(value, rel=allowed, abs=SMALL)
-    remedy = f"if that is meant, run  python tests/golden/golden_runs.py {name}  and say why in the commit"
+    remedy = f"if that is meant, run  python -m tests.golden.golden_runs {name}  and say why in the commit"
     assert figures(losses_of(name)) == expected, f"training of {name} changed ({how}); {remedy}"
 
 
