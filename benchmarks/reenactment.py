@@ -33,7 +33,7 @@ from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import Share
 from engine.faces.landmarks import load_face_recogniser
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
-from engine.metrics.lips import LipOpening, enlarge
+from engine.metrics.lips import LipOpening, enlarge, mouth_opening, points_of
 from engine.metrics.picture import reconstruction
 from lia_x.codec import LiaX
 from lia_x.data import held_out_frames
@@ -109,15 +109,15 @@ class Judge(LipOpening):
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
         """Measure the opening (T,) and embeddings (E, 128) in frames (T, S, S, 3) whose face is in `box`."""
-        opening = []
+        points = []
         faces = []
         for number, frame in enumerate(map(enlarge, frames)):
             shape = self.predict(frame, box)
-            opening.append(self.opening(shape))
+            points.append(points_of(shape))
             if number % EVERY == EVERY // 2:
                 face = np.array(self.embed.compute_face_descriptor(frame, shape))
                 faces.append(face / np.linalg.norm(face))
-        return np.array(opening), np.array(faces)
+        return mouth_opening(np.stack(points)), np.array(faces)
 
 
 def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:

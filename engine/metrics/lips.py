@@ -60,7 +60,7 @@ class LipOpening:
     def landmarks(self, frames: np.ndarray) -> np.ndarray:
         """Return the landmarks (T, 68, 2), in pixels of the enlarged image; arguments and errors as above."""
         box = self.find(frames[0])
-        return np.stack([_points(self.predict(enlarge(frame), box)) for frame in frames])
+        return np.stack([points_of(self.predict(enlarge(frame), box)) for frame in frames])
 
     def find(self, frame: np.ndarray) -> Any:
         """Return dlib's bounding box of the largest face in a frame (H, W, 3), in pixels of the enlarged image."""
@@ -69,12 +69,9 @@ class LipOpening:
             raise UserError("dlib detects no face in the first frame")
         return max(boxes, key=lambda box: box.area())
 
-    def opening(self, shape: Any) -> float:
-        """Return the mouth opening for dlib's 68 landmarks of a face."""
-        return float(mouth_opening(_points(shape)[None])[0])
 
-
-def _points(shape: Any) -> np.ndarray:
+def points_of(shape: Any) -> np.ndarray:
+    """Return dlib's 68 landmarks of a face as an array (68, 2)."""
     return np.array([(shape.part(k).x, shape.part(k).y) for k in range(68)], float)
 
 
