@@ -30,7 +30,7 @@ from corpora.preparation.speech_corpus import (
     grid_splits,
     read_recording,
 )
-from corpora.synthetic.corpus import LEVEL, LONGEST, at_level
+from corpora.synthetic.corpus import LEVEL, LONGEST, gain_to_level
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
@@ -162,12 +162,9 @@ def without_rumble(wave: np.ndarray) -> np.ndarray:
     return highpass_biquad(once, RATE, RUMBLE).numpy()
 
 
-def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
-    """Trim the silent ends of a waveform (N,) except for `MARGIN`, and scale it to the level of the synthetic
-    corpus's neutral speech.
-
-    Returns:
-        The trimmed recording, and its start in seconds, which is the start of a video frame.
+def speech_range(wave: np.ndarray) -> slice:
+    """Return the samples of a waveform (N,) without its silent ends, except for `MARGIN`, from the start of a video
+    frame on.
     """
     frames = wave[: len(wave) // HOP * HOP].reshape(-1, HOP)
     power = np.convolve(np.mean(frames**2, 1), np.ones(5) / 5, "same")
@@ -177,7 +174,7 @@ def trim(wave: np.ndarray) -> tuple[np.ndarray, float]:
     margin = round(MARGIN * RATE / HOP)
     first = max(0, loud[0] - margin) // HOPS * HOPS
     last = min(len(frames), loud[-1] + 1 + margin)
-    return at_level(wave[first * HOP : last * HOP], LEVEL), first * HOP / RATE
+    return slice(first * HOP, last * HOP)
 
 
 def label(
@@ -267,15 +264,15 @@ def _clips(
         return "", []
     if not pictures:  # the sound of a video is kept, as it is the input of A2V
         wave = without_rumble(wave)
-    speech, start = trim(wave)
-    labels = label(speech, recording.text, synthesizer, voices)
+    speech = speech_range(wave)
+    wave = wave * gain_to_level(wave[speech], LEVEL)  # the level of the synthetic corpus's neutral speech
+    labels = label(wave[speech], recording.text, synthesizer, voices)
     if labels is None:
         return "", []
     voice, phonemes = labels
-    first = round(start * RATE)
-    gain = np.abs(speech).max() / np.abs(wave[first : first + len(speech)]).max()
+    start = speech.start / RATE
     phonemes = [(symbol, a + start, b + start) for symbol, a, b in phonemes]
-    wave, phonemes, start = cut(gain * wave, phonemes, margin)
+    wave, phonemes, start = cut(wave, phonemes, margin)
     if pictures:
         frames = _face(recording.path, round(start * FPS), len(wave) // (RATE // FPS))
         wave = wave[: len(frames) * (RATE // FPS)]

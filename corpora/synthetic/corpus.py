@@ -82,7 +82,7 @@ def speak(
         )
         level = LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
         speech = resample(spoken.wave, spoken.rate, RATE)
-        takes.append(replace(spoken, wave=at_level(speech, level), rate=RATE))
+        takes.append(replace(spoken, wave=speech * gain_to_level(speech, level), rate=RATE))
     if len(takes) == 1:
         speech = takes[0].wave
         phonemes = takes[0].phonemes
@@ -120,10 +120,11 @@ def splice(
     return wave, first.phonemes[:i] + rest, cut
 
 
-def at_level(wave: np.ndarray, level: float) -> np.ndarray:
-    """Scale a waveform (N,) to the RMS `level`, or to the peak 0.97 if this is less."""
-    wave = wave * (level / max(1e-6, float(np.sqrt(np.mean(wave**2)))))
-    return wave * min(1.0, 0.97 / max(1e-6, float(np.abs(wave).max())))
+def gain_to_level(wave: np.ndarray, level: float) -> float:
+    """Return the gain that scales a waveform (N,) to the RMS `level`, or to the peak 0.97 if this is less."""
+    rms = float(np.sqrt(np.mean(wave**2)))
+    peak = float(np.abs(wave).max())
+    return min(level / max(1e-6, rms), 0.97 / max(1e-6, peak))
 
 
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:

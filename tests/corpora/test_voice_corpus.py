@@ -24,9 +24,10 @@ from corpora.preparation.voice_corpus import (
     grid_sentences,
     label,
     prompt_sentences,
-    trim,
+    speech_range,
     write_voices,
 )
+from corpora.synthetic.corpus import LEVEL, gain_to_level
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
 from engine.errors import UserError
@@ -87,7 +88,9 @@ def test_pictures_need_no_prompts(tmp_path, monkeypatch):
 
 def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
     truth, wave = spoken
-    trimmed, start = trim(wave)
+    speech = speech_range(wave)
+    trimmed = wave[speech]
+    start = speech.start / RATE
     assert abs(len(trimmed) / RATE - len(truth.wave) / truth.rate - 2 * MARGIN) < 0.15
     assert abs(start - 1 + MARGIN) < 0.1
     _, phonemes = label(trimmed, TEXT, synthesizer)
@@ -101,7 +104,8 @@ def test_phonemes_are_found_where_they_sound(synthesizer, spoken):
 
 
 def test_a_recording_of_another_length_is_refused(synthesizer, spoken):
-    assert label(trim(spoken[1])[0], "one", synthesizer) is None
+    wave = spoken[1]
+    assert label(wave[speech_range(wave)], "one", synthesizer) is None
 
 
 def test_frames_are_cut_with_the_audio(tmp_path, spoken):
@@ -119,6 +123,7 @@ def test_frames_are_cut_with_the_audio(tmp_path, spoken):
     sound = read_audio(tmp_path / "out" / "train" / "s1-lrbzsa.wav", RATE)
     expected = wave[first * RATE // FPS :][: len(sound)]
     assert np.corrcoef(sound, expected)[0, 1] > 0.95
+    assert gain_to_level(sound[speech_range(sound)], LEVEL) == pytest.approx(1, abs=0.1)
 
 
 def test_videos_have_pauses_of_other_lengths_than_speech_alone(tmp_path, spoken):
