@@ -33,7 +33,7 @@ from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import Share
 from engine.faces.landmarks import load_face_recogniser
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
-from engine.metrics.lips import LipOpening, enlarge, mouth_opening, points_of
+from engine.metrics.lips import LandmarkReader, enlarge, mouth_opening, points_of
 from engine.metrics.picture import reconstruction
 from lia_x.codec import LiaX
 from lia_x.data import held_out_frames
@@ -91,7 +91,7 @@ class Copy:
     size = 128
 
 
-class Judge(LipOpening):
+class Judge(LandmarkReader):
     """dlib's landmarks and face recognition, which measure mouth opening and identity."""
 
     def __init__(self) -> None:

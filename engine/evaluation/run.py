@@ -33,7 +33,7 @@ from engine.settings import ClusterConfig, Limits, set_limits
 ARGUMENTS = {  # argument of metrics by protocol, such as the dotted name of an encoder: `engine` imports no models
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
     "drawn": "corpora.synthetic.mouth_opening.MouthReader",
-    "landmarks": "engine.metrics.lips.LipOpening",
+    "landmarks": "engine.metrics.lips.LandmarkReader",
 }
 RECORDED = ("columns", "protocol", "clips", "resamples", "model", "generate")  # settings in results.json
 

@@ -43,8 +43,8 @@ def eye_closure(points: np.ndarray) -> np.ndarray:
     return ((OPEN_EYE - ratio / np.median(ratio)) / (OPEN_EYE - CLOSED_EYE)).clip(0, 1)
 
 
-class LipOpening:
-    """Measures the distance between the inner lips, relative to the distance between the eyes."""
+class LandmarkReader:
+    """Reads the landmarks of real faces, and with them the mouth opening."""
 
     def __init__(self) -> None:
         self.detect, self.predict = load_dlib()

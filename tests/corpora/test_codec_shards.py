@@ -79,7 +79,7 @@ def test_movements_of_real_faces_belong_to_the_frames(shards, monkeypatch):
         return frames
 
     clips = [True, False]  # dlib detects no face in the second
-    monkeypatch.setattr("lia_x.data.LipOpening", lambda: SimpleNamespace(landmarks=landmarks))
+    monkeypatch.setattr("lia_x.data.LandmarkReader", lambda: SimpleNamespace(landmarks=landmarks))
     measures = {"open": lambda frames: frames.mean((1, 2, 3)), "blink": lambda frames: frames[:, 0, 0, 0]}
     monkeypatch.setattr("lia_x.data.MEASURES", measures)
     pairs = FramePairs(shards, 32, tracks={"open": 0.1, "blink": 2.0})

@@ -22,7 +22,7 @@ from engine.faces.source import FaceSource
 from engine.faces.strip import write_faces
 from engine.faces.track import add_landmarks, track_of_boxes
 from engine.media.video import write_video
-from engine.metrics.lips import LipOpening, eye_closure
+from engine.metrics.lips import LandmarkReader, eye_closure
 from hicodit.conditions.align import mouth_poses
 
 SHAPE = np.stack([np.arange(68) % 9 - 4.0, np.arange(68) // 9 - 3.0], 1)  # of 68 landmarks round their middle
@@ -94,7 +94,7 @@ def test_dlibs_landmarks_turn_with_the_head_and_gaps_are_interpolated(fake_dlib)
 def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
     small, _ = dots(2)  # of 120 x 160 pixels
     large = small.repeat(3, 1).repeat(3, 2)
-    openings = [LipOpening()(frames) for frames in (small, large)]
+    openings = [LandmarkReader()(frames) for frames in (small, large)]
     assert fake_dlib.sizes == [(256, 341)] * 3 + [(360, 480)] * 3  # the face in one frame, the lips in both
     assert np.allclose(openings, openings[0][0])
 
