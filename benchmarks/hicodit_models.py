@@ -14,9 +14,9 @@ from torch import Tensor
 
 from engine.config import compose, plain
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import spread
 from engine.release import find_codec
 from engine.seeding import generator_for
+from engine.shards.recordings import spread
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset

@@ -53,6 +53,11 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], Any] = in
     return read
 
 
+def names(text: str) -> list[str]:
+    """Return the names in a list such as "s1, s3". This is an argument `type`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def existing_folder(word: str) -> Path:
     """Return the path of a folder, which must exist. This is an argument `type`."""
     if not Path(word).is_dir():

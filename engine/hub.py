@@ -38,11 +38,17 @@ def release_folder(source: str | Path, key: str = "") -> Path:
     """
     _refuse_run(source, key)
     name = NAME.fullmatch(str(source))
+    if not Path(source).exists() and _is_bundled(source):
+        return CHECKOUT / source
     if name is None or Path(source).exists() or Path(name[1]).exists():
         return Path(source)
-    if name[1] == "assets" and (CHECKOUT / source).is_dir():
-        return CHECKOUT / source
     return _snapshot(f"{name[1]}/{name[2]}", name[3])
+
+
+def _is_bundled(source: str | Path) -> bool:
+    """Return whether `source` is assets/NAME of this repository."""
+    name = NAME.fullmatch(str(source))
+    return name is not None and name[1] == "assets" and (CHECKOUT / source).is_dir()
 
 
 @lru_cache
@@ -82,7 +88,7 @@ def check_release(key: str, source: str | None) -> None:
     """Check that the release of the setting `key` exists. A name on the hub is accepted."""
     if source is not None:
         _refuse_run(source, key)
-    if source is not None and not Path(source).exists():
+    if source is not None and not Path(source).exists() and not _is_bundled(source):
         name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():
             raise UserError(f"{key}={source}: not found; expected a folder, or OWNER/NAME on the hub")

@@ -49,9 +49,11 @@ def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
         return torch.float32  # casts between two dtypes would cost more than the few other matrices save
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    elif torch.device(device).type == "cpu":
         found = torch.cpu.get_capabilities()
         native = any(found.get(feature, False) for feature in CPU_FEATURES)
+    else:
+        native = False
     return torch.bfloat16 if native else torch.float32
 
 

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class SamplerConfig(Group, prefix="sampler."):
-        steps: int = setting(64, 1, 1000, "number of network calls (the paper: 64)")
+        steps: int = setting(64, 1, 1000, "sampling steps (the paper: 64)")
 
 Command lines, `--help` and `--cfg` (`engine.config`), requests of the service and lines of job files are derived from
 it.

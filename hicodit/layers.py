@@ -6,12 +6,14 @@ Axes: B batch, L sequence, C width, H heads, D head width (C = H * D), E conditi
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+FLASH_INSTALLED = find_spec("flash_attn") is not None  # optional extra
 GELU_SLOPE = math.sqrt(8 / math.pi)
 
 
@@ -32,10 +34,10 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
     """Compute attention over (B, H, L, D). mask (B, 1, 1, L) is True for keys to attend to.
 
-    `backend="flash"` uses the flash-attn kernel if possible (CUDA, half precision, no mask).
+    `backend="flash"` uses the flash-attn kernel if possible (installed, CUDA, half precision, no mask).
     """
-    if backend == "flash" and mask is None and q.is_cuda and q.dtype != torch.float32:
-        from flash_attn import flash_attn_func  # optional extra
+    if backend == "flash" and FLASH_INSTALLED and mask is None and q.is_cuda and q.dtype != torch.float32:
+        from flash_attn import flash_attn_func  # importing it is slow
 
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, L, H, D)
         return out.transpose(1, 2)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from engine.codec import load_codec
 from engine.device import to_device
-from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share, spread
+from engine.errors import UserError, package_folder
+from engine.evaluation.validation import ByClip, Share
 from engine.faces.source import CASCADE
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.settings import require_choice
+from engine.shards.recordings import spread
 from engine.shards.source import join, read_index, read_json
 from engine.training.task import ReleaseInfo, Task
 from hicodit.conditions import encoder_config
@@ -99,6 +100,8 @@ class HiCoDiTTask(Task):
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
+        if self.system.model.config.attention == "flash":
+            package_folder("flash_attn", "flash-attn, for task.model.attention=flash", "flash")
         self.codec = Path(codec)
         self.shards = shards
         self.recipe = recipe

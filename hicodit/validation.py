@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.device import to_device
-from engine.evaluation.validation import ByClip, Share, measure_outputs, spread
+from engine.evaluation.validation import ByClip, Share, measure_outputs
 from engine.faces.clip import ClipFrames
 from engine.faces.source import FaceSource
 from engine.faces.track import FaceTrack
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.registry import metrics_of
+from engine.shards.recordings import spread
 from hicodit.conditions.types import FPS, Conditions, Crops
 from hicodit.data import HiCoDiTDataset
 from hicodit.generation import generate

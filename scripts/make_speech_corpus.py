@@ -19,13 +19,13 @@ from corpora.preparation.speech_corpus import (
     synthetic_recordings,
     write_corpus,
 )
-from engine.arguments import Parser, existing_folder, within
+from engine.arguments import Parser, existing_folder, names, within
 from engine.errors import run_cli
 
 
-def names(text: str) -> list[str] | None:
-    """Return the names in a list such as "s1, s3". "null" is None, as in the settings of prepare_data.py."""
-    return None if text == "null" else [name.strip() for name in text.split(",") if name.strip()]
+def names_or_null(text: str) -> list[str] | None:
+    """Return the names in a list; None for "null", as in the settings of prepare_data.py."""
+    return None if text == "null" else names(text)
 
 
 def main() -> None:
@@ -33,7 +33,12 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
-    add("--speakers", type=names, default="s1,s3,s5", help="speakers of GRID that train; null: all but the new ones")
+    add(
+        "--speakers",
+        type=names_or_null,
+        default="s1,s3,s5",
+        help="GRID's training speakers; null: all but the new ones",
+    )
     add("--new-speakers", type=names, default="s31,s32,s33,s34", help="speakers of GRID in the split `new`; '': none")
     add("--repeat", type=within(1), default=3, help="how often an epoch visits each of GRID's recordings")
     add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, and start and end of a part")
@@ -43,7 +48,7 @@ def main() -> None:
     add("--synthetic", type=existing_folder, help="folder of a synthetic corpus")
     add("--synthetic-clips", type=within(1), default=1200, help="number of clips of the synthetic corpus")
     args = parser.parse_args()
-    found = grid_recordings(args.grid, args.speakers, args.new_speakers or [])
+    found = grid_recordings(args.grid, args.speakers, args.new_speakers)
     splits = {name: [(row, args.repeat if name == "train" else 1) for row in rows] for name, rows in found.items()}
     if args.prompts:
         splits["train"] += [(row, 1) for row in prompt_recordings(args.prompts)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from corpora.preparation.speech_corpus import listed_recordings
 from corpora.preparation.voice_corpus import flite_sentences, grid_sentences, prompt_sentences, write_voices
-from engine.arguments import Parser, existing_folder, within
+from engine.arguments import Parser, existing_folder, names, within
 from engine.errors import UserError, run_cli
 
 SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
@@ -29,7 +29,7 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the corpus; created if it does not exist")
     add("--grid", type=existing_folder, required=True, help="folder of the GRID corpus")
-    add("--speakers", default="s1,s3,s5", help="speakers of GRID that train")
+    add("--speakers", type=names, default="s1,s3,s5", help="speakers of GRID that train")
     add("--prompts", type=Path, default=SOUNDS, help="folder of the English prompts")
     add("--transcripts", type=Path, default=TRANSCRIPTS, help="text file with a line for each prompt")
     add("--recordings", type=Path, help="CSV file of source=folder: path, speaker, text, and start and end of a part")
@@ -49,7 +49,7 @@ def main() -> None:
         if not args.transcripts.is_file():
             raise UserError(f"--transcripts {args.transcripts} does not exist: apt-get install asterisk-core-sounds-en")
     listed = listed_recordings(args.recordings, args.recordings_others, texts=True) if args.recordings else []
-    people = grid_sentences(args.grid, args.speakers.split(","))
+    people = grid_sentences(args.grid, args.speakers)
     if args.pictures:
         step = max(1, len(people["train"]) // args.pictures)
         people["train"] = people["train"][::step][: args.pictures]

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share, measure_outputs, spread
+from engine.evaluation.validation import ByClip, Share, measure_outputs
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_range
+from engine.shards.recordings import spread
 from engine.shards.source import join, read_json
 from engine.training import distributed
 from engine.training.task import ReleaseInfo, Task
@@ -161,6 +162,11 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Return the losses of a batch; see `data.collate`."""
+        if self.training and "phoneme" not in batch and (self.guided_layers or self.model.config.phonemes):
+            raise UserError(
+                "task.guided_layers and task.model.phonemes need the phonemes of the data: set data.train.phonemes, or "
+                "task.guided_layers=[] task.model.phonemes=0"
+            )
         with Alignment(self.model, self.guided_layers if "pointer" in batch else ()) as alignment:
             forward = training_forward(self.model, batch, self.head_fraction if self.training else 1.0)
         losses = training_losses(self.model, forward)

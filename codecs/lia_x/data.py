@@ -7,6 +7,7 @@ S side of the network's square.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,11 @@ from engine.errors import SkippedClips, UserError
 from engine.evaluation.validation import Share
 from engine.files import atomic_output
 from engine.media.video import read_video
-from engine.metrics.lips import LipOpening, eye_closure, mouth_opening
+from engine.metrics.lips import LandmarkReader, eye_closure, mouth_opening
 from engine.progress import progress_bar
 from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
-from engine.shards.recordings import is_prepared, read_manifest
+from engine.shards.recordings import is_prepared, read_manifest, spread
 from engine.shards.source import join
 from lia_x.augment import Augment
 from lia_x.losses import region_weights
@@ -121,17 +122,20 @@ class FramePairs:
         rows = read_manifest(root, split)
         ids = [row["id"] for row in rows]
         phases = np.random.default_rng(0).random(len(ids))  # a common phase for all clips would miss periodic movements
-        digest = hashlib.blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()
+        clips = [Path(root) / split / f"{name}.mp4" for name in ids]
+        found = "\n".join(f"{clip.stem} {clip.stat().st_size if clip.is_file() else 0}" for clip in clips)
+        digest = hashlib.blake2b(found.encode(), digest_size=4).hexdigest()
         path = Path(cache) / f"frames-{split}-{size}px-{frames}-{digest}.npy"
         kept_file = path.with_suffix(".kept.npy")  # indices of the readable clips, if not all
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # one process decodes while the others wait
                 if not path.is_file():
-                    clips = [Path(root) / split / f"{name}.mp4" for name in ids]
                     _decode(clips, path, kept_file, size, phases, frames)
         self.pictures = np.load(path, mmap_mode="r")  # (N, K, S, S, 3)
         self.kept = np.load(kept_file) if kept_file.is_file() else np.arange(len(ids))
+        if len(self.kept) < len(ids):
+            print(f"{path}: without {len(ids) - len(self.kept)} unreadable clips of {len(ids)}", file=sys.stderr)
         if tracks:  # (N, K, L)
             self.tracks = torch.stack([_tracks(rows[i], tracks, frames, phases[i]) for i in self.kept])
 
@@ -225,16 +229,17 @@ class RealAndDrawn:
             views: (2, S, S, 3) uint8, the same frames with other colours, from which motion is encoded.
             weights: (S, S), loss weight of each pixel.
             drawn: whether it is a cartoon face, for which views equal frames.
+            moved: whether its head was moved (`Augment.move`).
             tracks: (2, L), movements, NaN where unknown. Omitted if no movements are read.
         """
         pairs, index = self.items[index]
         item = self.unknown | {"drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
         frames = item["frames"]
         if pairs is self.drawn:
-            return item | {"views": frames, "weights": torch.from_numpy(self.weights)}
+            return item | {"views": frames, "weights": torch.from_numpy(self.weights), "moved": torch.tensor(False)}
         seed = int(torch.randint(2**31, (), generator=generator))
         rng = np.random.default_rng(seed)
-        moved, grid = self.augment.frame(frames.numpy(), self.size, rng)
+        moved, grid, heads_moved = self.augment.frame(frames.numpy(), self.size, rng)
         at = (grid * self.size - 0.5).astype(np.float32)
         weights = cv2.remap(self.weights, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         if self.moving:
@@ -244,6 +249,7 @@ class RealAndDrawn:
             "frames": torch.from_numpy(self.augment.recolour(moved, rng)),
             "views": torch.from_numpy(self.augment.recolour(moved, rng)),
             "weights": torch.from_numpy(weights),
+            "moved": torch.tensor(heads_moved),
         }
 
     collate = staticmethod(default_collate)
@@ -261,17 +267,19 @@ def relative_change(frames: np.ndarray) -> np.ndarray:
 def held_out_frames(
     root: str | Path, split: str, count: int, size: int, share: Share
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the indices and frames (T, H, W, 3) of this process's share of the first `count` clips of ROOT/SPLIT.
+    """Yield the indices and frames (T, H, W, 3) of this process's share of `count` evenly spaced clips of ROOT/SPLIT.
 
     For prepared shards, they are the images of the clip in the shards, scaled to S = `size`.
     """
     if is_prepared(root, split):
         stored = _stored_portraits(root, split)
-        for index in share.range(min(count, len(stored))):
-            packed, starts = map(stored.read(index, PORTRAITS)[1].get, PORTRAITS)
+        chosen = spread(len(stored), count)
+        for index in share.range(len(chosen)):
+            packed, starts = map(stored.read(chosen[index], PORTRAITS)[1].get, PORTRAITS)
             yield index, unpack_portraits(packed, starts, size)
         return
-    rows = read_manifest(root, split)[:count]
+    rows = read_manifest(root, split)
+    rows = [rows[index] for index in spread(len(rows), count)]
     for index in share.range(len(rows)):
         yield index, read_video(Path(root) / split / f"{rows[index]['id']}.mp4")
 
@@ -285,7 +293,7 @@ def _stored_portraits(root: str | Path, split: str, reading: Reading | None = No
 
 def _measure(stored: ShardSplit, size: int, factors: Mapping[str, float]) -> list[Tensor]:
     """Return the movements in the images of each clip times their factors, (K, L); NaN if dlib detects no face."""
-    find = LipOpening().landmarks
+    find = LandmarkReader().landmarks
     tracks = []
     for index in progress_bar(range(len(stored)), len(stored), "clips"):
         packed, starts = map(stored.read(index, PORTRAITS)[1].get, PORTRAITS)

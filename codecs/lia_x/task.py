@@ -70,10 +70,10 @@ class LiaXTask(Task):
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
         decoder_only: freeze the encoder of `init`, so that motion codes do not change.
-        keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones, are preserved,
-            and the `weight` of the squared distance to them. Requires batches with the flag "drawn". These faces are
-            reconstructed from the preserved codes, so that models of these codes can use the new decoder. None:
-            disabled.
+        keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones whose heads were
+            not moved by augmentation, are preserved, and the `weight` of the squared distance to them. Requires batches
+            with the flags "drawn" and "moved". These faces are reconstructed from the preserved codes, so that models
+            of these codes can use the new decoder. None: disabled.
         discriminator: `width` and `max_width` of the discriminator.
         vgg: file with torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
@@ -109,14 +109,19 @@ class LiaXTask(Task):
         if decoder_only:
             if not init:
                 raise UserError("task.decoder_only=true needs task.init, the release whose codes are preserved")
+            if guide:
+                raise UserError(
+                    "task.decoder_only=true preserves the motion codes, so that task.guide has no effect: set "
+                    "task.guide=null, and data.train.people.tracks=null for real faces"
+                )
             self.codec.encoder.requires_grad_(False)
         self.keep = keep
-        self.keeper = None
-        self.keeps = None
+        self.teacher = None
+        self.teacher_digest = None
         if keep:
-            earlier = load_like(LiaX, keep["release"], LiaXConfig(**codec), WIDTHS)
-            self.keeps = earlier.digest()
-            self.keeper = earlier.encoder.requires_grad_(False)
+            teacher = load_like(LiaX, keep["release"], LiaXConfig(**codec), WIDTHS)
+            self.teacher_digest = teacher.digest()
+            self.teacher = teacher.encoder.requires_grad_(False)
         self.weights = dict(weights)
         self.pyramid = pyramid
         self.motion_noise = motion_noise
@@ -136,6 +141,11 @@ class LiaXTask(Task):
                 raise UserError(
                     "task.growth does not support an adversarial loss, as the discriminator requires images of one "
                     "size: set task.growth=null or task.weights.adversarial=0"
+                )
+            if not discriminator:
+                raise UserError(
+                    f"task.weights.adversarial={weights['adversarial']} requires task.discriminator, such as "
+                    "+task.discriminator={width: 16, max_width: 128}"
                 )
             self.discriminator = Discriminator(self.codec.config.size, **discriminator)
         if weights["perceptual"]:
@@ -162,19 +172,8 @@ class LiaXTask(Task):
         The codec runs once per step, for both parts.
         """
         if "_run" not in batch:
-            frames = _pictures(batch["frames"])
-            # Other colours teach the encoder to ignore them; a frozen one would only get noisier codes.
-            recoloured = "views" in batch and not self.decoder_only
-            views = _pictures(batch["views"]) if recoloured else None
-            kept = None
-            if self.keeper is not None:
-                known = torch.ones_like(batch["drawn"]) if self.keep.get("people") else batch["drawn"]
-                with torch.no_grad():
-                    kept = self.keeper.motion(frames if views is None else views), known.repeat_interleave(2)[:, None]
-            fake, still, motion = self._rebuild(frames, views, kept)
-            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion
-            batch["_kept"] = kept
-        real, fake, still, motion = batch["_run"]
+            batch["_run"] = self._run(batch)
+        real, fake, still, motion, taught = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
             of_real = F.softplus(-self.discriminator(real)).mean()
@@ -210,20 +209,41 @@ class LiaXTask(Task):
             losses["guide"] = error.square().sum() / known.isfinite().sum().clamp(min=1)
             total = total + self.guide["weight"] * losses["guide"]
         if self.keep:
-            earlier, known = batch["_kept"]
-            distance = (motion - earlier).float().square().mean(1, keepdim=True)
-            losses["keep"] = (distance * known).sum() / known.sum().clamp(min=1)
+            codes, applies = taught
+            distance = (motion - codes).float().square().mean(1, keepdim=True)
+            losses["keep"] = (distance * applies).sum() / applies.sum().clamp(min=1)
             total = total + self.keep["weight"] * losses["keep"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
+    def _run(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
+        """Run the codec, and with `keep` the encoder whose codes are preserved.
+
+        Returns:
+            Ground-truth images (2 B, 3, S, S) of the size of the reconstructions; the output of `_rebuild`; and with
+            `keep` the codes (2 B, M) of that encoder, and a mask (2 B, 1) of the frames to which they apply.
+        """
+        frames = _pictures(batch["frames"])
+        # Other colours teach the encoder to ignore them; a frozen one would only get noisier codes.
+        recoloured = "views" in batch and not self.decoder_only
+        views = _pictures(batch["views"]) if recoloured else None
+        taught = None
+        if self.teacher is not None:
+            if "drawn" not in batch:
+                raise UserError("task.keep needs data with real and cartoon faces (lia_x.data.RealAndDrawn)")
+            applies = ~batch["moved"] if self.keep.get("people") else batch["drawn"]
+            with torch.no_grad():
+                taught = self.teacher.motion(frames if views is None else views), applies.repeat_interleave(2)[:, None]
+        fake, still, motion = self._rebuild(frames, views, taught)
+        return F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion, taught
+
     def _rebuild(
-        self, frames: Tensor, views: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
+        self, frames: Tensor, views: Tensor | None = None, taught: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Reconstruct frames (2 B, 3, S, S), with pairs interleaved, each from its partner.
 
         Args:
             views: images (2 B, 3, S, S) from which motion is encoded. None: the frames.
-            kept: codes (2 B, M), and a mask (2 B, 1) of the frames to reconstruct from them.
+            taught: codes (2 B, M), and a mask (2 B, 1) of the frames to reconstruct from them.
 
         Returns:
             Images (2 B, 3, S, S), smaller while levels are omitted; the partners' own reconstructions of the same
@@ -235,7 +255,7 @@ class LiaXTask(Task):
         if self.growth and self.step < self.growth["until"]:
             maps = maps[: -self.growth["levels"]]
         partner = torch.arange(len(frames), device=frames.device) ^ 1
-        codes = motion if kept is None else torch.where(kept[1], kept[0].to(motion.dtype), motion)
+        codes = motion if taught is None else torch.where(taught[1], taught[0].to(motion.dtype), motion)
         noisy = codes + self.motion_noise * torch.randn_like(codes)
         fake = codec.decoder(codec.decoder.navigate(style[partner], noisy), [level[partner] for level in maps])
         still = None
@@ -266,5 +286,5 @@ class LiaXTask(Task):
             title="LIA-X",
             about="Portrait video to motion codes, one per frame, and back to video with a source image.",
             usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',
-            extra={"keeps": self.keeps} if self.keeps else None,
+            extra={"keeps": self.teacher_digest} if self.teacher_digest else None,
         )

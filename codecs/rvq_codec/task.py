@@ -34,10 +34,8 @@ SETTINGS = (
     "quantizer_dropout",
     "commitment",
     "codebook",
-    "conv_width",
-    "conv_ratios",
 )
-DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
+DECODER = ("decoder", "conv_width", "conv_ratios", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
 
 
 def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:

@@ -177,14 +177,17 @@ class WhisperXVAE(Codec):
 
         The waveform is not cropped to a multiple of the hop: all samples affect the last frames.
         """
+        return self.project(wave, self.pooled_states(mel, self.frames_in_window(wave)))
+
+    def frames_in_window(self, wave: Tensor) -> int:
+        """Return T of a waveform (B, 1, N), which must not be longer than Whisper's window."""
         frames = self.checked_frames(wave)
-        max_frames = self.config.max_frames
-        if frames > max_frames:
+        if frames > self.config.max_frames:
             raise UserError(
                 f"wave of {wave.shape[-1]} samples is longer than Whisper's window: expected at most "
-                f"{max_frames * self.hop}"
+                f"{self.config.max_frames * self.hop}"
             )
-        return self.project(wave, self.pooled_states(mel, frames))
+        return frames
 
     def project(self, wave: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Map waveform (B, 1, N) and pooled Whisper states (B, C, T) to mean and raw scale, both (B, Z, T)."""

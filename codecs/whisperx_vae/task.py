@@ -176,7 +176,7 @@ class WhisperXVAETask(GANTask):
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
         codec = self.codec
-        frames = batch["wave"].shape[-1] // self.codec.hop
+        frames = codec.frames_in_window(batch["wave"])
         wave = batch["wave"][..., : frames * codec.hop]
         with torch.autocast(wave.device.type, enabled=False):
             mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))

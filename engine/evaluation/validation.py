@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.evaluation.clips import Clip
 from engine.evaluation.measure import measure
@@ -52,11 +51,6 @@ class Share:
 OUTPUT = "output"  # name of the only system of a validation
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return the indices of `count` of `total` clips, evenly spaced, or all indices if there are fewer."""
-    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
-
-
 def mean_of(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -90,10 +84,15 @@ def figures_of(shares: Sequence[Mapping[str, float | ByClip]]) -> dict[str, floa
 
 
 def words_by(recogniser: str | Path | None) -> dict[str, str]:
-    """Return the WER protocol: a JSGF grammar (a file), the Whisper model of a folder, or Whisper medium (None)."""
+    """Return the WER protocol: a JSGF grammar (a file), the folder of a recogniser of GRID or of a Whisper model, or
+    Whisper medium (None).
+    """
     if recogniser is None:
         return {}
-    return {"wer": f"{'whisper-medium' if Path(recogniser).is_dir() else 'grammar'}:{recogniser}"}
+    kind = "grammar"
+    if Path(recogniser).is_dir():
+        kind = "grid" if (Path(recogniser) / "config.yaml").is_file() else "whisper-medium"
+    return {"wer": f"{kind}:{recogniser}"}
 
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:

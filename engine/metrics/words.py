@@ -4,13 +4,13 @@ Errors are summed over all clips and divided by the total number of words (micro
 without recognised words counts as all deletions. Recognisers:
 
 - `whisper-medium` (HiCoDiT's, as its ground-truth rows suggest), `whisper-large-v3`: Radford et al. 2022,
-  arXiv:2212.04356, weights MIT, by transformers; greedy decoding with the given language. A colon and a folder select
-  another Whisper model.
+  arXiv:2212.04356, weights MIT, by transformers; greedy decoding with the given language. In Python,
+  `whisper-medium:FOLDER` selects another Whisper model.
 - `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
 - `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised with the language
   model `free.arpa` next to it, and counted as `wer_free`.
-- `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), or, after a
-  colon, the recogniser in a folder. Other sentences are not supported. `letter_errors` counts only the letters.
+- `grid`: the bundled recogniser of GRID's 51 words and its grammar (`engine.metrics.grid_recogniser`), in Python also
+  `grid:FOLDER`. Other sentences are not supported. `letter_errors` counts only the letters.
 - `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; not available as a package: the manifest provides its transcripts as
   `heard`. Transcripts of other recognisers can be provided in the same way.
 
@@ -101,7 +101,7 @@ class WordErrors(Metric):
 
     @property
     def download(self) -> str:
-        return "metrics" if self.protocol == "whisper-medium" else "metrics_large"
+        return "metrics" if self.kind == "whisper-medium" else "metrics_large"
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -189,6 +189,8 @@ class LipWords(WordErrors):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         found = super().measure(take, truth)
+        if "wer" not in found:
+            raise UserError(f"a language without spaces ({', '.join(WITHOUT_SPACES)}) has no WER: omit wer_lips")
         return {"wer_lips": found["wer"], **{name: found[name] for name in ("heard", "text", "words")}}
 
 

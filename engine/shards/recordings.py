@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 
 from engine.errors import SkippedClips, UserError
 from engine.media.audio import read_audio
+from engine.settings import require_range
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
 from engine.untrusted import read_json_lines, safe_name
@@ -57,12 +58,18 @@ def read_voices(source: str | Path) -> list[tuple[str, str, Tensor]]:
     return [(info["key"], str(info["speaker"]), tensors["ge2e"]) for info, tensors in rows]
 
 
+def spread(total: int, count: int) -> list[int]:
+    """Return the indices of `count` of `total` clips, evenly spaced, or all indices if there are fewer."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
+
+
 def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.ndarray]:
-    """Read the first `count` clips (N,) of a split at `rate` Hz. Unreadable recordings are skipped."""
+    """Read `count` evenly spaced clips (N,) of a split at `rate` Hz. Unreadable recordings are skipped."""
     if is_prepared(root, split):
         stored = StoredWaves(root, split, rate)
-        return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
-    names = [row["id"] for row in read_manifest(root, split)[:count]]
+        return [stored.read(index).numpy() for index in spread(len(stored), count)]
+    rows = read_manifest(root, split)
+    names = [rows[index]["id"] for index in spread(len(rows), count)]
     waves = []
     skipped = SkippedClips(join(root, split), len(names))
     for name in names:
@@ -162,6 +169,8 @@ class SpeechCrops:
     ):
         if samples < 1:
             raise UserError(f"data.train.samples={samples} must be at least 1")
+        require_range("data.train.gain_db", gain_db, 0.0, 60.0)
+        require_range("data.train.speed", speed, 0.0, 0.5)
         self.samples = samples
         self.gain_db = gain_db
         self.speed = speed

@@ -221,7 +221,7 @@ def average(
         weights: weight of each state dict in the average; they need not sum to 1.
 
     Raises:
-        UserError: If names or shapes of the tensors differ, or no name starts with a prefix.
+        UserError: If names or shapes of the tensors differ, or no name starts with one of the prefixes.
     """
     first = states[0]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
@@ -232,9 +232,10 @@ def average(
                 f"the releases have different models: {unlike[0]} is missing from one of them or differs in shape; "
                 "average releases of one model"
             )
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in first):
+            raise UserError(f"--only {prefix}: no tensor name has this prefix; the first name is {min(first)}")
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
-    if not names:
-        raise UserError(f"--only {' '.join(prefixes)}: no tensor name has this prefix; the first name is {min(first)}")
     averaged = {}
     for name in names:
         averaged[name] = sum(weight / sum(weights) * state[name] for weight, state in zip(weights, states))

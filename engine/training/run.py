@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.config import plain
 from engine.errors import UserError, require
-from engine.evaluation.validation import spread
 from engine.files import refuse_links, require_space
 from engine.hub import release_folder
 from engine.instantiate import build, target
@@ -21,7 +20,7 @@ from engine.metrics.registry import metrics_of
 from engine.release import check_replaceable
 from engine.settings import Limits, make, require_range, set_limits
 from engine.shards.reader import ShardSplit
-from engine.shards.recordings import is_prepared, read_manifest
+from engine.shards.recordings import is_prepared, read_manifest, spread
 from engine.shards.source import join, read_index
 from engine.training import checkpoint, distributed
 from engine.training.batches import require_lengths

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import UserError
-from engine.settings import DEVICES, NEEDED, SEEDS, Group, Limits, group, setting
+from engine.settings import NEEDED, SEEDS, Group, Limits, group, setting
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TrainerConfig(Group, prefix="trainer."):
     )
     ema_decay: float = setting(0.999, 0.0, 1 - 1e-9, "decay of the EMA weights, which are released; 0: no EMA")
     precision: str = setting("fp32", choices=("fp32", "bf16"), about="fp32, or bf16 for autocast")
-    device: str = setting("cpu", choices=DEVICES, about="cpu, cuda or auto")
+    device: str = setting("cpu", choices=("auto", "cpu", "cuda"), about="cpu, cuda or auto")
     parallel: str = setting(
         "ddp",
         choices=("ddp", "fsdp", "hybrid"),

@@ -109,8 +109,8 @@ class Task(nn.Module):
         """Measure this process's share of a validation, in eval mode with averaged weights.
 
         Every process measures its share of the clips; the first process also measures what cannot be divided. Processes
-        must not wait for each other. A few fixed clips are written to `folder` as WAV, PNG and MP4 files, which
-        trackers display.
+        must not wait for each other. A few fixed clips are written to `folder` as WAV and MP4 files, which trackers
+        display.
         """
         return {}
 

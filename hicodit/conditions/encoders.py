@@ -21,7 +21,7 @@ from engine.device import to_device
 from engine.errors import UserError
 from engine.faces.crops import crop_face, crop_mouth
 from engine.faces.track import FaceTrack
-from engine.settings import Group, setting
+from engine.settings import Group, require_range, setting
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table
 
@@ -76,7 +76,7 @@ class TinyEncoderConfig(Group, prefix="encoders."):
     Attributes:
         picture_every: video frames per face crop.
         kind: key of `hicodit.conditions.ENCODERS`.
-        mouth_size, face_size: S and S', sides of the crops.
+        mouth_size, face_size: S and S', sides of the crops, at least 16 for strided convolutions.
         lip_dim, face_dim: widths of the lip features and of the face embedding.
         lip_width, face_width: channels of the first convolution of the image networks.
         lip_blocks, lip_heads: number of transformer blocks over time, and of their attention heads.
@@ -89,7 +89,7 @@ class TinyEncoderConfig(Group, prefix="encoders."):
 
     kind: str = "tiny"
     mouth_size: int = setting(48, 8, 2**10)
-    face_size: int = setting(64, 8, 2**10)
+    face_size: int = setting(64, 16, 2**10)
     lip_dim: int = setting(192, 1, 2**14)
     lip_front: str = setting("strided", choices=("strided", "residual"))
     lip_width: int = setting(24, 1, 2**12)
@@ -101,6 +101,8 @@ class TinyEncoderConfig(Group, prefix="encoders."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lip_front == "strided":
+            require_range("encoders.mouth_size", self.mouth_size, 16, 2**10)
         if self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
         if self.lip_front == "residual" and self.lip_width % ResidualBlock.GROUPS:

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.evaluation.validation import Share
 from engine.media.audio import read_audio
 from engine.release import load_strict
+from engine.settings import require_range
 from engine.shards.recordings import read_voices
 from engine.shards.source import join
 from engine.training.task import ReleaseInfo, Task
@@ -42,6 +43,7 @@ class VoiceClips:
     ) -> None:
         self.folder = Path(corpus) / split
         self.bands = bands
+        require_range("data.train.seconds", seconds, 0.1, 60.0)
         self.frames = round(seconds * FRAMES_A_SECOND)
         self.names, speakers, embeddings = zip(*read_voices(join(shards, split)))
         self.voices = number_voices(speakers)

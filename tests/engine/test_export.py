@@ -148,8 +148,9 @@ def test_average_keeps_the_first_releases_config_and_card(releases, tmp_path, ca
     assert config == {"of": "a"} and (tmp_path / "out" / "README.md").read_text() == "card a"
     assert mixed["decoder.w"].unique() == 3.0 and mixed["encoder.w"].unique() == 1.0
     assert mixed["decoder.count"] == 1  # whole numbers have no mean
-    with pytest.raises(UserError, match="--only head"):
-        call("--average", "a:1", "b:2", "out", "--only", "head")
+    for prefixes in (["head"], ["decoder.", "head"]):
+        with pytest.raises(UserError, match="--only head"):
+            call("--average", "a:1", "b:2", "out", "--only", *prefixes)
     with pytest.raises(UserError, match=r"encoder\.w"):
         average([weights(1.0), weights(1.0) | {"encoder.w": torch.zeros(5)}], [1.0, 1.0], ("",))
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
+from engine.evaluation.validation import words_by
 from engine.metrics.grid_recogniser import (
     NEVER,
     PLACES,
@@ -60,7 +61,7 @@ def test_word_errors_by_a_released_recogniser(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = GridRecogniser(GridRecogniserConfig(channels=8, hidden=8)).eval()
     network.save_pretrained(tmp_path / "judge", "card")
-    metric = WordErrors(f"grid:{tmp_path / 'judge'}")
+    metric = WordErrors(words_by(tmp_path / "judge")["wer"])
     metric.check()
     metric.load()
     wave = 0.1 * np.random.default_rng(0).standard_normal(24_000).astype(np.float32)

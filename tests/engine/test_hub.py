@@ -73,6 +73,15 @@ def test_a_release_on_the_hub_is_downloaded_and_cached(stand_in_hub, monkeypatch
             read_release("someone/other", "toy")
 
 
+def test_a_bundled_release_is_found_beside_another_folder_assets(tmp_path, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hub.check_release("weights", "assets/voice_tiny")
+    assert (hub.release_folder("assets/voice_tiny") / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="not found"):
+        hub.check_release("weights", "assets/voice_tinny")
+
+
 def test_a_mistyped_path_or_name_on_the_hub_is_an_error(stand_in_hub, tmp_path):
     (tmp_path / "assets").mkdir()
     for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):

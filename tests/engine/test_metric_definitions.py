@@ -78,6 +78,9 @@ def test_texts_are_normalised_as_by_whisper(tmp_path):
     assert row["wer"] == (0, 5)
     lips = figures("wer_lips", Take(heard="set glue"), Take(text="Set blue now."), weights=tmp_path)
     assert lips["wer_lips"] == (2, 3) and "wer" not in lips
+    chinese = Take(text="你好", language="zh")
+    with pytest.raises(UserError, match="zh, ja, th, yue"):
+        figures("wer_lips", Take(heard="你好", language="zh"), chinese, weights=tmp_path)
 
 
 def test_the_recogniser_with_a_grammar_and_its_dictionary(voice, tmp_path):

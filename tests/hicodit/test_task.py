@@ -38,6 +38,18 @@ def make_task(corpus, release, **changes):
     return HiCoDiTTask(**(arguments | {"grammar": "none.jsgf"} | changes))
 
 
+def test_flash_attention_without_its_package_is_refused(corpus, release, monkeypatch):
+    monkeypatch.setattr("engine.errors.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"setup\.sh flash"):
+        make_task(corpus, release, model={"attention": "flash"})
+
+
+def test_crops_that_are_too_small_for_the_encoders_are_refused(corpus, release):
+    for name in ("mouth_size", "face_size"):
+        with pytest.raises(UserError, match=rf"encoders\.{name}=12 must be .* from 16"):
+            make_task(corpus, release, encoders=ENCODERS | {name: 12})
+
+
 @pytest.fixture
 def data(corpus, release):
     return HiCoDiTDataset(corpus / "train", release.parent / "codec")

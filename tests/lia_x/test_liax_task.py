@@ -1,6 +1,7 @@
 """Training of LIA-X at toy size. Axes: B pairs, S side."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tm
     assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
 
 
+def test_a_replaced_clip_is_decoded_again_and_an_unreadable_one_is_reported(corpus, tmp_path, capsys):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    first = FramePairs(root, 32, tmp_path / "cache", frames=5)
+    write_video(root / "train" / "c0.mp4", 255 - moving_square(12), 25)
+    again = FramePairs(root, 32, tmp_path / "cache", frames=5)
+    assert np.abs(again.pictures[0].astype(int) - first.pictures[0]).mean() > 50
+    (root / "train" / "c1.mp4").write_bytes(b"no video")
+    for _ in range(2):
+        assert len(FramePairs(root, 32, tmp_path / "cache", frames=5)) == 1
+        assert "without 1 unreadable clips of 2" in capsys.readouterr().err
+
+
 def test_tracks_belong_to_the_frames(corpus, tmp_path):
     data = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"width": 1.0, "open": 2.0})
     item = data.load(0, torch.Generator().manual_seed(3))
@@ -88,7 +102,7 @@ def test_movement_is_compared_without_the_texture_of_the_source():
     task = make_task(weights=WEIGHTS | {"movement": 1.0})
     pairs = batch()
     task(pairs, "generator")
-    real, _, still, _ = pairs["_run"]
+    real, _, still, _, _ = pairs["_run"]
     frames = real[[1, 0, 3, 2]]
     encoder = task.codec.encoder
     decoder = task.codec.decoder
@@ -104,7 +118,7 @@ def test_training_begins_at_low_resolution_and_with_guided_codes():
     task = make_task(weights=PLAIN, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
     losses = task(first, "generator")
-    _, fake, _, motion = first["_run"]
+    _, fake, _, motion, _ = first["_run"]
     assert fake.shape == (4, 3, 16, 16)
     assert losses["guide"] == pytest.approx(motion[:, :3].square().mean().item())
     task.begin_step(1)
@@ -237,7 +251,7 @@ def test_codes_of_an_earlier_release_are_a_target_and_are_decoded(tmp_path):
     frames = torch.rand(4, 3, 32, 32) * 2 - 1
     earlier = torch.full((4, LIA_X["motion_dim"]), 50.0)
     drawn = torch.tensor([[True], [True], [False], [False]])
-    fake, _, motion = task._rebuild(frames, kept=(earlier, drawn))
+    fake, _, motion = task._rebuild(frames, taught=(earlier, drawn))
     plain, _, same = task._rebuild(frames)
     assert torch.equal(motion, same) and not torch.allclose(fake[:2], plain[:2], atol=1e-3)
     torch.testing.assert_close(fake[2:], plain[2:])
@@ -250,13 +264,16 @@ def test_codes_of_people_are_kept_by_a_codec_of_another_width(tmp_path):
     frames = batch()
     people = frames | {"views": 255 - frames["frames"], "drawn": torch.tensor([False, False])}
 
-    def distance(codec=LIA_X, **more):
+    def distance(codec=LIA_X, moved=False, **more):
         task = make_task(weights=PLAIN, codec=codec, keep=keep | more)
-        return float(task(dict(people), "generator")["keep"])
+        return float(task(people | {"moved": torch.tensor([moved, moved])}, "generator")["keep"])
 
     wider = LIA_X | {"width": 2 * LIA_X["width"]}
     assert distance(people=True) == pytest.approx(0, abs=1e-5)  # the same weights, and the same codes
     assert distance(wider, people=True) > 0 and distance(wider) == 0
+    assert distance(wider, people=True, moved=True) == 0  # the release has never seen such heads
+    with pytest.raises(UserError, match=r"task\.keep needs data with real and cartoon faces"):
+        make_task(weights=PLAIN, keep=keep)(batch(), "generator")
     with pytest.raises(UserError, match=r"has motion_dim=4, but task\.codec requires 3"):
         make_task(weights=PLAIN, codec=LIA_X | {"motion_dim": 3}, keep=keep)
 
@@ -311,9 +328,25 @@ def test_a_pair_is_changed_in_one_way():
     still = np.repeat(moving_square(1), 2, 0)
     augment = Augment()
     rng = np.random.default_rng(1)
-    moved, _ = augment.frame(still, 32, rng)
+    moved, _, heads_moved = augment.frame(still, 32, rng)
+    assert not heads_moved
     coloured = augment.recolour(moved, rng)
     assert np.array_equal(coloured[0], coloured[1]) and not np.array_equal(coloured[0], still[0])
     nothing = Augment(background=0, zoom=0, aspect=0, shift=0, bend=0, turn=0, flip=0, colour=0)
-    same, _ = nothing.frame(still, 32, rng)
+    same, _, _ = nothing.frame(still, 32, rng)
     assert np.array_equal(nothing.recolour(same, rng), still)
+
+
+def test_heads_move_in_front_of_a_background_that_does_not():
+    still = np.full((2, 64, 64, 3), (40, 150, 220), np.uint8)  # the wall
+    still[:, 20:44, 20:44] = (200, 150, 120)  # a face
+    still[:, 60:] = (60, 60, 60)  # shoulders
+    augment = Augment(background=1, move=1, zoom=0, aspect=0, shift=0, bend=0, turn=0, flip=0, colour=0)
+    frames, _, heads_moved = augment.frame(still, 64, np.random.default_rng(2))
+    assert heads_moved
+    first, second = frames.astype(int)
+    assert np.abs(first - second)[16:48, 16:48].max() > 50
+    assert np.array_equal(first[:8, :8], second[:8, :8])
+    assert np.abs(first - second)[62:].max() <= 1
+    centres = [np.argwhere(np.abs(frame - (200, 150, 120)).max(-1) < 20).mean(0) for frame in frames.astype(int)]
+    assert 1 < np.abs(centres[0] - centres[1]).max() < 12

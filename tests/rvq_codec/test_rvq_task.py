@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import exit_process
+from engine.errors import UserError, exit_process
 from engine.evaluation.validation import Share, figures_of
 from engine.media.audio import write_wav
 from engine.shards.recordings import SpeechCrops
@@ -79,6 +79,9 @@ def test_crops_at_other_speeds_move_the_pitch(tmp_path):
     assert found == {900, 950, 1000, 1050, 1100}
     peaks = [float(draw.abs().max()) for draw in draws]  # of 0.3, at most 6 dB less
     assert 0.14 < min(peaks) < 0.2 < max(peaks) < 0.32
+    for wrong in ({"speed": 1.0}, {"gain_db": -6.0}):
+        with pytest.raises(UserError, match=f"data.train.{next(iter(wrong))}"):
+            SpeechCrops(tmp_path, **wrong)
 
 
 def test_speech_features_follow_the_wave():
@@ -103,6 +106,16 @@ def test_a_start_from_a_release_skips_the_stages_of_a_new_codec(tmp_path):
     features = {"mel_bands": 8, "low_samples": 4, "until": 9, "envelope_levels": 1}
     again = make_task(init=str(tmp_path / "release"), features=features, quantizer_start=9, gan_start=None)
     assert "codebook" in train(again, WAVES, 1)[0]["generator"]  # the stages of a new codec are over
+
+
+def test_another_decoder_is_new_with_decoder_only_and_an_error_without(tmp_path):
+    sizes = RVQ | {"decoder": "conv", "conv_width": 16, "conv_ratios": [5, 4, 3]}
+    write_release(make_task(codec=sizes), tmp_path / "release")
+    wider = sizes | {"conv_width": 32}
+    task = make_task(init=str(tmp_path / "release"), codec=wider, decoder_only=True)
+    assert task.codec.config.conv_width == 32
+    with pytest.raises(UserError, match="conv_width"):
+        make_task(init=str(tmp_path / "release"), codec=wider)
 
 
 def rank(folder):

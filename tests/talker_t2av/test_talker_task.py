@@ -120,6 +120,9 @@ def test_the_phoneme_head_learns_phonemes_of_the_frames(root, tmp_path):
     assert {"phoneme", "alignment"} <= losses.keys()
     losses["loss"].backward()
     assert task.model.head_phoneme.weight.grad.any()
+    unlabelled = TalkerPairs(**few, phonemes=0)
+    with pytest.raises(UserError, match=r"set data\.train\.phonemes"):
+        task(unlabelled.collate([unlabelled.load(0)]), "model")
     with pytest.raises(UserError, match="phonemes=68"):
         TalkerPairs(**few, phonemes=9)
 

@@ -87,6 +87,13 @@ def test_the_posterior_is_sampled_in_training_and_its_mean_taken_at_inference():
     torch.testing.assert_close(codec.encode(wave), first["mean"].transpose(1, 2))
 
 
+def test_a_clip_outside_whispers_window_is_an_error():
+    task = make_task()
+    for samples in (10, task.codec.config.max_frames * task.codec.hop + task.codec.hop):
+        with pytest.raises(UserError, match=f"wave of {samples} samples"):
+            task.run({"wave": torch.zeros(1, 1, samples)})
+
+
 def test_kl_is_twice_the_divergence_from_the_prior():
     mean = torch.randn(2, 3, 4)
     std = torch.rand(2, 3, 4) + 0.1
