@@ -3,7 +3,7 @@
     python scripts/make_portrait_manifests.py --grid /data/grid --people s31 s32 s33 s34 --out outputs/portraits
 
 sentences.jsonl contains the sentences of assets/demo/sentences.txt, spoken in turn in the voice and with the portrait
-of each person. clips.jsonl contains a few clips of each person, the input of a2v and v2a. Voice and portrait are never
+of each person. clips.jsonl contains all clips of each person, the input of a2v and v2a. Voice and portrait are never
 from the clip that the output is compared with. The rows contain paths of GRID's files, which are not copied.
 """
 
@@ -16,14 +16,11 @@ import json
 from pathlib import Path
 
 from corpora.preparation.sources_grid import find_files, grid_sentence
-from engine.arguments import Parser, existing_folder, within
+from engine.arguments import Parser, existing_folder
 from engine.errors import UserError, run_cli
 from engine.files import writable, write_text
 
 SENTENCES = Path(__file__).resolve().parents[1] / "assets" / "demo" / "sentences.txt"
-# position in a person's sorted clips of the first one in clips.jsonl, and step to the next
-FIRST = 2
-EVERY = 3
 
 Row = dict[str, str]
 
@@ -32,26 +29,25 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--grid", type=existing_folder, required=True, help="folder of GRID, with a folder per person")
     parser.add_argument("--people", nargs="+", required=True, help="names of the people's folders")
-    parser.add_argument("--clips", type=within(1), default=3, help="number of clips per person in clips.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder of the manifests")
     args = parser.parse_args()
-    people = {person: clips_of(args.grid.resolve() / person, FIRST + EVERY * args.clips) for person in args.people}
+    people = {person: clips_of(args.grid.resolve() / person) for person in args.people}
     with writable(args.out):
-        for name, rows in (("sentences", sentence_rows(people)), ("clips", clip_rows(people, args.clips))):
+        for name, rows in (("sentences", sentence_rows(people)), ("clips", clip_rows(people))):
             target = args.out / f"{name}.jsonl"
             write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
             print(f"{target}: {len(rows)} rows")
 
 
-def clips_of(folder: Path, least: int) -> list[Path]:
+def clips_of(folder: Path) -> list[Path]:
     """Return the clips of a person, sorted by name.
 
     Raises:
-        UserError: If there are fewer than `least`.
+        UserError: If there are fewer than two.
     """
     files = [folder / file for file in find_files(folder, ".mpg", ".mp4") if grid_sentence(file.stem)]
-    if len(files) < least:
-        raise UserError(f"{folder} has {len(files)} clips with names of GRID, such as bbaf2n.mpg: {least} are needed")
+    if len(files) < 2:
+        raise UserError(f"{folder} has {len(files)} clips with names of GRID, such as bbaf2n.mpg: two are needed")
     return files
 
 
@@ -69,12 +65,11 @@ def sentence_rows(people: dict[str, list[Path]]) -> list[Row]:
     return rows
 
 
-def clip_rows(people: dict[str, list[Path]], count: int) -> list[Row]:
-    """Return rows with `count` clips of each person. Voice and portrait are from the clip after it."""
+def clip_rows(people: dict[str, list[Path]]) -> list[Row]:
+    """Return rows with all clips of each person. Voice and portrait are from the clip after it."""
     rows = []
     for person, clips in people.items():
-        for number in range(FIRST, FIRST + EVERY * count, EVERY):
-            clip = clips[number]
+        for number, clip in enumerate(clips):
             other = str(clips[(number + 1) % len(clips)])
             row = {"id": f"{person}-{clip.stem}", "text": grid_sentence(clip.stem), "speaker": person}
             row |= {"reference": str(clip), "video": str(clip), "reference_audio": other, "reference_video": other}

@@ -1,8 +1,7 @@
 """Augmentation of portrait pairs, so that few people in one studio suffice to train a general codec.
 
 Both frames of a pair get the same framing, shape, background and colours, so that only the movement between them
-remains. People who sit still in a studio move only their mouths and eyes: in some pairs, each frame's head is moved in
-front of the new background.
+remains.
 
 Axes: K frames, H height, W width, S side.
 """
@@ -21,13 +20,6 @@ KEY_HUE = (82, 118)
 KEY_SATURATION = 70
 KEY_VALUE = 50
 CONTROL = 5  # points per side of the warping grid
-# maximum movement of a head
-HEAD_SHIFT = 0.06  # fraction of the side
-HEAD_ZOOM = 0.08  # relative change of size
-HEAD_TILT = 8.0  # degrees
-HEAD_TURN = 0.03  # displacement of the face's centre against its outline, as a fraction of the side
-FACE_RADIUS = 0.2  # standard deviation of that displacement over the image, as a fraction of the side
-NECK, BODY = 0.75, 0.95  # heights, as fractions of the side, between which the movement fades out
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,6 @@ class Augment(Group, prefix="data.train.augment."):
 
     Attributes:
         background: fraction of pairs whose blue background is replaced by random colours.
-        move: fraction of these pairs in which the head of each frame is moved, too.
         zoom, aspect: maximum relative change of size and of aspect ratio.
         shift, bend: maximum translation of the image, and displacement of grid points, as fractions of the side.
         turn: maximum rotation in degrees.
@@ -45,7 +36,6 @@ class Augment(Group, prefix="data.train.augment."):
     """
 
     background: float = setting(0.7, 0.0, 1.0)
-    move: float = setting(0.0, 0.0, 1.0)
     zoom: float = setting(0.12, 0.0, 0.5)
     aspect: float = setting(0.1, 0.0, 0.5)
     shift: float = setting(0.06, 0.0, 0.5)
@@ -54,24 +44,20 @@ class Augment(Group, prefix="data.train.augment."):
     flip: float = setting(0.5, 0.0, 1.0)
     colour: float = setting(1.0, 0.0, 1.0)
 
-    def frame(self, frames: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+    def frame(self, frames: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Augment framing, shape and background of frames (K, H, W, 3) uint8.
 
         Returns:
-            Frames (K, S, S, 3) uint8, a map (S, S, 2) with the source position of each pixel, as fractions of the
-            sides, and whether the heads were moved.
+            Frames (K, S, S, 3) uint8, and a map (S, S, 2) with the source position of each pixel, as fractions of the
+            sides.
         """
-        replaced = rng.random() < self.background
-        heads_moved = replaced and rng.random() < self.move
-        if heads_moved:
-            frames = np.stack([move_head(frame, rng) for frame in frames])
-        if replaced:
+        if rng.random() < self.background:
             frames = replace_wall(frames, rng)
         grid = self._grid(size, rng)
         height, width = frames.shape[1:3]
         at = (grid * (width, height) - 0.5).astype(np.float32)
         moved = [cv2.remap(f, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for f in frames]
-        return np.stack(moved), grid, heads_moved
+        return np.stack(moved), grid
 
     def recolour(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Change the colours of frames (K, H, W, 3) uint8, equally in all frames."""
@@ -115,27 +101,6 @@ def _hue_and_saturation(turn: float, saturation: float) -> np.ndarray:
     cos = saturation * np.cos(turn)
     sin = saturation * np.sin(turn)
     return np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
-
-
-def move_head(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shift, scale, tilt and slightly turn the head in a frame (H, W, 3) uint8 with a uniform background.
-
-    The shoulders at the lower edge stay where they are. The background moves, too, and is to be replaced afterwards.
-    """
-    height, width = frame.shape[:2]
-    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    position = np.stack([x, y], -1)
-    angle = np.deg2rad(rng.uniform(-HEAD_TILT, HEAD_TILT))
-    zoom = np.exp(rng.uniform(-HEAD_ZOOM, HEAD_ZOOM))
-    rotation = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    neck = (0.5, NECK)
-    displacement = (position - neck) @ rotation.T + neck - position + rng.uniform(-HEAD_SHIFT, HEAD_SHIFT, 2)
-    face = np.exp(-((position - 0.5) ** 2).sum(-1) / (2 * FACE_RADIUS**2))
-    displacement += face[..., None] * rng.uniform(-HEAD_TURN, HEAD_TURN, 2)
-    fixed = ((y - NECK) / (BODY - NECK)).clip(0, 1)
-    source = position + (1 - fixed)[..., None] * displacement
-    at = (source * (width, height) - 0.5).astype(np.float32)
-    return cv2.remap(frame, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def replace_wall(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

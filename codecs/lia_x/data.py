@@ -229,17 +229,16 @@ class RealAndDrawn:
             views: (2, S, S, 3) uint8, the same frames with other colours, from which motion is encoded.
             weights: (S, S), loss weight of each pixel.
             drawn: whether it is a cartoon face, for which views equal frames.
-            moved: whether its head was moved (`Augment.move`).
             tracks: (2, L), movements, NaN where unknown. Omitted if no movements are read.
         """
         pairs, index = self.items[index]
         item = self.unknown | {"drawn": torch.tensor(pairs is self.drawn)} | pairs.load(index, generator)
         frames = item["frames"]
         if pairs is self.drawn:
-            return item | {"views": frames, "weights": torch.from_numpy(self.weights), "moved": torch.tensor(False)}
+            return item | {"views": frames, "weights": torch.from_numpy(self.weights)}
         seed = int(torch.randint(2**31, (), generator=generator))
         rng = np.random.default_rng(seed)
-        moved, grid, heads_moved = self.augment.frame(frames.numpy(), self.size, rng)
+        moved, grid = self.augment.frame(frames.numpy(), self.size, rng)
         at = (grid * self.size - 0.5).astype(np.float32)
         weights = cv2.remap(self.weights, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         if self.moving:
@@ -249,7 +248,6 @@ class RealAndDrawn:
             "frames": torch.from_numpy(self.augment.recolour(moved, rng)),
             "views": torch.from_numpy(self.augment.recolour(moved, rng)),
             "weights": torch.from_numpy(weights),
-            "moved": torch.tensor(heads_moved),
         }
 
     collate = staticmethod(default_collate)

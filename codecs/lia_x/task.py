@@ -70,10 +70,10 @@ class LiaXTask(Task):
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
         decoder_only: freeze the encoder of `init`, so that motion codes do not change.
-        keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones whose heads were
-            not moved by augmentation, are preserved, and the `weight` of the squared distance to them. Requires batches
-            with the flags "drawn" and "moved". These faces are reconstructed from the preserved codes, so that models
-            of these codes can use the new decoder. None: disabled.
+        keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones, are preserved,
+            and the `weight` of the squared distance to them. Requires batches with the flag "drawn". These faces are
+            reconstructed from the preserved codes, so that models of these codes can use the new decoder. None:
+            disabled.
         discriminator: `width` and `max_width` of the discriminator.
         vgg: file with torchvision's vgg19 weights.
         validation: `root`, `splits` and `clips` (per split), and with `others` splits of other roots, {split: root};
@@ -230,7 +230,7 @@ class LiaXTask(Task):
         if self.teacher is not None:
             if "drawn" not in batch:
                 raise UserError("task.keep needs data with real and cartoon faces (lia_x.data.RealAndDrawn)")
-            applies = ~batch["moved"] if self.keep.get("people") else batch["drawn"]
+            applies = torch.ones_like(batch["drawn"]) if self.keep.get("people") else batch["drawn"]
             with torch.no_grad():
                 taught = self.teacher.motion(frames if views is None else views), applies.repeat_interleave(2)[:, None]
         fake, still, motion = self._rebuild(frames, views, taught)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HiCoDiT on GRID, all weights trained here: GRID=/data/grid bash scripts/recipes/grid.sh [STEP ...]
 # Steps, in this order: prepare tokenizer tokens train evaluate; without any, all of them. Each continues where it stopped.
-# SIZE=card: the full recipe, for one GPU. SIZE=cpu: the bundled assets/hicodit_grid, in some hours of two cores.
+# SIZE=card: the full recipe, for one GPU. SIZE=cpu: a model of the size of assets/hicodit_grid, in some hours of two cores.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 

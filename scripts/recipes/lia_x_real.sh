@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LIA-X for real and drawn faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
+# LIA-X for real and cartoon faces: GRID=/data/grid bash scripts/recipes/lia_x_real.sh [STEP ...]
 # Steps, in this order: prepare drawn train measure; without any, all of them. Each continues where it stopped.
 # Needs the extra `landmarks`, for mouth opening and eye closure in training, and for measurement.
 set -euo pipefail
@@ -9,7 +9,7 @@ GRID="${GRID:-/data/grid}"                  # folders s1, s2, ... of GRID (CC BY
 SPEAKERS="${SPEAKERS:-[s1,s3,s5]}"          # who is trained on
 HELD_OUT="${HELD_OUT:-s31 s32 s33 s34}"     # who is measured on
 SHARDS="${SHARDS:-data/shards/people}"      # pictures of the people, 30 MB
-DRAWN="${DRAWN:-data/synthetic_2}"          # drawn faces
+DRAWN="${DRAWN:-data/synthetic_lia_x}"      # cartoon faces
 RUN="${RUN:-runs/lia_x_real}"
 # Further settings of each step: PREPARE, TRAIN, MEASURE, such as TRAIN="trainer.steps=1000"
 
@@ -33,7 +33,9 @@ prepare() {
         stages.portraits.pictures=25 "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-}
 }
 
-drawn() { $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 300 --test-clips 40; }
+drawn() { # cartoon faces
+    $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 300 --test-clips 40
+}
 
 train() {
     if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi

@@ -26,7 +26,7 @@ corpora() {
         $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 3 --out "$SPOKEN" --clips 1500 --test-clips 60
     fi
     if [ ! -f "$DRAWN/train.jsonl" ]; then
-        $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 700 --test-clips 40
+        $PYTHON "$here/scripts/make_synthetic_corpus.py" --version 2 --out "$DRAWN" --clips 700 --test-clips 200
     fi
     if [ ! -f "$VOICES/corpus.json" ]; then
         $PYTHON "$here/scripts/make_voice_corpus.py" --out "$VOICES" --grid "$GRID" --flite 175 --synthetic "$SPOKEN" \
@@ -70,7 +70,7 @@ measure() {
     $PYTHON "$here/scripts/make_portrait_manifests.py" --grid "$GRID" --people $HELD_OUT --out "$REPORTS"
     table tts sentences per,speaker_similarity,dnsmos,ends_in_time,ends_cut,runs_away \
         ++protocol.speaker_similarity=ge2e ++protocol.dnsmos=p835
-    table t2av sentences synchrony,synchrony_late clips=16 ++protocol.synchrony=landmarks
+    table t2av sentences synchrony,synchrony_late ++protocol.synchrony=landmarks
     table a2v clips mouth_opening,synchrony ++protocol.synchrony=landmarks ++protocol.mouth_opening=landmarks
     table v2a clips wer ++protocol.wer=grammar "grammar=$here/assets/grid_recogniser/grammar.jsgf"
 }
