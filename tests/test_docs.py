@@ -75,7 +75,7 @@ def value_of(record: str, where: str):
 
 SPEED = "size={},batch=1,seconds={},sampler={},precision={}/rtf"
 README_VALUES = {  # in the order of the first bullets: as printed, the record, and the place in it
-    "WER 7.3 %": ("2026-11-26-hicodit_grid-test.json", "hicodit/wer/value"),
+    "7.3 %": ("2026-11-26-hicodit_grid-test.json", "hicodit/wer/value"),
     "0.7 %": ("2026-11-26-hicodit_grid-test.json", "true speech/wer/value"),
     "WER 41 %": ("2026-11-26-hicodit_grid-new-grammar.json", "hicodit/wer/value"),
     "WER 1.9 %": ("2026-11-26-hicodit-seen.json", "hicodit/wer/value"),
