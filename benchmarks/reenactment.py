@@ -102,22 +102,21 @@ class Judge(LandmarkReader):
         square = find_square(path, 75)
         frames = fit_frames(np.concatenate(list(read_square(path, square, 10**6))), Copy.size)
         try:
-            box = self.find(frames[0])
+            box = self.find(enlarge(frames[0]))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return Seen(frames, box, *self.look(frames, box))
 
     def look(self, frames: np.ndarray, box: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Measure the opening (T,) and embeddings (E, 128) in frames (T, S, S, 3) whose face is in `box`."""
-        points = []
+        """Measure the opening (T,) and embeddings (E, 128) in frames (T, S, S, 3), in the first of which the face is in
+        `box`.
+        """
+        shapes = self.shapes(frames, box)
         faces = []
-        for number, frame in enumerate(map(enlarge, frames)):
-            shape = self.predict(frame, box)
-            points.append(points_of(shape))
-            if number % EVERY == EVERY // 2:
-                face = np.array(self.embed.compute_face_descriptor(frame, shape))
-                faces.append(face / np.linalg.norm(face))
-        return mouth_opening(np.stack(points)), np.array(faces)
+        for number in range(EVERY // 2, len(frames), EVERY):
+            face = np.array(self.embed.compute_face_descriptor(enlarge(frames[number]), shapes[number]))
+            faces.append(face / np.linalg.norm(face))
+        return mouth_opening(np.stack([points_of(shape) for shape in shapes])), np.array(faces)
 
 
 def _made(codec: LiaX | Copy, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.faces.landmarks import load_dlib
+from engine.faces.track import DETECT_EVERY
 
 SIDE = 256  # pixels of the shorter side of the images for dlib
 # of the 68 landmarks
@@ -44,13 +45,13 @@ def eye_closure(points: np.ndarray) -> np.ndarray:
 
 
 class LandmarkReader:
-    """Reads the landmarks of real faces, and with them the mouth opening."""
+    """Reads the landmarks of real faces, and with them the mouth opening. Faces are detected in every fifth frame."""
 
     def __init__(self) -> None:
         self.detect, self.predict = load_dlib()
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Return the mouth opening (T,) in frames (T, H, W, 3) uint8 RGB of a clip in which the head hardly moves.
+        """Return the mouth opening (T,) in frames (T, H, W, 3) uint8 RGB of a clip.
 
         Raises:
             UserError: If dlib detects no face in the first frame.
@@ -59,15 +60,43 @@ class LandmarkReader:
 
     def landmarks(self, frames: np.ndarray) -> np.ndarray:
         """Return the landmarks (T, 68, 2), in pixels of the enlarged image; arguments and errors as above."""
-        box = self.find(frames[0])
-        return np.stack([points_of(self.predict(enlarge(frame), box)) for frame in frames])
+        return np.stack([points_of(shape) for shape in self.shapes(frames)])
 
-    def find(self, frame: np.ndarray) -> Any:
-        """Return dlib's bounding box of the largest face in a frame (H, W, 3), in pixels of the enlarged image."""
-        boxes = self.detect(enlarge(frame), 1)
+    def shapes(self, frames: np.ndarray, box: Any = None) -> list[Any]:
+        """Return dlib's landmarks of each frame (T, H, W, 3), in pixels of the enlarged image.
+
+        Args:
+            box: dlib's bounding box of the face before the first frame. None: it is the largest face in that frame.
+        """
+        shapes = []
+        for number, frame in enumerate(map(enlarge, frames)):
+            if number % DETECT_EVERY == 0:
+                box = self.find(frame, box)
+            shapes.append(self.predict(frame, box))
+        return shapes
+
+    def find(self, frame: np.ndarray, last: Any = None) -> Any:
+        """Return dlib's bounding box of the largest face in an enlarged frame (H, W, 3).
+
+        Args:
+            last: bounding box that contains the centre of the face; it is returned if no face is detected there.
+
+        Raises:
+            UserError: If no face is detected and `last` is None.
+        """
+        boxes = self.detect(frame, 1)
+        if last is not None:
+            boxes = [box for box in boxes if _contains(last, box)] or [last]
         if not boxes:
             raise UserError("dlib detects no face in the first frame")
         return max(boxes, key=lambda box: box.area())
+
+
+def _contains(box: Any, other: Any) -> bool:
+    """Return whether a bounding box contains the centre of another one."""
+    x = (other.left() + other.right()) / 2
+    y = (other.top() + other.bottom()) / 2
+    return box.left() <= x <= box.right() and box.top() <= y <= box.bottom()
 
 
 def points_of(shape: Any) -> np.ndarray:

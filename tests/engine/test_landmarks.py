@@ -39,7 +39,7 @@ class Rectangle:
 @pytest.fixture
 def fake_dlib(monkeypatch):
     """Replaces dlib, which an extra installs: the face is a bright dot, and the landmarks lie around it."""
-    calls = SimpleNamespace(sizes=[], found=True)
+    calls = SimpleNamespace(sizes=[], boxes=[], found=True)
 
     def dot(picture):
         calls.sizes.append(picture.shape[:2])
@@ -51,6 +51,7 @@ def fake_dlib(monkeypatch):
         return [Rectangle(x - 50, y - 50, x + 49, y + 49)] if calls.found else []
 
     def predict(picture, box):
+        calls.boxes.append(box.left())
         parts = [SimpleNamespace(x=x, y=y) for x, y in dot(picture) + 6 * SHAPE]
         return SimpleNamespace(parts=lambda: parts, part=parts.__getitem__)
 
@@ -97,6 +98,22 @@ def test_small_frames_are_enlarged_before_lips_are_measured(fake_dlib):
     openings = [LandmarkReader()(frames) for frames in (small, large)]
     assert fake_dlib.sizes == [(256, 341)] * 3 + [(360, 480)] * 3  # the face in one frame, the lips in both
     assert np.allclose(openings, openings[0][0])
+
+
+def test_a_moving_face_is_detected_again_and_kept_where_dlib_misses_it(fake_dlib, monkeypatch):
+    clip, at = dots(20)
+    reader = LandmarkReader()
+    reader(clip)
+    where = 256 / 120 * at[:, 0] - 50
+    assert np.abs(np.array(fake_dlib.boxes) - where[np.arange(20) // 5 * 5]).max() < 4
+    detect = reader.detect
+    monkeypatch.setattr(reader, "detect", lambda picture, doublings: [])
+    first = detect(clip[0])[0]
+    assert reader.find(clip[0], first) is first
+    with pytest.raises(UserError, match="no face in the first frame"):
+        reader(clip)
+    monkeypatch.setattr(reader, "detect", lambda picture, doublings: [Rectangle(300, 0, 900, 600)])  # another face
+    assert reader.find(clip[0], first) is first
 
 
 def test_eyes_are_closed_relative_to_how_they_usually_are_in_the_clip():
