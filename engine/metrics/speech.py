@@ -214,6 +214,7 @@ class Synchrony(Metric):
         "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: synchrony with the audio advanced by 200 ms"),
     }
     protocols = ("drawn", "landmarks")
+    version = 2
     inputs = ("audio", "video", "source")
     needs_video = True
 
@@ -232,6 +233,7 @@ class MouthOpening(Metric):
         "mouth_opening": Figure("mouth r", 1, 3, meaning="temporal correlation of mouth opening with the ground truth")
     }
     protocols = ("drawn", "landmarks")
+    version = 2
     inputs = ("video",)
     needs_truth = True
     outputs_only = True
