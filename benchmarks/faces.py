@@ -35,6 +35,9 @@ CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
 
 
+CPU_ONLY = True  # no other device is used
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", nargs="+", type=within(1, kind=float), default=[10, 60, 600], help="durations of the clips"

@@ -32,6 +32,7 @@ from engine.errors import UserError
 from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import Share
 from engine.faces.landmarks import load_face_recogniser
+from engine.files import atomic_output
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
 from engine.metrics.lips import LandmarkReader, enlarge, mouth_opening, points_of
 from engine.metrics.picture import reconstruction
@@ -207,5 +208,5 @@ def write_sheet(path: Path, true: np.ndarray, made: np.ndarray, count: int = 32,
     at = np.linspace(0, len(true) - 1, count).round().astype(int)
     rows = [np.concatenate([np.concatenate(list(f[k]), 1) for f in (true, made)]) for k in at.reshape(-1, 8)]
     sheet = cv2.resize(np.concatenate(rows), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    with atomic_output(path) as partial:
+        partial.write_bytes(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -72,5 +72,8 @@ def check_port(host: str, port: int) -> None:
         UserError: If the port is in use, or the host is not an address of this machine.
     """
     with report_os_errors(f"cannot listen on {host}, port {port}", ": choose another --host or --port"):
-        family = socket.getaddrinfo(host, port)[0][0]
+        try:
+            family = socket.getaddrinfo(host, port)[0][0]
+        except UnicodeError as error:
+            raise UserError(f"--host {host} is not the name of a host") from error
         socket.create_server((host, port), family=family).close()

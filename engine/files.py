@@ -16,6 +16,8 @@ from typing import Any
 from engine.errors import UserError, causes
 
 SPACE = 500  # minimum free disk space of a run in megabytes
+_UMASK = os.umask(0)  # read once, as reading it changes it for all threads
+os.umask(_UMASK)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # the disk is full or read-only, or a file too large
 
 
@@ -57,9 +59,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     try:
         with report_os_errors(f"cannot write {path}"):
             yield staging
-            umask = os.umask(0)  # mkstemp creates files with mode 0600; apply the default permissions
-            os.umask(umask)
-            staging.chmod(0o666 & ~umask)
+            staging.chmod(0o666 & ~_UMASK)  # mkstemp creates files with mode 0600
             os.replace(staging, path)
     finally:
         with suppress(FileNotFoundError):

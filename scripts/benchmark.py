@@ -35,7 +35,8 @@ def main() -> None:
     benchmark = import_module(f"benchmarks.{name}")
     parser = Parser(benchmark.__doc__, f"benchmark.py {name}")
     parser.add_argument("--threads", type=within(1), default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="device of the measurements")
+    devices = ("cpu",) if getattr(benchmark, "CPU_ONLY", False) else DEVICES
+    parser.add_argument("--device", choices=devices, default=devices[0], help="device of the measurements")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     benchmark.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])

@@ -21,7 +21,7 @@ from engine.arguments import Parser
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from engine.files import writable
-from engine.untrusted import read_yaml
+from engine.untrusted import read_yaml, safe_name
 
 CATALOGUE = Path(__file__).with_name("checkpoints.yaml")
 
@@ -34,12 +34,16 @@ def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
     groups = read_yaml(path)
     if not all(isinstance(rows, list) for rows in groups.values()):
         raise UserError(f"{path} is not a list of files: see {CATALOGUE}")
-    for row in (row for rows in groups.values() for row in rows):
-        row["files"] = [_remote_file(**file) for file in row["files"]]
+    try:
+        for row in (row for rows in groups.values() for row in rows):
+            row["files"] = [_remote_file(**file) for file in row["files"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a catalogue of files ({error!r}): see {CATALOGUE}") from error
     return groups
 
 
 def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="model", **facts) -> RemoteFile:
+    safe_name(path, "the path of a file", folders=True)
     if repo:
         url = hf_hub_url(repo, name or path, repo_type=kind, revision=revision)
     return RemoteFile(path, url, **facts)
@@ -100,7 +104,8 @@ def main() -> None:
     if not args.list:
         with writable(args.to, "--to"):
             pass
-    checkpoints = catalogue.get(args.group) or [row for rows in catalogue.values() for row in rows]
+    groups = [args.group] if args.group in catalogue else list(catalogue)
+    checkpoints = [row for group in groups for row in catalogue[group]]
     process(checkpoints, args.to, args.list)
 
 

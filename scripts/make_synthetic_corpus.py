@@ -16,7 +16,6 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
-import json
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +31,7 @@ from engine.errors import UserError, run_cli
 from engine.files import require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import progress_bar
+from engine.untrusted import read_json
 
 _maker = lru_cache(ClipMaker)  # one for a process
 
@@ -57,8 +57,11 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
     """Create the folders. Raise UserError if `root` contains another corpus."""
     about = root / "corpus.json"
     if about.is_file():
-        old = json.loads(about.read_text())
-        there = old.get("seed"), old.get("version"), old.get("voices", {}).get("more", 0)
+        old = read_json(about)
+        voices = old.get("voices", {}) if isinstance(old, dict) else None
+        if not isinstance(voices, dict):
+            raise UserError(f"{about} does not describe a synthetic corpus: choose another --out")
+        there = old.get("seed"), old.get("version"), voices.get("more", 0)
         if there != (seed, version, more):
             words = "seed {}, version {}, {} more voices"
             raise UserError(

@@ -19,6 +19,7 @@ from corpora.preparation.speech_corpus import listed_recordings
 from corpora.preparation.voice_corpus import flite_sentences, grid_sentences, prompt_sentences, write_voices
 from engine.arguments import Parser, existing_folder, names, within
 from engine.errors import UserError, run_cli
+from engine.files import writable
 
 SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
@@ -55,10 +56,15 @@ def main() -> None:
         people["train"] = people["train"][::step][: args.pictures]
     else:
         people["train"] += prompt_sentences(args.prompts, args.transcripts)
-        people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed) if args.flite else []
+        if args.flite:
+            with writable(args.out, "--out"):
+                people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed)
         people["train"] = [replace(recording, others=args.others) for recording in people["train"]] + listed
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
-    counts = write_voices(args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed)
+    with writable(args.out, "--out"):
+        counts = write_voices(
+            args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed
+        )
     print(", ".join(f"{split}: {count} clips" for split, count in counts.items()))
 
 

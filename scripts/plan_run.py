@@ -58,6 +58,8 @@ def main() -> None:
     for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
             raise UserError(f"{option} {path} cannot be written: choose a file in an existing folder")
+    if args.figure and args.figure.suffix.lower() != ".png":
+        raise UserError(f"--figure {args.figure}: its name must end in .png")
     card = CARDS[args.device]
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
     whole = total / trainer.steps

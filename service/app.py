@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
-from engine.errors import UserError
+from engine.errors import UserError, printable
 from engine.media.pictures import picture_size
 from engine.settings import LIMITS, check_seed
 from engine.untrusted import parse_object
@@ -31,6 +31,7 @@ from service.service import HICODIT, Service, explain
 from service.sound import samples
 from service.videos import video_routes
 
+IDLE = 60.0  # seconds without a message after which a stream is closed
 IMAGE_SIGNATURES = b"\x89PNG", b"\xff\xd8\xff"  # first bytes of a PNG or JPEG file
 
 
@@ -85,6 +86,7 @@ def make_app(service: Service) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, message = explain(error)
+    message = printable(message)  # half of a surrogate pair, which JSON can contain, cannot be encoded
     body = openai_error(status, message) if request.url.path.startswith("/v1/") else {"error": message}
     return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
@@ -159,8 +161,11 @@ async def _follow(socket: WebSocket, chooser: PipelineChooser) -> None:
 
 
 async def _receive(socket: WebSocket) -> dict[str, Any]:
-    """Return the next message, or raise WebSocketDisconnect."""
-    message = await socket.receive()
+    """Return the next message, or raise WebSocketDisconnect, or UserError after `IDLE` seconds without a message."""
+    try:
+        message = await asyncio.wait_for(socket.receive(), IDLE)
+    except TimeoutError:
+        raise UserError(f"nothing was received for {IDLE:g} s") from None
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect
     return message

@@ -51,6 +51,7 @@ async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncI
         patches: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()
         put = partial(loop.call_soon_threadsafe, patches.put_nowait)
         decoder = StreamDecoder(service.talker.system.speech)
+        silent = partial(service.talker.without_padding, part)
         ticket = Ticket(part)
         if stream:
             ticket.on_patch = put
@@ -58,9 +59,9 @@ async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncI
         ticket.add_done_callback(lambda _, put=put: put(None))
         try:
             while stream and (patch := await patches.get()) is not None:
-                if (wave := await asyncio.to_thread(decoder.push, patch)) is not None:
+                if (wave := await asyncio.to_thread(decoder.push, silent(patch))) is not None:
                     yield wave.cpu()
-            speech = (await asyncio.wrap_future(ticket)).speech[None]  # or raises what went wrong
+            speech = silent((await asyncio.wrap_future(ticket)).speech)[None]  # or raises what went wrong
             finish = decoder.finish if stream else partial(decoder.push, speech, last=True)
             if (wave := await asyncio.to_thread(finish)) is not None:
                 yield wave.cpu()
@@ -97,6 +98,10 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
             async for wave in waves:
                 process.stdin.write(samples(wave))
                 await process.stdin.drain()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                process.kill()  # it would write the header of an empty file
+            raise
         finally:
             process.stdin.close()
 

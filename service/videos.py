@@ -78,7 +78,10 @@ class Video(BaseModel):
 
     async def save(self, name: str, upload: UploadFile) -> Path:
         """Write an uploaded file to the folder and return its path, with the original suffix."""
-        return await save_upload(upload, self.path(f"{name}{Path(upload.filename or '').suffix.lower()[:8]}"))
+        suffix = Path(upload.filename or "").suffix.lower()[:8]
+        return await save_upload(
+            upload, self.path(name + (suffix if suffix[1:].isalnum() and suffix.isascii() else ""))
+        )
 
 
 def video_routes(service: Service) -> APIRouter:

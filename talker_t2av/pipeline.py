@@ -346,7 +346,7 @@ class TalkerPipeline:
             if len(request.speech):
                 yield to_device(request.speech[None], self.system.device)
             for step in steps:
-                waiting.append(self._without_padding(prepared, step.speech))
+                waiting.append(self.without_padding(prepared, step.speech))
                 if step.motion is not None:
                     new_motion.append(step.motion[0])
                 if step.motion is not None or prepared.mode.motion != "generated":
@@ -369,7 +369,7 @@ class TalkerPipeline:
         The parts of a long text are separated by pauses, during which the motion is interpolated.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
-        results = tuple(replace(each, speech=self._without_padding(prepared, each.speech)) for each in results)
+        results = tuple(replace(each, speech=self.without_padding(prepared, each.speech)) for each in results)
         motions = join_motion(results)
         with stage("decoding"):
             wave = self.decode_speech(prepared, results) if prepared.wave is None else prepared.wave
@@ -382,7 +382,7 @@ class TalkerPipeline:
             remarks += (TRUNCATED,)
         return Talk(np.asarray(wave), frames, speech, motion, stopped, remarks, prepared.surroundings)
 
-    def _without_padding(self, prepared: PreparedJob, speech: Tensor | None) -> Tensor | None:
+    def without_padding(self, prepared: PreparedJob, speech: Tensor | None) -> Tensor | None:
         """Replace padding in generated latents (..., F, Ds) with silence, except in the official routines."""
         if speech is None or not prepared.requests[0].rules.padding_ends:
             return speech

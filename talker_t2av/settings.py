@@ -119,7 +119,11 @@ class Job(Group):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
             raise UserError(f"mode={self.mode} requires text")
-        size = len(self.text.encode(errors="replace"))
+        if any("\ud800" <= c <= "\udfff" for c in self.text + self.reference_text):
+            raise UserError(
+                "the text contains half of a surrogate pair, which is not a character: correct its encoding"
+            )
+        size = len(self.text.encode())
         max_bytes = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
         if size > max_bytes:
             raise UserError(

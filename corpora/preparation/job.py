@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
-from corpora.preparation.stage_runner import StageRunner, earlier_samples, without_device
+from corpora.preparation.stage_runner import StageRunner, earlier_samples, input_digest, without_device
 from engine.cluster import make_executor
 from engine.config import plain
 from engine.errors import UserError
@@ -86,8 +86,8 @@ def prepare(config: DictConfig) -> None:
 
 
 def _listing_digest(clips: list[SourceClip]) -> str:
-    """Return a digest of the keys, sources and texts of the clips of a split, in order."""
-    listing = dumps([[clip.key, clip.source, clip.text, *([clip.lag] if clip.lag else [])] for clip in clips])
+    """Return a digest of all source fields of the clips of a split, in order."""
+    listing = dumps([input_digest(clip) for clip in clips])
     return hashlib.sha256(listing).hexdigest()[:16]
 
 

@@ -34,8 +34,8 @@ from corpora.synthetic.corpus import LEVEL, LONGEST, gain_to_level
 from corpora.synthetic.sentences import draw_open_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS
-from engine.errors import UserError
-from engine.files import write_json, write_text
+from engine.errors import UserError, printable
+from engine.files import report_os_errors, write_json, write_text
 from engine.media.audio import SILENT, resample_wave, write_wav
 from engine.media.pictures import fit_frames
 from engine.media.video import write_video
@@ -79,7 +79,10 @@ def prompt_sentences(sounds: Path, transcripts: Path) -> list[Recording]:
     """
     opened = gzip.open if transcripts.suffix == ".gz" else open
     rows = []
-    with opened(transcripts, "rt", encoding="utf-8", errors="replace") as lines:
+    with (
+        report_os_errors(f"--transcripts {transcripts} cannot be read"),
+        opened(transcripts, "rt", encoding="utf-8", errors="replace") as lines,
+    ):
         for line in lines:
             name, colon, text = line.strip().partition(":")
             path = sounds / f"{name}.g722"
@@ -109,7 +112,10 @@ def flite_sentences(folder: Path, clips: int, seed: int) -> list[Recording]:
             text = draw_open_sentence(rng, "train")
             name = f"flite-{voice}-{number:05d}"
             path = folder / f"{name}.wav"
-            subprocess.run(["flite", "-voice", voice, "-t", text, "-o", path], check=True, capture_output=True)
+            call = ["flite", "-voice", voice, "-t", text, "-o", path]
+            done = subprocess.run(call, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                raise UserError(f"flite cannot speak with the voice {voice}: {printable(done.stderr)[-200:]}")
             rows.append(Recording(name, path, f"flite-{voice}", text))
     return rows
 
@@ -344,8 +350,11 @@ def write_voices(
         for row in others.get(split, ()):
             for suffix in (".wav", ".mp4") if pictures else (".wav",):
                 target = (out / split / row["id"]).with_suffix(suffix)
+                source = (synthetic / row["split"] / target.name).resolve()
+                if target.is_symlink() and target.readlink() != source:
+                    target.unlink()  # of a corpus that was moved or replaced
                 if not target.exists():
-                    target.symlink_to((synthetic / row["split"] / target.name).resolve())
+                    target.symlink_to(source)
             rows.append(row | {"split": split})
         if not rows:
             raise UserError(f"no recording of the split {split} has a known text: check the transcripts")

@@ -80,7 +80,7 @@ class Strip:
         bar = np.where(self.track.seen[index, None], SEEN, UNSEEN).astype(np.uint8)
         picture = np.concatenate([head, picture, np.repeat(bar[None], BAR, 0)])
         with atomic_output(path) as partial:
-            cv2.imwrite(str(partial), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            partial.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def _write(picture: np.ndarray, text: str, position: tuple[int, int]) -> None:

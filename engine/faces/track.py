@@ -421,7 +421,7 @@ def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             values = np.array(boxes, np.float64)
             values = np.tile(values, (frames, 1)) if values.shape == (4,) else values[:frames]
             values = values.reshape(-1, 4)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise UserError(
             f"face_box={str(boxes)[:80]}: expected x,y,w,h, or a JSON list of one box per frame or of "
             '{"time": seconds, "box": [x, y, w, h]}'

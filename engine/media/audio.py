@@ -196,7 +196,8 @@ def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
 def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
     # Audio that begins after the video is padded with silence, so that sample and frame indices have the same
     # origin.
-    filters = f"aresample={int(rate)}:async=1:first_pts=0"
+    # Channels are averaged (rematrix_maxval=1); by default, ffmpeg's sum of floating-point channels is louder.
+    filters = f"aresample={int(rate)}:async=1:first_pts=0:rematrix_maxval=1"
     arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
     arguments += ["-f", "f32le", "pipe:1"]
     call = command("-v", "level+info", "-nostats", *source(path, span), *arguments)

@@ -188,6 +188,9 @@ def test_a_held_out_synthetic_clip_is_in_one_split(tmp_path, spoken, clips, each
     assert found["val"] == [f"dev_{number}" for number in range(each, 2 * each)]
     link = tmp_path / "out" / "val" / f"dev_{each}.wav"
     assert link.readlink() == tmp_path / "drawn" / "dev" / link.name
+    (tmp_path / "drawn").rename(tmp_path / "moved")
+    write_voices(tmp_path / "out", people, tmp_path / "moved", 4, {})
+    assert link.readlink() == tmp_path / "moved" / "dev" / link.name
 
 
 SENTENCES = [f"bbaf{digit}{adverb}" for digit in "z123456789" for adverb in "anps"]

@@ -172,6 +172,8 @@ def test_wav_is_clipped_and_stereo_is_averaged(tmp_path):
     stereo = np.stack([wave, np.zeros_like(wave)], 1)
     soundfile.write(tmp_path / "stereo.flac", stereo, RATE)
     assert np.abs(read_audio(tmp_path / "stereo.flac", RATE) - wave / 2).max() < 1e-3
+    ffmpeg("-i", tmp_path / "stereo.flac", "-c:a", "alac", tmp_path / "stereo.m4a")  # which ffmpeg decodes
+    assert np.abs(read_audio(tmp_path / "stereo.m4a", RATE) - wave / 2).max() < 1e-3
 
 
 @pytest.fixture(scope="module")

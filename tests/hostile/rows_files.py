@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from corpora.preparation.sources import folder as table_source
 from corpora.preparation.sources_listed import tar_members
+from corpora.preparation.voice_corpus import prompt_sentences
 from engine.evaluation.clips import read_clips
 from engine.instantiate import build
 from engine.release import read_release, save_release
@@ -26,6 +27,8 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Checkpoints
 from engine.training.export import export
 from engine.untrusted import MAX_NAME, parse_json, safe_name
+from scripts.download_checkpoints import read_catalogue
+from scripts.make_synthetic_corpus import prepare
 from tests.shard_files import random_split
 
 MEMORY = 2 * 2**30  # bytes by which reading one input may grow the process
@@ -201,6 +204,14 @@ def manifest_of(path: Path) -> None:
     read_manifest(path.parent, "train")
 
 
+def corpus_of(path: Path) -> None:
+    prepare(path.parent, 0, 2, 0)
+
+
+def prompts_of(path: Path) -> None:
+    prompt_sentences(path.parent, path)
+
+
 def clips_of(path: Path) -> None:
     read_clips(path, None, {})
 
@@ -245,6 +256,14 @@ CASES = [
     *((f"config: {k[:50]}", partial(config_of, text=k), line) for k, line in CONFIGS.items()),
     ("json: deeply nested", lambda _: parse_json("[" * 100_000, "it"), "it cannot be read as JSON: it is nested too"),
     ("json: a null character", lambda _: parse_json('{"a": "\\u0000"}', "it"), "it contains a null character"),
+    ("catalogue: a path", file("list.yaml", "all: [{files: [{path: ../../x, url: u}]}]", read_catalogue), NAME),
+    *((f"catalogue: {t}", file("list.yaml", t, read_catalogue), "is not a catalogue") for t in ("a: [b]", "a: [{}]")),
+    *(
+        (f"corpus: {t}", file("corpus.json", t, corpus_of), "describe a synthetic corpus")
+        for t in ("[]", '{"voices": 1}')
+    ),
+    ("corpus: cut off", file("corpus.json", "{", corpus_of), "cannot be read"),
+    ("prompts: not gzip", file("core.txt.gz", "a: b", prompts_of), "--transcripts .* cannot be read"),
     ("manifest: cut off", file("train.jsonl", '{"id": "a"}\n{"id": \n', manifest_of), "line 2 cannot be read"),
     *((f"table: split {n}", file("clips.csv", f"path,split\na.mp4,{n}\n", table_of), NAME) for n in SPLITS),
     ("clips: two of one id", file("clips.jsonl", '{"id": "a"}\n{"id": "a"}', clips_of), "line 2: id a"),

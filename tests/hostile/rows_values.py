@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from engine.faces.track import read_face
+from engine.arguments import check_port
+from engine.faces.track import read_face, track_of_boxes
 from engine.media.video import read_video
 from engine.settings import check_place
 from hicodit.settings import InferConfig as HiCoDiTInferConfig
@@ -38,6 +39,9 @@ VALUES = {  # name: (what uses the value, pattern of the error)
     ),
     "devices, a superscript": (lambda: check_place("processes", "²"), "must be a number from 1 to 64"),
     "ray workers without a GPU": (lambda: check_place("ray", "1", "auto", 0.0), "ray.gpus=0"),
+    "text, half of a character": (lambda: Job("tts", "a \ud800", "v.wav"), "half of a surrogate pair"),
+    "face boxes, a huge number": (lambda: track_of_boxes([10**400, 1, 2, 3], 3), "face_box="),
+    "host, an empty label": (lambda: check_port("a..b", 8000), "--host a..b is not the name of a host"),
     "face, five thousand digits": (lambda: read_face("9" * 5000), "is unknown: choose largest"),
 }
 

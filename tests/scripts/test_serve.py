@@ -1,5 +1,6 @@
 """The web service with random tiny models: results as from the pipelines, one sentence for every error, limits."""
 
+import asyncio
 import base64
 import errno
 import io
@@ -25,7 +26,8 @@ from hicodit.settings import SamplerConfig
 from service.app import make_app, read_picture
 from service.limits import ServeLimits
 from service.service import Service, explain
-from service.workers import Ticket
+from service.sound import encode
+from service.workers import Ticket, WorkerEnded
 from talker_t2av.generation import BatchedDecoder
 from talker_t2av.pipeline import Job
 from tests.drawn_faces import talking_head
@@ -93,6 +95,42 @@ def test_a_stream_of_images_gives_the_same_audio(client, models):
         wave = receive(socket)
     expected = np.concatenate([chunk.wave for chunk in models[0].stream(head, 1, lookahead=0.2)])
     np.testing.assert_allclose(wave, expected, atol=1e-4)
+
+
+def test_padding_of_the_speech_is_silent_as_in_the_pipeline(client, models, job, monkeypatch):
+    monkeypatch.setattr(models[1].system, "silence_padding", lambda speech: 0.5 * speech)
+    settings = {"min_seconds": 0.48, "max_seconds": 0.48, "seed": 5}
+    alone = models[1](Job("tts", "set red", str(models[2]), **settings)).wave
+    for form in ({}, {"response_format": "pcm", "stream_format": "audio"}):
+        content = client.post(SPEECH, json=job | settings | form).content
+        wave = np.frombuffer(content, np.int16) / 32767 if form else sound(content)[0]
+        np.testing.assert_allclose(wave, alone, atol=2e-4)
+
+
+@pytest.mark.parametrize("field", ["input", "response_format", "seed"])
+def test_half_of_a_surrogate_pair_is_a_wrong_value(client, job, field):
+    body = json.dumps(job | {field: "\ud800"})  # which json writes as an escape
+    answer = client.post(SPEECH, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "opus"])
+def test_an_error_before_the_first_audio_is_raised_instead_of_an_empty_file(kind):
+    async def waves():
+        raise WorkerEnded
+        yield
+
+    async def first():
+        return await anext(encode(waves(), 24_000, kind))
+
+    with pytest.raises(WorkerEnded):
+        asyncio.run(first())
+
+
+def test_a_silent_stream_ends(client, monkeypatch):
+    monkeypatch.setattr("service.app.IDLE", 0.05)
+    with client.websocket_connect(STREAM) as socket:
+        assert "nothing was received for 0.05 s" in socket.receive_json()["error"]
 
 
 def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, monkeypatch):
