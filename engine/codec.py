@@ -53,12 +53,18 @@ class Codec(Pretrained):
         """Return the number of code frames of waveforms (B, 1, N).
 
         Raises:
-            UserError: If the shape is wrong, or the waveforms are too short for one frame.
+            UserError: If type or shape are wrong, or the waveforms are too short for one frame or, on a CPU, not
+                finite.
         """
+        if not isinstance(wave, Tensor) or wave.dtype != torch.float32 or not len(wave):
+            kind = getattr(wave, "dtype", type(wave).__name__)
+            raise UserError(f"wave of type {kind}: expected a float32 tensor of shape (batch, 1, samples)")
         if wave.ndim != 3 or wave.shape[1] != 1:
             raise UserError(f"wave of shape {tuple(wave.shape)}: expected mono waveforms of shape (batch, 1, samples)")
         if (frames := self.frames(wave.shape[-1])) < 1:
             raise UserError(f"wave of {wave.shape[-1]} samples: expected at least {self.encoder.min_samples}")
+        if wave.device.type == "cpu" and not wave.isfinite().all():
+            raise UserError("wave has samples that are not finite")
         return frames
 
     def encode(self, signal: Tensor) -> Tensor:

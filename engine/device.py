@@ -20,6 +20,20 @@ def use_gpu(number: int) -> None:
     _own_gpu = number % count if count else None
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """Return a device from its name: one of `pick_device`, or one of PyTorch, such as cuda:1.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if isinstance(device, str) and device in DEVICES:
+        return pick_device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device} is unknown; choose {', '.join(DEVICES)} or cuda:N") from error
+
+
 def pick_device(name: str, index: int | None = None) -> torch.device:
     """Return the device of this process.
 

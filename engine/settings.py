@@ -16,6 +16,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -73,6 +74,8 @@ class Group:
             check_value(f"{self.prefix}{name}", value, hint, field.metadata)
             if get_origin(hint) is tuple:  # YAML and JSON yield lists
                 object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, Real) and not isinstance(value, bool | int | float):  # NumPy's
+                object.__setattr__(self, name, value.item())
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
@@ -162,7 +165,7 @@ def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
 def is_a(value: Any, kind: type) -> bool:
     """Return whether a value is of the type `kind`, one of `KINDS`. A bool does not count as a number."""
     if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind is list:  # Hydra passes its own sequence types
         return isinstance(value, Sequence) and not isinstance(value, str)
     return isinstance(value, Mapping if kind is dict else kind)

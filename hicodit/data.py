@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import load_codec
 from engine.errors import UserError
+from engine.settings import require_range
 from engine.shards.reader import Reading, ShardSplit
 from hicodit.conditions import encoders_learn
 from hicodit.conditions.types import FPS, MIN_FRAMES, num_expression_windows
@@ -125,8 +126,8 @@ class HiCoDiTDataset:
             raise UserError(f"data.train.expression={expression!r} must be {' or '.join(EXPRESSION_TENSORS)}")
         if not 0 <= hide <= 1:
             raise UserError(f"data.train.hide={hide} must be between 0 and 1")
-        if seconds is not None and seconds < 1:
-            raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
+        if seconds is not None:
+            require_range("data.train.seconds", seconds, 1, 3600)
         digest, self.levels = token_layout(codec)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": digest})

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
 from engine.cuda_graph import GraphedSteps
-from engine.device import to_device
+from engine.device import as_device, to_device
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.source import CASCADE, FaceSource
@@ -34,7 +34,7 @@ from engine.progress import stage
 from engine.release import find_codec
 from engine.settings import check_seed, make, require_range, with_arguments
 from hicodit.conditions.encoders import to_unit_range
-from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, num_expression_windows
+from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, check_identity, num_expression_windows
 from hicodit.generation import capture_graphs, generate, sampling_windows
 from hicodit.model import FLOAT32_MODULES, TOKENS_PER_FRAME
 from hicodit.people import KnownPeople
@@ -160,6 +160,7 @@ class HiCoDiTPipeline:
             UserError: If a folder is missing, belongs to another model or has wrong shapes, or if the package of the
                 face detector is not installed.
         """
+        device = as_device(device)
         dtype = pick_dtype(precision, device)
         int8 = uses_int8(precision, device, compile)
         folder = release_folder(folder)
@@ -379,8 +380,18 @@ class HiCoDiTPipeline:
             seeds: one per clip.
             identity: (256,) GE2E embedding of a voice, instead of those predicted from the faces.
             sampler: settings that replace those of the pipeline.
+
+        Raises:
+            UserError: If a seed or the identity is invalid.
         """
         sampler = sampler or self.sampler
+        if not crops:
+            return []
+        if len(seeds) != len(crops):
+            raise UserError(f"{len(seeds)} seeds for {len(crops)} clips: expected one per clip")
+        for each in seeds:
+            check_seed(each)
+        check_identity(identity)
         model = self.system.model
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
@@ -473,13 +484,16 @@ class HiCoDiTPipeline:
         settings = with_arguments(self.sampler, sampler, ("seed", "identity", "fps"))
         is_batch = isinstance(video, list | tuple)
         videos = list(video) if is_batch else [video]
+        if isinstance(seed, np.ndarray | Tensor) and seed.ndim:
+            seed = seed.tolist()
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
         if len(seeds) != len(videos):
             raise UserError(f"{len(seeds)} seeds for {len(videos)} clips: expected one for all, or one per clip")
         for each in seeds:
             check_seed(each)
+        check_identity(identity)
         crops = [self.crops(_at_25_fps(each, fps)) for each in videos]
-        speeches = self.run(crops, seeds, identity, settings) if crops else []
+        speeches = self.run(crops, seeds, identity, settings)
         return speeches if is_batch else speeches[0]
 
 

@@ -24,7 +24,8 @@ from engine.codec import StreamDecoder
 from engine.errors import UserError
 from engine.faces.detectors import HaarDetector, with_points
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, add_landmarks, follow_faces
-from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
+from engine.settings import check_seed
+from hicodit.conditions.types import FPS, MIN_FRAMES, Crops, check_identity
 from hicodit.generation import sampler_input
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import SAMPLERS
@@ -69,6 +70,8 @@ class SpeechStream:
     def __init__(
         self, pipeline: Any, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
     ) -> None:
+        check_seed(seed)
+        check_identity(identity)
         self.pipeline = pipeline
         self.settings = settings
         sampler, self.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)

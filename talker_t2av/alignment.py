@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from engine.device import to_device
+from talker_t2av.losses import patch_step
 
 if TYPE_CHECKING:
-    from talker_t2av.model import TalkerT2AV
+    from talker_t2av.model import TalkerConfig, TalkerT2AV
     from talker_t2av.text import TalkerTokenizer
 
 SKIP_COST = 0.6  # of a token without frames; a frame with another phoneme costs 1
@@ -97,22 +98,23 @@ class Alignment:
         hidden = named["hidden_states"] if "hidden_states" in named else args[0]
         self.inputs.append((attention, hidden, named["position_embeddings"]))
 
-    def loss(self, batch: Mapping[str, Tensor], mask: Tensor, size: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], mask: Tensor, config: TalkerConfig) -> Tensor:
         """Return the mean negative log attention (B, T) to the tokens of the next patch.
 
         Args:
             batch: of `talker_t2av.data.collate`, with `pointer`.
             mask: (B, T), 1 at real tokens, including the task token at the start.
-            size: frames per patch.
+            config: of the model.
         """
+        size = config.patch_size
         device = self.inputs[0][1].device
         frames = torch.arange(batch["pointer"].shape[1]) < batch["speech_frames"][:, None]
         at = torch.where(frames, 1 + batch["pointer"], -1)  # one task token in front
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
         pointer = at[row, patch]
-        start = batch["speech_span"][row, 0]
-        row, query, first, last = to_device(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
+        query = batch["speech_span"][row, 0] + patch_step(config.order, batch["motion_frames"])[row] * patch
+        row, query, first, last = to_device(torch.stack([row, query, pointer[:, 0], pointer.amax(1)]), device)
         mask = to_device(mask, device)
         position = torch.arange(mask.shape[1], device=device)
         is_target = (position >= first[:, None]) & (position <= last[:, None])

@@ -262,10 +262,12 @@ def requests_of_parts(
 
     The first part has the seed of the job.
     """
-    min_patches = max(1, round(job.min_seconds * FPS / system.model.config.patch_size))
+    min_patches = max(1, -(-round(job.min_seconds * FPS) // system.model.config.patch_size))
     requests = []
     for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        limit = max_patches(text, job, system) if job.compat == "paper" else request.max_patches
+        limit = request.max_patches
+        if job.compat == "paper":
+            limit = max(min_patches, max_patches(text, job, system))
         seed = seed_for(job.seed, "part", number) if number else job.seed
         part = replace(request, prompt=prompt, max_patches=limit, min_patches=min(limit, min_patches), seed=seed)
         requests.append(part)

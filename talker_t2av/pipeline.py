@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device import to_device
+from engine.device import as_device, to_device
 from engine.errors import UserError
 from engine.media.audio import generated_comment, write_wav
 from engine.media.pictures import to_bytes
@@ -162,6 +162,7 @@ class TalkerPipeline:
                 int8, faces are rendered as with auto. Speech is decoded in float32.
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
+        device = as_device(device)
         dtype = pick_dtype(precision, device)
         int8 = uses_int8(precision, device, compile)
         system = TalkerSystem(folder, codecs, device)

@@ -59,7 +59,7 @@ MODES = {
 class Sampling(Group, prefix="sampling."):
     """Sampling settings of both diffusion heads. The defaults are those of the released command line."""
 
-    steps: int = setting(10, 1, 1000, "steps of the flow solver (released model: 10)")
+    steps: int = setting(10, 2, 1000, "steps of the flow solver, the first of which is skipped (released model: 10)")
     temperature: float = setting(0.3, 0.0, 2.0, "scale of the initial noise (released model: 0.3)")
     guidance: float = setting(
         2.0, 0.0, 20.0, "scale of classifier-free guidance (released model: 2.0); 1: off, twice as fast"

@@ -158,8 +158,15 @@ class Job(Group):
             "video": mode.motion == "given",
             "reference_text": prefix,
             "max_seconds": mode.open_ended and self.compat == "paper",
+            "min_seconds": mode.open_ended,
+            "face_box": mode.motion != "absent",
         }
-        return [name for name, needed in needs.items() if getattr(self, name) not in (None, "") and not needed]
+        defaults = {field.name: field.default for field in fields(self)}
+        return [
+            name
+            for name, needed in needs.items()
+            if getattr(self, name) not in (None, "", defaults[name]) and not needed
+        ]
 
     @property
     def keeps_prefix(self) -> bool:

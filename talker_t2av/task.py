@@ -174,7 +174,7 @@ class TalkerTask(Task):
         if "phoneme" in batch and self.model.config.phonemes:
             more["phoneme"] = phoneme_loss(self.model, forward.hidden, batch)
         if alignment.inputs:
-            more["alignment"] = alignment.loss(batch, forward.mask, self.model.config.patch_size)
+            more["alignment"] = alignment.loss(batch, forward.mask, self.model.config)
         losses["loss"] = losses["loss"] + sum(more.values())
         losses |= more
         return losses

@@ -143,9 +143,10 @@ class RVQCodec(Codec):
         Raises:
             UserError: If the codes have the wrong rank, number of levels or values, or no frames.
         """
-        if codes.ndim != 3 or codes.shape[-1] < 1:
+        if codes.ndim != 3 or not codes.numel() or codes.dtype not in (torch.int64, torch.int32):
             raise UserError(
-                f"codes of shape {tuple(codes.shape)}: expected (batch, levels, frames) with at least one frame"
+                f"{codes.dtype} codes of shape {tuple(codes.shape)}: expected int64 of shape (batch, levels, frames) "
+                "with at least one frame"
             )
         low, high = torch.stack(codes.aminmax()).tolist()
         if low < 0 or high >= self.codes:

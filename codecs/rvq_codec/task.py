@@ -22,6 +22,7 @@ from engine.nn.audio_losses import (
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.vocos import ConvNeXtBlock
+from engine.settings import require_range
 from engine.training import distributed
 from engine.training.gan import GANTask
 from engine.training.task import ReleaseInfo
@@ -114,6 +115,8 @@ class RVQCodecTask(GANTask):
     ):
         super().__init__()
         config = RVQCodecConfig(**codec)
+        require_range("task.restart_every", restart_every, 1, 10**9)
+        require_range("task.pool", pool, 1, 10**8)
         self.codec = _load(init, config, decoder_only) if init else RVQCodec(config)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)

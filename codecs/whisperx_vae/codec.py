@@ -149,7 +149,7 @@ class WhisperXVAE(Codec):
             self.reach = self.decoder.reach
 
     def frames(self, samples: int) -> int:
-        """Return the number of latent frames of a waveform of `samples` samples: floor(N / 960) for the released
+        """Return the number of latent frames of a waveform of `samples` samples: floor((N + 12) / 960) for the released
         ratios.
         """
         return self.encoder.frames(samples)
@@ -213,6 +213,8 @@ class WhisperXVAE(Codec):
         """
         self.checked_frames(wave)
         frames = wave.shape[-1] // self.hop
+        if frames < 1:
+            raise UserError(f"wave of {wave.shape[-1]} samples: expected at least {self.hop}")
         max_frames = self.config.max_frames
         wave = wave.to(self.in_proj.weight_g.device)
         wave16 = resample(wave[:, 0], self.sample_rate, RATE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from engine.cluster import make_executor
 from engine.device import pick_device
 from engine.errors import UserError, printable, reason_of
 from engine.evaluation.clips import Clip, find_take, system_facts
-from engine.evaluation.measure import digest_of
+from engine.evaluation.measure import digest_of, file_digest
 from engine.files import write_json
 from engine.hub import release_folder
 from engine.media.audio import write_wav
@@ -71,14 +71,29 @@ def write_on_devices(
                 print(f"failed: part {batches.start + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
 
 
-def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
-    """Write FOLDER/system.json, which describes how the outputs in the folder were generated."""
+def write_facts(
+    folder: Path,
+    model: str,
+    weights: str | Path | None,
+    codecs: Mapping[str, str | Path | None] | None = None,
+    **facts: Any,
+) -> None:
+    """Write FOLDER/system.json, which describes how the outputs in the folder were generated.
+
+    Args:
+        codecs: releases that replace the codecs of `weights`.
+
+    Raises:
+        UserError: If the folder contains outputs generated in another way.
+    """
     new = {"model": model, "weights": "bundled", **facts}
+    for name, source in (codecs or {}).items():
+        if source is not None:
+            new[f"digest_of_{name}"] = file_digest(release_folder(source) / "model.safetensors")
     if weights is not None:
         place = release_folder(weights)
         new["weights"] = place.name
-        tensors = place / "model.safetensors"
-        new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
+        new["digest_of_weights"] = file_digest(place / "model.safetensors")
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(
             f"{folder} contains outputs generated with other settings: choose another output=, or delete that folder"

@@ -92,7 +92,10 @@ class Reconstruction(Metric):
 
 
 def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
-    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of each region, for frames (T, S, S, 3) uint8."""
+    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of each region, for frames (T, S, S, 3) uint8.
+
+    The infinite PSNR of identical images is omitted.
+    """
     pictures = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (true, rebuilt)]
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
     for name, box in REGIONS.items():
@@ -103,4 +106,4 @@ def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
         variance = np.square(a - a.mean(0)).sum()
         if variance > 0:
             found[f"{name}_movement"] = float(1 - np.square(a - b).sum() / variance)
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}

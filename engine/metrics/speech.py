@@ -133,8 +133,9 @@ class Prosody(Metric):
         for clip, row in finished.items():
             pairs = zip(NAMES, true[clip]["whole"], row["whole"]) if clip in true else ()
             row |= {f"{name}_correlation": (own, made) for name, own, made in pairs}
-            if row["around_change"] and true:
-                first, second = ends_of(truths[clip])
+            ends = ends_of(truths[clip]) if row["around_change"] and np.isfinite(row["around_change"]).all() else ()
+            if ends and levels.keys() >= {*ends}:
+                first, second = ends
                 moved = np.sign(np.diff(row["around_change"], axis=0)[0])
                 right = moved == np.sign(levels[second] - levels[first])
                 row |= {f"{name}_right_way": (float(value), 1) for name, value in zip(NAMES, right)}

@@ -57,7 +57,7 @@ class WordErrors(Metric):
         "cer": Figure("CER %", -1, 2, 100, "character errors divided by characters"),
     }
     protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar", "grid")
-    version = 2
+    version = 3
     parallel = False
     inputs = ("audio", "heard", "language")
     free = None  # recogniser for sentences outside the grammar
@@ -111,7 +111,7 @@ class WordErrors(Metric):
         """Return whether a sentence is transcribed with the language model, because the grammar does not contain one
         of its words.
         """
-        return self.free is not None and not set(text.lower().split()) <= self.vocabulary
+        return self.free is not None and not set(words_of(text)) <= self.vocabulary
 
     def transcribe(self, take: Take) -> str:
         """Return the transcript of a take, not normalised."""
@@ -146,7 +146,7 @@ class WordErrors(Metric):
 
     def normalise(self, text: str, language: str) -> str:
         if self.kind in ("grammar", "grid"):
-            return " ".join(text.lower().split())
+            return " ".join(words_of(text))
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer  # 3 s
 
         if language == "en":
@@ -155,7 +155,7 @@ class WordErrors(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         spoken = text_of(truth)
-        if self.kind == "grid" and not self.grid.is_sentence(spoken):
+        if self.kind == "grid" and not self.grid.is_sentence(" ".join(words_of(spoken))):
             raise UserError(f"its text {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
         text = self.normalise(spoken, take.language)
@@ -192,6 +192,11 @@ class LipWords(WordErrors):
         if "wer" not in found:
             raise UserError(f"a language without spaces ({', '.join(WITHOUT_SPACES)}) has no WER: omit wer_lips")
         return {"wer_lips": found["wer"], **{name: found[name] for name in ("heard", "text", "words")}}
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation, as pocketsphinx's dictionaries write them."""
+    return re.findall(r"[\w'-]+", text.lower())
 
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:

@@ -114,7 +114,16 @@ class MicroBatches(torch.utils.data.Dataset):
         return {"samples": number * self.size, "streams": self.streams, "group": self.group}
 
     def resume(self, state: dict[str, Any]) -> int:
-        """Restore a checkpoint, whose batch size may differ. Return the index of the next batch."""
+        """Restore a checkpoint, whose batch size may differ. Return the index of the next batch.
+
+        Raises:
+            UserError: If no batch of this size starts at the checkpoint's sample.
+        """
+        if state["samples"] % (self.size * state["streams"]):
+            raise UserError(
+                f"the checkpoint is at sample {state['samples']:,}, which is not a multiple of batches of {self.size} "
+                f"from {state['streams']} streams: resume with the former batch size"
+            )
         self.streams = state["streams"]
         self.group = state["group"]
         self._order.cache_clear()

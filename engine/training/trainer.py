@@ -289,7 +289,7 @@ class Trainer:
         if grad_norm.isfinite():
             return
         self.task.zero_grad(set_to_none=True)
-        if self.saved != self.step:
+        if self.saved != self.step and len(self.optimisers) == 1:  # of several parts, one has already been updated
             self._save()
         self._stop_on_write_error()
         bad: list[int] = []  # samples of micro-batches with a non-finite loss
@@ -301,7 +301,7 @@ class Trainer:
         where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
         distributed.fail(
             f"training stopped: the gradient of {part} in step {self.step + 1} is not finite ({where}); the checkpoint "
-            f"of step {self.step} is saved; fix the data or lower trainer.lr ({self.config.lr})"
+            f"of step {self.saved} is saved; fix the data or lower trainer.lr ({self.config.lr})"
         )
 
     @contextmanager

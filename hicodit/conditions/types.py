@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.faces.track import FaceTrack
 
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
@@ -24,6 +25,18 @@ WINDOW_SECONDS = 0.5  # duration of an expression window
 def num_expression_windows(frames: int) -> int:
     """Return the number J of expression windows of 12.5 video frames each, including a last partial window."""
     return -(-2 * frames // 25)
+
+
+def check_identity(identity: np.ndarray | Tensor | None) -> None:
+    """Raise UserError unless `identity` is None or a GE2E embedding: 256 finite numbers."""
+    if identity is None:
+        return
+    try:
+        vector = torch.as_tensor(identity)
+    except (TypeError, ValueError, RuntimeError):
+        vector = torch.empty(0)
+    if vector.shape not in ((256,), (1, 256)) or not vector.is_floating_point() or not vector.isfinite().all():
+        raise UserError(f"identity={str(identity)[:40]}: expected a GE2E embedding, 256 finite numbers")
 
 
 @dataclass(frozen=True)

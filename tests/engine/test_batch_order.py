@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy_task import ToySet
 
+from engine.errors import UserError
 from engine.shards.reader import Blocks
 from engine.training.batches import MicroBatches
 
@@ -139,3 +140,5 @@ def test_a_run_that_resumes_with_another_world_size_repeats_no_sample(streams):
     number = sixteen.resume(eight.state(480))
     rest = {sample for k in range(40) for sample in sixteen.samples(number + k)}
     assert len(begun) == 3840 and len(rest) == 160 and begun.isdisjoint(rest)
+    with pytest.raises(UserError, match="resume with the former batch size"):
+        MicroBatches(data, 7, 0, by_length=True, step=56).resume(eight.state(480))

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.arguments import check_port
+from engine.device import as_device
 from engine.faces.track import read_face, track_of_boxes
 from engine.media.video import read_video
 from engine.settings import check_place
+from hicodit.conditions.types import check_identity
 from hicodit.settings import InferConfig as HiCoDiTInferConfig
 from hicodit.settings import find_clips
 from lia_x import LiaXConfig
@@ -31,6 +34,12 @@ VALUES = {  # name: (what uses the value, pattern of the error)
     "statistics of motion": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
     "sizes that do not fit together": (lambda: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
     "a waveform without a channel": (lambda: codec().encode(torch.zeros(1, 51)), r"shape \(1, 51\)"),
+    "a waveform in float64": (lambda: codec().encode(torch.zeros(1, 1, 960).double()), "float64: expected a float32"),
+    "a waveform with NaN": (lambda: codec().encode(torch.full((1, 1, 960), NAN)), "not finite"),
+    "codes in float32": (lambda: codec().decode(torch.zeros(1, 3, 3)), "float32 codes of shape"),
+    "a voice that is not finite": (lambda: check_identity(np.full(256, NAN)), "expected a GE2E embedding"),
+    "a voice that is a file": (lambda: check_identity("voice.wav"), "expected a GE2E embedding"),
+    "a device that does not exist": (lambda: as_device("gpu"), "device=gpu is unknown"),
     "an unknown code": (lambda: codec().decode(torch.full((1, 3, 3), 16)), r"0\.\.15"),
     "video path with a null byte": (lambda: read_video("a\0.mp4"), "no such file"),
     "jobs from an endless file": (

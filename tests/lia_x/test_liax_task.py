@@ -200,7 +200,7 @@ def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_sa
 def test_reconstruction_metrics_of_known_clips():
     true = moving_square(10)
     same = reconstruction(true, true.copy())
-    assert same["psnr"] == float("inf") and same["ssim"] == pytest.approx(1) and same["mouth_movement"] == 1
+    assert "psnr" not in same and same["ssim"] == pytest.approx(1) and same["mouth_movement"] == 1
     mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
     assert reconstruction(true, mean)["mouth_movement"] == pytest.approx(0, abs=0.01)
 

@@ -82,7 +82,7 @@ def test_the_alignment_loss_is_the_log_attention_on_the_phonemes_of_the_next_pat
     }
     with Alignment(model, [1]) as alignment:
         forward = training_forward(model, batch)
-    loss = alignment.loss(batch, forward.mask, 4)
+    loss = alignment.loss(batch, forward.mask, model.config)
     model.llm.config._attn_implementation = "eager"
     seen = model.llm.model(inputs_embeds=forward.embeds, output_attentions=True).attentions[1][:, 0]
     missed = []
