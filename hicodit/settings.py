@@ -161,6 +161,8 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
     if c.stream:
         _check_stream(c)
         c = replace(c, batch_size=1)  # a stream is printed as soon as it ends
+    elif c.lookahead != LOOKAHEAD[0]:
+        raise UserError(f"lookahead={c.lookahead:g} is only used with stream=true: add it, or omit lookahead")
     if c.face_box is not None:
         track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:

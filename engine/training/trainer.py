@@ -4,7 +4,8 @@ Data order, augmentation and all random numbers of step n are functions of (seed
 uninterrupted one, and W processes use the same data and random numbers as one process with `accumulate` W times larger.
 
 The loss of a step is the mean over the elements (tokens, clips) of all micro-batches in all processes, so that it does
-not depend on how the global batch is divided.
+not depend on how the global batch is divided. Talker-T2AV's stop loss is an exception: the weight of its positive
+labels is that of a micro-batch.
 """
 
 from __future__ import annotations

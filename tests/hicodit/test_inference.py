@@ -87,6 +87,11 @@ def test_a_clip_is_never_replaced_by_its_own_output(release, clip, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == clip.read_bytes()
 
 
+def test_a_look_ahead_without_a_stream_is_refused(release, clip, tmp_path):
+    with pytest.raises(UserError, match=r"lookahead=0\.2 is only used with stream=true"):
+        run(config(release, clip, tmp_path, lookahead=0.2))
+
+
 def test_two_clips_of_one_output_are_refused(release, clip, tmp_path):
     for name in ("a.mp4", "a.mov"):
         shutil.copy(clip, tmp_path / name)
