@@ -24,13 +24,13 @@ def as_device(device: torch.device | str) -> torch.device:
     """Return a device from its name: one of `pick_device`, or one of PyTorch, such as cuda:1.
 
     Raises:
-        UserError: If there is no such device.
+        UserError: If there is no such kind of device, or none is available.
     """
     if isinstance(device, str) and device in DEVICES:
         return pick_device(device)
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"device={device} is unknown; choose {', '.join(DEVICES)} or cuda:N") from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from engine.device import to_device
-from talker_t2av.losses import patch_step
+from talker_t2av.losses import SpanLayout
 
 if TYPE_CHECKING:
     from talker_t2av.model import TalkerConfig, TalkerT2AV
@@ -113,7 +113,9 @@ class Alignment:
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
         pointer = at[row, patch]
-        query = batch["speech_span"][row, 0] + patch_step(config.order, batch["motion_frames"])[row] * patch
+        layout = SpanLayout.of(config, batch)
+        query = (layout.begin["speech"] - 1)[row] + layout.step[row] * patch
+        query = query.clamp(max=layout.tokens - 1)
         row, query, first, last = to_device(torch.stack([row, query, pointer[:, 0], pointer.amax(1)]), device)
         mask = to_device(mask, device)
         position = torch.arange(mask.shape[1], device=device)

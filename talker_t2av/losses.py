@@ -94,7 +94,7 @@ class SpanLayout:
         span = batch["speech_span"] + (batch["speech_span"][:, :1] >= 0)
         start = span[:, 0]
         length = span[:, 1] - start
-        step = patch_step(c.order, batch["motion_frames"])
+        step = 1 + with_motion * (c.order in ORDERS)
         turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
         begin = {"speech": start + turns["speech"], "motion": start + c.delay + turns["motion"]}
         tokens = batch["attention_mask"].shape[1] + 1
@@ -315,11 +315,6 @@ def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, factor: float 
     return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 
-def patch_step(order: str, motion_frames: Tensor) -> Tensor:
-    """Return the number of tokens from one patch to the next, (B,): two if speech and motion alternate."""
-    return 1 + (motion_frames > 0) * (order in ORDERS)
-
-
 def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the cross-entropy of the phonemes of each patch's frames, predicted from the state before the patch.
 
@@ -333,10 +328,9 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     labels = labels.masked_fill(to_device(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
-    # Offset by the task token; the state that predicts a patch is one position earlier.
-    step = patch_step(model.config.order, batch["motion_frames"])
-    start, step = to_device(torch.stack([batch["speech_span"][:, 0], step]), hidden.device)
-    position = start[:, None] + step[:, None] * patch
+    layout = SpanLayout.of(model.config, batch)
+    before, step = to_device(torch.stack([layout.begin["speech"] - 1, layout.step]), hidden.device)
+    position = before[:, None] + step[:, None] * patch
     position = position.clamp(0, hidden.shape[1] - 1)
     states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()

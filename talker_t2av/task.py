@@ -162,11 +162,6 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Return the losses of a batch; see `data.collate`."""
-        if self.training and "phoneme" not in batch and (self.guided_layers or self.model.config.phonemes):
-            raise UserError(
-                "task.guided_layers and task.model.phonemes need the phonemes of the data: set data.train.phonemes, or "
-                "task.guided_layers=[] task.model.phonemes=0"
-            )
         with Alignment(self.model, self.guided_layers if "pointer" in batch else ()) as alignment:
             forward = training_forward(self.model, batch, self.head_fraction if self.training else 1.0)
         losses = training_losses(self.model, forward)

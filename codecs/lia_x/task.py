@@ -69,7 +69,7 @@ class LiaXTask(Task):
         motion_noise: standard deviation of Gaussian noise on the motion codes for the decoder. It makes the decoder
             smooth, and prevents the sparsity loss from merely shrinking the codes.
         init: initial release instead of random weights. `growth` is then ignored.
-        decoder_only: freeze the encoder of `init`, so that motion codes do not change.
+        decoder_only: freeze the encoder of `init`, so that motion codes do not change. `guide` is then ignored.
         keep: `release`, a codec whose motion codes of cartoon faces, with `people` also of real ones, are preserved,
             and the `weight` of the squared distance to them. Requires batches with the flag "drawn". These faces are
             reconstructed from the preserved codes, so that models of these codes can use the new decoder. None:
@@ -109,11 +109,6 @@ class LiaXTask(Task):
         if decoder_only:
             if not init:
                 raise UserError("task.decoder_only=true needs task.init, the release whose codes are preserved")
-            if guide:
-                raise UserError(
-                    "task.decoder_only=true preserves the motion codes, so that task.guide has no effect: set "
-                    "task.guide=null, and data.train.people.tracks=null for real faces"
-                )
             self.codec.encoder.requires_grad_(False)
         self.keep = keep
         self.teacher = None
@@ -126,7 +121,7 @@ class LiaXTask(Task):
         self.pyramid = pyramid
         self.motion_noise = motion_noise
         self.growth = growth
-        self.guide = guide
+        self.guide = None if decoder_only else guide
         codes = guide.get("codes") if guide else None
         if codes is not None:
             if not isinstance(codes, Sequence) or not 0 < len(codes) == len(set(codes)):

@@ -176,7 +176,8 @@ class WhisperXVAETask(GANTask):
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
         codec = self.codec
-        frames = codec.frames_in_window(batch["wave"])
+        codec.frames_in_window(batch["wave"])  # checks the length
+        frames = batch["wave"].shape[-1] // codec.hop
         wave = batch["wave"][..., : frames * codec.hop]
         with torch.autocast(wave.device.type, enabled=False):
             mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))

@@ -96,7 +96,8 @@ def write_facts(
         new["digest_of_weights"] = file_digest(place / "model.safetensors")
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(
-            f"{folder} contains outputs generated with other settings: choose another output=, or delete that folder"
+            f"{folder} contains outputs generated with other settings or by an earlier version: choose another "
+            "output=, or delete that folder"
         )
     write_json(folder / "system.json", new)
 

@@ -196,7 +196,7 @@ class LipWords(WordErrors):
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation, as pocketsphinx's dictionaries write them."""
-    return re.findall(r"[\w'-]+", text.lower())
+    return re.findall(r"\w+(?:['-]\w+)*", text.lower().replace("\u2019", "'"))
 
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:

@@ -111,7 +111,7 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def state(self, number: int) -> dict[str, int]:
         """Return the state to store in a checkpoint before batch `number`, for `resume`."""
-        return {"samples": number * self.size, "streams": self.streams, "group": self.group}
+        return {"samples": number * self.size, "streams": self.streams, "group": self.group, "size": self.size}
 
     def resume(self, state: dict[str, Any]) -> int:
         """Restore a checkpoint, whose batch size may differ. Return the index of the next batch.
@@ -119,7 +119,7 @@ class MicroBatches(torch.utils.data.Dataset):
         Raises:
             UserError: If no batch of this size starts at the checkpoint's sample.
         """
-        if state["samples"] % (self.size * state["streams"]):
+        if state.get("size") != self.size and state["samples"] % (self.size * state["streams"]):
             raise UserError(
                 f"the checkpoint is at sample {state['samples']:,}, which is not a multiple of batches of {self.size} "
                 f"from {state['streams']} streams: resume with the former batch size"

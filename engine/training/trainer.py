@@ -290,7 +290,7 @@ class Trainer:
         if grad_norm.isfinite():
             return
         self.task.zero_grad(set_to_none=True)
-        if self.saved != self.step and len(self.optimisers) == 1:  # of several parts, one has already been updated
+        if self.saved != self.step and part == next(iter(self.optimisers)):  # else a part has already been updated
             self._save()
         self._stop_on_write_error()
         bad: list[int] = []  # samples of micro-batches with a non-finite loss
@@ -301,8 +301,8 @@ class Trainer:
         listed = ", ".join(map(str, samples[:MOST_SAMPLES])) + (", ..." if len(samples) > MOST_SAMPLES else "")
         where = f"the loss of samples {listed} is not finite" if samples else "every loss is finite"
         distributed.fail(
-            f"training stopped: the gradient of {part} in step {self.step + 1} is not finite ({where}); the checkpoint "
-            f"of step {self.saved} is saved; fix the data or lower trainer.lr ({self.config.lr})"
+            f"training stopped: the gradient of {part} in step {self.step + 1} is not finite ({where}); the last "
+            f"checkpoint is of step {self.saved or 0}; fix the data or lower trainer.lr ({self.config.lr})"
         )
 
     @contextmanager

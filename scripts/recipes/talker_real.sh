@@ -71,7 +71,7 @@ measure() {
     table tts sentences per,speaker_similarity,dnsmos,ends_in_time,ends_cut,runs_away \
         ++protocol.speaker_similarity=ge2e ++protocol.dnsmos=p835
     table t2av sentences synchrony,synchrony_late ++protocol.synchrony=landmarks
-    table a2v clips mouth_opening,synchrony ++protocol.synchrony=landmarks ++protocol.mouth_opening=landmarks
+    table a2v clips mouth_opening,synchrony,synchrony_late ++protocol.synchrony=landmarks ++protocol.mouth_opening=landmarks
     table v2a clips wer ++protocol.wer=grammar "grammar=$here/assets/grid_recogniser/grammar.jsgf"
 }
 

@@ -142,3 +142,4 @@ def test_a_run_that_resumes_with_another_world_size_repeats_no_sample(streams):
     assert len(begun) == 3840 and len(rest) == 160 and begun.isdisjoint(rest)
     with pytest.raises(UserError, match="resume with the former batch size"):
         MicroBatches(data, 7, 0, by_length=True, step=56).resume(eight.state(480))
+    assert eight.resume(eight.state(481)) == 481  # the same size at any batch

@@ -212,7 +212,7 @@ def test_no_request_waits_for_the_capture_of_a_graph(models, job, monkeypatch):
     monkeypatch.setattr(decoder, lambda *given, **more: BatchedDecoder(*given, backend=new_backend(), **more))
     monkeypatch.setattr(hicodit, "graphs", GraphedSteps(backend=new_backend()))
     monkeypatch.setattr(hicodit, "sampler", SamplerConfig("confidence", 2))
-    monkeypatch.setattr(talker, "sampling", replace(talker.sampling, steps=1, text_bytes=40))
+    monkeypatch.setattr(talker, "sampling", replace(talker.sampling, steps=2, text_bytes=40))
     crops = [hicodit.crops(talking_head(count)) for count in (25, 41)]
     service = Service(hicodit, talker, ServeLimits(rows=2), demo=False)
     with TestClient(make_app(service)) as client:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import guide, zero_steps
-from talker_t2av.losses import IGNORED, phoneme_loss, stop_labels, training_forward, training_losses
+from talker_t2av.losses import IGNORED, SpanLayout, phoneme_loss, stop_labels, training_forward, training_losses
 
 
 @pytest.fixture
@@ -117,17 +117,19 @@ def test_a_head_without_examples_has_zero_loss_and_zero_gradients():
 
 
 def test_phonemes_are_predicted_before_each_patch_in_every_order():
-    """With alternating tokens, patch j of the speech begins two tokens after patch j - 1."""
-    for order, step in (("add", 1), ("av", 2), ("va", 2)):
-        config = SimpleNamespace(patch_size=4, phonemes=3, order=order)
+    """From the state before the patch of speech: with alternating tokens, that of the motion in order va."""
+    for order, used in (("add", [6, 7, 8]), ("av", [6, 8, 10]), ("va", [7, 9, 11])):
+        config = SimpleNamespace(patch_size=4, phonemes=3, order=order, delay=0)
         model = SimpleNamespace(config=config, head_phoneme=torch.nn.Linear(5, 12))
         hidden = torch.randn(1, 20, 5, requires_grad=True)
         batch = {
+            "attention_mask": torch.ones(1, 19),
             "phoneme": torch.ones(1, 12, dtype=torch.uint8),
             "speech_frames": torch.tensor([12]),
             "motion_frames": torch.tensor([12]),
-            "speech_span": torch.tensor([[6, 9]]),
+            "speech_span": torch.tensor([[6, 12]]),
         }
         phoneme_loss(model, hidden, batch).backward()
-        used = hidden.grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
-        assert used == [6, 6 + step, 6 + 2 * step]
+        assert hidden.grad[0].abs().sum(-1).nonzero()[:, 0].tolist() == used
+        layout = SpanLayout.of(config, batch)
+        assert (layout.begin["speech"] - 1 + layout.step * torch.arange(3)).tolist() == used
