@@ -23,6 +23,7 @@ from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import progress_bar
 from engine.shards.recordings import read_manifest
+from engine.untrusted import read_json
 
 RATE = 24_000  # Hz
 LEAST_SECONDS = 0.4  # shorter recordings are skipped
@@ -192,11 +193,16 @@ def write_corpus(out: Path, splits: dict[str, list[tuple[Recording, int]]], deta
         seed: random seed of the speeds.
 
     Raises:
-        UserError: If a split has no recordings.
+        UserError: If a split has no recordings, or `out` contains a corpus with other details.
     """
+    about = out / "corpus.json"
+    old = read_json(about).get("command") if about.is_file() else details.get("command")
+    if old != details.get("command"):
+        raise UserError(f"--out {out} contains a corpus made with other arguments: use the same, or another folder")
     with writable(out, "--out"):
+        write_json(about, details | {"rate": RATE, "recordings": {}})  # of an interrupted call, too
         counts = {split: _write_split(out, split, recordings, seed) for split, recordings in splits.items()}
-        write_json(out / "corpus.json", details | {"rate": RATE, "recordings": counts})
+        write_json(about, details | {"rate": RATE, "recordings": counts})
 
 
 def _write_split(out: Path, split: str, recordings: list[tuple[Recording, int]], seed: int) -> int:

@@ -251,6 +251,8 @@ def test_an_interrupted_corpus_is_continued_with_the_same_speeds(tmp_path):
     (tmp_path / "out/train/b_1.wav").unlink()
     write_corpus(tmp_path / "out", {"train": [(recording, 1) for recording in listed]}, {})
     assert {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()} == before
+    with pytest.raises(UserError, match="made with other arguments"):
+        write_corpus(tmp_path / "out", {"train": [(listed[1], 1)]}, {"command": {"seed": "1"}}, seed=1)
 
 
 @pytest.mark.parametrize("row", [{"path": "a.wav"}, ROW | {"path": "b.wav"}, ROW | {"start": 0, "end": 0}])
