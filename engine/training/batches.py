@@ -119,7 +119,7 @@ class MicroBatches(torch.utils.data.Dataset):
         Raises:
             UserError: If no batch of this size starts at the checkpoint's sample.
         """
-        if state.get("size") != self.size and state["samples"] % (self.size * state["streams"]):
+        if state.get("size", self.size) != self.size and state["samples"] % (self.size * state["streams"]):
             raise UserError(
                 f"the checkpoint is at sample {state['samples']:,}, which is not a multiple of batches of {self.size} "
                 f"from {state['streams']} streams: resume with the former batch size"
