@@ -33,8 +33,6 @@ from hicodit.system import CODECS, HiCoDiTSystem
 
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
-
-
 CPU_ONLY = True  # no other device is used
 
 

@@ -27,8 +27,8 @@ from engine.progress import progress_bar
 from engine.untrusted import read_json_lines
 
 SHIFTS = (0.005, 0.01, 0.02, 0.03, 0.04)  # seconds
-CPU_ONLY = True  # no other device is used
 MARGIN = 0.05  # seconds between the words and the noise that replaces a pause
+CPU_ONLY = True  # no other device is used
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

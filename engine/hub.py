@@ -37,18 +37,21 @@ def release_folder(source: str | Path, key: str = "") -> Path:
         UserError: If the folder is a training run, or the repository cannot be downloaded.
     """
     _refuse_run(source, key)
+    if (folder := _local_folder(source)) is not None:
+        return folder
     name = NAME.fullmatch(str(source))
-    if not Path(source).exists() and _is_bundled(source):
-        return CHECKOUT / source
-    if name is None or Path(source).exists() or Path(name[1]).exists():
+    if name is None or Path(name[1]).exists():
         return Path(source)
     return _snapshot(f"{name[1]}/{name[2]}", name[3])
 
 
-def _is_bundled(source: str | Path) -> bool:
-    """Return whether `source` is assets/NAME of this repository."""
+def _local_folder(source: str | Path) -> Path | None:
+    """Return the path `source`, or that of the bundled release assets/NAME; None if neither exists."""
+    if Path(source).exists():
+        return Path(source)
     name = NAME.fullmatch(str(source))
-    return name is not None and name[1] == "assets" and (CHECKOUT / source).is_dir()
+    is_bundled = name is not None and name[1] == "assets" and (CHECKOUT / source).is_dir()
+    return CHECKOUT / source if is_bundled else None
 
 
 @lru_cache
@@ -86,9 +89,10 @@ def _refuse_run(source: str | Path, key: str = "") -> None:
 
 def check_release(key: str, source: str | None) -> None:
     """Check that the release of the setting `key` exists. A name on the hub is accepted."""
-    if source is not None:
-        _refuse_run(source, key)
-    if source is not None and not Path(source).exists() and not _is_bundled(source):
+    if source is None:
+        return
+    _refuse_run(source, key)
+    if _local_folder(source) is None:
         name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():
             raise UserError(f"{key}={source}: not found; expected a folder, or OWNER/NAME on the hub")

@@ -387,11 +387,7 @@ class HiCoDiTPipeline:
         sampler = sampler or self.sampler
         if not crops:
             return []
-        if len(seeds) != len(crops):
-            raise UserError(f"{len(seeds)} seeds for {len(crops)} clips: expected one per clip")
-        for each in seeds:
-            check_seed(each)
-        check_identity(identity)
+        _check_inputs(seeds, len(crops), identity)
         model = self.system.model
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
@@ -487,14 +483,19 @@ class HiCoDiTPipeline:
         if isinstance(seed, np.ndarray | Tensor) and seed.ndim:
             seed = seed.tolist()
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
-        if len(seeds) != len(videos):
-            raise UserError(f"{len(seeds)} seeds for {len(videos)} clips: expected one for all, or one per clip")
-        for each in seeds:
-            check_seed(each)
-        check_identity(identity)
+        _check_inputs(seeds, len(videos), identity)  # before faces are tracked
         crops = [self.crops(_at_25_fps(each, fps)) for each in videos]
         speeches = self.run(crops, seeds, identity, settings)
         return speeches if is_batch else speeches[0]
+
+
+def _check_inputs(seeds: Sequence[int], clips: int, identity: np.ndarray | None) -> None:
+    """Raise UserError unless there is a valid seed for each clip, and a valid identity or none."""
+    if len(seeds) != clips:
+        raise UserError(f"{len(seeds)} seeds for {clips} clips: expected one for all, or one per clip")
+    for seed in seeds:
+        check_seed(seed)
+    check_identity(identity)
 
 
 def as_frames(video: np.ndarray | Tensor) -> np.ndarray:

@@ -51,17 +51,16 @@ def main() -> None:
             raise UserError(f"--transcripts {args.transcripts} does not exist: apt-get install asterisk-core-sounds-en")
     listed = listed_recordings(args.recordings, args.recordings_others, texts=True) if args.recordings else []
     people = grid_sentences(args.grid, args.speakers)
-    if args.pictures:
-        step = max(1, len(people["train"]) // args.pictures)
-        people["train"] = people["train"][::step][: args.pictures]
-    else:
-        people["train"] += prompt_sentences(args.prompts, args.transcripts)
-        if args.flite:
-            with writable(args.out, "--out"):
-                people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed)
-        people["train"] = [replace(recording, others=args.others) for recording in people["train"]] + listed
     facts = {"command": {name: str(value) for name, value in vars(args).items() if name != "out"}}
     with writable(args.out, "--out"):
+        if args.pictures:
+            step = max(1, len(people["train"]) // args.pictures)
+            people["train"] = people["train"][::step][: args.pictures]
+        else:
+            people["train"] += prompt_sentences(args.prompts, args.transcripts)
+            if args.flite:
+                people["train"] += flite_sentences(args.out / "flite", args.flite, args.seed)
+            people["train"] = [replace(recording, others=args.others) for recording in people["train"]] + listed
         counts = write_voices(
             args.out, people, args.synthetic, args.synthetic_clips, facts, bool(args.pictures), args.seed
         )

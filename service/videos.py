@@ -77,11 +77,11 @@ class Video(BaseModel):
         return Path(self._folder.name, name)
 
     async def save(self, name: str, upload: UploadFile) -> Path:
-        """Write an uploaded file to the folder and return its path, with the original suffix."""
+        """Write an uploaded file to the folder and return its path, with the original suffix if it is plain."""
         suffix = Path(upload.filename or "").suffix.lower()[:8]
-        return await save_upload(
-            upload, self.path(name + (suffix if suffix[1:].isalnum() and suffix.isascii() else ""))
-        )
+        if not (suffix[1:].isalnum() and suffix.isascii()):
+            suffix = ""
+        return await save_upload(upload, self.path(name + suffix))
 
 
 def video_routes(service: Service) -> APIRouter:

@@ -155,10 +155,10 @@ class WordErrors(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         spoken = text_of(truth)
-        if self.kind == "grid" and not self.grid.is_sentence(" ".join(words_of(spoken))):
+        text = self.normalise(spoken, take.language)
+        if self.kind == "grid" and not self.grid.is_sentence(text):
             raise UserError(f"its text {printable(spoken)!r} is not a GRID sentence: choose another protocol.wer")
         heard = self.transcribe(take)
-        text = self.normalise(spoken, take.language)
         words = self.normalise(heard, take.language)
         found = count_errors(text, words, take.language)
         if self.is_free(spoken):
