@@ -387,7 +387,8 @@ class HiCoDiTPipeline:
         sampler = sampler or self.sampler
         if not crops:
             return []
-        _check_inputs(seeds, len(crops), identity)
+        check_identity(identity)
+        seeds = _checked_seeds(seeds, len(crops))
         model = self.system.model
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
@@ -483,19 +484,24 @@ class HiCoDiTPipeline:
         if isinstance(seed, np.ndarray | Tensor) and seed.ndim:
             seed = seed.tolist()
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
-        _check_inputs(seeds, len(videos), identity)  # before faces are tracked
+        check_identity(identity)
+        seeds = _checked_seeds(seeds, len(videos))
         crops = [self.crops(_at_25_fps(each, fps)) for each in videos]
         speeches = self.run(crops, seeds, identity, settings)
         return speeches if is_batch else speeches[0]
 
 
-def _check_inputs(seeds: Sequence[int], clips: int, identity: np.ndarray | None) -> None:
-    """Raise UserError unless there is a valid seed for each clip, and a valid identity or none."""
+def _checked_seeds(seeds: Sequence[int], clips: int) -> list[int]:
+    """Return the seeds as Python's integers, which PyTorch's generators need.
+
+    Raises:
+        UserError: If there is not one seed per clip, or a seed is invalid.
+    """
     if len(seeds) != clips:
         raise UserError(f"{len(seeds)} seeds for {clips} clips: expected one for all, or one per clip")
     for seed in seeds:
         check_seed(seed)
-    check_identity(identity)
+    return [int(seed) for seed in seeds]
 
 
 def as_frames(video: np.ndarray | Tensor) -> np.ndarray:

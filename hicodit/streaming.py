@@ -77,7 +77,7 @@ class SpeechStream:
         sampler, self.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)
         self.sampler = replace(sampler, steps=settings.steps)
         self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
-        self.generator = torch.Generator(pipeline.device).manual_seed(seed)
+        self.generator = torch.Generator(pipeline.device).manual_seed(int(seed))
         self.detector = pipeline.face_source.detector or HaarDetector()
         lookahead = max(1, round(settings.lookahead * FPS))
         reach = -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)

@@ -61,6 +61,10 @@ def test_prosody_changes_in_the_direction_of_the_reference():
     assert [found[name].get("energy_right_way") for name in "abc"] == [(1, 1), (0, 1), None]
     assert found["c"]["pitch_range_correlation"] == (1.0, 5.0)
     assert found["b"]["energy_correlation"] == (-20.0, -30.0)
+    short = {"a": row(flat, (0.0, float("nan"))), "b": row(flat, lively)}  # the first ends before the change
+    found = Prosody().finish(short, {"a": true["a"]}, truths)
+    assert not [name for name in found["a"] if name.endswith("right_way")]
+    assert found["b"]["energy_right_way"] == (0, 1)
     phonemes = [["a", 0.1, 0.5], ["b", 0.5, 0.9], ["c", 1.0, 1.4]]
     assert spans_around_change({"phonemes": phonemes, "change": 1.0}) == [(0.1, 0.9), (1.0, 1.4)]
 

@@ -165,9 +165,13 @@ def test_a_stream_of_bad_frames_is_refused(pipeline, frames, message):
 
 def test_a_list_of_clips_is_a_batch_with_a_seed_each(pipeline, clip):
     frames = talking_head(20)
-    one, other = pipeline([clip, frames], seed=[3, 4], steps=2)
+    one, other = pipeline([clip, frames], seed=np.array([3, 4]), steps=2)
     assert np.array_equal(one.tokens, pipeline(clip, seed=3, steps=2).tokens)
-    assert np.array_equal(other.tokens, pipeline(frames, seed=4, steps=2).tokens)
+    assert np.array_equal(other.tokens, pipeline(frames, seed=np.int64(4), steps=np.int64(2)).tokens)
+    with pytest.raises(UserError, match="3 seeds for 2 clips"):
+        pipeline([clip, frames], seed=[1, 2, 3])
+    with pytest.raises(UserError, match="expected a GE2E embedding"):
+        next(pipeline.stream(frames, identity=np.zeros(128, np.float32)))
 
 
 def test_frames_may_be_tensors_and_of_another_rate(pipeline):

@@ -64,6 +64,13 @@ def test_results_are_recorded(measure, tmp_path, capsys):
     assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
 
 
+def test_a_benchmark_of_the_processor_has_no_other_device(monkeypatch):
+    for name in ("faces", "lags"):
+        monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", name, "--device", "cuda"])
+        with pytest.raises(UserError, match="--device"):
+            benchmark.main()
+
+
 def test_what_was_measured_before_an_error_is_recorded(measure, tmp_path):
     with pytest.raises(UserError, match="killed"):
         measure(1, 2, 3, 4)

@@ -154,6 +154,12 @@ def finished(client, video):
     return client.videos.retrieve(video.id)
 
 
+def test_a_null_byte_in_the_suffix_of_an_upload_is_dropped(client):
+    files = {"input_reference": ("a.m\0p", b"no picture")}
+    answer = client._client.post(f"{client.base_url}videos", data={"model": "hicodit"}, files=files)
+    assert answer.status_code == 200  # the video then fails, as its input is not a clip
+
+
 def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     write_video(tmp_path / "head.mp4", talking_head(25), 25)
     video = client.videos.create(

@@ -153,6 +153,14 @@ def test_a_long_text_is_generated_in_parts(pipeline, mode):
         torch.testing.assert_close(pause, pause[:1].expand(6, -1), atol=1e-4, rtol=1e-3)
 
 
+def test_the_minimum_length_is_rounded_up_and_exceeds_the_estimate_of_the_text(pipeline):
+    """Patches have 0.16 s; the text suffices for about three seconds."""
+    for seconds, patches in ((2.0, 13), (10.0, 63)):
+        job = Job("tts", "hi", pipeline.files["voice"], min_seconds=seconds)
+        (request,) = prepare_job(job, pipeline.system, 120).requests
+        assert request.min_patches == patches <= request.max_patches
+
+
 def test_a_stream_returns_audio_before_generation_ends(pipeline):
     """The first audio comes when the decoder has heard its look-ahead, not at the end."""
     job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
