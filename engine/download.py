@@ -24,7 +24,7 @@ from engine.errors import UserError, printable
 from engine.files import report_os_errors
 
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 4  # of a request to which the server responds with an error (5xx)
+ATTEMPTS = 4  # at a request to which the server responds with an error (5xx)
 STAGING = ".partial"  # folder for incomplete files
 
 

@@ -77,7 +77,7 @@ class Video(BaseModel):
         return Path(self._folder.name, name)
 
     async def save(self, name: str, upload: UploadFile) -> Path:
-        """Write an uploaded file to the folder and return its path, with the original suffix if it is plain."""
+        """Write an uploaded file to the folder and return its path, with the original suffix if it is alphanumeric."""
         suffix = Path(upload.filename or "").suffix.lower()[:8]
         if not (suffix[1:].isalnum() and suffix.isascii()):
             suffix = ""

@@ -155,8 +155,10 @@ def finished(client, video):
 
 
 def test_a_null_byte_in_the_suffix_of_an_upload_is_dropped(client):
-    files = {"input_reference": ("a.m\0p", b"no picture")}
-    answer = client._client.post(f"{client.base_url}videos", data={"model": "hicodit"}, files=files)
+    part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+    body = part.format("model", "hicodit") + part.format('input_reference"; filename="a.m\0p', "no clip") + "--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = client._client.post(f"{client.base_url}videos", content=body.encode(), headers=headers)
     assert answer.status_code == 200  # the video then fails, as its input is not a clip
 
 
