@@ -62,7 +62,9 @@ class Codec(Pretrained):
         if wave.ndim != 3 or wave.shape[1] != 1:
             raise UserError(f"wave of shape {tuple(wave.shape)}: expected mono waveforms of shape (batch, 1, samples)")
         if (frames := self.frames(wave.shape[-1])) < 1:
-            raise UserError(f"wave of {wave.shape[-1]} samples: expected at least {self.encoder.min_samples}")
+            raise UserError(
+                f"wave of {wave.shape[-1]} samples: expected at least {max(self.encoder.min_samples, self.hop)}"
+            )
         if wave.device.type == "cpu" and not wave.isfinite().all():
             raise UserError("wave has samples that are not finite")
         return frames

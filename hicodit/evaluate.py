@@ -21,7 +21,7 @@ from engine.settings import override, require_choice
 from hicodit.conditions.types import Crops
 from hicodit.generation import sampling_windows
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
-from hicodit.settings import with_preset
+from hicodit.settings import require_compatible, with_preset
 
 EXPRESSIONS = ("own", "shuffled", "exchanged")
 
@@ -71,6 +71,7 @@ def write_outputs(
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     pipeline.sampler = override(settings, sampling or {})
     pipeline.guidance = override(scales, guidance or {})
+    require_compatible(pipeline.sampler, pipeline.guidance)
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
     facts |= {"voice": voice, "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
     tokenizer = pipeline.codec

@@ -20,12 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.cuda_graph import GraphedSteps
 from engine.device import to_device
-from engine.errors import UserError
 from hicodit.conditions.types import FPS, Conditions, num_expression_windows
 from hicodit.guidance import guided_posterior
 from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
 from hicodit.samplers import SAMPLERS, SamplerInput
-from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig, require_compatible
 
 OVERLAP_FRAMES = 25  # video frames that two consecutive windows share
 RESAMPLED_FRAMES = 5  # last frames of a window, whose tokens the next window samples again
@@ -61,13 +60,9 @@ def generate(
         The tokens (K, L) of each clip, on the CPU.
 
     Raises:
-        UserError: If the form of guidance and the sampler do not fit.
+        UserError: See `require_compatible`.
     """
-    if scales.guidance_form == "literal" and sampler.method != "euler":
-        raise UserError(
-            "guidance.guidance_form=literal changes the unmasking schedule: use sampler.method=euler, or "
-            "guidance.guidance_form=normalised"
-        )
+    require_compatible(sampler, scales)
     mask_id = model.mask_id
     device = conditions.lip.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -17,8 +17,9 @@ import numpy as np
 
 from engine.batch_runner import JobRunner
 from engine.device import pick_device
+from engine.errors import UserError
 from engine.faces.source import FaceSource
-from engine.faces.track import MOST_FACES, read_boxes
+from engine.faces.track import ADVICE, MOST_FACES, FaceError, read_boxes
 from engine.files import all_or_none
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
@@ -27,7 +28,7 @@ from engine.settings import override
 from hicodit.bundled import PipelineChooser
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, GENERATED, Crops, HiCoDiTPipeline, Speech
-from hicodit.settings import TRACK_SUFFIXES, InferConfig, stem_of
+from hicodit.settings import TRACK_SUFFIXES, InferConfig, require_compatible, stem_of
 
 if TYPE_CHECKING:
     from hicodit.streaming import SpeechChunk
@@ -64,8 +65,9 @@ class HiCoDiTRunner(JobRunner):
             with stage("conditions"):
                 self.identity = GE2EEncoder().embed(voice, 16_000)
         self.pipelines = PipelineChooser(self.load, c.weights)
-        if c.weights is not None:
-            self.pipelines.load_all()
+        overrides = (*c.sampler.values(), *c.guidance.values())
+        if c.weights is not None or any(value is not None for value in overrides):
+            self.pipelines.load_all()  # `load` checks the settings before the first clip is read
 
     def load(self, weights: str | Path) -> HiCoDiTPipeline:
         """Load the pipeline of a release with the settings of the job."""
@@ -76,6 +78,7 @@ class HiCoDiTRunner(JobRunner):
             )
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)
+        require_compatible(pipeline.sampler, pipeline.guidance)
         return pipeline
 
 
@@ -98,7 +101,12 @@ class ClipRunner(HiCoDiTRunner):
         folder = Path(self.scratch.name)
         pipeline = self.pipelines.for_clip(clip)
         strips = [folder / f"{stem_of(clip, number, c)}{TRACK_SUFFIXES[0]}" for number in range(1, MOST_FACES + 1)]
-        return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
+        try:
+            return pipeline, list(pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
+        except FaceError as error:
+            if str(error).endswith(ADVICE):
+                raise UserError(f"{error}, or set its position (face_box)") from error
+            raise
 
     def generate(self, batch: list[tuple[HiCoDiTPipeline, list[Crops]]]) -> list[list[Speech]]:
         """Generate the speech of each face of each clip. The faces of one pipeline are generated together."""

@@ -95,6 +95,11 @@ class ModelConfig(Group, prefix="model."):
             raise UserError(f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}")
         if self.low_levels >= self.levels:
             raise UserError(f"model.low_levels={self.low_levels} must be less than model.levels={self.levels}")
+        if self.drop_all + self.keep_single > 1:
+            raise UserError(
+                f"model.drop_all={self.drop_all} and model.keep_single={self.keep_single} are probabilities of "
+                "different cases: their sum must not exceed 1"
+            )
 
 
 @dataclass(frozen=True)

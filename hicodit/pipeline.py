@@ -257,7 +257,7 @@ class HiCoDiTPipeline:
             with stage(f"{label}: finding the face", length or None, "frames"):
                 tracks = self._find_tracks(frames, name, face, face_box)
         except FaceError as error:
-            raise UserError(f"{name}: {error}") from error
+            raise FaceError(f"{name}: {error}") from error
         for track in tracks:
             frames_of_face, track = frames.sharper(track)
             if callable(self.face_source.landmarks):
@@ -448,11 +448,9 @@ class HiCoDiTPipeline:
         blocks = iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames
         for block in blocks:
             for frame in block[None] if block.ndim == 3 else block:
-                chunk = stream.push(frame)
-                if chunk is not None and len(chunk.wave):
+                if chunk := stream.push(frame):
                     yield chunk
-        chunk = stream.finish()
-        if chunk is not None and len(chunk.wave):
+        if chunk := stream.finish():
             yield chunk
 
     def __call__(
@@ -481,7 +479,7 @@ class HiCoDiTPipeline:
         settings = with_arguments(self.sampler, sampler, ("seed", "identity", "fps"))
         is_batch = isinstance(video, list | tuple)
         videos = list(video) if is_batch else [video]
-        if isinstance(seed, np.ndarray | Tensor) and seed.ndim:
+        if isinstance(seed, np.ndarray | Tensor):
             seed = seed.tolist()
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(videos)
         check_identity(identity)

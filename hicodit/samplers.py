@@ -98,12 +98,12 @@ def sample_by_inverse_cdf(log_q: Tensor, u: Tensor, temperature: float) -> Tenso
     Args:
         log_q: (..., N) log probabilities, which need not be normalised.
         u: (...) uniforms in [0, 1).
-        temperature: divides log_q. 0: the most likely token, regardless of u.
+        temperature: divides log_q. Below 1e-6: the most likely token, regardless of u.
 
     Returns:
         Token ids (...) int64.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return log_q.argmax(-1)
     cdf = (log_q / temperature).softmax(-1).cumsum(-1)
     index = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)

@@ -90,6 +90,15 @@ class GuidanceScales(Group, prefix="guidance."):
         return tuple(self.exponents())
 
 
+def require_compatible(sampler: SamplerConfig, guidance: GuidanceScales) -> None:
+    """Raise UserError if the sampler does not support the form of guidance."""
+    if guidance.guidance_form == "literal" and sampler.method != "euler":
+        raise UserError(
+            "guidance.guidance_form=literal changes the unmasking schedule: use sampler.method=euler, or "
+            "guidance.guidance_form=normalised"
+        )
+
+
 LOOKAHEAD = 0.4, 0.04, 4.0, "stream: look-ahead of the audio in seconds of video"
 
 
@@ -208,7 +217,7 @@ def find_clips(c: InferConfig) -> list[Path]:
     else:
         raise UserError(f"input={source} is neither a file nor a folder")
     owners: dict[Path, Path] = {}
-    inputs = {os.path.realpath(clip): clip for clip in clips}
+    inputs = {os.path.realpath(file): file for file in (*clips, *_other_inputs(c))}
     suffixes = (".mp4", ".png", ".wav", *(TRACK_SUFFIXES if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
     for clip in clips:
         stems = {stem_of(clip, number, c) for number in range(1, MOST_FACES + 1)}
@@ -217,10 +226,16 @@ def find_clips(c: InferConfig) -> list[Path]:
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
             if replaced := inputs.get(os.path.realpath(target)):
-                raise UserError(f"output={c.output} would replace the clip {replaced} itself: choose another folder")
+                raise UserError(f"output={c.output} would replace the input {replaced}: choose another folder")
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
     return clips
+
+
+def _other_inputs(c: InferConfig) -> list[Path]:
+    """Return the files that a job reads besides its clips: the voice, boxes and landmarks."""
+    paths = [Path(name) for name in (c.reference_audio, c.face_box, c.face_landmarks) if isinstance(name, str)]
+    return [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.json")))]
 
 
 def stem_of(clip: Path, number: int, c: InferConfig) -> str:

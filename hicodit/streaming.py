@@ -92,6 +92,7 @@ class SpeechStream:
         self.settled = 0  # number of video frames with final tokens
         # Final tokens (K, L), from frame `first` on.
         self.tokens = torch.zeros(pipeline.codec.levels, 0, dtype=torch.long)
+        self.unreported: list[Tensor] = []  # final tokens (K, L) of hops without audio
         self.track: FaceTrack | None = None
         self._moved = 0  # number of frames dropped since the face was last tracked
 
@@ -117,7 +118,7 @@ class SpeechStream:
         return self._advance(last=True)
 
     @torch.inference_mode()
-    def _advance(self, last: bool) -> SpeechChunk:
+    def _advance(self, last: bool) -> SpeechChunk | None:
         """Make the tokens of a hop final and decode the audio that they allow. `last`: of all remaining frames."""
         begin = time.perf_counter()
         new = self.tokens[:, :0]
@@ -127,10 +128,15 @@ class SpeechStream:
             self.tokens = torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
+        self.unreported.append(new)
         decoded = self.decoder.push(new[None], last)
-        wave = np.zeros(0, np.float32) if decoded is None else decoded[0, 0].clamp(-1, 1).cpu().numpy()
+        if decoded is None:
+            return None
+        wave = decoded[0, 0].clamp(-1, 1).cpu().numpy()
         compute = time.perf_counter() - begin
-        return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
+        tokens = torch.cat(self.unreported, 1).numpy()
+        self.unreported = []
+        return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, tokens)
 
     def _sample(self) -> Tensor:
         """Sample the tokens (K, L) of all frames starting at the first one without final tokens."""

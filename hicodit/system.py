@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.release import Pretrained
 from hicodit.conditions import EncoderConfig, encoder_config, encoders_learn, make_encoders
 from hicodit.conditions.encoders import to_unit_range
-from hicodit.conditions.types import EXPRESSIONS, majority_expressions
+from hicodit.conditions.types import EXPRESSIONS, IDENTITY_DIM, majority_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
@@ -37,7 +37,12 @@ class HiCoDiTSystem(Pretrained):
 
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
         super().__init__(model)
-        widths = {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim, "expressions": len(EXPRESSIONS)}
+        widths = {
+            "lip_dim": encoders.lip_dim,
+            "face_dim": encoders.face_dim,
+            "identity_dim": IDENTITY_DIM,
+            "expressions": len(EXPRESSIONS),
+        }
         for name, width in widths.items():
             if getattr(model, name) != width:
                 raise UserError(

@@ -23,7 +23,7 @@ from engine.media.video import write_video
 from engine.metrics.registry import metrics_of
 from engine.shards.recordings import spread
 from hicodit.conditions.types import FPS, Conditions, Crops
-from hicodit.data import HiCoDiTDataset
+from hicodit.data import HiCoDiTDataset, picture_frames
 from hicodit.generation import generate
 from hicodit.pipeline import HiCoDiTPipeline
 
@@ -150,7 +150,13 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
     for clip in clips:
         frames = len(clip["mouth"])
         faces = clip["faces"]
-        pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
-        expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
-        crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_face_indices(frames)].numpy(), expression))
+        classified = nearest_faces(faces, np.arange(0, frames, system.encoders.config.picture_every), frames)
+        expression = system.window_classes(system.read_expressions(classified.movedim(-1, 1)), frames)
+        voice_faces = nearest_faces(faces, frames * np.arange(1, 5) // 5, frames)
+        crops.append(Crops(clip["mouth"].numpy(), voice_faces.numpy(), expression))
     return pipeline.conditions(crops)
+
+
+def nearest_faces(faces: Tensor, positions: np.ndarray, frames: int) -> Tensor:
+    """Return the stored face crop (F, ...) that is nearest to each of n frame indices of a clip, (n, ...)."""
+    return faces[np.abs(positions[:, None] - picture_frames(frames, len(faces))).argmin(1)]

@@ -59,7 +59,7 @@ def make_app(service: Service) -> FastAPI:
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
         if service.closing or not all(worker.is_alive() for worker in service.workers.values()):
             raise HTTPException(503, "not ready")

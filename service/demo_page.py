@@ -162,7 +162,7 @@ def part_settings(mode: str, source: str) -> dict[str, dict[str, Any]]:
     has_source = mode in ("t2av", "a2v")
     by_clip = mode == "v2a" or (has_source and source == CLIP)
     text = f"Transcript of {file}" if file else "Text"
-    voice = "Reference voice (the first 30 s are used)"
+    voice = f"Reference voice (up to {MAX_SECONDS:.0f} s; the first 30 s are used)"
     if mode == "a2v":
         voice = f"Driving audio (up to {REFERENCE_SECONDS} s)"
     clip = f"Silent clip (up to {REFERENCE_SECONDS} s)" if mode == "v2a" else "Clip of the face"

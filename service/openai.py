@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Send
@@ -64,7 +64,7 @@ class SpeechRequest(OurFields):
     voice: str | dict[Literal["id"], str] = DEFAULT
     reference_audio: Annotated[str | None, Field(description="recording as base64, in place of `voice`")] = None
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
-    speed: Annotated[float, Field(ge=0.25, le=4.0)] = 1.0
+    speed: Annotated[float, Field(ge=0.25, le=4.0, allow_inf_nan=False)] = 1.0
     stream_format: Literal["audio"] | None = None
     timestamp_granularities: Annotated[list[Literal["word"]], Field(max_length=1)] = []
 
@@ -126,11 +126,14 @@ def openai_routes(service: Service) -> APIRouter:
             raise UserError("timestamp_granularities requires the complete speech: omit stream_format")
         if timed:
             require("pocketsphinx", "pocketsphinx")
-        voice = save_recording(body.reference_audio, folder) or service.voices.find(body.voice_name)
+        if body.reference_audio is None:
+            voice = service.voices.find(body.voice_name)
+        else:
+            voice = save_recording(body.reference_audio, folder)
         prepared = await asyncio.to_thread(service.talker.prepare, body.job(service, "tts", body.input, voice))
         remarks = [without_folders(remark) for remark in prepared.remarks]
-        if body.reference_audio is None and service.voices.is_alias(body.voice_name):
-            remarks.append(f"voice {body.voice_name} is not available: using {service.voices.default}")
+        if body.reference_audio is None:
+            remarks += service.voices.remarks(body.voice_name)
         header = "; ".join(remarks).encode("latin-1", "replace").decode("latin-1")
         headers = {"X-Remarks": header} if remarks else {}
         media_type = FORMATS[body.response_format][0]
@@ -174,22 +177,18 @@ def openai_routes(service: Service) -> APIRouter:
     return router
 
 
-def save_recording(encoded: str | None, folder: Path) -> Path | None:
-    """Write a recording that is sent as base64 to a file and return its path; None if none is sent."""
-    if encoded is None:
-        return None
-    path = folder / "reference_audio"
+def save_recording(encoded: str, folder: Path) -> Path:
+    """Write a recording that is sent as base64 to a file and return its path."""
     try:
-        path.write_bytes(base64.b64decode(encoded, validate=True))
+        content = base64.b64decode("".join(encoded.split()), validate=True)
     except ValueError as error:
         raise UserError("reference_audio must be a file encoded as base64") from error
-    return path
+    return write_upload(content, folder / "reference_audio")
 
 
-async def save_upload(upload: UploadFile, path: Path) -> Path:
-    """Write an uploaded file to `path` and return it."""
-    content = await upload.read()
+def write_upload(content: bytes, path: Path) -> Path:
+    """Write the content of a file that a client sent to `path`, and return it."""
     if not content:
-        raise UserError("the uploaded file is empty")
+        raise UserError(f"{path.name} is an empty file")
     path.write_bytes(content)
     return path

@@ -174,7 +174,8 @@ def invalid_field(error: dict[str, Any]) -> str:
     value = f"{field}={str(error.get('input'))[:40]}"
     limits = error.get("ctx", {})
     if kind == "json_invalid" or not field:
-        return 'the body must be a JSON object, as in {"model": "talker-t2av", "input": "Hello"}'
+        example = '{"model": "talker-t2av", "input": "Hello"}'
+        return f"the body must be a JSON object, as in {example}, with the header Content-Type: application/json"
     if kind == "missing":
         return f"{field} is missing"
     if kind == "extra_forbidden":

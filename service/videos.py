@@ -23,7 +23,7 @@ from engine.faces.track import read_face
 from engine.media.video import mux_audio
 from engine.settings import WHICH_FACE
 from hicodit.pipeline import GENERATED
-from service.openai import OurFields, save_upload
+from service.openai import OurFields, write_upload
 from service.service import FOLDER, HICODIT, TALKER, Service, explain, without_folders
 from service.sound import parts_of
 from service.voices import DEFAULT
@@ -76,13 +76,6 @@ class Video(BaseModel):
         """Return the path of a file in the video's folder."""
         return Path(self._folder.name, name)
 
-    async def save(self, name: str, upload: UploadFile) -> Path:
-        """Write an uploaded file to the folder and return its path, with the original suffix if it is alphanumeric."""
-        suffix = Path(upload.filename or "").suffix.lower()[:8]
-        if not (suffix[1:].isalnum() and suffix.isascii()):
-            suffix = ""
-        return await save_upload(upload, self.path(name + suffix))
-
 
 def video_routes(service: Service) -> APIRouter:
     """Return the routes of /v1/videos."""
@@ -117,14 +110,15 @@ def video_routes(service: Service) -> APIRouter:
             place.enter_context(service.admitted())
             video = Video(model=body.model, prompt=body.prompt)
             place.callback(lambda: video.status == "completed" or video._folder.cleanup())
-            reference = await video.save("input_reference", body.input_reference)
+            reference = write_upload(await body.input_reference.read(), video.path("input_reference"))
             if body.model == TALKER:
                 if body.face != FIRST:
                     raise UserError(f"face={body.face[:20]} only applies to model hicodit: omit it")
                 if body.reference_audio is None:
                     voice = service.voices.find(body.voice)
+                    video.remarks = service.voices.remarks(body.voice)
                 else:
-                    voice = await video.save("reference_audio", body.reference_audio)
+                    voice = write_upload(await body.reference_audio.read(), video.path("reference_audio"))
                 work = _talk(service, video, body.job(service, "t2av", body.prompt, voice, reference))
             elif given := body.model_fields_set & {"voice", "reference_audio", "min_seconds", "max_seconds"}:
                 raise UserError(f"{', '.join(sorted(given))} only applies to model talker-t2av: omit it")
@@ -135,10 +129,13 @@ def video_routes(service: Service) -> APIRouter:
             return video
 
     @router.get("")
-    async def list_videos() -> dict[str, Any]:
-        """List the videos, the newest first."""
+    async def list_videos(
+        limit: Annotated[int, Query(ge=0, le=100)] = 100, order: Literal["asc", "desc"] = "desc"
+    ) -> dict[str, Any]:
+        """List the videos, the newest first, or with order=asc the oldest."""
         forget()
-        return {"object": "list", "data": list(reversed(videos.values())), "has_more": False}
+        found = list(videos.values()) if order == "asc" else list(reversed(videos.values()))
+        return {"object": "list", "data": found[:limit], "has_more": len(found) > limit}
 
     @router.get("/{name}")
     async def get_video(name: str) -> Video:
@@ -196,7 +193,7 @@ async def _talk(service: Service, video: Video, job: Job) -> None:
     tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
     results = [await service.generate(TALKER, ticket) for ticket in tickets]
     talk = await asyncio.to_thread(talker.decode, prepared, *results)
-    video.remarks = [without_folders(remark) for remark in talk.remarks]
+    video.remarks += [without_folders(remark) for remark in talk.remarks]
     await asyncio.to_thread(talk.save, video.path("video1.mp4"))
 
 

@@ -58,6 +58,10 @@ class Voices:
         """Return whether a name is an OpenAI voice name that is an alias of the default voice."""
         return self.aliases and name in VOICE_ALIASES and name not in self.files
 
+    def remarks(self, name: str) -> list[str]:
+        """Return one-line remarks about a requested voice: that another one is used, if the name is an alias."""
+        return [f"voice {name} is not available: using {self.default}"] if self.is_alias(name) else []
+
     def find(self, name: str) -> Path:
         """Return the file of a voice.
 

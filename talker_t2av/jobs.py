@@ -24,7 +24,7 @@ from talker_t2av.reference import Reference, encode_motion, encode_speech
 from talker_t2av.request import MODES, Mode, Request
 from talker_t2av.settings import Job
 from talker_t2av.system import TalkerSystem
-from talker_t2av.text import split_text
+from talker_t2av.text import TalkerTokenizer, has_words, split_text
 
 # Upper bounds of the speech duration in seconds: MARGIN, plus SLOW_BYTE per byte of text or SLOW_PHONEME per phoneme.
 MARGIN = 1.5
@@ -173,7 +173,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         UserError: If a file cannot be read, is too long or too short, or if the text cannot be split or tokenized.
     """
     mode = MODES[job.mode]
-    texts = parts_of_text(job, text_bytes)
+    texts = parts_of_text(job, system.tokenizer, text_bytes)
     system.require(job.mode)
     spoken = job.reference_text if job.prefix_seconds else ""
     prompts = [system.tokenizer.prompt(f"{spoken} {text}".strip()) for text in texts]
@@ -206,13 +206,19 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     return PreparedJob(job, requests, start.prefix_motion, picture, wave, frames, remarks, surroundings)
 
 
-def parts_of_text(job: Job, text_bytes: int) -> list[str]:
-    """Split the text of a job into parts of at most `text_bytes` bytes.
+def parts_of_text(job: Job, tokenizer: TalkerTokenizer, text_bytes: int) -> list[str]:
+    """Split the text of a job into parts of at most `text_bytes` bytes that take at most 30 s.
 
     The text is a single part if a given stream determines the length, and in the official routines.
     """
+
+    def fits(part: str) -> bool:
+        if len(part.encode()) > text_bytes:
+            return False
+        return not has_words(part) or slow_seconds(part, tokenizer) <= MAX_FRAMES / FPS
+
     if MODES[job.mode].open_ended and job.compat == "paper":
-        return split_text(job.text, text_bytes)
+        return split_text(job.text, fits)
     return [job.text]
 
 
@@ -220,11 +226,13 @@ def read_given_audio(job: Job) -> np.ndarray:
     """Read the given audio (N,) at 24 kHz.
 
     Raises:
-        UserError: If it cannot be read or is longer than 30 s.
+        UserError: If it cannot be read, is shorter than a frame, or longer than 30 s.
     """
     with stage("reading"):
         wave = read_audio(job.audio, RATE)
     check_length(-(-len(wave) // HOP), f"audio={job.audio}")
+    if len(wave) < HOP:
+        raise UserError(f"audio={job.audio} has {len(wave) / RATE:.3f} s: at least {HOP / RATE:g} s is needed")
     return wave
 
 
@@ -276,10 +284,15 @@ def requests_of_parts(
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
     """Return the maximum number of patches of a text, from `max_seconds` or from its length, up to 30 s."""
-    tokenizer = system.tokenizer
-    slow = SLOW_PHONEME * len(tokenizer.prompt(text)) if tokenizer.language else SLOW_BYTE * len(text.encode())
-    seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + slow)
+    seconds = job.max_seconds or min(MAX_FRAMES / FPS, slow_seconds(text, system.tokenizer))
     return max(1, -(-round(seconds * FPS) // system.model.config.patch_size))
+
+
+def slow_seconds(text: str, tokenizer: TalkerTokenizer) -> float:
+    """Return an upper bound of the duration of a text in seconds."""
+    if tokenizer.language:
+        return MARGIN + SLOW_PHONEME * len(tokenizer.prompt(text))
+    return MARGIN + SLOW_BYTE * len(text.encode())
 
 
 def remarks_of(job: Job, reference: Reference, square: Square | None) -> tuple[str, ...]:

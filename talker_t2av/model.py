@@ -96,6 +96,12 @@ class TalkerConfig(Group, prefix="model."):
             raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
         if self.order in ORDERS and self.delay:
             raise UserError(f"model.order={self.order} needs model.delay=0")
+        head_tokens = 2 + (self.context + 1) * self.patch_size
+        if head_tokens > self.max_positions:
+            raise UserError(
+                f"model.max_positions={self.max_positions} must be at least {head_tokens}, the tokens of a diffusion "
+                f"head with model.context={self.context} and model.patch_size={self.patch_size}"
+            )
         # With other fields, such as attn_implementation, transformers would load code from the hub.
         wrong = self.llm.keys() - LLM_FIELDS if isinstance(self.llm, dict) else {"llm"}
         if wrong:

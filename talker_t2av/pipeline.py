@@ -45,7 +45,7 @@ from talker_t2av.system import BUNDLED, TalkerSystem
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 
-TRUNCATED = "truncated at the maximum length: see max_seconds"  # a remark about the result
+TRUNCATED = "truncated at the maximum length: see max_seconds, or split the text"  # a remark about the result
 TEMPLATE_TOKENS = 32  # tokens of a prompt in addition to its text
 PAUSE_FRAMES = 5  # pause between two parts of a long text in frames
 MAX_BATCH = 8  # requests of a single job that are generated at once

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
 NEEDED = {"t2av": ("reference_video",), "tts": (), "a2v": ("reference_video", "audio"), "v2a": ("video",)}  # files
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_START = re.compile(rb"\x89PNG|\xff\xd8\xff|BM|RIFF....WEBP", re.DOTALL)  # of PNG, JPEG, BMP and WebP files
 SAVED_VOICE = ".safetensors"
 
 
@@ -119,9 +121,9 @@ class Job(Group):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
             raise UserError(f"mode={self.mode} requires text")
-        if any("\ud800" <= c <= "\udfff" for c in self.text + self.reference_text):
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in self.text + self.reference_text):
             raise UserError(
-                "the text contains half of a surrogate pair, which is not a character: correct its encoding"
+                "the text contains a null character or half of a surrogate pair: remove it, or correct the encoding"
             )
         size = len(self.text.encode())
         max_bytes = MAX_SPEECH_TEXT if self.mode == "tts" and self.compat == "paper" else MAX_TEXT
@@ -202,13 +204,6 @@ class Job(Group):
         if speaks:
             require_stream(self.voice_file, "audio")
 
-    def check_output(self, target: Path) -> None:
-        """Raise UserError if `target` is a folder, or a file that the job reads."""
-        if target.is_dir():
-            raise UserError(f"cannot write {target}: it is a folder")
-        if any(os.path.realpath(target) == os.path.realpath(file) for name in FILES if (file := getattr(self, name))):
-            raise UserError(f"output={target.parent} would replace the input {target}: choose another folder or name")
-
 
 def with_preset(name: str, sampling: Sampling) -> Sampling:
     """Override these settings with those of configs/sampling/NAME.yaml."""
@@ -254,14 +249,25 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[NamedJob]]:
     for stream, folder in vars(c.codecs).items():
         check_release(f"codecs.{stream}", folder)
     jobs = read_jobs(c)
-    for name, job in jobs:
-        if isinstance(job, Job):
-            for output in outputs_of(job, name, c.figure, c.timestamps):
-                job.check_output(Path(c.output) / output)
+    check_outputs(c, jobs)
     if c.jobs is None:  # with several jobs, invalid ones are reported and the others continue
         jobs[0][1].check_files()
     with writable(c.output):
         return c, jobs
+
+
+def check_outputs(c: InferConfig, jobs: Sequence[NamedJob]) -> None:
+    """Raise UserError if an output is a folder, or a file that any of the jobs reads."""
+    valid = [(name, job) for name, job in jobs if isinstance(job, Job)]
+    files = [c.jobs, *(getattr(job, name) for _, job in valid for name in FILES)]
+    inputs = {os.path.realpath(file) for file in files if file}
+    for name, job in valid:
+        for output in outputs_of(job, name, c.figure, c.timestamps):
+            target = Path(c.output) / output
+            if target.is_dir():
+                raise UserError(f"cannot write {target}: it is a folder")
+            if os.path.realpath(target) in inputs:
+                raise UserError(f"output={c.output} would replace the input {target}: choose another folder or name")
 
 
 def read_jobs(c: InferConfig) -> list[NamedJob]:
@@ -271,6 +277,8 @@ def read_jobs(c: InferConfig) -> list[NamedJob]:
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
         return [(safe_name(c.name or c.mode, "name="), Job(**complete(fields_)))]
+    if c.name is not None:
+        raise UserError(f"name={c.name} only applies to a single job: set names in jobs={c.jobs}")
     path = Path(c.jobs)
     jobs = []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
@@ -309,11 +317,15 @@ def with_demo_references(values: dict[str, Any]) -> dict[str, Any]:
     """Fill the missing voice and face of a job with the bundled ones."""
     mode = values.get("mode", "t2av")
     job = dict(values)
-    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job:
+    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job and not _has_audio(job.get("video")):
         job.setdefault("reference_audio", DEMO_VOICE)
     if mode in ("t2av", "a2v"):
         job.setdefault("reference_video", DEMO_FACE)
     return job
+
+
+def _has_audio(clip: str | None) -> bool:
+    return clip is not None and Path(clip).is_file() and probe(clip).audio is not None
 
 
 def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
@@ -335,5 +347,8 @@ def is_voice(path: str | Path | None) -> bool:
 
 
 def is_picture(path: str | Path) -> bool:
-    """Return whether a file name is that of an image."""
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    """Return whether a file begins like a PNG, JPEG, BMP or WebP image. Its name does not matter."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return bool(IMAGE_START.match(file.read(12)))

@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -155,36 +155,41 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     raise UserError(f"the tokenizer's chat template cannot be used ({why}): expected that of Qwen3")
 
 
-def split_text(text: str, max_bytes: int) -> list[str]:
-    """Split a text at sentences if possible, else at clauses, else at words.
+def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Split a text at sentences if possible, else at clauses, else at words. Parts without words are omitted.
 
     Args:
         text: the text.
-        max_bytes: maximum length of a part in UTF-8 bytes.
+        fits: whether a part is short enough.
 
     Raises:
-        UserError: If a word is longer.
+        UserError: If a word is too long.
     """
-    if len(text.encode()) <= max_bytes:
+    if fits(text):
         return [text]
     pieces = [text]
     for end in (SENTENCE, CLAUSE, WORD):
         pieces = [
             part
             for piece in pieces
-            for part in (re.split(end, piece) if len(piece.strip().encode()) > max_bytes else [piece])
+            for part in ([piece] if fits(piece.strip()) else re.split(end, piece))
             if part.strip()
         ]
     parts = [""]
     for piece in pieces:
-        if len(piece.strip().encode()) > max_bytes:
+        if not fits(piece.strip()):
             raise UserError(
-                f"{piece.strip()[:30]!r}... has neither space nor punctuation within {max_bytes} bytes: split it"
+                f"{piece.strip()[:30]!r}... is too long for one part and has neither space nor punctuation: split it"
             )
-        if len((parts[-1] + piece).strip().encode()) > max_bytes:
+        if not fits((parts[-1] + piece).strip()):
             parts.append("")
         parts[-1] += piece
-    return [part.strip() for part in parts]
+    return [part.strip() for part in parts if has_words(part)] or [text]
+
+
+def has_words(text: str) -> bool:
+    """Return whether a text contains a letter or a digit, not only punctuation."""
+    return any(character.isalnum() for character in text)
 
 
 def phoneme_tokenizer(language: str) -> TalkerTokenizer:

@@ -55,7 +55,7 @@ class RVQCodecConfig(Group):
     n_fft: int = setting(1920, 2, 2**16)
     hop: int = setting(480, 1, 2**16)
     conv_width: int = setting(1536, 1, 2**16)
-    conv_ratios: tuple[int, ...] = setting((8, 5, 4, 3), 1, 2**10)
+    conv_ratios: tuple[int, ...] = setting((8, 5, 4, 3), 2, 2**10)
 
     @property
     def decoder_hop(self) -> int:

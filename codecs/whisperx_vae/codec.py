@@ -55,7 +55,7 @@ class WhisperXVAEConfig(Group):
     latent_dim: int = setting(32, 1, 2**14)
     decoder: str = setting("dac", choices=("dac", "vocos"))
     decoder_width: int = setting(1536, 1, 2**16)
-    decoder_ratios: tuple[int, ...] = setting((12, 10, 4, 2), 1, 2**10)
+    decoder_ratios: tuple[int, ...] = setting((12, 10, 4, 2), 2, 2**10)
     vocos_channels: int = setting(128, 1, 2**14)
     vocos_dim: int = setting(256, 1, 2**14)
     vocos_intermediate: int = setting(768, 1, 2**16)
@@ -72,11 +72,8 @@ class WhisperXVAEConfig(Group):
         if self.hidden % (2 * self.whisper_heads):
             raise UserError(f"hidden={self.hidden} must be an even multiple of whisper_heads={self.whisper_heads}")
         if self.decoder == "vocos":
-            if self.hop % self.vocos_hop or (self.n_fft - self.vocos_hop) % 2:
-                raise UserError(
-                    f"vocos_hop={self.vocos_hop} must divide the hop of {self.hop}, and n_fft={self.n_fft} must be "
-                    "larger by an even number"
-                )
+            if self.hop % self.vocos_hop or self.hop == self.vocos_hop:
+                raise UserError(f"vocos_hop={self.vocos_hop} must divide the hop of {self.hop} and be smaller")
             return
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(

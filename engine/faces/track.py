@@ -19,7 +19,7 @@ DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the ti
 MAX_GAP = 1.0  # maximum gap without a detection that is interpolated, in seconds
 MIN_COVERAGE = 0.3  # minimum fraction of a clip that shows the face
 SMOOTH_SECONDS = 0.5
-ADVICE = "use a clip with a frontal, well-lit face, or set its position (face_box)"
+ADVICE = "use a clip with a frontal, well-lit face"
 
 
 FACES = ("largest", "central", "left", "right", "speaking", "all")
@@ -146,7 +146,8 @@ def follow_faces(
     target = None if position is None else np.array(size) * position
     people = _group_by_person(_link(detections, fps), target, max(size) / 2)
     if not people:
-        raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
+        where = "the image" if frames == 1 else f"any of its {frames / fps:.1f} s"
+        raise FaceError(f"no face found in {where}: {ADVICE}")
     if face == "largest" or position is not None:
         return [_check_coverage(_smooth(people[0], frames, fps), fps)]
 

@@ -39,6 +39,7 @@ LOUDEST = 100.0  # maximum magnitude of a sample, where full scale is 1
 UNKNOWN = 2**62  # frame count of a file that does not state its length
 PICTURE_FRAMES = 6000  # spectrogram frames computed at once
 SILENT = 1e-3  # minimum peak of a voice, -60 dB
+MIN_VOICE = 0.25  # minimum length of a voice in seconds
 
 
 def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
@@ -115,8 +116,10 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:
-    """Read a reference voice with `read_audio`. Silent recordings are rejected."""
+    """Read a reference voice with `read_audio`. Recordings that are silent or under `MIN_VOICE` s are rejected."""
     wave = read_audio(path, rate)
+    if len(wave) < MIN_VOICE * rate:
+        raise UserError(f"{path} has {len(wave) / rate:.2f} s of audio: a voice needs at least {MIN_VOICE:g} s")
     if np.abs(wave).max() < SILENT:
         raise UserError(f"{path} is silent: expected a recording of the voice")
     return wave

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
+
 
 class ConvNeXtBlock(nn.Module):
     """ConvNeXt block: depthwise convolution (kernel 7), LayerNorm, two linear layers with GELU, a learned scale, and a
@@ -86,11 +88,16 @@ class VocosDecoder(nn.Module):
     Args:
         in_channels: channels of a frame.
         dim, intermediate, layers: width, inner width and number of ConvNeXt blocks.
-        n_fft, hop: window and hop of the inverse STFT in samples; `n_fft` - `hop` must be even.
+        n_fft, hop: window and hop of the inverse STFT in samples, both even; `n_fft` must be larger.
+
+    Raises:
+        UserError: If `n_fft` and `hop` do not fit.
     """
 
     def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int, n_fft: int, hop: int):
         super().__init__()
+        if n_fft % 2 or hop % 2 or n_fft <= hop:
+            raise UserError(f"n_fft={n_fft} and the Vocos decoder's hop of {hop} must be even, and n_fft larger")
         self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
         self.head = ISTFTHead(dim, n_fft, hop)
         # Receptive field to each side, in frames: convolutions over seven frames, and overlapping windows.

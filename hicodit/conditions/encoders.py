@@ -103,8 +103,10 @@ class TinyEncoderConfig(Group, prefix="encoders."):
         super().__post_init__()
         if self.lip_front == "strided":
             require_range("encoders.mouth_size", self.mouth_size, 16, 2**10)
-        if self.lip_dim % self.lip_heads:
-            raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
+        if self.lip_dim % (2 * self.lip_heads):
+            raise UserError(
+                f"encoders.lip_dim={self.lip_dim} must be a multiple of 2 x encoders.lip_heads={self.lip_heads}"
+            )
         if self.lip_front == "residual" and self.lip_width % ResidualBlock.GROUPS:
             raise UserError(
                 f"encoders.lip_width={self.lip_width} must be a multiple of {ResidualBlock.GROUPS} for "

@@ -18,6 +18,7 @@ from engine.faces.track import FaceTrack
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
 NO_EXPRESSION = len(EXPRESSIONS)  # class of a window with unknown expression; in training only
 FPS = 25.0  # video frames per second
+IDENTITY_DIM = 256  # of a GE2E embedding
 MIN_FRAMES = 5  # minimum length of a clip in frames (0.2 s), in training and inference
 WINDOW_SECONDS = 0.5  # duration of an expression window
 
@@ -28,15 +29,19 @@ def num_expression_windows(frames: int) -> int:
 
 
 def check_identity(identity: np.ndarray | Tensor | None) -> None:
-    """Raise UserError unless `identity` is None or a GE2E embedding: 256 finite numbers."""
+    """Raise UserError unless `identity` is None or a GE2E embedding: `IDENTITY_DIM` finite numbers."""
     if identity is None:
         return
     try:
         vector = torch.as_tensor(identity)
     except (TypeError, ValueError, RuntimeError):
         vector = torch.empty(0)
-    if vector.shape not in ((256,), (1, 256)) or not vector.is_floating_point() or not vector.isfinite().all():
-        raise UserError(f"identity={str(identity)[:40]}: expected a GE2E embedding, 256 finite numbers")
+    if (
+        vector.shape not in ((IDENTITY_DIM,), (1, IDENTITY_DIM))
+        or not vector.is_floating_point()
+        or not vector.isfinite().all()
+    ):
+        raise UserError(f"identity={str(identity)[:40]}: expected a GE2E embedding, {IDENTITY_DIM} finite numbers")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Conditions:
 
     Attributes:
         lip: (B, T, E) lip features, 25 per second.
-        identity: (B, 256) unit vectors in the GE2E voice space.
+        identity: (B, IDENTITY_DIM) unit vectors in the GE2E voice space.
         expression: (B, J) expression class of each half-second window, an index into `EXPRESSIONS`; J =
             `num_expression_windows(T)`.
         frames: (B,) number of valid video frames of each clip, on the host. The rest of T is padding.

@@ -82,7 +82,7 @@ def test_an_existing_output_survives_a_failed_run(release, clip, tmp_path, monke
 
 def test_a_clip_is_never_replaced_by_its_own_output(release, clip, tmp_path):
     shutil.copy(clip, tmp_path / "a.mp4")
-    with pytest.raises(UserError, match="replace the clip"):
+    with pytest.raises(UserError, match="replace the input"):
         run(config(release, tmp_path, tmp_path))
     assert (tmp_path / "a.mp4").read_bytes() == clip.read_bytes()
 

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.errors import UserError
 from hicodit.conditions import Conditions
+from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.types import majority_expressions, num_expression_windows
 from hicodit.layers import AdaLNBlock, rotary_table
 from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
+from hicodit.system import HiCoDiTSystem
 
 SMALL = {"codes": 16, "width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8}
 ABLATIONS = [{}, {"hierarchical": False}, {"dual_scale": False}, {"normalised": False}, {"expression_context": True}]
@@ -182,3 +185,17 @@ def test_expression_windows_vote_and_break_ties_by_probability():
             == -(-2 * frames // 25)
         )
     assert majority_expressions(p[12:13].expand(13, -1)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "encoders", "message"),
+    [
+        ({"drop_all": 0.8, "keep_single": 0.8}, {}, "sum must not exceed 1"),
+        ({"identity_dim": 128}, {}, "set it to 256"),
+        ({}, {"lip_heads": 64}, "multiple of 2 x encoders.lip_heads=64"),
+    ],
+)
+def test_widths_and_probabilities_that_do_not_fit_are_refused(changes, encoders, message):
+    sizes = {"lip_dim": 192, "face_dim": 128, "width": 32, "heads": 4}
+    with pytest.raises(UserError, match=message):
+        HiCoDiTSystem(ModelConfig(**sizes | changes), TinyEncoderConfig(**encoders))

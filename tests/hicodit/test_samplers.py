@@ -49,6 +49,7 @@ def test_temperature_sharpens_the_drawn_frequencies():
     log_q = torch.tensor([2.0, 1, 0, -1, 0]).log_softmax(-1)
     drawn = sample_by_inverse_cdf(log_q.expand(4000, N), (torch.arange(4000) + 0.5) / 4000, temperature=0.5)
     assert (torch.bincount(drawn, minlength=N) / 4000 - (2 * log_q).softmax(-1)).abs().max() < 1e-3
+    assert sample_by_inverse_cdf(log_q, torch.tensor(0.99), temperature=1e-40) == 0  # log_q / 1e-40 overflows
 
 
 def test_sampled_frequencies_follow_the_posterior():

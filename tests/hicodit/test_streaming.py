@@ -32,6 +32,14 @@ def test_audio_equals_offline_decoding_if_the_lookahead_covers_the_receptive_fie
     np.testing.assert_allclose(wave, offline, atol=2e-5)
 
 
+@pytest.mark.parametrize("lookahead", [0.04, 0.2, 0.4, 0.8])
+def test_chunks_contain_all_tokens_and_no_empty_audio(pipeline, monkeypatch, lookahead):
+    monkeypatch.setattr(pipeline.codec, "reach", (7, 20))  # audio of the first hops has to wait
+    chunks = list(pipeline.stream(HEAD[:57], lookahead=lookahead, **FAST))
+    assert joined(chunks, "tokens").shape == (12, 114) and all(len(chunk.wave) for chunk in chunks)
+    assert joined(chunks, "wave").shape == (57 * 960,)
+
+
 @pytest.mark.parametrize("lookahead", [0.2, 0.4])
 def test_audio_waits_only_for_the_lookahead(pipeline, lookahead):
     changed = HEAD.copy()

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -28,7 +29,7 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
-from hicodit.validation import stored_conditions
+from hicodit.validation import nearest_faces, stored_conditions
 from rvq_codec import RVQCodec
 from tests.rehearsal.stand_ins import official
 from tests.releases import write_release
@@ -196,6 +197,11 @@ def test_validation_from_features_equals_that_from_images(system, release, shard
     whole = [0, 2]  # of the short clip other pictures are seen: one in five frames
     torch.testing.assert_close(features.identity[whole], pictures.identity[whole], rtol=2e-3, atol=2e-3)
     assert torch.equal(features.expression[2], clips["tiny"][2]["expression"])
+
+
+def test_the_nearest_stored_face_is_used():
+    faces = torch.arange(4)  # of frames 20, 40, 59 and 79
+    assert nearest_faces(faces, np.array([0, 29, 31, 49, 50, 68, 70, 99]), 100).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shards, calls, tmp_path):

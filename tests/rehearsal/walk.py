@@ -95,10 +95,15 @@ def plan(work: Path) -> list[Step]:
     return steps
 
 
+def words_of(call: str) -> list[str]:
+    """Split a call into words as bash does."""
+    shell = subprocess.run(["bash", "-fc", f"printf '%s\\0' {call}"], capture_output=True, text=True, check=True)
+    return [word.removeprefix(".venv/bin/") for word in shell.stdout.split("\0")[:-1]]
+
+
 def run(call: str, work: Path, log: Path) -> int:
     """Run a call in the folder `work`; return the first exit code that is not 0."""
-    shell = subprocess.run(["bash", "-fc", f"printf '%s\\0' {call}"], capture_output=True, text=True, check=True)
-    words = [word.removeprefix(".venv/bin/") for word in shell.stdout.split("\0")[:-1]]
+    words = words_of(call)
     environment = dict(words.pop(0).split("=", 1) for word in words[:1] if re.match(r"[A-Z_]+=", word))
     environment |= {"WANDB_MODE": "offline", "MPLBACKEND": "agg"}
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(PACKAGES)])

@@ -37,6 +37,8 @@ TRAIN = [
 ]
 INFER = [
     ("detector=nowhere.onnx", "nowhere.onnx"),
+    ("input=clip.mp4 output=spoken reference_audio=spoken/clip.wav", "would replace the input spoken/clip.wav"),
+    ("input=clip.mp4 guidance.guidance_form=literal", "use sampler.method=euler"),
     (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace"),
     ("model=talker_t2av jobs=bad.jsonl", "line 1 of jobs=bad.jsonl"),
     (f"{SPEAK} min_seconds=2 max_seconds=1", "max_seconds=1 is below min_seconds=2"),
@@ -90,6 +92,8 @@ def folder(tmp_path_factory):
     (made / "damaged/model.safetensors").write_bytes(b"x" * 100)
     (made / "sounds").mkdir()
     shutil.copy(ROOT / "assets/demo/voice.wav", made / "sounds")
+    (made / "spoken").mkdir()
+    shutil.copy(ROOT / "assets/demo/voice.wav", made / "spoken/clip.wav")
     (made / "corpus/train").mkdir(parents=True)
     clip = {"id": "a", "text": "x", "voice": 0, "expression": 0, "phonemes": []}
     (made / "corpus/train.jsonl").write_text(json.dumps(clip) + "\n")

@@ -114,15 +114,17 @@ def test_any_text_fits_into_bytes(tmp_path):
         ("one two three four five six", 24, ["one two three four five", "six"]),
         ("一二三。四五六，七八。", 14, ["一二三。", "四五六，", "七八。"]),
         ("a.b 3.5 c\nd e f g h i j k l", 24, ["a.b 3.5 c", "d e f g h i j k l"]),
+        ("One two three four five. ... ... ... ?! Six.", 24, ["One two three four five.", "... ... ... ?! Six."]),
+        ("One two three four five! ... ... ... ... ... ... ...", 24, ["One two three four five!"]),
     ],
 )
 def test_long_texts_are_split_where_a_speaker_pauses(text, size, parts):
-    assert split_text(text, size) == parts
+    assert split_text(text, lambda part: len(part.encode()) <= size) == parts
 
 
 def test_a_word_that_is_longer_than_a_part_is_named():
     with pytest.raises(UserError, match="xxxxxxxxxx"):
-        split_text("so xxxxxxxxxx", 8)
+        split_text("so xxxxxxxxxx", lambda part: len(part) <= 8)
 
 
 def test_a_text_of_too_many_bytes_is_refused():
