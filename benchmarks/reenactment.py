@@ -25,14 +25,13 @@ import cv2
 import numpy as np
 
 from corpora.preparation.sources import evenly_spaced
-from corpora.preparation.sources_grid import find_files
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.arguments import within
 from engine.errors import UserError
 from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import Share
 from engine.faces.landmarks import load_face_recogniser
-from engine.files import atomic_output
+from engine.files import atomic_output, find_files
 from engine.media.pictures import fit_frames, identity_to_tensor, to_bytes, video_to_tensor
 from engine.metrics.lips import LandmarkReader, enlarge, mouth_opening, points_of
 from engine.metrics.picture import reconstruction
@@ -57,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    if not args.people and not args.drawn:
+        raise UserError("nothing to measure: set --people FOLDER ..., --drawn CORPUS, or both")
     judge = Judge() if args.people else None
     people = {folder.name: [judge.read(path) for path in clips_of(folder, args.clips)] for folder in args.people}
     if len(people) > 1 and min(map(len, people.values())) > 1:

@@ -123,9 +123,11 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: set a value, or omit it")
     parsed = _parsed(word)
-    is_number = parsed is not None and not parsed.is_sweep_override() and isinstance(parsed.value(), int | float)
-    if name in _groups() and is_number:
+    is_name = parsed is None or parsed.is_sweep_override() or isinstance(parsed.value(), str)
+    if name in _groups() and not is_name:
         raise UserError(f"{word} does not exist; {nearest(text, options(name))}")
+    if name in {group.partition("/")[0] for group in _groups()} - {*_groups()} and not is_name:
+        raise UserError(f"{word} would replace all settings of {name}: set {name}.KEY=VALUE")
     if key == name and _is_mapping(config_name, name):
         key = f"++{name}"  # names of systems, splits and figures are user-defined
     return f"{key}={quoted(text) if _needs_quotes(text, parsed, field, sweep) else text}"

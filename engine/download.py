@@ -5,6 +5,7 @@ modified.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
 import time
@@ -111,8 +112,8 @@ def check_reachable(address: str) -> None:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
         pass  # any response shows that the server is reachable
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        why = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not an address
+        why = printable(getattr(error, "reason", error))
         raise NoNetworkError(f"{address} cannot be reached ({why}): check the network connection") from error
 
 

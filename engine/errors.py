@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import select
+import signal
 import sys
 import tempfile
 import traceback
@@ -90,6 +91,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a command. A `UserError` is printed as one line on standard error with exit code 2. Ctrl-C exits
     with 130, and a closed output pipe with 141.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `scripts.environment`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(AttributeError):  # not every stream is a file, and file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -66,6 +66,16 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
             staging.unlink()
 
 
+def find_files(root: Path, *suffixes: str) -> list[Path]:
+    """Return the files with one of the suffixes in any folder below `root`, sorted, as relative paths.
+
+    Links to folders are followed, as corpora are often spread over disks.
+    """
+    walk = ((Path(folder) / name for name in names) for folder, _, names in os.walk(root, followlinks=True))
+    files = (path.relative_to(root) for paths in walk for path in paths if path.name.lower().endswith(suffixes))
+    return sorted(files, key=Path.as_posix)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_output(path) as staging:

@@ -220,6 +220,7 @@ def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 SCALE = "::scale"  # suffix of the scales of a quantised tensor
+RELEASE_FILES = ("config.yaml", "model.safetensors", "README.md")  # files of every release
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:
@@ -235,7 +236,12 @@ def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, scale in scales.items():
         if key not in out or out[key].dtype != torch.int8 or scale.shape != out[key].shape[:1]:
             raise UserError(f"{key}{SCALE} does not match an int8 tensor with the same number of rows")
+        if not scale.is_floating_point():
+            raise UserError(f"{key}{SCALE} has the type {scale.dtype} instead of float32")
         out[key] = out[key].float() * scale.view(-1, *[1] * (out[key].ndim - 1))
+    for key, value in out.items():
+        if value.dtype == torch.int8:
+            raise UserError(f"the int8 tensor {key} has no scales ({key}{SCALE})")
     return out
 
 
@@ -305,6 +311,8 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
         wanted = tuple(value.shape)
         if shape != wanted:
             raise UserError(f"{source} has {key!r} with shape {shape}, the config requires {wanted}")
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{source} has {key!r} of {state[key].dtype}, the config requires {value.dtype}")
     module.load_state_dict(state, assign=assign)
 
 

@@ -21,6 +21,7 @@ from engine.arguments import Parser
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from engine.files import writable
+from engine.settings import require_range
 from engine.untrusted import read_yaml, safe_name
 
 CATALOGUE = Path(__file__).with_name("checkpoints.yaml")
@@ -32,11 +33,10 @@ Checkpoint = dict[str, Any]  # files that belong together: what they are, their 
 def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
     """Return the checkpoints by group."""
     groups = read_yaml(path)
-    if not all(isinstance(rows, list) for rows in groups.values()):
-        raise UserError(f"{path} is not a list of files: see {CATALOGUE}")
     try:
         for row in (row for rows in groups.values() for row in rows):
             row["files"] = [_remote_file(**file) for file in row["files"]]
+            describe_checkpoint(row)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a catalogue of files ({error!r}): see {CATALOGUE}") from error
     return groups
@@ -46,7 +46,16 @@ def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="mod
     safe_name(path, "the path of a file", folders=True)
     if repo:
         url = hf_hub_url(repo, name or path, repo_type=kind, revision=revision)
+    if not str(url).startswith(("http://", "https://")):
+        raise UserError(f"{path}: url={url!r} is not an address: set url or repo")
+    for size in facts.keys() & {"size", "most", "about"}:
+        require_range(f"{path}: {size}", facts[size], 0, 2**50)
     return RemoteFile(path, url, **facts)
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint is, its licence and its origin."""
+    return "{what}\n    licence: {licence}\n    published at {origin}".format(**checkpoint)
 
 
 def describe(file: RemoteFile, folder: Path) -> str:
@@ -68,7 +77,7 @@ def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_
     """List or download all files. A failed download does not stop the others."""
     failed = []
     for checkpoint in checkpoints:
-        print("{what}\n    licence: {licence}\n    published at {origin}".format(**checkpoint), flush=True)
+        print(describe_checkpoint(checkpoint), flush=True)
         for file in checkpoint["files"]:
             try:
                 if only_list:

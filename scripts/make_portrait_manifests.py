@@ -15,10 +15,10 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
-from corpora.preparation.sources_grid import find_files, grid_sentence
+from corpora.preparation.sources_grid import grid_sentence
 from engine.arguments import Parser, existing_folder
 from engine.errors import UserError, run_cli
-from engine.files import writable, write_text
+from engine.files import find_files, writable, write_text
 
 SENTENCES = Path(__file__).resolve().parents[1] / "assets" / "demo" / "sentences.txt"
 

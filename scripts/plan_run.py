@@ -10,10 +10,11 @@ from the sizes of the parameters (benchmarks/plan.py, which also states the rate
 
 A sample is a clip of `--seconds`, for Talker-T2AV a pair of clips. As the clips of a corpus differ in length and a step
 takes as long as the longest batch of a rank, times are divided by the padding efficiency of log-normal lengths (median
-5 s, cropped at 10 s) in the recipe's order of batches. A step has trainer.global_batch_size samples on all GPUs
-together, or else batch_size x accumulate, and at least one per GPU: with more GPUs than that, a step has more samples,
-and the run fewer steps. The command takes minutes for the models of the papers. Further arguments are settings of the
-recipe, as for train.py.
+5 s, cropped at 10 s) in the recipe's order of batches. A training step has trainer.global_batch_size samples on all
+GPUs together, or else batch_size x accumulate, and at least one per GPU: with more GPUs than that, a step has more
+samples, and the run fewer steps. Each GPU processes it in batches of at most trainer.batch_size samples; the figures
+are those of one batch, as if it were a step of its own. The command takes minutes for the models of the papers. Further
+arguments are settings of the recipe, as for train.py.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, padding_of, plan, read_recipe
 from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
-from engine.files import write_json
+from engine.files import writable, write_json
 from engine.record import portable, record
 
 
@@ -41,7 +41,7 @@ def line(p: Plan) -> str:
         f"{'' if p.fits else ', does not fit'}; exchanged GB: {sent}; {p.flops / 1e12:.1f} TFLOP; "
         f"step {p.step_s:.3f} s (compute {p.compute_s:.3f}, memory {p.memory_s:.3f}, host {p.host_s:.3f}, "
         f"network {p.network_s:.3f}), padding efficiency {p.padding:.2f}; "
-        f"{p.steps:,.0f} steps, {p.days:.2f} days ({24 * p.days:.1f} h); at most {p.largest_batch} samples"
+        f"{p.steps:,.0f} batches, {p.days:.2f} days ({24 * p.days:.1f} h); at most {p.largest_batch} samples"
     )
 
 
@@ -56,8 +56,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw memory and days into this PNG file")
     args = parser.parse_intermixed_args()
     for option, path in (("--json", args.json), ("--figure", args.figure)):
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
+        if path and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{option} {path} cannot be written: choose a file in an existing folder")
+        if path:
+            with writable(path.parent, option):
+                pass
     if args.figure and args.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {args.figure}: its name must end in .png")
     card = CARDS[args.device]

@@ -207,7 +207,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
 
 
 def parts_of_text(job: Job, tokenizer: TalkerTokenizer, text_bytes: int) -> list[str]:
-    """Split the text of a job into parts of at most `text_bytes` bytes that take at most 30 s.
+    """Split the text of a job into parts of at most `text_bytes` bytes that take at most 30 s, or are single words.
 
     The text is a single part if a given stream determines the length, and in the official routines.
     """
@@ -215,7 +215,8 @@ def parts_of_text(job: Job, tokenizer: TalkerTokenizer, text_bytes: int) -> list
     def fits(part: str) -> bool:
         if len(part.encode()) > text_bytes:
             return False
-        return not has_words(part) or slow_seconds(part, tokenizer) <= MAX_FRAMES / FPS
+        is_word = len(part.split()) < 2 or not has_words(part)
+        return is_word or slow_seconds(part, tokenizer) <= MAX_FRAMES / FPS
 
     if MODES[job.mode].open_ended and job.compat == "paper":
         return split_text(job.text, fits)

@@ -19,6 +19,7 @@ from corpora.preparation.clip import RATE, RATE16, MachineFault, Stage, WorkItem
 from corpora.preparation.engines import Transcript
 from engine.errors import UserError
 from engine.media.audio import resample_wave
+from engine.settings import require_range
 
 
 def transcribe(clip: WorkItem, recogniser: Any) -> Transcript:
@@ -45,6 +46,9 @@ class Language(Stage):
     facts = ("language",)
 
     def __init__(self, recogniser: Any, languages: list[str], min_probability: float = 0.5) -> None:
+        if not languages:
+            raise UserError(f"stages.language.languages={languages}: list at least one language")
+        require_range("stages.language.min_probability", min_probability, 0.0, 1.0)
         self.recogniser = recogniser
         self.languages = languages
         self.min_probability = min_probability
@@ -70,6 +74,7 @@ class SingleSpeaker(Stage):
     """
 
     def __init__(self, counter: Callable[[np.ndarray], list[float]], max_other_seconds: float = 0.5) -> None:
+        require_range("stages.speakers.max_other_seconds", max_other_seconds, 0.0, 1e6)
         self.counter = counter
         self.max_other_seconds = max_other_seconds
 
@@ -119,6 +124,7 @@ class Transcription(Stage):
     facts = ("text",)
 
     def __init__(self, recogniser: Any, second: Any = None, max_wer: float = 0.3) -> None:
+        require_range("stages.transcription.max_wer", max_wer, 0.0, 1e6)
         self.recogniser = recogniser
         self.second = second
         self.max_wer = max_wer

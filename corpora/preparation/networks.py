@@ -55,6 +55,7 @@ class Crops(Stage):
     tensors = ("mouth", "faces")
 
     def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
+        require_range("stages.crops.pictures", pictures, 1, 1000)
         self.encoders = encoder_config(encoders or {})
         self.pictures = pictures
 
@@ -99,6 +100,7 @@ class FaceIdentity(Lip):
 
     def __init__(self, encoders: dict[str, Any], device: torch.device, pictures: int = 4) -> None:
         super().__init__(encoders, device)
+        require_range("stages.face_identity.pictures", pictures, 1, 1000)
         self.pictures = pictures
 
     def __call__(self, clip: WorkItem) -> None:
@@ -141,6 +143,7 @@ class Expression(Encoder):
 
     def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
         super().__init__(device)
+        require_range("stages.expression.every", every, 1, 1000)
         self.every = every
         is_poster = Path(weights).suffix in (".pth", ".pt")
         encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders

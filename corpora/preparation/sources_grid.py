@@ -5,7 +5,6 @@ ones.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Source, divided, evenly_spaced, existing, held_out, read_lines, read_table
 from engine.errors import UserError
+from engine.files import find_files
 from engine.settings import require_choice, require_range
 
 ALIGNMENT_RATE = 25_000  # units of GRID's alignments per second
@@ -28,13 +28,6 @@ COLOURS = {"b": "blue", "g": "green", "r": "red", "w": "white"}
 PREPOSITIONS = {"a": "at", "b": "by", "i": "in", "w": "with"}
 DIGITS = dict(zip("z123456789", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 ADVERBS = {"a": "again", "n": "now", "p": "please", "s": "soon"}
-
-
-def find_files(root: Path, *suffixes: str) -> list[Path]:
-    """Return the files with one of the suffixes in any folder below `root`, sorted, as relative paths."""
-    walk = ((Path(folder) / name for name in names) for folder, _, names in os.walk(root))
-    files = (path.relative_to(root) for paths in walk for path in paths if path.name.lower().endswith(suffixes))
-    return sorted(files, key=Path.as_posix)
 
 
 def grid(

@@ -18,6 +18,7 @@ from typing import Any
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Source, divided, existing, read_lines, read_number, read_span, read_table
 from engine.errors import UserError, printable
+from engine.files import find_files
 from engine.untrusted import read_json, safe_name
 
 EMILIA_NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")  # language, and with it the speaker
@@ -84,7 +85,7 @@ def emilia(root: str | Path, languages: list[str] | None = None, validation: flo
     clips = []
     wanted = None if languages is None else {language.lower() for language in languages}
     members = tar_members(root, "**/*.tar") if next(root.glob("**/*.tar"), None) else {}
-    unpacked = (path.relative_to(root).as_posix() for path in root.glob("**/*.mp3"))
+    unpacked = (path.as_posix() for path in find_files(root, ".mp3"))
     for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
         name = EMILIA_NAME.match(Path(sound).stem)
         text = f"{sound.removesuffix('.mp3')}.json"
@@ -134,8 +135,7 @@ def youtube_ids(
     folder = root / videos
     if not folder.is_dir():
         raise UserError(f"source.videos: {folder} is not a folder")
-    found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
-    files = {f.stem: f.relative_to(root).as_posix() for f in found}
+    files = {file.stem: (Path(videos) / file).as_posix() for file in find_files(folder, *VIDEOS)}
     files = {re.sub("^(RD|WDA|WRA)_", "", name): video for name, video in files.items()} | files  # of HDTF's program
     clips = []
     absent = 0

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from corpora.preparation.sources import folder
-from corpora.preparation.sources_grid import find_files, grid
+from corpora.preparation.sources_grid import grid
 from engine.errors import UserError
-from engine.files import writable, write_json, write_text
+from engine.files import find_files, writable, write_json, write_text
 from engine.media.audio import read_audio, resample_wave, write_wav
 from engine.media.ffmpeg import command, last_line
 from engine.progress import progress_bar

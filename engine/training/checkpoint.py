@@ -37,7 +37,7 @@ from engine.untrusted import load_problem, parse_json, read_json, safe_name
 
 INFO = "info.json"
 RESULTS = "results.json"
-COUNTS = ("step", "samples", "streams", "group")  # integer entries of `INFO`
+COUNTS = {"step": 0, "samples": 0, "streams": 1, "group": 1}  # integer entries of `INFO` and their minimum
 FAILING = 60.0  # seconds for which a failing process waits for a pending checkpoint, if there are several processes
 
 # Expected in a single process.
@@ -226,7 +226,10 @@ def newest(root: Path, say: Callable[[str], None] = print) -> Path | None:
 def damage(folder: Path) -> str | None:
     """Return a description of the damage of a checkpoint folder, or None if it is intact."""
     try:
-        for name, expected in info(folder)["files"].items():
+        files = info(folder)["files"]
+        if not files:
+            return f"{INFO} lists no files"
+        for name, expected in files.items():
             if name != ".metadata":
                 safe_name(name, "the name of a data file")
             if _fingerprint(folder / name) != expected:
@@ -295,9 +298,10 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 def info(folder: Path) -> dict[str, Any]:
     """Read the metadata of a checkpoint: step, config, and other values passed to `save`."""
     found = parse_json((folder / INFO).read_bytes(), folder / INFO)  # a missing file is handled by the caller
-    whole = isinstance(found, dict) and all(type(found.get(name, 0)) is int for name in COUNTS)
-    if not whole or "step" not in found:
-        raise UserError(f"{folder / INFO} is damaged: {', '.join(COUNTS)} must be integers")
+    counts = found if isinstance(found, dict) else {}
+    for name, least in COUNTS.items():
+        if type(counts.get(name)) is not int or counts[name] < least:
+            raise UserError(f"{folder / INFO} is damaged: {name} must be an integer of at least {least}")
     return found
 
 

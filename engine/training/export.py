@@ -7,7 +7,9 @@ be created from this file, a checkpoint and the log, without the model's code, i
 
 from __future__ import annotations
 
+import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.files import report_os_errors, write_json
 from engine.hub import LIBRARY, TASKS
-from engine.release import SCALE, read_release, release_kind, save_release, to_float16
+from engine.release import RELEASE_FILES, SCALE, read_release, release_kind, save_release, to_float16
 from engine.training import checkpoint
 from engine.training.task import ReleaseInfo, Task
 from engine.untrusted import parse_json, read_json
@@ -118,11 +120,12 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
 
 
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (line, record) of a run's log.jsonl. Lines truncated by a kill are skipped."""
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    """Yield (line, record) of a run's log.jsonl. Damaged lines, such as those truncated by a kill, are skipped."""
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with suppress(UserError):
             record = parse_json(line, path)
-            if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+            step = record.get("step") if isinstance(record, dict) else None
+            if isinstance(step, int | float) and math.isfinite(step):
                 yield line, record
 
 
@@ -247,7 +250,8 @@ def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]
     kind = release_kind(source)
     card = source / "README.md"
     config, state = read_release(source, kind)
-    save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
-    for path in source.iterdir():
-        if path.is_file() and not path.is_symlink() and not (out / path.name).exists():
-            shutil.copyfile(path, out / path.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in source.iterdir():
+            if path.is_file() and not path.is_symlink() and path.name not in RELEASE_FILES:
+                shutil.copyfile(path, Path(scratch, path.name))
+        save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "", files=Path(scratch))

@@ -95,6 +95,9 @@ def check_inputs(config: DictConfig) -> None:
         require_space(folder, key)
     refuse_links(Path(config.run))
     check_replaceable(Path(config.run) / "release")
+    for folder in (Path(config.run) / "checkpoints", Path(config.run) / "validation"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file instead of a folder: rename it, or set another run=FOLDER")
     for package in data.get("needs") or ():
         require(package, package)
     if config.lora.rank:

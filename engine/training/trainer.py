@@ -114,7 +114,7 @@ class Trainer:
             self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         else:
             self._say(
-                f"{self.run} is finished: all {c.steps:,} steps are done. Its validation and release are repeated. "
+                f"{self.run} is finished: step {self.step:,} of {c.steps:,}. Its validation and release are repeated. "
                 "To train again, set another run=FOLDER, or fresh=true"
             )
         self.task.train()

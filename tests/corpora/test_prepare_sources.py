@@ -156,6 +156,13 @@ def test_names_of_grid_tell_speaker_and_words(tmp_path):
     assert (every["s7-swwz9s"].speaker, every["s7-swwz9s"].text) == ("s7", "set white with z nine soon")
 
 
+def test_linked_folders_of_grid_are_found(tmp_path):
+    touch(tmp_path / "disk", "s1/bbaf2n.mpg")
+    touch(tmp_path / "grid", "s3/bbaf2n.mpg")
+    (tmp_path / "grid/s1").symlink_to(tmp_path / "disk/s1")
+    assert {clip.speaker for clips in by_split(grid(tmp_path / "grid")).values() for clip in clips} == {"s1", "s3"}
+
+
 def test_grid_is_split_as_the_field_does(tmp_path):
     names = [f"{v}bbf{d}n" for v in "bl" for d in "123456789z"]  # twenty sentences of each speaker
     touch(tmp_path, *(f"s{i}/{name}.mpg" for i in (1, 2, 4, 9, 29) for name in names))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from engine.errors import UserError
+from engine.files import write_json
 from engine.training import checkpoint, checkpoint_reader
 from engine.training.checkpoint import Checkpoints
 
@@ -21,9 +22,12 @@ def state(value=1.0):
     }
 
 
+BATCHES = {"samples": 0, "streams": 1, "group": 1}
+
+
 def save(root, step, keep=3, best=None, **results):
     checkpoints = Checkpoints(root, keep, best)
-    folder = checkpoints.save(step, state(float(step)), {"config": {"lr": 0.1}})
+    folder = checkpoints.save(step, state(float(step)), {"config": {"lr": 0.1}, **BATCHES})
     checkpoints.wait()
     if results:
         checkpoints.note(step, results)
@@ -56,7 +60,7 @@ def test_a_checkpoint_is_a_snapshot_of_the_state_at_the_call(tmp_path, monkeypat
     monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: begin.wait(10) and original(*a, **k))
     checkpoints = Checkpoints(tmp_path, 2)
     live = state(1.0)
-    folder = checkpoints.save(1, live, {})
+    folder = checkpoints.save(1, live, BATCHES)
     live["model.weight"].fill_(9.0)  # training continues
     assert not folder.exists()
     begin.set()
@@ -77,7 +81,11 @@ def flip_a_bit(folder):
     [
         (flip_a_bit, "changed"),
         (lambda folder: data_file(folder).unlink(), "missing"),
-        (lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'), "integers"),
+        (
+            lambda folder: (folder / "info.json").write_text('{"step": 2, "samples": null}'),
+            "samples must be an integer",
+        ),
+        (lambda folder: write_json(folder / "info.json", {"step": 2, "files": {}, **BATCHES}), "lists no files"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, harm, said):
@@ -128,7 +136,7 @@ def test_a_failing_process_does_not_wait_for_a_stuck_checkpoint(tmp_path, monkey
     disk = threading.Event()
     monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: disk.wait(120))
     checkpoints = Checkpoints(tmp_path / "run", 3)
-    checkpoints.save(1, state(), {})
+    checkpoints.save(1, state(), BATCHES)
     checkpoints.wait(failing=True)
     assert checkpoints._thread.is_alive()
     disk.set()

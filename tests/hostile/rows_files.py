@@ -83,7 +83,7 @@ class Payload:
 def a_run(folder: Path) -> Path:
     """Write a run with one checkpoint, as train.py does, and return the folder of the checkpoint."""
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
-    step = checkpoints.save(1, {"model.net.w": torch.ones(3, 4), "ema.net.w": torch.ones(3, 4)}, {"config": {}})
+    step = checkpoints.save(1, {"model.net.w": torch.ones(3, 4), "ema.net.w": torch.ones(3, 4)}, INFO)
     checkpoints.wait()
     release = {"kind": "toy", "config": {}, "module": "net", "title": "Toy", "about": "A toy.", "usage": "x"}
     (folder / "run" / "release.json").write_text(json.dumps(release))
@@ -234,6 +234,17 @@ def target(node: dict) -> None:
     build(OmegaConf.create(node))
 
 
+INFO = {"config": {}, "samples": 0, "streams": 1, "group": 1}  # of a checkpoint
+URL = "path: x, url: 'https://a.b/x'"
+
+
+def listing(size: str) -> str:
+    """Return a catalogue with one file."""
+    return f"a: [{{what: w, licence: l, origin: o, files: [{{{URL}, {size}}}]}}]"
+
+
+CATALOGUES = ("a: [b]", "a: [{}]", "[a]", f"a: [{{licence: l, origin: o, files: [{{{URL}}}]}}]")
+SIZES = ("size: big", "size: -4")
 CASES = [
     *(
         (f"checkpoint: {name}: {use.__name__}", partial(forged, forge=forge, use=use), line)
@@ -257,7 +268,9 @@ CASES = [
     ("json: deeply nested", lambda _: parse_json("[" * 100_000, "it"), "it cannot be read as JSON: it is nested too"),
     ("json: a null character", lambda _: parse_json('{"a": "\\u0000"}', "it"), "it contains a null character"),
     ("catalogue: a path", file("list.yaml", "all: [{files: [{path: ../../x, url: u}]}]", read_catalogue), NAME),
-    *((f"catalogue: {t}", file("list.yaml", t, read_catalogue), "is not a catalogue") for t in ("a: [b]", "a: [{}]")),
+    *((f"catalogue: {t}", file("list.yaml", t, read_catalogue), "is not a catalogue") for t in CATALOGUES),
+    ("catalogue: no address", file("list.yaml", "a: [{files: [{path: x}]}]", read_catalogue), "set url or repo"),
+    *((f"catalogue: {size}", file("list.yaml", listing(size), read_catalogue), "size=") for size in SIZES),
     *(
         (f"corpus: {t}", file("corpus.json", t, corpus_of), "describe a synthetic corpus")
         for t in ("[]", '{"voices": 1}')

@@ -123,6 +123,18 @@ def add_scale(folder: Path) -> None:
     save_file(state | {"x::scale": torch.ones(3)}, folder / "model.safetensors")
 
 
+def drop_scale(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = next(key for key in state if key.endswith("::scale"))
+    save_file({key: tensor for key, tensor in state.items() if key != name}, folder / "model.safetensors")
+
+
+def change_type(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = next(key for key, tensor in state.items() if tensor.dtype == torch.float16)
+    save_file(state | {name: state[name].long()}, folder / "model.safetensors")
+
+
 def write_template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
@@ -159,6 +171,8 @@ SETTINGS = [  # release, key and value in its config.yaml, pattern of the error
 RELEASES = {  # name: (release, change of its files, pattern of the error)
     "truncated weights": (RVQ, truncate_weights, "model.safetensors is damaged"),
     "scales without weights": (RVQ, add_scale, "x::scale does not match"),
+    "8 bits without scales": (RVQ, drop_scale, "has no scales"),
+    "integers instead of floats": (RVQ, change_type, "of torch.int64, the config requires torch.float32"),
     "NaN weights": (HICODIT, spoil_weight, "non-finite weights"),
     "a template that needs 100 GB": (
         TOKENIZER,

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from corpora.preparation.filters import Language, Transcription
+from corpora.preparation.networks import Crops
 from engine.arguments import check_port
 from engine.device import as_device
 from engine.faces.track import read_face, track_of_boxes
@@ -17,6 +19,7 @@ from lia_x import LiaXConfig
 from rvq_codec import RVQCodec, RVQCodecConfig
 from service.voices import Voices
 from talker_t2av.jobs import Job
+from talker_t2av.model import TalkerConfig
 from talker_t2av.settings import InferConfig, read_jobs
 from talker_t2av.system import MotionStats
 from tests.tiny import RVQ
@@ -49,6 +52,14 @@ VALUES = {  # name: (what uses the value, pattern of the error)
     "devices, a superscript": (lambda: check_place("processes", "²"), "must be a number from 1 to 64"),
     "ray workers without a GPU": (lambda: check_place("ray", "1", "auto", 0.0), "ray.gpus=0"),
     "text, half of a character": (lambda: Job("tts", "a \ud800", "v.wav"), "half of a surrogate pair"),
+    "text, a null character": (lambda: Job("tts", "hi\0 there", "v.wav"), "null character"),
+    "a window shorter than its hop": (lambda: RVQCodec(RVQCodecConfig(**RVQ | {"n_fft": 40})), "n_fft=40 .* larger"),
+    "a window of an odd length": (lambda: RVQCodec(RVQCodecConfig(**RVQ | {"n_fft": 181})), "n_fft=181 .* even"),
+    "no languages": (lambda: Language(None, []), "at least one language"),
+    "a probability above 1": (lambda: Language(None, ["en"], 5), "min_probability=5 must be"),
+    "a WER that is not a number": (lambda: Transcription(None, max_wer=NAN), "max_wer=nan must be"),
+    "no face crops": (lambda: Crops(pictures=0), "stages.crops.pictures=0 must be"),
+    "positions of a diffusion head": (lambda: TalkerConfig({}, context=3, max_positions=10), "at least 18"),
     "face boxes, a huge number": (lambda: track_of_boxes([10**400, 1, 2, 3], 3), "face_box="),
     "host, an empty label": (lambda: check_port("a..b", 8000), "--host a..b is not the name of a host"),
     "face, five thousand digits": (lambda: read_face("9" * 5000), "is unknown: choose largest"),

@@ -15,7 +15,7 @@ from engine.batch_runner import run_jobs
 from engine.config import compose
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
-from engine.media.video import read_video
+from engine.media.video import mux_audio, read_video
 from talker_t2av import inference
 from talker_t2av.settings import InferConfig, read_jobs, read_settings
 
@@ -104,6 +104,39 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
+
+
+def test_a_clip_with_audio_keeps_its_voice(files, tmp_path):
+    mux_audio(files["face"], np.zeros(14_400, np.float32), 24_000, tmp_path / "talking.mp4")
+    spoken, silent = (
+        read_jobs(InferConfig(mode="v2a", text="a", video=str(video)))[0][1]
+        for video in (tmp_path / "talking.mp4", files["face"])
+    )
+    assert spoken.reference_audio is None and silent.reference_audio.endswith("voice.wav")
+
+
+def test_no_job_replaces_what_another_reads_and_only_a_single_job_has_a_name(files, tmp_path):
+    jobs = tmp_path / "tts.json"
+    rows = [{"text": "one", "name": "voice"}, {"text": "two", "reference_audio": str(tmp_path / "voice.wav")}]
+    jobs.write_text("\n".join(map(json.dumps, rows)))
+    given = {"mode": "tts", "reference_audio": files["voice"], "jobs": str(jobs)}
+    with pytest.raises(UserError, match=r"would replace the input .*voice\.wav"):
+        run(config(files, tmp_path, **given))
+    jobs.write_text('{"text": "one", "name": "tts"}')
+    with pytest.raises(UserError, match=r"would replace the input .*tts\.json"):
+        run(config(files, tmp_path, **given, timestamps=True))
+    with pytest.raises(UserError, match="name=mine only applies to a single job"):
+        run(config(files, tmp_path / "out", **given, name="mine"))
+
+
+def test_audio_and_voices_that_are_too_short_are_named(files, tmp_path):
+    soundfile.write(tmp_path / "short.wav", 0.1 * np.ones(30), 24_000)
+    short = str(tmp_path / "short.wav")
+    with pytest.raises(UserError, match=r"short\.wav has 0\.001 s: at least 0\.04 s"):
+        run(config(files, tmp_path / "out", mode="a2v", audio=short, reference_video=files["face"]))
+    with pytest.raises(UserError, match=r"short\.wav has 0\.00 s of audio: a voice needs at least 0\.25 s"):
+        run(config(files, tmp_path / "out", mode="tts", text="a", reference_audio=short))
+    assert not (tmp_path / "out").exists()
 
 
 def test_jobs_of_a_file_have_the_bundled_voice_and_face_but_their_own_text(tmp_path):

@@ -10,6 +10,7 @@ from talker_fixtures import tiny_model
 
 from engine.errors import UserError
 from talker_t2av.alignment import Alignment, align, token_classes
+from talker_t2av.jobs import parts_of_text, slow_seconds
 from talker_t2av.losses import training_forward
 from talker_t2av.phonemes import SYMBOLS, phonemizer
 from talker_t2av.settings import Job
@@ -120,6 +121,18 @@ def test_any_text_fits_into_bytes(tmp_path):
 )
 def test_long_texts_are_split_where_a_speaker_pauses(text, size, parts):
     assert split_text(text, lambda part: len(part.encode()) <= size) == parts
+
+
+def test_numbers_are_split_by_the_length_of_their_speech():
+    pytest.importorskip("espeakng_loader")
+    tokenizer = phoneme_tokenizer("en-us")
+    job = Job("tts", "987,654,321,987,654,321 " * 4, "voice.wav")
+    parts = parts_of_text(job, tokenizer, 120)
+    assert len(job.text) < 120 and len(parts) == 4
+    assert all(part == "987,654,321,987,654,321" for part in parts)
+    few = parts_of_text(Job("tts", "9,876 " * 8, "voice.wav"), tokenizer, 120)
+    assert few == ["9,876 9,876 9,876 9,876"] * 2 and all(20 < slow_seconds(part, tokenizer) <= 30 for part in few)
+    assert parts_of_text(Job("tts", "set red now " * 9, "voice.wav"), tokenizer, 120) == ["set red now " * 9]
 
 
 def test_a_word_that_is_longer_than_a_part_is_named():
