@@ -14,6 +14,7 @@ MEDIAN = 5.0
 SPREAD = 0.5
 LONGEST = 10.0
 FPS = 25
+STEPS = 200  # number of micro-batches that are averaged
 
 
 class MadeUpClips:
@@ -33,14 +34,14 @@ class MadeUpClips:
         return {"frames": torch.tensor(items)}
 
 
-def padding_efficiency(batches: MicroBatches, ranks: int, steps: int = 200) -> float:
+def padding_efficiency(batches: MicroBatches, ranks: int) -> float:
     """Return the mean over the maximum of the ranks' padded tokens, averaged over micro-batches of the ranks.
 
     It is the fraction of time in which ranks do not wait for the one with the longest batch.
     """
     lengths = batches.dataset.lengths
     factors = []
-    for step in range(max(1, min(steps, len(lengths) // (ranks * batches.size)))):
+    for step in range(max(1, min(STEPS, len(lengths) // (ranks * batches.size)))):
         padded = torch.stack([lengths[batches.samples(step * ranks + rank)].max() for rank in range(ranks)]).double()
         factors.append(float(padded.mean() / padded.max()))
     return sum(factors) / len(factors)

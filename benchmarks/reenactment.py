@@ -204,10 +204,10 @@ def _line(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in result.items() if name != "what")
 
 
-def write_sheet(path: Path, true: np.ndarray, made: np.ndarray, count: int = 32, zoom: int = 3) -> None:
-    """Write an image of `count` ground-truth frames, with the reconstructed frames below them, scaled by `zoom`."""
-    at = np.linspace(0, len(true) - 1, count).round().astype(int)
+def write_sheet(path: Path, true: np.ndarray, made: np.ndarray) -> None:
+    """Write an image of 32 ground-truth frames, with the reconstructed frames below them, at three times the size."""
+    at = np.linspace(0, len(true) - 1, 32).round().astype(int)
     rows = [np.concatenate([np.concatenate(list(f[k]), 1) for f in (true, made)]) for k in at.reshape(-1, 8)]
-    sheet = cv2.resize(np.concatenate(rows), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    sheet = cv2.resize(np.concatenate(rows), None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     with atomic_output(path) as partial:
         partial.write_bytes(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -290,7 +290,6 @@ class HiCoDiTTask(Task):
         if self.trains_lips_only:
             return self.measure_lips() if share.first else {}
         results: dict[str, float | ByClip] = {}
-        kind = self.system.encoders.config.kind
         device = self.system.model.null_lip.device
         sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
         codec = load_codec(self.codec, CODECS)
@@ -299,9 +298,11 @@ class HiCoDiTTask(Task):
         if not self.system.encoders.learns:  # inference verifies the digests of their weights
             self.system.encoders.expected = dict(self.features)
         for split in self.validate_splits:
+            data = self.held_out_data(split)
             if share.first:
-                results |= {f"{name}_{split}": value for name, value in self.held_out(split).items()}
-            data = HiCoDiTDataset(join(self.shards, split), self.codec, kind)
+                losses = self.held_out_losses(data.load, data.collate, spread(len(data), self.validate_clips))
+                results[f"loss_{split}"] = losses["loss"]
+                results[f"dse_{split}"] = losses["dse_low"] + losses["dse_high"]
             scores = evaluate_clips(
                 pipeline,
                 data,
@@ -315,15 +316,14 @@ class HiCoDiTTask(Task):
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
-    def held_out(self, split: str) -> dict[str, float]:
-        """Return `loss` and its component `dse` for the synthesised clips."""
+    def held_out_data(self, split: str) -> HiCoDiTDataset:
+        """Return the clips of a held-out split, with the heard expression as condition if it is known."""
         source = join(self.shards, split)
         encoders = self.system.encoders
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURE_TENSORS})
-        losses = self.held_out_losses(data.load, data.collate, spread(len(data), self.validate_clips))
-        return {"loss": losses["loss"], "dse": losses["dse_low"] + losses["dse_high"]}
+        return data
 
     def measure_lips(self) -> dict[str, float]:
         """Return for each held-out split the frame error rate (%) of the phonemes predicted by the lip encoder, over

@@ -33,11 +33,11 @@ from talker_t2av.text import load_tokenizer
 TASKS = ("t2av", "tts")
 MAX_TOKENS = 1000  # maximum length of a sequence in tokens; longer ones are truncated on the right
 _codec_digests = lru_cache(codec_digests)
-# The digest of each stream in the index of a split.
+# Name of the digest of each stream in the index of a split
 STAGES = {"speech": "whisperx_vae", "motion": "lia_x", "speaker": "speaker"}
 
 
-def window_range(frames: int) -> int:
+def last_window_start(frames: int) -> int:
     """Return the last possible start of a window of at most 30 s in `frames` frames."""
     return max(0, frames - MAX_FRAMES)
 
@@ -204,7 +204,7 @@ class TalkerExamples:
         _, latents, prompt = self._usable(index)
         speech = latents["speech"].float()
         speaker = latents["speaker"].float()
-        start = int(torch.randint(window_range(len(speech)) + 1, (), generator=generator))
+        start = int(torch.randint(last_window_start(len(speech)) + 1, (), generator=generator))
         speech = speech[start : start + MAX_FRAMES]
         motion = self.stats.mean.new_zeros(0, len(self.stats.mean))
         if self.task == "t2av":

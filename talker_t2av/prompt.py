@@ -67,8 +67,8 @@ def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
 
 
 def seeded_noise(request: Request, stream: Stream, shape: tuple[int, int], patches: int) -> Tensor:
-    """Return the noise (S, C, P) of a stream. The noise of a patch depends on the seed of the row, the stream and the
-    patch index.
+    """Return the noise of N = `patches` patches of a stream, (N, *shape). The noise of a patch depends on the seed of
+    the row, the stream and the patch index.
     """
     return torch.stack([torch.randn(shape, generator=generator_for(request.seed, stream, n)) for n in range(patches)])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,24 @@ def _start(config: LiaXConfig) -> LiaX:
 def _pictures(frames: Tensor) -> Tensor:
     """Convert pairs (B, 2, S, S, 3) uint8 to images (2 B, 3, S, S) in [-1, 1], with pairs interleaved."""
     return frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Run(NamedTuple):
+    """Inputs and outputs of the codec in a step, for pairs that are interleaved.
+
+    Attributes:
+        real: ground-truth images (2 B, 3, S, S), of the size of the reconstructions.
+        fake: reconstructions (2 B, 3, S, S), each from its partner.
+        still: the partners' own reconstructions (2 B, 3, S, S), or None without the loss `movement`.
+        motion: encoded motion codes (2 B, M).
+        taught: with `keep` the codes (2 B, M) to preserve, and a mask (2 B, 1) of the frames to which they apply.
+    """
+
+    real: Tensor
+    fake: Tensor
+    still: Tensor | None
+    motion: Tensor
+    taught: tuple[Tensor, Tensor] | None
 
 
 class LiaXTask(Task):
@@ -168,22 +186,23 @@ class LiaXTask(Task):
         """
         if "_run" not in batch:
             batch["_run"] = self._run(batch)
-        real, fake, still, motion, taught = batch["_run"]
+        run: Run = batch["_run"]
         if part == "discriminator":
             self.discriminator.requires_grad_(True)
-            of_real = F.softplus(-self.discriminator(real)).mean()
-            of_fake = F.softplus(self.discriminator(fake.detach())).mean()
+            of_real = F.softplus(-self.discriminator(run.real)).mean()
+            of_fake = F.softplus(self.discriminator(run.fake.detach())).mean()
             return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
-        real = real.float()
-        fake = fake.float()
+        real = run.real.float()
+        fake = run.fake.float()
+        motion = run.motion
         region = batch["weights"].repeat_interleave(2, 0)[:, None] if "weights" in batch else self.region
         region = F.interpolate(region, real.shape[-2:], mode="area")
         losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
         if self.weights["structural"]:
             losses["structural"] = structural(fake, real, region)
-        if still is not None:
+        if run.still is not None:
             partner = torch.arange(len(real), device=real.device) ^ 1
-            losses["movement"] = unexplained(fake - still.float(), real - real[partner], region)
+            losses["movement"] = unexplained(fake - run.still.float(), real - real[partner], region)
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(fake, real)
         if self.discriminator is not None:
@@ -204,19 +223,14 @@ class LiaXTask(Task):
             losses["guide"] = error.square().sum() / known.isfinite().sum().clamp(min=1)
             total = total + self.guide["weight"] * losses["guide"]
         if self.keep:
-            codes, applies = taught
+            codes, applies = run.taught
             distance = (motion - codes).float().square().mean(1, keepdim=True)
             losses["keep"] = (distance * applies).sum() / applies.sum().clamp(min=1)
             total = total + self.keep["weight"] * losses["keep"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def _run(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
-        """Run the codec, and with `keep` the encoder whose codes are preserved.
-
-        Returns:
-            Ground-truth images (2 B, 3, S, S) of the size of the reconstructions; the output of `_rebuild`; and with
-            `keep` the codes (2 B, M) of that encoder, and a mask (2 B, 1) of the frames to which they apply.
-        """
+    def _run(self, batch: dict[str, Any]) -> Run:
+        """Run the codec, and with `keep` the encoder whose codes are preserved."""
         frames = _pictures(batch["frames"])
         # Other colours teach the encoder to ignore them; a frozen one would only get noisier codes.
         recoloured = "views" in batch and not self.decoder_only
@@ -229,7 +243,7 @@ class LiaXTask(Task):
             with torch.no_grad():
                 taught = self.teacher.motion(frames if views is None else views), applies.repeat_interleave(2)[:, None]
         fake, still, motion = self._rebuild(frames, views, taught)
-        return F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion, taught
+        return Run(F.interpolate(frames, fake.shape[-2:], mode="area"), fake, still, motion, taught)
 
     def _rebuild(
         self, frames: Tensor, views: Tensor | None = None, taught: tuple[Tensor, Tensor] | None = None

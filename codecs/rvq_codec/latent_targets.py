@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.nn.mel import mel_filters
 
 WINDOW = 1024
+CUTOFF = 850.0  # of the low band in Hz
 
 
 class CumulativeNorm(nn.BatchNorm1d):
@@ -54,7 +55,7 @@ class SpeechFeatures(nn.Module):
         sample_rate, hop: sampling rate and hop of the codec.
     """
 
-    def __init__(self, mel_bands: int, low_samples: int, sample_rate: int, hop: int, cutoff: float = 850.0):
+    def __init__(self, mel_bands: int, low_samples: int, sample_rate: int, hop: int):
         super().__init__()
         assert hop % low_samples == 0, "low-band samples are evenly spaced"
         self.mel_bands = mel_bands
@@ -63,7 +64,7 @@ class SpeechFeatures(nn.Module):
         self.stride = hop // low_samples
         half = 20 * self.stride
         t = torch.arange(-half, half) + 0.5
-        taps = 2 * cutoff / sample_rate * torch.sinc(2 * cutoff / sample_rate * t)
+        taps = 2 * CUTOFF / sample_rate * torch.sinc(2 * CUTOFF / sample_rate * t)
         taps = taps * (0.5 + 0.5 * torch.cos(math.pi * t / half))
         self.register_buffer("taps", taps[None, None], persistent=False)
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)

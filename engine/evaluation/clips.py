@@ -121,7 +121,7 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
     return [replace(clip, prompt=prompt) for clip, prompt in zip(clips, prompts)]
 
 
-def with_exchanged(clips: Sequence[Clip], seed: int = 0) -> list[Clip]:
+def with_exchanged(clips: Sequence[Clip]) -> list[Clip]:
     """Add to each system a control, `NAME, exchanged`, that replaces its output for each clip by its output for another
     clip.
 
@@ -130,7 +130,7 @@ def with_exchanged(clips: Sequence[Clip], seed: int = 0) -> list[Clip]:
     if len(clips) < 2:
         return [*clips]
     found = []
-    for clip, other in zip(clips, derangement(len(clips), np.random.default_rng(seed))):
+    for clip, other in zip(clips, derangement(len(clips), np.random.default_rng(0))):
         controls = {}
         for name, take in clip.takes.items():
             foreign = clips[other].takes[name]

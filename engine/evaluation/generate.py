@@ -161,9 +161,7 @@ def write_or_report(write: Callable[[Sequence[tuple[int, Clip]]], None], batch: 
 def write_take(
     folder: Path, name: str, wave: np.ndarray, rate: int, frames: np.ndarray | None = None, **about: Any
 ) -> None:
-    """Write an output losslessly for measurement: NAME.mkv, NAME.json (`about`) and NAME.wav, as far as they
-    are given.
-    """
+    """Write an output losslessly for measurement: NAME.wav, NAME.mkv if there are frames, and `about` as NAME.json."""
     if frames is not None:
         write_video(folder / f"{name}.mkv", frames, FPS, lossless=True)
     if about:

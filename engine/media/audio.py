@@ -162,9 +162,9 @@ def encode_wav(samples: np.ndarray, rate: int, comment: str = "") -> bytes:
     return content.getvalue()
 
 
-def loudness(wave: np.ndarray, rate: int, fps: int = 25) -> np.ndarray:
-    """Return the RMS of the audio of each video frame: (N,) -> (T,), T = floor(fps N / rate)."""
-    frame = rate // fps
+def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Return the RMS of the audio of each video frame: (N,) -> (T,), T = floor(25 N / rate)."""
+    frame = rate // 25
     whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
     return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 

@@ -49,8 +49,7 @@ class Take:
     heard: str | None = None  # an external transcript
     language: str = "en"  # language of the text
     speaker: str | None = None
-    # Further fields: the manifest row of a ground-truth clip, or the system's ID.json of an
-    # output.
+    # Further fields: the manifest row of a ground-truth clip, or the system's ID.json of an output.
     about: Mapping[str, Any] = field(default_factory=dict)
     given: str | None = None  # "audio" or "video" if that stream was an input of the system
     bits: float | None = None  # bit rate of the code, in bits per second

@@ -96,8 +96,7 @@ class Task(nn.Module):
         name.
 
         The trainer weights these losses such that the loss of a step is the mean over the elements of all micro-batches
-        in all processes. Other losses are averaged over micro-batches. The result must
-        depend on CPU tensors only.
+        in all processes. Other losses are averaged over micro-batches. The result must depend on CPU tensors only.
         """
         return {}
 

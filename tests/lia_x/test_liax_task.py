@@ -102,7 +102,8 @@ def test_movement_is_compared_without_the_texture_of_the_source():
     task = make_task(weights=WEIGHTS | {"movement": 1.0})
     pairs = batch()
     task(pairs, "generator")
-    real, _, still, _, _ = pairs["_run"]
+    real = pairs["_run"].real
+    still = pairs["_run"].still
     frames = real[[1, 0, 3, 2]]
     encoder = task.codec.encoder
     decoder = task.codec.decoder
@@ -118,7 +119,8 @@ def test_training_begins_at_low_resolution_and_with_guided_codes():
     task = make_task(weights=PLAIN, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
     losses = task(first, "generator")
-    _, fake, _, motion, _ = first["_run"]
+    fake = first["_run"].fake
+    motion = first["_run"].motion
     assert fake.shape == (4, 3, 16, 16)
     assert losses["guide"] == pytest.approx(motion[:, :3].square().mean().item())
     task.begin_step(1)
@@ -127,7 +129,7 @@ def test_training_begins_at_low_resolution_and_with_guided_codes():
     task.begin_step(2)
     third = batch()
     task(third, "generator")
-    assert third["_run"][1].shape == (4, 3, 32, 32)
+    assert third["_run"].fake.shape == (4, 3, 32, 32)
 
 
 def test_unknown_movements_are_not_supervised():
@@ -136,7 +138,7 @@ def test_unknown_movements_are_not_supervised():
     known[0] = 0.0
     first = batch() | {"tracks": known}
     losses = task(first, "generator")
-    assert losses["guide"] == pytest.approx(first["_run"][3][:2, 0].square().mean().item())
+    assert losses["guide"] == pytest.approx(first["_run"].motion[:2, 0].square().mean().item())
     losses["loss"].backward()
     assert all(value.grad is None or value.grad.isfinite().all() for value in task.codec.parameters())
     unknown = batch() | {"tracks": torch.full((2, 2, 1), torch.nan)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from engine.nn.mel import RATE, log_mel, pad_or_trim
 from talker_t2av import official
-from talker_t2av.data import SequenceFormat, collate, window_range
+from talker_t2av.data import SequenceFormat, collate, last_window_start
 from talker_t2av.generation import BatchedDecoder, Result
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.prompt import step_limit
@@ -58,7 +58,7 @@ def run_dataset(case: Case) -> dict[str, Any]:
             "audio16k_shape": torch.tensor([1, len(wave16)]),
             "audio_first_sample": recording.wave[0],
             "audio16k_first_sample": wave16[0],
-            "crop_range_hi": torch.tensor(window_range(len(raw))),
+            "crop_range_hi": torch.tensor(last_window_start(len(raw))),
         }
         out |= {f"{name}.{n}": value for name, value in fields.items()}
     batch = collate(items, args["pad_token_id"], args["patch_size"])
