@@ -27,11 +27,10 @@ from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH
 from engine.evaluation.run import evaluate
-from engine.files import write_json, write_text
+from engine.files import CHECKOUT, write_json, write_text
 from engine.processes import script_environment
 from engine.record import dated
 
-ROOT = Path(__file__).resolve().parents[1]
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
 MADE_OF = {"derive", "weights"}  # keys of a variant that needs the release of another one
@@ -187,7 +186,7 @@ def train(
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
         environment = script_environment(OMP_NUM_THREADS=str(args.threads))
-        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
+        command = [sys.executable, str(CHECKOUT / "train.py"), f"run={folder}", *NEVER, *settings]
         code = subprocess.run(command, env=environment).returncode  # in the user's folder, as paths are relative to it
         if code:
             raise UserError(f"train.py exited with code {code}, see its output; run the command again to continue")

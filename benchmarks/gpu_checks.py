@@ -32,6 +32,7 @@ from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, ra
 from benchmarks.plan import EFFICIENCY, Card, find_card, measure_samples, plan, read_recipe
 from engine.cuda_graph import CudaGraphs, GraphedSteps
 from engine.errors import UserError, printable
+from engine.files import CHECKOUT
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions, num_expression_windows
 from hicodit.generation import generate
@@ -49,7 +50,6 @@ from talker_t2av.request import MODES, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 # A loop at batch size 1 takes LEAST to MOST times the roofline estimate, and up to STARTED times the kernel launch
 # time.
 LEAST = 1.5
@@ -127,7 +127,7 @@ class Machine:
     """
 
     backend: CudaGraphs | None = None
-    tests: Path = ROOT / "tests" / "gpu"
+    tests: Path = CHECKOUT / "tests" / "gpu"
 
     def __init__(self, device: torch.device, gpus: int = 1, size: str = "base") -> None:
         self.device = device
@@ -193,7 +193,7 @@ class Machine:
             result = Path(scratch) / "result.json"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
             command = [sys.executable, *launch, "-m", "benchmarks.collectives", "--json", str(result)]
-            done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=CHECKOUT, timeout=PATIENCE, capture_output=True, text=True)
             if not result.is_file():
                 raise UserError(f"torchrun ended with exit code {done.returncode}: {done.stderr[-200:]}")
             return json.loads(result.read_text())
@@ -236,7 +236,7 @@ def gpu_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"not
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", str(machine.tests), f"--junitxml={report}", "-k", expression]
-        done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=CHECKOUT, timeout=PATIENCE, capture_output=True, text=True)
         if not report.is_file():
             raise UserError(f"pytest ended with exit code {done.returncode}: {(done.stderr or done.stdout)[-200:]}")
         cases = list(ElementTree.parse(report).iter("testcase"))

@@ -31,15 +31,15 @@ import numpy as np
 from benchmarks.inference import build_talker
 from engine.arguments import within
 from engine.errors import UserError, require
+from engine.files import CHECKOUT
 from engine.processes import script_environment
 from engine.settings import PRECISIONS
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[1]
-CLIP = ROOT / "assets" / "demo" / "silent.mp4"
-VOICE = ROOT / "assets" / "demo" / "voice.wav"
+CLIP = CHECKOUT / "assets" / "demo" / "silent.mp4"
+VOICE = CHECKOUT / "assets" / "demo" / "voice.wav"
 SPEECH = {
     "model": "talker-t2av", "input": "set red", "response_format": "wav", "min_seconds": 0.48, "max_seconds": 0.48,
     "reference_audio": base64.b64encode(VOICE.read_bytes()).decode(),
@@ -217,7 +217,7 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
     if args.size == "base":
         save_released_size(Path(folder.name))
         command += ["--models", "talker_t2av", "--talker", folder.name]
-    process = subprocess.Popen([*command, "--device", args.device.type], cwd=ROOT, env=environment)
+    process = subprocess.Popen([*command, "--device", args.device.type], cwd=CHECKOUT, env=environment)
     try:
         for _ in range(2 * READY_SECONDS):
             if process.poll() is not None:

@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,10 +22,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from engine.errors import UserError
+from engine.files import CHECKOUT
 from engine.instantiate import check_targets, target
 from engine.settings import KINDS, hints_of, kind_of, nearest, require_choice
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = CHECKOUT / "configs"
 SCHEMAS = {  # dataclass of each program's settings, imported only by the program that needs it
     "train": "engine.training.settings.TrainConfig",
     "infer": "hicodit.settings.InferConfig",
@@ -123,10 +123,10 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: set a value, or omit it")
     parsed = _parsed(word)
-    is_name = parsed is None or parsed.is_sweep_override() or isinstance(parsed.value(), str)
-    if name in _groups() and not is_name:
+    fits_group = parsed is None or parsed.is_sweep_override() or isinstance(parsed.value(), str | dict)
+    if name in _groups() and not fits_group:
         raise UserError(f"{word} does not exist; {nearest(text, options(name))}")
-    if name in {group.partition("/")[0] for group in _groups()} - {*_groups()} and not is_name:
+    if any(group.startswith(f"{name}/") for group in _groups()) and not fits_group:
         raise UserError(f"{word} would replace all settings of {name}: set {name}.KEY=VALUE")
     if key == name and _is_mapping(config_name, name):
         key = f"++{name}"  # names of systems, splits and figures are user-defined

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import UserError, causes
 
+CHECKOUT = Path(__file__).resolve().parents[1]  # the folder of this repository
 SPACE = 500  # minimum free disk space of a run in megabytes
 _UMASK = os.umask(0)  # read once, as reading it changes it for all threads
 os.umask(_UMASK)

@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import constants, errors, snapshot_download
 
 from engine.errors import UserError
+from engine.files import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
 LIBRARY = "speaking-faces"
 TASKS = {  # pipeline tag and further tags on the hub, by kind of release

@@ -19,15 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from engine.errors import UserError
+from engine.files import CHECKOUT
 from engine.settings import LIMITS, Limits, set_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ROOT = Path(__file__).resolve().parents[1]
 PR_SET_PDEATHSIG = 1  # option of Linux' prctl(2)
 ATTEMPTS = 2  # attempts at an item whose process dies
 
@@ -46,7 +45,7 @@ def script_environment(**variables: str) -> dict[str, str]:
     Args:
         variables: further environment variables.
     """
-    paths = [str(ROOT), str(ROOT / "codecs"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(CHECKOUT), str(CHECKOUT / "codecs"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
 
 

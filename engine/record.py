@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from engine.files import write_json
+from engine.files import CHECKOUT, write_json
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
 def portable(value: Any) -> Any:

@@ -13,7 +13,7 @@ from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.detectors import DETECTORS, LANDMARKS
 from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
-from engine.files import writable
+from engine.files import CHECKOUT, writable
 from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
 from engine.settings import (
@@ -32,7 +32,7 @@ from engine.settings import (
     setting,
 )
 
-BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
+BUNDLED = CHECKOUT / "assets" / "hicodit_tiny"
 METHODS = {  # functions of hicodit/samplers.py
     "euler": "as in the paper",
     "confidence": "as in MaskGIT",

@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from engine.arguments import Parser
 from engine.errors import UserError, run_cli
+from engine.files import CHECKOUT
 from engine.processes import script_environment
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_file(path: Path) -> None:
@@ -54,7 +53,7 @@ def main() -> int:
     for path in files:
         check_file(path)
     command = [sys.executable, "-m", "tests.golden.check", "failed" if args.quiet else "all", *map(str, files)]
-    return subprocess.run(command, cwd=ROOT, env=script_environment()).returncode and 1
+    return subprocess.run(command, cwd=CHECKOUT, env=script_environment()).returncode and 1
 
 
 if __name__ == "__main__":

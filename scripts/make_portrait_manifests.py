@@ -18,9 +18,9 @@ from pathlib import Path
 from corpora.preparation.sources_grid import grid_sentence
 from engine.arguments import Parser, existing_folder
 from engine.errors import UserError, run_cli
-from engine.files import find_files, writable, write_text
+from engine.files import CHECKOUT, find_files, writable, write_text
 
-SENTENCES = Path(__file__).resolve().parents[1] / "assets" / "demo" / "sentences.txt"
+SENTENCES = CHECKOUT / "assets" / "demo" / "sentences.txt"
 
 Row = dict[str, str]
 

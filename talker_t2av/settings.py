@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
-from engine.files import writable
+from engine.files import CHECKOUT, writable
 from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
 from engine.settings import (
@@ -35,7 +35,7 @@ from engine.settings import (
 from engine.untrusted import parse_object, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = CHECKOUT / "assets"
 DEMO = ASSETS / "demo"
 DEMO_VOICE = str(DEMO / "voice.wav")
 DEMO_FACE = str(DEMO / "silent.mp4")

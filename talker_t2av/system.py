@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.codec import Codec, PortraitCodec, load_codec
 from engine.device import to_device
 from engine.errors import UserError
-from engine.hub import CHECKOUT, release_folder
+from engine.files import CHECKOUT
+from engine.hub import release_folder
 from engine.progress import stage
 from engine.release import find_codec
 from lia_x.codec import LiaX

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import require
+from engine.files import CHECKOUT
 
 SLOTS: tuple[tuple[str, ...], ...] = tuple(
     tuple(words.split())
@@ -33,7 +34,7 @@ SLOTS: tuple[tuple[str, ...], ...] = tuple(
 SLOT_NAMES = ("command", "colour", "preposition", "letter", "digit", "adverb")
 SPLITS = {2: ("train", "dev", "seen", "unseen")}  # by version
 SPLITS[3] = (*SPLITS[2], "plain")  # the same owner of each sentence, and sentences that were written by hand
-PLAIN = Path(__file__).resolve().parents[2] / "assets" / "demo" / "sentences.txt"
+PLAIN = CHECKOUT / "assets" / "demo" / "sentences.txt"
 TEMPLATES = (
     "the {adjective} {person} {past} the {thing}",
     "my {person} {past} the {thing} {adverb}",

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import plain
 from engine.errors import UserError
 from engine.evaluation.resynthesis import write_resynthesis
+from engine.files import CHECKOUT
 from engine.instantiate import target
 from engine.settings import require_choice
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ASSETS = CHECKOUT / "assets"
 # Function of each model that writes its missing outputs, as a dotted name: `engine` imports no models. Its arguments
 # are the clips, the folder of the outputs, the device, and by name the settings of the model and the slice `chosen` of
 # the batches.

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from engine.errors import UserError, printable
 from engine.evaluation.statistics import derangement
+from engine.files import CHECKOUT
 from engine.metrics.metric import Figure, Metric, Rows, Take, text_of, wave_of
 from engine.metrics.recogniser import Recogniser
 from engine.untrusted import read_json
@@ -43,7 +44,7 @@ RATE = 16_000
 MODEL = "free.arpa"  # name of the language model next to a grammar
 LONG = 30  # window of Whisper in seconds
 FOLDERS = {"whisper-medium": "whisper-medium", "whisper-large-v3": "whisper-large-v3", "qwen3-asr": "Qwen3-ASR-1.7B-hf"}
-GRID = Path(__file__).parents[2] / "assets" / "grid_recogniser"
+GRID = CHECKOUT / "assets" / "grid_recogniser"
 WITHOUT_SPACES = ("zh", "ja", "th", "yue")
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError, causes
-from engine.files import checksum, write_json
+from engine.files import CHECKOUT, checksum, write_json
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
 from engine.untrusted import load_problem, parse_json, read_json, safe_name
@@ -307,9 +307,8 @@ def info(folder: Path) -> dict[str, Any]:
 
 def code_version() -> str:
     """Return the git commit, with `-dirty` if files have changed, or the package version outside of a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if (CHECKOUT / ".git").exists():
+        command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     with suppress(metadata.PackageNotFoundError):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.config import plain
 from engine.errors import UserError, require
-from engine.files import refuse_links, require_space
+from engine.files import CHECKOUT, refuse_links, require_space
 from engine.hub import release_folder
 from engine.instantiate import build, target
 from engine.metrics.registry import metrics_of
@@ -30,8 +30,6 @@ from engine.training.signals import REQUEUE
 from engine.training.task import Task
 from engine.training.tracking import check_trackers
 from engine.training.trainer import Trainer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(config: DictConfig, command: str) -> int:
@@ -180,7 +178,7 @@ def make_data(data: DictConfig) -> None:
     for command in filter(None, (data.get("make") or {}).values()):
         script = str(command[0])
         arguments = [str(word) for word in command[1:]]
-        code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
+        code = subprocess.run([sys.executable, CHECKOUT / script, *arguments]).returncode
         if code == 2:  # a user error, which the command has reported
             raise SystemExit(2)
         if code != 0:

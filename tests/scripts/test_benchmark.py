@@ -110,7 +110,7 @@ def test_loads_before_the_server_died_are_recorded(tmp_path, monkeypatch):
     pytest.importorskip("httpx")
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "serve.py").write_text(DYING_SERVER)
-    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    monkeypatch.setattr(serving, "CHECKOUT", tmp_path)
     words = ["--clients", "1", "2", "4", "--requests", "2", "--mixed", "0"]
     monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", "serving", "--out", str(tmp_path), *words])
     with pytest.raises(UserError, match="the server ended with exit code 3"):
