@@ -27,8 +27,8 @@ from engine.media.ffmpeg import (
     check_whole,
     command,
     damaged,
+    decoding,
     last_line,
-    source,
     stated_seconds,
     stream_codec,
 )
@@ -201,9 +201,10 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
     # origin.
     # Channels are averaged (rematrix_maxval=1); by default, ffmpeg's sum of floating-point channels is louder.
     filters = f"aresample={int(rate)}:async=1:first_pts=0:rematrix_maxval=1"
-    arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
-    arguments += ["-f", "f32le", "pipe:1"]
-    call = command("-v", "level+info", "-nostats", *source(path, span), *arguments)
+    arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-c:a", "pcm_f32le"]
+    if span is None:
+        arguments += ["-t", str(LIMITS.seconds + 1)]
+    call = command("-v", "level+info", "-nostats", *decoding(path, span), *arguments, "-f", "f32le", "pipe:1")
     result = subprocess.run(call, capture_output=True)
     log = result.stderr.decode(errors="replace")
     if result.returncode != 0:

@@ -42,6 +42,21 @@ def source(path: str | Path, span: tuple[float, float] | None = None) -> list[st
     return [*allowed, "-threads", THREADS, "-i", f"file:{path}"]
 
 
+def decoding(path: str | Path, span: tuple[float, float] | None = None) -> list[str]:
+    """Return ffmpeg's arguments before those of the output, for decoding one stream of a file, or of its part `span`.
+
+    Times of all streams have the same origin.
+    """
+    with open(path, "rb") as file:
+        start = file.read(189)
+    if not start[:1] == start[188:] == b"G":
+        return source(path, span)
+    # In MPEG-TS, seeking is not exact, and times begin with the first stream that is used. So the file is decoded from
+    # its beginning, and all streams are used.
+    arguments = [*source(path), "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
+    return arguments if span is None else [*arguments, "-ss", f"{span[0]:.6f}", "-t", f"{span[1] - span[0]:.6f}"]
+
+
 def last_line(text: str) -> str:
     """Return the last line of ffmpeg's error output without its `[h264 @ 0x...]` prefix."""
     lines = [line for line in text.strip().splitlines() if line.strip()]

@@ -25,6 +25,7 @@ from engine.media.ffmpeg import (
     check_whole,
     command,
     damaged,
+    decoding,
     errors_of,
     last_line,
     source,
@@ -71,8 +72,11 @@ def iter_video(
     arguments = ["-map", "0:V:0", "-vf", ",".join(_filters(fps, max_side)), "-fps_mode", "passthrough"]
     arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
     # PPM images state their size, which is not known in advance because of rotation and scaling.
-    arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
-    call = command("-v", "level+info", "-nostats", "-reinit_filter", "0", *source(path, span), *arguments)
+    arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24"]
+    if span is not None:
+        arguments += ["-frames:v", str(max(1, round((span[1] - span[0]) * fps)))]
+    call = ["-v", "level+info", "-nostats", "-reinit_filter", "0", *decoding(path, span), *arguments]
+    call = command(*call, "-f", "image2pipe", "pipe:1")
     count = 0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
