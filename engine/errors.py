@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -89,10 +90,13 @@ class SkippedClips:
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a command. A `UserError` is printed as one line on standard error with exit code 2. Ctrl-C exits
-    with 130, and a closed output pipe with 141.
+    with 130, a closed output pipe with 141, and SIGTERM with 143.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `scripts.environment`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `scripts.environment`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes temporary files
     with suppress(AttributeError):  # not every stream is a file, and file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

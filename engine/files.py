@@ -54,7 +54,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: it is a folder, not a file")
     with report_os_errors(f"cannot write {path}", "; choose a writable folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)  # a short name
         os.close(handle)
     staging = Path(name)
     try:
@@ -148,7 +148,10 @@ def require_space(folder: str | Path, setting: str) -> None:
 
 @contextmanager
 def all_or_none(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder inside `folder`. Its files are moved to `folder` when the block succeeds."""
+    """Yield a temporary folder inside `folder`. Its files are moved to `folder` when the block succeeds.
+
+    Errors name `folder` instead of the temporary folder.
+    """
     folder = Path(folder)
     staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:
@@ -156,5 +159,7 @@ def all_or_none(folder: str | Path) -> Iterator[Path]:
             yield staging
             for path in sorted(staging.iterdir()):
                 os.replace(path, folder / path.name)
+    except UserError as error:
+        raise UserError(str(error).replace(str(staging), str(folder))) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

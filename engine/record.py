@@ -33,8 +33,8 @@ def portable(value: Any) -> Any:
         return None
     if isinstance(value, Path):
         value = str(value)
-    # A slash after a name or another slash belongs to a relative path or a URL.
-    return re.sub(r"(?<![\w/.:-])/(?:[\w.-]+/)+(?=[\w.])", "", value) if isinstance(value, str) else value
+    # A slash after a name, another slash, or the colon of a URL's scheme belongs to a relative path or a URL.
+    return re.sub(r"(?<![\w/.-])(?<!:(?=//))/(?:[\w.-]+/)+(?=[\w.])", "", value) if isinstance(value, str) else value
 
 
 def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:

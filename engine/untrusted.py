@@ -69,7 +69,7 @@ def read_text(path: str | Path, what: Any = None, limit: int = MAX_FILE) -> str:
 
 def read_lines(path: str | Path, what: Any = None) -> list[str]:
     """Return the lines of a text file, see `read_text`."""
-    return read_text(path, what).splitlines()
+    return read_text(path, what).replace("\r\n", "\n").split("\n")  # JSON and texts may contain other separators
 
 
 def read_json_lines(path: str | Path, what: Any = None) -> list[tuple[str, Any]]:

@@ -76,7 +76,7 @@ def write_outputs(
     facts |= {"voice": voice, "expressions": expressions, "seed": seed, "faces": pipeline.face_source.name}
     tokenizer = pipeline.codec
     bits = tokenizer.levels * np.log2(tokenizer.codes) * tokenizer.frame_rate
-    write_facts(folder, "hicodit", weights, {"codec": codec}, bits_per_second=float(bits), **facts)
+    write_facts(folder, "hicodit", weights or BUNDLED, {"codec": codec}, bits_per_second=float(bits), **facts)
     writer = SpeechWriter(pipeline, clips, folder, GE2EEncoder(device) if voice else None, expressions, seed)
     rows = 1 if voice else batch_size  # a batch has one voice
     write_missing(clips, folder, rows, writer.inputs, writer.write, seconds_of_video, chosen)

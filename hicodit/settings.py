@@ -229,6 +229,8 @@ def find_clips(c: InferConfig) -> list[Path]:
                 raise UserError(f"output={c.output} would replace the input {replaced}: choose another folder")
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
+            if len(os.fsencode(target.name)) > 255:
+                raise UserError(f"the name of {clip} is too long for its outputs: rename it")
     return clips
 
 

@@ -11,8 +11,6 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import os
-import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -33,7 +31,6 @@ def main() -> None:
     add("--port", type=within(1, 65_535), default=7860, help="port to listen on")
     args = parser.parse_args()
     check_port(args.host, args.port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder of uploads would stay
     set_limits(Limits(seconds=MAX_SECONDS))
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported

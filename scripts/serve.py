@@ -14,8 +14,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import signal
-import sys
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -59,7 +57,6 @@ def main() -> None:
     from talker_t2av.settings import with_preset as with_sampling
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folders of voices and videos would stay
     set_limits(Limits(seconds=limits.seconds))
     device = pick_device(args.device)
     hicodit = talker = None

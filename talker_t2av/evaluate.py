@@ -80,7 +80,7 @@ def write_outputs(
         special["driving"] = Path(driving).name
     if compat != "paper" or prefix_seconds:
         special |= {"compat": compat, "prefix_seconds": prefix_seconds}
-    write_facts(folder, "talker_t2av", weights, codecs, **facts, seed=seed, given=GIVEN.get(mode), **special)
+    write_facts(folder, "talker_t2av", weights or BUNDLED, codecs, **facts, seed=seed, given=GIVEN.get(mode), **special)
     protocol = {"compat": compat, "prefix_seconds": prefix_seconds}
     if one_pass and compat == "paper" and mode in MODES and MODES[mode].open_ended:
         protocol["max_seconds"] = MAX_FRAMES / FPS

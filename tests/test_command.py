@@ -33,6 +33,25 @@ def test_the_command_works_in_any_folder_and_prints_its_duration(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: experiment=nosuch does not exist")
 
 
+WAITING = """
+import tempfile, time
+from engine.errors import run_cli
+def main():
+    with tempfile.TemporaryDirectory():
+        print("ready", flush=True)
+        time.sleep(60)
+run_cli(main)
+"""
+
+
+def test_a_command_that_is_terminated_removes_its_temporary_files(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, env=environment, cwd=ROOT)
+    assert process.stdout.readline() == b"ready\n" and [*tmp_path.iterdir()]
+    process.terminate()
+    assert process.wait(60) == 143 and not [*tmp_path.iterdir()]
+
+
 MISTAKES = [
     ("input=nothing.mp4", "input=nothing.mp4"),
     ("codec=nowhere", "codec=nowhere"),

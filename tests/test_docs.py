@@ -112,9 +112,10 @@ def test_records_contain_no_paths_of_the_machine():
         record = json.loads(path.read_text())
         assert record == portable(record), path
         assert not re.search(r"[\"'=\[]/(?!/)\w", path.read_text()), path
-    assert portable(["x=/home/me/corpus y", "['/a/b/c', d/e]", "https://host/b"]) == [
+    assert portable(["x=/home/me/corpus y", "['/a/b/c', d/e]", "https://host/b", "{a: 1, b:/c/d}"]) == [
         "x=corpus y",
         "['c', d/e]",
         "https://host/b",
+        "{a: 1, b:d}",
     ]
     assert portable([math.nan, -math.inf, 0.5]) == [None, None, 0.5]

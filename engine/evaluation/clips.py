@@ -11,12 +11,14 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.statistics import derangement
+from engine.files import find_files
 from engine.metrics.metric import Take
 from engine.untrusted import read_json, read_json_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
 KEYS = ("text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
+NUMBERS = ("text", "speaker", "voice")  # keys whose values may be integers
 EXCHANGED = ", exchanged"  # suffix of control systems
 TRUTH = "true speech"  # name of the ground-truth row
 PROMPT = ("reference_audio", "reference_video")
@@ -47,7 +49,7 @@ def read_rows(manifest: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where}: id must be a string, the name of the clip's files without suffix")
         safe_name(row["id"], f"{where}: id", folders=True)
         for key in (*KEYS, *PROMPT):
-            if not isinstance(row.get(key), str | int | None):
+            if not isinstance(row.get(key), (str | int if key in NUMBERS else str) | None):
                 raise UserError(f"{where}: {key} must be a string")
         if row["id"] in rows:
             raise UserError(f"{where}: id {row['id']} is not unique")
@@ -64,7 +66,11 @@ def read_clips(
 
     Paths in a manifest are relative to its folder. Missing files stay None and are reported when they are measured.
     Without a manifest, texts are read from ID.txt next to the ground-truth files, and folders are speakers. `outputs`
-    are the folders of the systems.
+    are the folders of the systems, with files ID.wav or ID.mp4; without any, the manifest names the outputs of one
+    system.
+
+    Raises:
+        UserError: If the manifest is invalid, or a folder does not exist.
     """
     if TRUTH in outputs:
         raise UserError(f"outputs: {TRUTH!r} is the name of the ground-truth row; choose another name for the system")
@@ -75,11 +81,14 @@ def read_clips(
     if manifest is not None:
         rows = read_rows(manifest)
         base = manifest.parent
-        if not outputs and any(row.get("output") for row in rows):
+        if outputs:
+            rows = [{**row, "output": None} for row in rows]  # those of `outputs` are measured
+            if len(outputs) > 1 and any(row.get("heard") for row in rows):
+                raise UserError(f"manifest={manifest}: heard is the transcript of one system, not of {len(outputs)}")
+        elif any(row.get("output") for row in rows):
             outputs = {"output": base}
     elif references is not None:
-        found = sorted(p for p in references.rglob("*") if p.suffix.lower() in SOUND + VIDEO and p.is_file())
-        names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
+        names = dict.fromkeys(file.with_suffix("").as_posix() for file in find_files(references, *SOUND, *VIDEO))
         rows = [{"id": n, "text": text_of(references, n), "speaker": n.rpartition("/")[0] or None} for n in names]
         if not rows:
             raise UserError(f"references={references} contains no audio or video files")
@@ -177,7 +186,7 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
         facts = system_facts(folder)
         about = folder / f"{row['id']}.json"
         if row.get("output"):
-            take = _take(folder / row["output"], take)
+            take = _take(base / row["output"], take)
         if facts.get("given") == "video":
             take = replace(take, video=source)
         stated = read_json(about) if about.is_file() else {}
@@ -196,7 +205,8 @@ def find_take(folder: Path, name: str) -> Take:
     """Return the take of NAME: FOLDER/NAME.wav or another audio file, and FOLDER/NAME.mp4 or another video file."""
 
     def first(suffixes: tuple[str, ...]) -> Path | None:
-        return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)
+        paths = (folder / f"{name}{case}" for suffix in suffixes for case in (suffix, suffix.upper()))
+        return next((path for path in paths if path.is_file()), None)
 
     video = first(VIDEO)
     return Take(first(SOUND) or video, video)

@@ -74,27 +74,31 @@ def write_on_devices(
 def write_facts(
     folder: Path,
     model: str,
-    weights: str | Path | None,
+    weights: str | Path,
     codecs: Mapping[str, str | Path | None] | None = None,
     **facts: Any,
 ) -> None:
     """Write FOLDER/system.json, which describes how the outputs in the folder were generated.
 
     Args:
-        codecs: releases that replace the codecs of `weights`.
+        weights: release folder of the model.
+        codecs: releases that replace its codecs.
 
     Raises:
         UserError: If the folder contains outputs generated in another way.
     """
-    new = {"model": model, "weights": "bundled", **facts}
+    place = release_folder(weights)
+    new = {
+        "model": model,
+        "weights": place.name,
+        "digest_of_weights": file_digest(place / "model.safetensors"),
+        **facts,
+    }
     for name, source in (codecs or {}).items():
         if source is not None:
             new[f"digest_of_{name}"] = file_digest(release_folder(source) / "model.safetensors")
-    if weights is not None:
-        place = release_folder(weights)
-        new["weights"] = place.name
-        new["digest_of_weights"] = file_digest(place / "model.safetensors")
-    if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
+    has_outputs = any(path.suffix in (".wav", ".mkv") for path in folder.rglob("*"))
+    if has_outputs and (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(
             f"{folder} contains outputs generated with other settings or by an earlier version: choose another "
             "output=, or delete that folder"

@@ -65,7 +65,7 @@ def write_resynthesis(
         facts = {"levels": levels, "bits_per_second": float(bits)}
     elif levels is not None:
         raise UserError(f"generate.levels={levels}: {codec.kind} has no levels")
-    write_facts(folder, codec.kind, weights, **facts)
+    write_facts(folder, codec.kind, weights or bundled, **facts)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         for _, clip in batch:

@@ -25,10 +25,10 @@ from engine.evaluation.systems import choose_systems, output_folders
 from engine.evaluation.workers import Workers
 from engine.files import writable, write_json
 from engine.metrics.metric import Metric
-from engine.metrics.registry import metrics_of, protocol_of
+from engine.metrics.registry import FIGURES, metrics_of, protocol_of
 from engine.processes import usable_cores
 from engine.record import origin, portable, write_record
-from engine.settings import ClusterConfig, Limits, set_limits
+from engine.settings import ClusterConfig, Limits, require_choice, set_limits
 
 ARGUMENTS = {  # argument of metrics by protocol, such as the dotted name of an encoder: `engine` imports no models
     "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
@@ -94,13 +94,16 @@ def choose_metrics(config: DictConfig, split: str | None, device: str) -> dict[s
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
     chosen = {}
     given = plain(config.protocol)
+    for figure in given:
+        require_choice("protocol", figure, FIGURES)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
     arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
     given |= {"own_voice_first": "shards"} if arguments["shards"] else {}
     for metric, names in metrics_of(figures).items():
         protocol = protocol_of(metric, given)
         if protocol not in metric.protocols:
-            raise UserError(f"protocol.{names[0]}={protocol} is unknown; choose {', '.join(metric.protocols)}")
+            choices = f"choose {', '.join(metric.protocols)}" if any(metric.protocols) else "it has only one: omit it"
+            raise UserError(f"protocol.{names[0]}={protocol} is unknown; {choices}")
         if protocol == "grammar" and not Path(grammar).is_file():
             why = f"grammar={grammar} is not a file" if grammar else "none is given"
             raise UserError(f"protocol.wer=grammar requires grammar=FILE.jsgf: {why}")

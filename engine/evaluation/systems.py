@@ -16,6 +16,7 @@ from engine.evaluation.resynthesis import write_resynthesis
 from engine.files import CHECKOUT
 from engine.instantiate import target
 from engine.settings import require_choice
+from engine.untrusted import safe_name
 
 ASSETS = CHECKOUT / "assets"
 # Function of each model that writes its missing outputs, as a dotted name: `engine` imports no models. Its arguments
@@ -44,6 +45,10 @@ def choose_systems(config: DictConfig, defaults: Mapping[str, Any]) -> dict[str,
     wanted = plain(config)
     passed_on = str(OmegaConf.to_container(config, resolve=False)["systems"])  # as in weights: "${generate.codec}"
     systems = wanted["systems"] or ({config.model: {}} if config.model else {})
+    for name, own in systems.items():
+        safe_name(name, "systems: a name")
+        if not isinstance(own, dict):
+            raise UserError(f"systems.{name}={own} must be settings, as in {{model: rvq_codec, levels: 2}}")
     known = (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
     if config.model in CODECS:  # from a table with systems of several codecs, those of this one

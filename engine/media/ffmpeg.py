@@ -59,8 +59,16 @@ def decoding(path: str | Path, span: tuple[float, float] | None = None) -> list[
 
 def last_line(text: str) -> str:
     """Return the last line of ffmpeg's error output without its `[h264 @ 0x...]` prefix."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return re.sub(r"^(\[[^\]]*\] )+", "", lines[-1]) if lines else "no message"
+    return (_messages(text) or ["no message"])[-1]
+
+
+def first_line(text: str) -> str:
+    """Return the first line of ffmpeg's error output, which states the cause of an encoder's errors."""
+    return (_messages(text) or ["no message"])[0]
+
+
+def _messages(text: str) -> list[str]:
+    return [re.sub(r"^(\[[^\]]*\] )+", "", line) for line in text.splitlines() if line.strip()]
 
 
 def errors_of(log: str) -> list[str]:

@@ -27,6 +27,7 @@ from engine.media.ffmpeg import (
     damaged,
     decoding,
     errors_of,
+    first_line,
     last_line,
     source,
     stream_codec,
@@ -248,7 +249,8 @@ COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # audio codecs t
 def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path, comment: str = "") -> None:
     """Write the video stream of one file with the audio of another, both lossless.
 
-    Compressed audio is copied. Integer PCM, as in WAV files, is encoded as FLAC, which is lossless.
+    Compressed audio is copied. PCM, as in WAV files, is encoded as FLAC, which is lossless for integers; floats are
+    rounded to 24 bits and clipped at full scale.
 
     Args:
         video_path: file with a video stream that the container supports, such as H.264.
@@ -271,7 +273,7 @@ def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]], com
             result = subprocess.run(call, capture_output=True, text=True, errors="replace")
             if result.returncode == 0:
                 return
-        raise UserError(f"cannot write {out_path}: {last_line(result.stderr)}")
+        raise UserError(f"cannot write {out_path}: {first_line(result.stderr)}")
 
 
 _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]

@@ -41,7 +41,8 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
     centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one, two)]
     spread = sum(np.square(x).sum() for x in centred)
     roots = [np.linalg.qr(x, mode="r") for x in centred]
-    return float(shift @ shift + spread - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
+    common = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return max(0.0, float(shift @ shift + spread - 2 * common))  # rounding errors can be negative
 
 
 class FID(Metric):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.media.pictures import fit_frames
 from engine.media.video import read_video
 from engine.metrics.metric import FPS, Figure, Metric, Take
@@ -95,7 +96,14 @@ def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
     """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of each region, for frames (T, S, S, 3) uint8.
 
     The infinite PSNR of identical images is omitted.
+
+    Raises:
+        UserError: If the frames differ in size.
     """
+    if true.shape != rebuilt.shape:
+        raise UserError(
+            f"frames of {rebuilt.shape[1:3]} pixels and ground truth of {true.shape[1:3]}: sizes must be equal"
+        )
     pictures = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (true, rebuilt)]
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
     for name, box in REGIONS.items():

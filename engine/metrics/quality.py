@@ -102,16 +102,22 @@ class PESQ(Metric):
 class STOI(Metric):
     figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the ground truth, 0 to 1")}
     packages = ("pystoi",)
-    version = 2
+    version = 3
     needs_truth = True
     trims = True
     extended: ClassVar[bool] = False
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        """Measure a clip. Clips with less than 0.4 s of speech are rejected: pystoi would only warn and return 1e-5."""
+        """Measure a clip.
+
+        Clips with less than 0.4 s of speech are rejected, as pystoi would only warn and return 1e-5, and so are silent
+        signals: ESTOI of these is that of the random numbers which pystoi adds.
+        """
         true = wave_of(truth.audio, RATE)
         made = wave_of(take.audio, RATE)
         length = min(len(true), len(made))
+        if not true[:length].any() or not made[:length].any():
+            raise UserError("STOI cannot be computed: a signal is silent")
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
             value = float(require("pystoi", "pystoi").stoi(true[:length], made[:length], RATE, self.extended))

@@ -52,8 +52,8 @@ class WordErrors(Metric):
     figures: ClassVar = {
         "wer": Figure("WER %", -1, 2, 100, "word errors divided by words"),
         "wer_free": Figure("WER free %", -1, 2, 100, "word errors of sentences outside the recogniser's grammar"),
-        "wer_shuffled": Figure("WER other %", -1, 1, 100, "control: WER against the text of another clip"),
-        "wer_free_shuffled": Figure("WER free other %", -1, 1, 100, "control: the same outside the grammar"),
+        "wer_shuffled": Figure("WER other %", 0, 1, 100, "control: WER against the text of another clip"),
+        "wer_free_shuffled": Figure("WER free other %", 0, 1, 100, "control: the same outside the grammar"),
         "letter_errors": Figure("letters %", -1, 1, 100, "letter error rate: GRID sentences contain one letter each"),
         "cer": Figure("CER %", -1, 2, 100, "character errors divided by characters"),
     }

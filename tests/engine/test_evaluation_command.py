@@ -56,6 +56,29 @@ def test_files_are_found_by_id_or_named_by_the_manifest(folders):
     assert (one.truth.text, two.truth.text, one.speaker, two.speaker) == ("SET BLUE", "Set green.", "s0", "s1")
 
 
+def test_a_manifest_names_the_outputs_of_one_system_alone(folders):
+    rows = [{"id": "s0/c0", "text": "blue\u2028two", "output": "bad/s0/c0.wav", "heard": "set blue"}]
+    (folders / "own.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False))
+    (alone,) = read_clips(folders / "own.jsonl", folders / "true", {})
+    assert alone.takes["output"].audio == folders / "bad/s0/c0.wav" and alone.truth.text == "blue\u2028two"
+    (given,) = read_clips(folders / "own.jsonl", folders / "true", {"good": folders / "good"})
+    assert given.takes["good"].audio == folders / "good/s0/c0.wav"
+    with pytest.raises(UserError, match="transcript of one system, not of 2"):
+        read_clips(folders / "own.jsonl", folders / "true", {name: folders / name for name in ("good", "bad")})
+    (folders / "own.jsonl").write_text('{"id": "a", "output": 5}')
+    with pytest.raises(UserError, match="output must be a string"):
+        read_clips(folders / "own.jsonl", folders / "true", {})
+
+
+def test_files_are_found_with_suffixes_of_any_case_and_in_linked_folders(folders):
+    (folders / "true/s0/c0.wav").rename(folders / "true/s0/c0.WAV")
+    (folders / "linked").mkdir()
+    (folders / "linked/all").symlink_to(folders / "true")
+    clips = read_clips(None, folders / "linked", {})
+    assert [clip.id for clip in clips] == ["all/s0/c0", "all/s0/c2", "all/s1/c1"]
+    assert clips[0].truth.audio == folders / "linked/all/s0/c0.WAV"
+
+
 # --- the command ---
 
 
@@ -223,9 +246,31 @@ def test_a_codec_resynthesises_the_clips_and_resumes(run, folders):
     assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames per second
     with pytest.raises(UserError, match="other settings"):
         again("generate.levels=1")
+    facts = json.loads((folders / "report/outputs/system.json").read_text())
+    facts["digest_of_weights"] = "of other weights"
+    (folders / "report/outputs/system.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="other settings or by an earlier version"):
+        again()
+    for file in (folders / "report/outputs").rglob("*.wav"):
+        file.unlink()
+    assert again().results["systems"] == results["systems"]  # there was nothing to mix them with
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name
     with pytest.raises(UserError, match="s1/c1"):
         again()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("protocol.werr=grid", "protocol=werr"),
+        ("protocol.stoi=other", "it has only one: omit it"),
+        ("systems={../../a: {}}", "systems: a name"),
+        ("systems={a: 1}", "systems.a=1 must be settings"),
+    ],
+)
+def test_unknown_protocols_and_systems_are_refused(run, word, message):
+    with pytest.raises(UserError, match=message):
+        run("model=rvq_codec", word, outputs=None)
 
 
 def test_a_clip_without_video_is_reported_before_the_model_runs(run, capsys):

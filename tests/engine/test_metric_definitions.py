@@ -165,6 +165,9 @@ def test_stoi(voice, noisy):
         assert figures(name, take(noisy[:-100]), take(voice))[name][0] == pytest.approx(rough, abs=1e-3)
     with pytest.raises(UserError, match=r"0\.4 s"):  # pystoi gives 0.00001, and warns
         figures("stoi", take(voice[: RATE // 10]), take(voice))
+    for pair in ((np.zeros_like(voice), voice), (voice, np.zeros_like(voice))):  # pystoi would add random numbers
+        with pytest.raises(UserError, match="a signal is silent"):
+            figures("estoi", *map(take, pair))
 
 
 @pytest.mark.parametrize(("mode", "value"), [("plain", 5.401065706), ("dtw", 6.368744917), ("dtw_sl", 7.956420704)])
