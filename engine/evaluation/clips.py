@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,9 +95,9 @@ def read_clips(
             raise UserError(f"references={references} contains no audio or video files")
     else:
         raise UserError("ground-truth files are required: references=FOLDER, or manifest=FILE.jsonl that names them")
-    clips = [_clip(row, base, references, outputs) for row in rows]
+    clips = _with_prompts([_clip(row, base, references, outputs) for row in rows])
     chosen = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
-    return [replace(c, prompt=_prompt(c, clips)) if c.prompt == Take() else c for c in (clips[i] for i in chosen)]
+    return [clips[i] for i in chosen]
 
 
 def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: int | None = None) -> list[Clip]:
@@ -163,10 +164,21 @@ def words_of(transcript: str) -> str:
     return " ".join(next(marked, transcript).removeprefix("Text:").split())
 
 
-def _prompt(clip: Clip, clips: Sequence[Clip]) -> Take:
-    same = [c.truth for c in clips if clip.speaker is not None and c.speaker == clip.speaker]
-    at = next((i for i, take in enumerate(same) if take == clip.truth), 0)
-    return next((take for take in same[at + 1 :] + same[:at] if take.text != clip.truth.text), Take())
+def _with_prompts(clips: Sequence[Clip]) -> list[Clip]:
+    """Return the clips, those without a prompt with the next clip of the same speaker that has another text."""
+    spoken: dict[str | None, list[Take]] = defaultdict(list)
+    found = []
+    for clip in clips:
+        spoken[clip.speaker].append(clip.truth)
+    turns = {speaker: iter(range(len(takes))) for speaker, takes in spoken.items()}
+    for clip in clips:
+        takes = spoken[clip.speaker]
+        turn = next(turns[clip.speaker])
+        if clip.prompt == Take() and clip.speaker is not None:
+            later = (takes[(turn + step) % len(takes)] for step in range(1, len(takes)))
+            clip = replace(clip, prompt=next((take for take in later if take.text != clip.truth.text), Take()))
+        found.append(clip)
+    return found
 
 
 def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: Mapping[str, Path]) -> Clip:
