@@ -123,7 +123,9 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: set a value, or omit it")
     parsed = _parsed(word)
-    fits_group = parsed is None or parsed.is_sweep_override() or isinstance(parsed.value(), str | dict)
+    value = None if parsed is None or parsed.is_sweep_override() else parsed.value()
+    names = value if isinstance(value, list) else [value]
+    fits_group = (value is None and text != "null") or all(isinstance(part, str | dict) for part in names)
     if name in _groups() and not fits_group:
         raise UserError(f"{word} does not exist; {nearest(text, options(name))}")
     if any(group.startswith(f"{name}/") for group in _groups()) and not fits_group:

@@ -70,10 +70,18 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 def find_files(root: Path, *suffixes: str) -> list[Path]:
     """Return the files with one of the suffixes in any folder below `root`, sorted, as relative paths.
 
-    Links to folders are followed, as corpora are often spread over disks.
+    Links to folders are followed, as corpora are often spread over disks, but no folder is visited twice.
     """
-    walk = ((Path(folder) / name for name in names) for folder, _, names in os.walk(root, followlinks=True))
-    files = (path.relative_to(root) for paths in walk for path in paths if path.name.lower().endswith(suffixes))
+    files = []
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in visited:
+            folders.clear()
+            continue
+        visited.add(place)
+        folders.sort()
+        files += [Path(folder, name).relative_to(root) for name in names if name.lower().endswith(suffixes)]
     return sorted(files, key=Path.as_posix)
 
 

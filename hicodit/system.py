@@ -25,6 +25,11 @@ CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # supported tokenize
 FACE_BATCH = 512  # face crops per batch of the expression encoder
 
 
+def voice_face_frames(frames: int) -> list[int]:
+    """Return the frames of the four faces from which the voice of a clip is predicted, a fifth of the clip apart."""
+    return [frames * fifth // 5 for fifth in (1, 2, 3, 4)]
+
+
 class HiCoDiTSystem(Pretrained):
     """Score network and the three condition encoders.
 
@@ -55,7 +60,7 @@ class HiCoDiTSystem(Pretrained):
         """Return the indices of the four face crops from which the voice of a clip is predicted, a fifth of the clip
         apart.
         """
-        return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
+        return [frame // self.encoders.config.picture_every for frame in voice_face_frames(frames)]
 
     def read_expressions(self, faces: Tensor) -> Tensor:
         """Predict class probabilities (F, classes) of face crops (F, 3, S', S') in [0, 1] or uint8, on any device."""

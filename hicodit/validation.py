@@ -26,6 +26,7 @@ from hicodit.conditions.types import FPS, Conditions, Crops
 from hicodit.data import HiCoDiTDataset, picture_frames
 from hicodit.generation import generate
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.system import voice_face_frames
 
 BATCH = 16
 # clips per split whose files a validation keeps
@@ -152,7 +153,7 @@ def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Te
         faces = clip["faces"]
         classified = nearest_faces(faces, np.arange(0, frames, system.encoders.config.picture_every), frames)
         expression = system.window_classes(system.read_expressions(classified.movedim(-1, 1)), frames)
-        voice_faces = nearest_faces(faces, frames * np.arange(1, 5) // 5, frames)
+        voice_faces = nearest_faces(faces, np.array(voice_face_frames(frames)), frames)
         crops.append(Crops(clip["mouth"].numpy(), voice_faces.numpy(), expression))
     return pipeline.conditions(crops)
 

@@ -34,9 +34,12 @@ def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
     """Return the checkpoints by group."""
     groups = read_yaml(path)
     try:
-        for row in (row for rows in groups.values() for row in rows):
-            row["files"] = [_remote_file(**file) for file in row["files"]]
-            describe_checkpoint(row)
+        for rows in groups.values():
+            if not isinstance(rows, list):
+                raise TypeError("a group must be a list")
+            for row in rows:
+                row["files"] = [_remote_file(**file) for file in row["files"]]
+                describe_checkpoint(row)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a catalogue of files ({error!r}): see {CATALOGUE}") from error
     return groups
@@ -48,8 +51,9 @@ def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="mod
         url = hf_hub_url(repo, name or path, repo_type=kind, revision=revision)
     if not str(url).startswith(("http://", "https://")):
         raise UserError(f"{path}: url={url!r} is not an address: set url or repo")
-    for size in facts.keys() & {"size", "most", "about"}:
-        require_range(f"{path}: {size}", facts[size], 0, 2**50)
+    for name in ("size", "most", "about"):
+        if facts.get(name) is not None:
+            require_range(f"{path}: {name}", facts[name], 0, 2**50)
     return RemoteFile(path, url, **facts)
 
 

@@ -59,7 +59,8 @@ def make_app(service: Service) -> FastAPI:
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> dict[str, Any]:
         if service.closing or not all(worker.is_alive() for worker in service.workers.values()):
             raise HTTPException(503, "not ready")

@@ -130,12 +130,18 @@ def video_routes(service: Service) -> APIRouter:
 
     @router.get("")
     async def list_videos(
-        limit: Annotated[int, Query(ge=0, le=100)] = 100, order: Literal["asc", "desc"] = "desc"
+        limit: Annotated[int, Query(ge=0, le=100)] = 100,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
     ) -> dict[str, Any]:
-        """List the videos, the newest first, or with order=asc the oldest."""
+        """List the videos behind the video `after`, the newest first, or with order=asc the oldest."""
         forget()
         found = list(videos.values()) if order == "asc" else list(reversed(videos.values()))
-        return {"object": "list", "data": found[:limit], "has_more": len(found) > limit}
+        if after is not None:
+            found = found[found.index(find(after)) + 1 :]
+        page = found[:limit]
+        ends = {"first_id": page[0].id, "last_id": page[-1].id} if page else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": page, "has_more": len(found) > limit, **ends}
 
     @router.get("/{name}")
     async def get_video(name: str) -> Video:

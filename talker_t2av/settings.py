@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ class Job(Group):
     )
     reference_audio: str | None = setting(
         None,
-        about="recording of the voice, or a saved voice (.safetensors); null: the audio of audio=, reference_video= or "
-        "video=",
+        about="recording of the voice, or a saved voice (.safetensors); null: the audio of audio= or reference_video=, "
+        "else the voice of the bundled model, or with other weights the audio of video=",
     )
     reference_video: str | None = setting(
         None, about="video or image of the face; its first frame with a face is animated (t2av, a2v)"
@@ -317,15 +318,11 @@ def with_demo_references(values: dict[str, Any]) -> dict[str, Any]:
     """Fill the missing voice and face of a job with the bundled ones."""
     mode = values.get("mode", "t2av")
     job = dict(values)
-    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job and not _has_audio(job.get("video")):
+    if mode in ("t2av", "tts", "v2a") and "reference_video" not in job:
         job.setdefault("reference_audio", DEMO_VOICE)
     if mode in ("t2av", "a2v"):
         job.setdefault("reference_video", DEMO_FACE)
     return job
-
-
-def _has_audio(clip: str | None) -> bool:
-    return clip is not None and Path(clip).is_file() and probe(clip).audio is not None
 
 
 def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
@@ -348,7 +345,8 @@ def is_voice(path: str | Path | None) -> bool:
 
 def is_picture(path: str | Path) -> bool:
     """Return whether a file begins like a PNG, JPEG, BMP or WebP image. Its name does not matter."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:
         return bool(IMAGE_START.match(file.read(12)))
+    return False

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -184,12 +185,13 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
         if not fits((parts[-1] + piece).strip()):
             parts.append("")
         parts[-1] += piece
-    return [part.strip() for part in parts if has_words(part)] or [text]
+    parts = [part.strip() for part in parts]
+    return [part for part in parts if has_words(part)] or parts
 
 
 def has_words(text: str) -> bool:
-    """Return whether a text contains a letter or a digit, not only punctuation."""
-    return any(character.isalnum() for character in text)
+    """Return whether a text contains a letter, a digit or a symbol that is read aloud, not only punctuation."""
+    return any(c.isalnum() or c in "%&@#*/" or unicodedata.category(c).startswith("S") for c in text)
 
 
 def phoneme_tokenizer(language: str) -> TalkerTokenizer:

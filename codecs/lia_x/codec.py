@@ -123,14 +123,19 @@ class LiaX(PortraitCodec):
         """Encode an identity image (3, S, S) for rendering."""
         picture = picture[None] if picture.ndim == 3 else picture
         self._check(picture, "picture", one=True)
-        return Identity(*self.encoder(to_device(picture.float(), self._device())))
+        return Identity(*self.encoder(to_device(picture, self._device()).to(self.decoder.constant.dtype)))
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """Encode frames (T, 3, S, S) to absolute motion codes (T, M)."""
         self._check(video, "video")
         require_range("chunk", chunk, 1, 2**20)
-        return torch.cat([self.encoder.motion(to_device(part.float(), self._device())) for part in video.split(chunk)])
+        return torch.cat(
+            [
+                self.encoder.motion(to_device(part, self._device()).to(self.decoder.constant.dtype))
+                for part in video.split(chunk)
+            ]
+        )
 
     @torch.no_grad()
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:

@@ -122,7 +122,7 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
 def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (line, record) of a run's log.jsonl. Damaged lines, such as those truncated by a kill, are skipped."""
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(UserError):
+        with suppress(UserError, OverflowError):
             record = parse_json(line, path)
             step = record.get("step") if isinstance(record, dict) else None
             if isinstance(step, int | float) and math.isfinite(step):

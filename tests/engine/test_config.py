@@ -42,7 +42,7 @@ def test_composition():
         ([RECIPE, "~trainer"], "cannot be removed"),
         ([RECIPE, "trainer=null"], "trainer=null does not exist; available: cpu, gpu"),
         ([RECIPE, "task=5"], r"set task\.KEY=VALUE"),
-        (["experiment=[a]"], r"experiment=\[a\] does not exist"),
+        (["trainer=[1]"], r"trainer=\[1\] does not exist"),
         ([RECIPE, "trainer.lr=1,2"], "--multirun"),
         ([RECIPE, "run=${nowhere}"], "nowhere"),
         ([], "hicodit_minute"),

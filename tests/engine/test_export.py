@@ -120,7 +120,12 @@ def test_an_export_replaces_a_release_and_a_failed_one_keeps_it(run, tmp_path, m
 def test_the_last_validation_is_read_from_a_truncated_log(tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "validation/wer": 0.5}, {"step": 9, "validation/wer": 0.1}]
-    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 1e400, "validation/wer": 0.3}\n{"step": 10, "valid')
+    log.write_text(
+        "\n".join(map(json.dumps, rows))
+        + '\n{"step": 1e400, "validation/wer": 0.3}\n{"step": 1'
+        + "0" * 400
+        + ', "a": 1}\n{"step": 10, "valid'
+    )
     log.write_bytes(b"\xff\xfe" + b"\0" * 100 + b"\n" + log.read_bytes())  # a block that was lost in a power failure
     assert last_validation(log, 8) == ({"wer": 0.5}, 2)
     assert last_validation(log, 1) == ({}, 0) == last_validation(tmp_path / "none", 1)

@@ -149,7 +149,7 @@ def test_the_codes_that_movements_supervise_can_be_chosen():
     task = make_task(weights=PLAIN, guide={"weight": 2.0, "until": 1, "codes": [0, 3]})
     moved = batch() | {"tracks": torch.zeros(2, 2, 2)}
     losses = task(moved, "generator")
-    assert losses["guide"] == pytest.approx(moved["_run"][3][:, [0, 3]].square().mean().item())
+    assert losses["guide"] == pytest.approx(moved["_run"].motion[:, [0, 3]].square().mean().item())
     with pytest.raises(UserError, match=r"task\.guide\.codes=\[0, 3\]: the data has 3 movements"):
         task(batch() | {"tracks": torch.zeros(2, 2, 3)}, "generator")
     with pytest.raises(UserError, match=r"task\.guide needs the movements of data\.train"):
@@ -167,7 +167,7 @@ def test_a_start_from_a_release_keeps_all_levels(tmp_path):
     assert all(level.to_rgb.conv.weight.any() for level in task.codec.decoder.levels)
     both = batch()
     task(both, "generator")
-    assert both["_run"][1].shape == (4, 3, 32, 32)
+    assert both["_run"].fake.shape == (4, 3, 32, 32)
 
 
 def test_decoder_only_training_keeps_the_codes_of_a_release(the_decoder_alone_goes_on_from_a_release):
@@ -186,7 +186,7 @@ def test_a_frozen_encoder_sees_the_frames_in_their_own_colours(tmp_path):
         shown = pairs["frames"] if frozen else pairs["views"]
         with torch.no_grad():
             expected = task.codec.encoder.motion(shown.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        torch.testing.assert_close(pairs["_run"][3].detach(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs["_run"].motion.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_same_figures):

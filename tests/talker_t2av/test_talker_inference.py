@@ -15,7 +15,7 @@ from engine.batch_runner import run_jobs
 from engine.config import compose
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
-from engine.media.video import mux_audio, read_video
+from engine.media.video import read_video
 from talker_t2av import inference
 from talker_t2av.settings import InferConfig, read_jobs, read_settings
 
@@ -104,15 +104,6 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own audio
     with pytest.raises(UserError, match="reference_audio"):
         job(mode="tts", text="a", weights="folder")
-
-
-def test_a_clip_with_audio_keeps_its_voice(files, tmp_path):
-    mux_audio(files["face"], np.zeros(14_400, np.float32), 24_000, tmp_path / "talking.mp4")
-    spoken, silent = (
-        read_jobs(InferConfig(mode="v2a", text="a", video=str(video)))[0][1]
-        for video in (tmp_path / "talking.mp4", files["face"])
-    )
-    assert spoken.reference_audio is None and silent.reference_audio.endswith("voice.wav")
 
 
 def test_no_job_replaces_what_another_reads_and_only_a_single_job_has_a_name(files, tmp_path):

@@ -117,6 +117,11 @@ def test_any_text_fits_into_bytes(tmp_path):
         ("a.b 3.5 c\nd e f g h i j k l", 24, ["a.b 3.5 c", "d e f g h i j k l"]),
         ("One two three four five. ... ... ... ?! Six.", 24, ["One two three four five.", "... ... ... ?! Six."]),
         ("One two three four five! ... ... ... ... ... ... ...", 24, ["One two three four five!"]),
+        (
+            "One two three four five! % & @ $ % & @ $ % & @ $",
+            24,
+            ["One two three four five!", "% & @ $ % & @ $ % & @ $"],
+        ),
     ],
 )
 def test_long_texts_are_split_where_a_speaker_pauses(text, size, parts):
