@@ -276,7 +276,8 @@ def _explanation(error: Exception, config_name: str, words: Sequence[str], other
             register(other)
             if key in _keys(other, []):
                 return f"{key} is a setting of {choice}, which the command line does not select"
-        return f"unknown setting {key!r}; {nearest(key, [*keys, *_groups()])}"
+        known = [name for name in (*keys, *_groups()) if name != key]  # a group of another program
+        return f"unknown setting {key!r}; {nearest(key, known)}"
     lines = [text.split("\nset HYDRA_FULL_ERROR")[0]]
     if isinstance(cause, OmegaConfBaseException):
         lines.append(str(cause))

@@ -169,7 +169,11 @@ def _help(config_name: str, text: str, *, _root_: DictConfig) -> str:
     lines += ["", "Hydra's options (all: --hydra-help):"]
     lines += _table(
         [
-            ("--help", "this text; with experiment=NAME, the defaults of that recipe"),
+            (
+                "--help",
+                "this text"
+                + ("; with experiment=NAME, the defaults of that recipe" if "experiment" in choices else ""),
+            ),
             ("--cfg job", "print the composed configuration"),
             ("--info defaults", "print the defaults list of the configuration"),
             ("-m KEY=A,B", "run once per value, each in a numbered folder"),

@@ -280,7 +280,11 @@ class RunConfig(Group):
     compile: bool = setting(False, about="torch.compile the sampler's steps; each run first compiles for minutes")
     batch_size: int = setting(8, 1, 1024, "number of clips or jobs per batch")
     figure: bool = setting(True, about="write the figure NAME.png; false keeps an existing one")
-    timestamps: bool = setting(False, about="write word timestamps: NAME.json, .srt and .vtt; needs setup.sh eval")
+    timestamps: bool = setting(
+        False,
+        about="write word timestamps: NAME.json, .srt and .vtt (for HiCoDiT, of recognised words, often wrong ones); "
+        "needs setup.sh eval",
+    )
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:

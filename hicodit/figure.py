@@ -11,7 +11,7 @@ from engine.media.audio import mel_picture
 from hicodit.conditions.types import EXPRESSIONS, FPS, WINDOW_SECONDS
 from hicodit.pipeline import Speech
 
-MOUTHS = 24
+MOUTHS = 12
 COLUMNS = 4000  # maximum number of columns of an image; matplotlib needs much memory per column
 
 

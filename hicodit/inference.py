@@ -138,7 +138,8 @@ class ClipRunner(HiCoDiTRunner):
                     words = self.times.recognise(speech.wave, speech.rate)
                     self.times.write(staging / stem, words, "recogniser")
                 total += len(speech.wave) / speech.rate
-                remarks += speech.remarks
+                face = f"face {number}: " if len(speeches) > 1 else ""
+                remarks += [f"{face}{remark}" for remark in speech.remarks]
             files = [path.name for path in sorted(staging.iterdir())]
         return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(f' ({remark})' for remark in remarks)}", total
 

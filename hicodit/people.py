@@ -95,5 +95,5 @@ class KnownPeople:
         distance = self.distance(faces)
         if distance <= self.limit:
             return ""
-        how = f"{distance:.1f}, limit {self.limit:g}"
+        how = f"distance {distance:.1f}, limit {self.limit:g}"
         return f"the face is unlike those of the training clips ({how}): the speech may be wrong"

@@ -134,7 +134,10 @@ class ClipConfig:
         None, about="recording of a reference voice; null: the voice is predicted from the face"
     )
     seed: int = setting(0, *SEEDS, SEED)
-    stream: bool = setting(False, about="generate audio in hops of 160 ms without access to the whole clip; no figure")
+    stream: bool = setting(
+        False,
+        about="generate audio in hops of 160 ms without the whole clip: largest face, sampler=fast, no figure",
+    )
     lookahead: float = setting(*LOOKAHEAD)
     face: str = setting("largest", about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face")
     face_box: str | None = setting(None, about=FACE_BOX)
@@ -195,10 +198,7 @@ def _check_stream(c: InferConfig) -> None:
     is_set |= {f"sampler.{name}": value is not None for name, value in c.sampler.items() if name != "steps"}
     is_set |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
     for name in (name for name, value in is_set.items() if value):
-        raise UserError(
-            f"stream=true does not support {name}: it tracks the largest face and always has the settings of "
-            "sampler=fast; omit the setting"
-        )
+        raise UserError(f"stream=true does not support {name}: omit it")
 
 
 def find_clips(c: InferConfig) -> list[Path]:

@@ -37,9 +37,9 @@ has all bundled codecs; model=rvq_codec, whisperx_vae or lia_x chooses one of th
 Examples:
 python scripts/evaluate.py table=synthetic_hicodit clips=40
 python scripts/evaluate.py table=synthetic_talker only=[t2av,tts] split=[seen,unseen] generate.weights=runs/own/release
-python scripts/evaluate.py table=hicodit outputs=spoken references=true manifest=test.jsonl output=report
-python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" references=true output=report
-python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
+python scripts/evaluate.py table=hicodit outputs=spoken references=recorded manifest=test.jsonl output=report
+python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" references=recorded output=report
+python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=recorded output=report
 """
 
 

@@ -28,7 +28,13 @@ from service.limits import ServeLimits
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
+    add(
+        "--models",
+        nargs="+",
+        choices=("hicodit", "talker_t2av"),
+        default=["hicodit", "talker_t2av"],
+        help="models to serve",
+    )
     add("--weights", help="HiCoDiT's release folder (default: of the bundled ones, that for the face of each clip)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
     add("--voices", type=Path, help="folder of recordings of voices: NAME.wav is voice=NAME")

@@ -70,8 +70,8 @@ class Job(Group):
     )
     reference_audio: str | None = setting(
         None,
-        about="recording of the voice, or a saved voice (.safetensors); null: the audio of audio= or reference_video=, "
-        "else the voice of the bundled model, or with other weights the audio of video=",
+        about="recording of the voice, or a saved voice (.safetensors); null: the audio of audio= or reference_video=; "
+        "without these, the voice of the bundled model, or with other weights the audio of video=",
     )
     reference_video: str | None = setting(
         None, about="video or image of the face; its first frame with a face is animated (t2av, a2v)"
@@ -80,8 +80,10 @@ class Job(Group):
         None, about="motion codes of reference_video as a torch file (frames, 40); null: computed from its frames"
     )
     reference_text: str = setting("", about="transcript of the reference's beginning, where prefix_seconds is used")
-    audio: str | None = setting(None, about="a2v: the driving audio")
-    video: str | None = setting(None, about="v2a: the clip for which speech is generated")
+    audio: str | None = setting(None, about="a2v: the driving audio; null: that of the bundled model")
+    video: str | None = setting(
+        None, about="v2a: the clip for which speech is generated; null: that of the bundled model"
+    )
     crop: str = setting(
         "face",
         choices=CROPS,

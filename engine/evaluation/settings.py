@@ -110,7 +110,7 @@ class EvaluateConfig(Group):
         None, about="JSGF grammar file for protocol.wer=grammar; null: the grammar of corpus="
     )
     voices: dict[str, Any] = setting(
-        {}, about="by split, prepared shards whose speakers own voices are looked for among; else those of the clips"
+        {}, about="by split: prepared shards with the voices for speaker identification; default: those of the clips"
     )
     aim: dict[str, Any] = setting({}, about="target values by split")
     paper_tables: dict[str, Any] = setting(

@@ -75,7 +75,7 @@ class Strip:
         head = np.full((LINE, width, 3), GREY, np.uint8)
         unseen = self.track.unseen(self.fps)
         text = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")
-        _write(head, f"{text}.  From above: frame, face and its points, mouth as the model sees it", (5, 17))
+        _write(head, f"{text}.  Top to bottom: frame, face with landmarks, mouth crop", (5, 17))
         index = np.arange(width) * len(self.track) // width
         bar = np.where(self.track.seen[index, None], SEEN, UNSEEN).astype(np.uint8)
         picture = np.concatenate([head, picture, np.repeat(bar[None], BAR, 0)])
