@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 32  # graphs per step: enough for all lengths and batch sizes that a service captures at start-up
+LIMIT = 128  # graphs per step: more than a service captures at start-up by default
 WARM_UP = 3  # warm-up runs before a capture
 
 
@@ -95,6 +95,8 @@ class GraphedStep:
         backend: CudaGraphs | None = None,
     ) -> None:
         self.step = torch.compile(step, fullgraph=True) if compile else step
+        if compile:  # a function is compiled once per kind of input; beyond the limit, fullgraph=True is an error
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
         device = torch.device(device)
         self.backend = backend or (CudaGraphs(device) if device.type == "cuda" else None)
         self.graphs: OrderedDict[Hashable, tuple[list[Tensor], Any, Callable[[], Any]]] = OrderedDict()

@@ -29,9 +29,13 @@ def as_device(device: torch.device | str) -> torch.device:
     if isinstance(device, str) and device in DEVICES:
         return pick_device(device)
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"device={device} is unknown; choose {', '.join(DEVICES)} or cuda:N") from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UserError(f"device={device}: this machine has {count} CUDA devices")
+    return found
 
 
 def pick_device(name: str, index: int | None = None) -> torch.device:

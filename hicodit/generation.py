@@ -189,7 +189,7 @@ def capture_graphs(
         return
     device = next(model.parameters()).device
     max_batch = 1 << (batch_size - 1).bit_length()
-    for batch in [1 << power for power in range(max_batch.bit_length())]:
+    for batch in reversed([1 << power for power in range(max_batch.bit_length())]):  # single clips are kept longest
         for seconds in range(1, sampler.window + 1):
             length = int(FPS) * seconds
             for frames in (length, length - 1):

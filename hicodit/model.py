@@ -43,7 +43,7 @@ BRANCHES = {  # conditions of each guidance branch
     "expression": ("expression",),
     "lip": ("lip",),
 }
-FLOAT32_MODULES = (  # parts that stay in float32 at any precision
+FLOAT32_MODULES = (  # parts whose weights stay in float32 at any precision
     "time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter"
 )  # fmt: skip
 TOKENS_PER_FRAME = 2

@@ -69,7 +69,7 @@ class SamplerInput:
         device = torch.device(device)
         masked = (tokens == mask_id) & (torch.arange(tokens.shape[2]) < lengths[:, None])[:, None]
         self.posterior = posterior
-        self.tokens = to_device(tokens, device)
+        self.tokens = to_device(tokens.contiguous(), device)  # equal strides at every step, for compiled steps
         self.masked = to_device(masked, device)
         self.total = masked.flatten(1).sum(1)
         self.lengths = lengths

@@ -328,7 +328,7 @@ class BatchedDecoder:
         # With a delay, the first steps generate no motion.
         begin = tuple(s for s in self.streams if not self.lag[s])
         counts = {min(self.max_rows, 1 << power) for power in range(self.max_rows.bit_length() + 1)}
-        for count in sorted(counts):
+        for count in sorted(counts, reverse=True):  # graphs of single rows are kept longest
             for length in range(BUCKET, tokens + BUCKET, BUCKET):
                 for streams in dict.fromkeys([begin, tuple(self.streams)]):
                     self._run_rows(count, streams, length)

@@ -34,7 +34,8 @@ def init(name: str, run: str | Path | None = None) -> torch.device:
             times out.
     """
     # Avoids memory fragmentation by batches of many lengths. It is read when CUDA is initialised.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the earlier name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -14,14 +14,14 @@ import gc
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.device import pick_device
+from engine.device import pick_device, to_device
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, figures_of
 from engine.files import refuse_links, write_failure
@@ -122,7 +122,7 @@ class Trainer:
             with (
                 stop_requests() as stops,
                 tracing(self.run / "profile", c.profile, distributed.rank()) as trace,
-                backend_options(self.device, c.precision, self.batches.fixed_shapes) as settings,
+                self._backend_options() as settings,
             ):
                 self._say(settings)
                 if self.step == 0 and c.sanity_validation:
@@ -158,11 +158,15 @@ class Trainer:
             if stopping and self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command continues from here")
                 return None
-            return self.validate(tracker)
+            with self._backend_options():
+                return self.validate(tracker)
         finally:
             self.checkpoints.wait(failing=True)  # nothing is pending unless this process fails
             if tracker:
                 tracker.close()
+
+    def _backend_options(self) -> AbstractContextManager[str]:
+        return backend_options(self.device, self.config.precision, self.batches.fixed_shapes)
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """Validate the averaged weights, divided over all processes. Return the metrics on rank 0, and {} on other
@@ -258,7 +262,8 @@ class Trainer:
         names = list(counts[0])
         if not names or total == 1:
             return [{} for _ in counts]
-        elements = torch.tensor([[each[name] for name in names] for each in counts]).double().to(self.device)
+        elements = torch.tensor([[each[name] for name in names] for each in counts]).double()
+        elements = to_device(elements, self.device)
         mean = distributed.all_reduce(elements.sum(0)) / total
         factors = (elements / mean.clamp(min=1e-9)).float()
         return [dict(zip(names, row.unbind())) for row in factors]
