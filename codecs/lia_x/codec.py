@@ -156,6 +156,8 @@ class LiaX(PortraitCodec):
 
     def _check(self, pictures: Tensor, what: str, one: bool = False) -> None:
         """Raise UserError unless the input has images of this model's size: any number of them, or exactly `one`."""
+        if not isinstance(pictures, Tensor):
+            raise UserError(f"{what} of type {type(pictures).__name__}: expected a tensor of RGB images")
         side = self.config.size
         fits = pictures.ndim == 4 and pictures.shape[1:] == (3, side, side) and len(pictures) > 0
         if not fits or (one and len(pictures) > 1):

@@ -352,6 +352,8 @@ class VoiceEncoder(Pretrained):
 
 
 def _checked(wave: Tensor) -> Tensor:
+    if not isinstance(wave, Tensor):
+        raise UserError(f"reference voice of type {type(wave).__name__}: expected a tensor of samples at 16 kHz")
     if wave.ndim != 1 or len(wave) < MIN_SAMPLES:
         raise UserError(
             f"reference voice of shape {tuple(wave.shape)}: expected one channel of at least {MIN_SAMPLES} samples"
