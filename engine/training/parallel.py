@@ -208,10 +208,10 @@ def _mesh(kind: str, device: torch.device) -> DeviceMesh:
     if kind == "fsdp":
         return init_device_mesh(device.type, (world,))
     node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world % node:
-        raise UserError(
-            f"trainer.parallel=hybrid requires equally many processes on every machine: {world} in total, {node} on "
-            "this one; use the same --nproc_per_node everywhere, or trainer.parallel=fsdp"
+    if len(counts := sorted(set(distributed.all_gather(node)))) > 1:
+        distributed.fail(
+            "trainer.parallel=hybrid requires equally many processes on every machine, "
+            f"not {counts[0]} and {counts[-1]}: use the same --nproc_per_node everywhere, or trainer.parallel=fsdp"
         )
     return init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
 

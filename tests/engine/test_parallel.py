@@ -7,7 +7,9 @@ import pytest
 import torch
 from toy_task import ToyBlocks, read_lines
 
+from engine.errors import UserError
 from engine.release import read_release
+from engine.training import parallel
 from engine.training.export import export
 from tests.forked import run_group
 
@@ -96,6 +98,12 @@ def test_one_process_exports_the_checkpoint_of_several(runs, tmp_path, name):
     assert state.keys() == {k.removeprefix("generator.") for k in whole if k.startswith("generator.")}
     for key, value in state.items():
         assert torch.equal(value, whole[f"generator.{key}"].half().float()), key
+
+
+def test_machines_with_unequal_numbers_of_processes_are_refused_by_all(monkeypatch):
+    monkeypatch.setattr(parallel.distributed, "all_gather", lambda value: [4, 12])
+    with pytest.raises(UserError, match="not 4 and 12"):
+        parallel._mesh("hybrid", torch.device("cpu"))
 
 
 @pytest.mark.slow
