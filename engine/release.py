@@ -311,7 +311,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
         wanted = tuple(value.shape)
         if shape != wanted:
             raise UserError(f"{source} has {key!r} with shape {shape}, the config requires {wanted}")
-        if state[key].is_floating_point() != value.is_floating_point():
+        if value.is_floating_point() and not state[key].is_floating_point():
             raise UserError(f"{source} has {key!r} of {state[key].dtype}, the config requires {value.dtype}")
     module.load_state_dict(state, assign=assign)
 
