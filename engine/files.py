@@ -80,7 +80,7 @@ def find_files(root: Path, *suffixes: str) -> list[Path]:
             folders.clear()
             continue
         visited.add(place)
-        folders.sort()
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # a folder before its links
         files += [Path(folder, name).relative_to(root) for name in names if name.lower().endswith(suffixes)]
     return sorted(files, key=Path.as_posix)
 

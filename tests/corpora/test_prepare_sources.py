@@ -16,6 +16,7 @@ from corpora.preparation.sources import folder, held_out, lrs2, lrs3, voxceleb2
 from corpora.preparation.sources_grid import grid
 from corpora.preparation.sources_listed import emilia, talker_t2av_data, youtube_ids
 from engine.errors import UserError
+from engine.files import find_files
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from tests.corpora.preparation_fakes import write_csv
@@ -162,8 +163,9 @@ def test_linked_folders_of_grid_are_found(tmp_path):
     (tmp_path / "grid/s1").symlink_to(tmp_path / "disk/s1")
     for name in ("all", "again"):
         (tmp_path / "disk/s1" / name).symlink_to(tmp_path / "grid")  # an endless walk, if folders were visited twice
+    (tmp_path / "grid/again").symlink_to(tmp_path / "grid/s3")
     found = [clip.speaker for clips in by_split(grid(tmp_path / "grid")).values() for clip in clips]
-    assert sorted(found) == ["s1", "s3"]
+    assert sorted(found) == ["s1", "s3"] and len(find_files(tmp_path / "grid", ".mpg")) == 2
 
 
 def test_grid_is_split_as_the_field_does(tmp_path):
