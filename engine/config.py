@@ -115,9 +115,10 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
         if field is not None:
             raise UserError(f"{word}: {name} has a default and cannot be removed: set another value")
         return word
-    is_added = key.startswith("+") and name not in _groups() and not name.startswith("hydra.")
+    groups = _groups()
+    is_added = key.startswith("+") and name not in groups and not name.startswith("hydra.")
     if is_added and field is None and find_schema(config_name, name.rpartition(".")[0]):
-        raise UserError(f"unknown setting {name!r}; {nearest(name, [*_keys(config_name, []), *_groups()])}")
+        raise UserError(f"unknown setting {name!r}; {nearest(name, [*_keys(config_name, []), *groups])}")
     if not equals:
         raise UserError(f"unknown argument {word!r}: settings are written key=value; --help lists them")
     if text in ("", "''", '""'):
@@ -126,9 +127,9 @@ def _prepared_word(config_name: str, word: str, sweep: bool) -> str:
     value = None if parsed is None or parsed.is_sweep_override() else parsed.value()
     names = value if isinstance(value, list) else [value]
     fits_group = (value is None and text != "null") or all(isinstance(part, str | dict) for part in names)
-    if name in _groups() and not fits_group:
+    if name in groups and not fits_group:
         raise UserError(f"{word} does not exist; {nearest(text, options(name))}")
-    if any(group.startswith(f"{name}/") for group in _groups()) and not fits_group:
+    if any(group.startswith(f"{name}/") for group in groups) and not fits_group:
         raise UserError(f"{word} would replace all settings of {name}: set {name}.KEY=VALUE")
     if key == name and _is_mapping(config_name, name):
         key = f"++{name}"  # names of systems, splits and figures are user-defined

@@ -32,8 +32,7 @@ def as_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"device={device} is unknown; choose {', '.join(DEVICES)} or cuda:N") from error
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"device={device}: this machine has {count} CUDA devices")
     return found
 

@@ -5,6 +5,7 @@ Data read here cannot refer to files outside of their folder, execute code, or g
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -69,7 +70,8 @@ def read_text(path: str | Path, what: Any = None, limit: int = MAX_FILE) -> str:
 
 def read_lines(path: str | Path, what: Any = None) -> list[str]:
     """Return the lines of a text file, see `read_text`."""
-    return read_text(path, what).replace("\r\n", "\n").split("\n")  # JSON and texts may contain other separators
+    # Unlike `splitlines`, only at line feeds and carriage returns, as JSON and texts may contain other separators.
+    return [line.removesuffix("\n") for line in io.StringIO(read_text(path, what), newline=None)]
 
 
 def read_json_lines(path: str | Path, what: Any = None) -> list[tuple[str, Any]]:

@@ -39,7 +39,7 @@ def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
                 raise TypeError("a group must be a list")
             for row in rows:
                 row["files"] = [_remote_file(**file) for file in row["files"]]
-                describe_checkpoint(row)
+                describe_checkpoint(row)  # KeyError if a part of its description is missing
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a catalogue of files ({error!r}): see {CATALOGUE}") from error
     return groups

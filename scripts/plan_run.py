@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, padding_of, plan, read_recipe
 from engine.arguments import Parser, within
 from engine.errors import UserError, run_cli
-from engine.files import writable, write_json
+from engine.files import require_space, write_json
 from engine.record import portable, record
 
 
@@ -59,8 +59,7 @@ def main() -> None:
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{option} {path} cannot be written: choose a file in an existing folder")
         if path:
-            with writable(path.parent, option):
-                pass
+            require_space(path.parent, option)
     if args.figure and args.figure.suffix.lower() != ".png":
         raise UserError(f"--figure {args.figure}: its name must end in .png")
     card = CARDS[args.device]

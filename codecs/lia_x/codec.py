@@ -123,19 +123,14 @@ class LiaX(PortraitCodec):
         """Encode an identity image (3, S, S) for rendering."""
         picture = picture[None] if picture.ndim == 3 else picture
         self._check(picture, "picture", one=True)
-        return Identity(*self.encoder(to_device(picture, self._device()).to(self.decoder.constant.dtype)))
+        return Identity(*self.encoder(self._placed(picture)))
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """Encode frames (T, 3, S, S) to absolute motion codes (T, M)."""
         self._check(video, "video")
         require_range("chunk", chunk, 1, 2**20)
-        return torch.cat(
-            [
-                self.encoder.motion(to_device(part, self._device()).to(self.decoder.constant.dtype))
-                for part in video.split(chunk)
-            ]
-        )
+        return torch.cat([self.encoder.motion(self._placed(part)) for part in video.split(chunk)])
 
     @torch.no_grad()
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
@@ -153,6 +148,10 @@ class LiaX(PortraitCodec):
 
     def _device(self) -> torch.device:
         return self.decoder.constant.device
+
+    def _placed(self, pictures: Tensor) -> Tensor:
+        """Return images on the device and in the dtype of the weights."""
+        return to_device(pictures, self._device()).to(self.decoder.constant.dtype)
 
     def _check(self, pictures: Tensor, what: str, one: bool = False) -> None:
         """Raise UserError unless the input has images of this model's size: any number of them, or exactly `one`."""

@@ -167,13 +167,13 @@ def words_of(transcript: str) -> str:
 def _with_prompts(clips: Sequence[Clip]) -> list[Clip]:
     """Return the clips, those without a prompt with the next clip of the same speaker that has another text."""
     spoken: dict[str | None, list[Take]] = defaultdict(list)
-    found = []
+    turns = []  # index of each clip among those of its speaker
     for clip in clips:
+        turns.append(len(spoken[clip.speaker]))
         spoken[clip.speaker].append(clip.truth)
-    turns = {speaker: iter(range(len(takes))) for speaker, takes in spoken.items()}
-    for clip in clips:
+    found = []
+    for clip, turn in zip(clips, turns):
         takes = spoken[clip.speaker]
-        turn = next(turns[clip.speaker])
         if clip.prompt == Take() and clip.speaker is not None:
             later = (takes[(turn + step) % len(takes)] for step in range(1, len(takes)))
             clip = replace(clip, prompt=next((take for take in later if take.text != clip.truth.text), Take()))

@@ -22,6 +22,7 @@ from transformers import WavLMConfig, WavLMModel
 
 from engine.device import to_device
 from engine.errors import UserError
+from engine.media.audio import MIN_VOICE
 from engine.nn.mel import RATE, log_mel
 from engine.official import numbered, rename_all, sizes_of
 from engine.release import Pretrained, build_with, weights_digest
@@ -29,7 +30,7 @@ from engine.settings import Group, setting
 from engine.torch_files import read_state
 
 SCALE = 8  # parts of a Res2 convolution
-MIN_SAMPLES = RATE // 4  # a quarter of a second
+MIN_SAMPLES = int(MIN_VOICE * RATE)
 FILE = "wavlm_large_finetune.pth"
 
 # WavLM-Large as fields of `WavLMConfig`; the released file holds no configuration, but its tensors tell most sizes.

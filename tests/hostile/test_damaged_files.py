@@ -20,6 +20,7 @@ from engine.faces.landmarks import read_landmarks
 from engine.shards.reader import Reading, ShardSplit
 from engine.torch_files import read_checkpoint, read_matrix
 from engine.training import checkpoint
+from engine.untrusted import read_lines
 from rvq_codec import RVQCodec
 from talker_t2av.settings import InferConfig, read_jobs
 from tests.hostile.rows_files import MEMORY, a_run
@@ -91,3 +92,8 @@ def test_a_damaged_file_is_read_or_refused(valid, tmp_path, name):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak < MEMORY, f"damage {seed}"
         assert sorted(tmp_path.rglob("*")) == before, f"damage {seed} left a file"
         shutil.rmtree(folder)
+
+
+def test_lines_end_at_line_feeds_and_carriage_returns_alone(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\r\nb\rc\u2028d\x85e\n".encode())
+    assert read_lines(tmp_path / "list.txt") == ["a", "b", "c\u2028d\x85e"]
